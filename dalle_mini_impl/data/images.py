@@ -1,0 +1,297 @@
+"""Pictures in and out: strict decoding to RGB, square crops, pixel tensors, contact sheets.
+
+Bytes from outside are hostile until decoded: the size is judged from the header before any pixel
+is read, only four formats are tried, and every failure becomes one `BadImageError` with the
+picture's name. Colour profiles are ignored; everything is taken as sRGB.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from PIL.ExifTags import Base as ExifTag
+from torch import Tensor
+
+from dalle_mini_impl.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+MAX_SIDE = 16384
+WHITE = (255, 255, 255)
+# EXIF orientation -> the turn that undoes it (TIFF 6.0, tag 274).
+_EXIF_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_CAPTION_FONT_SIZE = 11  # pixels
+_CAPTION_MAX_LINES = 4
+_LEGIBLE_SIDE = 96  # pixels; narrower pictures are doubled when captions go under them
+
+
+class BadImageError(UserError):
+    """A picture that cannot be read; the message holds its path and the reason."""
+
+    def __init__(self, source: str, reason: str) -> None:
+        """Keeps both parts, so that lists of bad pictures can be made.
+
+        Args:
+            source: Path or key of the picture, as the user knows it.
+            reason: What is wrong with it.
+        """
+        super().__init__(f"{source}: {reason}")
+        self.source = source
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
+        """Rebuilds from both arguments, so the error survives the way between processes."""
+        return BadImageError, (self.source, self.reason)
+
+
+def decode_image(
+    data: bytes, *, source: str, max_pixels: int = 50_000_000, min_side: int | None = None
+) -> Image.Image:
+    """Decodes a JPEG, PNG, WebP or BMP file to an upright RGB picture, or says why it cannot.
+
+    Transparency is laid over white, EXIF rotation is applied, 16-bit grey is rounded to 8 bits.
+
+    Args:
+        data: The file's bytes.
+        source: Path or key for the error message.
+        max_pixels: Largest width * height taken, read from the header before decoding.
+        min_side: If given, a JPEG may be decoded 2, 4 or 8 times smaller (much faster), as long as
+            both sides stay at least this many pixels.
+
+    Returns:
+        A fully loaded picture in mode RGB.
+
+    Raises:
+        BadImageError: Unknown format, too large, damaged.
+    """
+    if not data:
+        raise BadImageError(source, "empty file (0 bytes)")
+    # Decoders fed hostile bytes have raised nearly every type of exception, so all are caught.
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, source, max_pixels)
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            image.load()
+            turn = _EXIF_TURNS.get(_exif_orientation(image))
+            rgb = to_rgb(image)
+            return rgb if turn is None else rgb.transpose(turn)
+    except BadImageError:
+        raise
+    except Image.UnidentifiedImageError as error:
+        formats = ", ".join(FORMATS)
+        raise BadImageError(source, f"not a picture in one of the formats {formats}") from error
+    except MemoryError as error:
+        raise BadImageError(source, "not enough memory to decode it") from error
+    except Exception as error:
+        reason = f"damaged or refused ({type(error).__name__}: {error})"
+        raise BadImageError(source, reason) from error
+
+
+def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels or max(width, height) > MAX_SIDE:
+        limits = f"at most {max_pixels} pixels in all and {MAX_SIDE} a side"
+        raise BadImageError(source, f"{width}x{height} pixels, wanted {limits}")
+
+
+def _exif_orientation(image: Image.Image) -> int:
+    # Broken EXIF blocks are common in the wild and say nothing about the pixels.
+    try:
+        orientation = image.getexif().get(ExifTag.Orientation, 1)
+    except Exception:
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a picture of any mode to RGB, with transparent parts over white.
+
+    Args:
+        image: A picture in any of Pillow's modes (palette, alpha, CMYK, grey, 16-bit, ...).
+
+    Returns:
+        The picture in mode RGB (the same object if it already is).
+    """
+    if image.mode.startswith("I"):
+        return _sixteen_bit_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        background = Image.new("RGB", image.size, WHITE)
+        background.paste(rgba, mask=rgba.getchannel("A"))
+        return background
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
+    # Pillow's own conversion clips at 255 or cuts the low byte; this one rounds.
+    values = np.asarray(image).astype(np.int32).clip(0, 65535)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    transparent_value = image.info.get("transparency")
+    if isinstance(transparent_value, int):
+        grey[values == transparent_value] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scales the short side to `size` with Lanczos and cuts the middle square out.
+
+    Both are done in one resampling of the middle square, so a long thin picture costs no memory.
+
+    Args:
+        image: An RGB picture.
+        size: Side of the square in pixels.
+
+    Returns:
+        An RGB picture of `size` x `size` pixels.
+
+    Raises:
+        ValueError: `size` is below 1.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}, wanted at least 1 pixel")
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    box = (left, top, left + side, top + side)
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def image_to_pixels(image: Image.Image) -> Float[Tensor, "channels height width"]:
+    """Turns a picture into a float tensor.
+
+    Args:
+        image: A picture; other modes than RGB go through `to_rgb`.
+
+    Returns:
+        Pixels in [-1, 1], three channels.
+    """
+    values = torch.from_numpy(np.array(to_rgb(image), dtype=np.float32))
+    return rearrange(values, "height width channels -> channels height width") / 127.5 - 1.0
+
+
+def pixels_to_images(
+    pixels: Float[Tensor, "batch channels height width"],
+) -> list[Image.Image]:
+    """Turns a batch of float pixels into pictures; values outside [-1, 1] are clamped.
+
+    Args:
+        pixels: Values in [-1, 1], three channels, on any device.
+
+    Returns:
+        One RGB picture per batch element.
+
+    Raises:
+        ValueError: Wrong shape, or NaN among the values.
+    """
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, wanted (batch, 3, h, w)")
+    if pixels.isnan().any():
+        raise ValueError("pixels hold NaN, wanted numbers in [-1, 1]")
+    scaled = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    bytes_ = scaled.to(device="cpu", dtype=torch.uint8)
+    arrays = rearrange(bytes_, "batch channels height width -> batch height width channels")
+    return [Image.fromarray(array.numpy()) for array in arrays.contiguous()]
+
+
+def make_grid(
+    images: Sequence[Image.Image],
+    *,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    padding: int = 2,
+) -> Image.Image:
+    """Lays pictures out in rows on white, with captions under them if given.
+
+    With captions, pictures narrower than 96 pixels are doubled (nearest) until the text fits.
+    Pillow's built-in font knows Latin only: other letters (Hangul, ...) are drawn as "?".
+
+    Args:
+        images: The pictures, row by row; sizes may differ.
+        columns: Pictures per row.
+        captions: One text per picture, or None.
+        padding: Pixels of white between and around the pictures.
+
+    Returns:
+        One RGB picture.
+
+    Raises:
+        ValueError: No pictures, `columns` below 1, or not one caption per picture.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"got {len(images)} images in {columns} columns, wanted 1 or more of both")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"got {len(captions)} captions, wanted {len(images)}, one per image")
+    pictures = [to_rgb(image) for image in images]
+    if captions is not None:
+        pictures = [_double_until_legible(picture) for picture in pictures]
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    texts = [_wrap(text, width) for text in captions] if captions is not None else []
+    text_height = _text_height(max((text.count("\n") + 1 for text in texts), default=0))
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    step_x, step_y = width + padding, height + text_height + padding
+    sheet = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        x, y = padding + column * step_x, padding + row * step_y
+        sheet.paste(picture, (x, y))
+        if texts:
+            draw.multiline_text((x, y + height), texts[index], "black", font=_font(), spacing=1)
+    return sheet
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=_CAPTION_FONT_SIZE)
+
+
+def _double_until_legible(picture: Image.Image) -> Image.Image:
+    factor = 1
+    while picture.width * factor < _LEGIBLE_SIDE:
+        factor *= 2
+    if factor == 1:
+        return picture
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _text_height(num_lines: int) -> int:
+    return num_lines * (_CAPTION_FONT_SIZE + 4)
+
+
+def _wrap(text: str, width: int) -> str:
+    """Breaks a caption into lines of at most `width` pixels; what does not fit ends in "..."."""
+    font = _font()
+    drawable = text.encode("latin-1", "replace").decode("latin-1")
+    lines = [""]
+    for word in drawable.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > _CAPTION_MAX_LINES:
+        lines = [*lines[: _CAPTION_MAX_LINES - 1], lines[_CAPTION_MAX_LINES - 1] + " ..."]
+    return "\n".join(_shorten(line, width) for line in lines)
+
+
+def _shorten(line: str, width: int) -> str:
+    font = _font()
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."

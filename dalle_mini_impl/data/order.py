@@ -1,0 +1,221 @@
+"""Which samples belong to which optimizer step, and with which randomness: functions, not state.
+
+The samples form one endless stream, epoch after epoch, each epoch in an order drawn from
+(seed, epoch). Step `k` (from 0) takes the global batch at stream position `k * global_batch_size`,
+so a resumed run needs to remember nothing but `step`, and the number of processes does not matter.
+"""
+
+import hashlib
+
+import torch
+from einops import rearrange
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+
+def epoch_order(
+    num_samples: int,
+    *,
+    seed: int,
+    epoch: int,
+    weights: Float[Tensor, " num_samples"] | None = None,
+) -> Int64[Tensor, " num_samples"]:
+    """Draws the order of one epoch as a function of (seed, epoch); the global RNG is not touched.
+
+    Without weights, a permutation. With weights, an epoch still has `num_samples` draws; sample i
+    is expected n * w_i / sum(w) times and appears that often rounded down or up (systematic
+    resampling: evenly spaced points with one random offset on the cumulated weights), shuffled.
+
+    Args:
+        num_samples: Number of samples.
+        seed: Any integer.
+        epoch: Epoch number, from 0.
+        weights: Relative sampling weights, finite, not negative, not all zero.
+
+    Returns:
+        Sample indices.
+
+    Raises:
+        ValueError: Fewer than one sample, a negative epoch, or bad weights.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
+    if epoch < 0:
+        raise ValueError(f"epoch is {epoch}, wanted at least 0")
+    generator = _generator("order", seed, epoch)
+    if weights is None:
+        return torch.randperm(num_samples, generator=generator)
+    _check_weights(weights, num_samples)
+    cumulated = weights.double().cpu().cumsum(0)
+    ends = cumulated / cumulated[-1] * num_samples
+    offset = torch.rand(1, dtype=torch.float64, generator=generator)
+    points = torch.arange(num_samples, dtype=torch.float64) + offset
+    drawn = torch.searchsorted(ends, points, right=True)
+    # Rounding may push the last point past the end; it then belongs to the last sample in use.
+    drawn = drawn.clamp(max=int(weights.nonzero().max()))
+    return drawn[torch.randperm(num_samples, generator=generator)]
+
+
+def _check_weights(weights: Tensor, num_samples: int) -> None:
+    if weights.shape != (num_samples,):
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, wanted ({num_samples},)")
+    if not weights.isfinite().all() or (weights < 0).any() or not (weights > 0).any():
+        raise ValueError("weights hold negative, non-finite or only zero values, wanted w >= 0")
+
+
+class SampleOrder:
+    """The sample indices of every step; keeps the orders of the last two epochs at hand."""
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch_size: int,
+        seed: int,
+        weights: Float[Tensor, " num_samples"] | None = None,
+    ) -> None:
+        """Fixes the stream of samples.
+
+        Args:
+            num_samples: Number of samples.
+            global_batch_size: Samples per optimizer step over all processes.
+            seed: Any integer.
+            weights: Relative sampling weights, see `epoch_order`.
+
+        Raises:
+            ValueError: A size below 1, or bad weights.
+        """
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
+        if global_batch_size < 1:
+            raise ValueError(f"global_batch_size is {global_batch_size}, wanted at least 1")
+        if weights is not None:
+            _check_weights(weights, num_samples)
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
+        self.seed = seed
+        self._weights = weights
+        self._orders: dict[int, Tensor] = {}
+
+    def indices(self, step: int) -> Int64[Tensor, " global_batch_size"]:
+        """Returns the samples of one optimizer step; a batch may straddle epochs.
+
+        Args:
+            step: Optimizer step, from 0.
+
+        Returns:
+            Sample indices of the global batch.
+
+        Raises:
+            ValueError: A negative step.
+        """
+        if step < 0:
+            raise ValueError(f"step is {step}, wanted at least 0")
+        position = step * self.global_batch_size
+        end = position + self.global_batch_size
+        parts = []
+        while position < end:
+            epoch, offset = divmod(position, self.num_samples)
+            part = self._order(epoch)[offset : offset + end - position]
+            parts.append(part)
+            position += len(part)
+        return torch.cat(parts)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch not in self._orders:
+            self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
+            self._orders[epoch] = epoch_order(
+                self.num_samples, seed=self.seed, epoch=epoch, weights=self._weights
+            )
+        return self._orders[epoch]
+
+
+def batch_indices(
+    step: int,
+    *,
+    global_batch_size: int,
+    num_samples: int,
+    seed: int,
+    weights: Float[Tensor, " num_samples"] | None = None,
+) -> Int64[Tensor, " global_batch_size"]:
+    """Returns the samples of one optimizer step; in a loop use `SampleOrder`, which caches.
+
+    Args:
+        step: Optimizer step, from 0.
+        global_batch_size: Samples per optimizer step over all processes.
+        num_samples: Number of samples.
+        seed: Any integer.
+        weights: Relative sampling weights, see `epoch_order`.
+
+    Returns:
+        Sample indices of the global batch.
+
+    Raises:
+        ValueError: A size below 1, a negative step, or bad weights.
+    """
+    order = SampleOrder(
+        num_samples, global_batch_size=global_batch_size, seed=seed, weights=weights
+    )
+    return order.indices(step)
+
+
+def rank_micro_batches(
+    indices: Int64[Tensor, " global_batch_size"],
+    *,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+) -> Int64[Tensor, "accumulation micro_batch_size"]:
+    """Cuts a global batch into the micro batches of one process.
+
+    The batch is cut into contiguous slices of `micro_batch_size`, dealt out round-robin, so that
+    micro batch j of all processes together is one contiguous part of the global batch.
+
+    Args:
+        indices: Sample indices of one step.
+        rank: This process, from 0.
+        world_size: Number of processes.
+        micro_batch_size: Samples per forward pass of one process.
+
+    Returns:
+        One row of sample indices per gradient accumulation step.
+
+    Raises:
+        ValueError: `rank` out of range, or the batch does not divide evenly.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank}, wanted 0 to {world_size - 1}")
+    per_round = world_size * micro_batch_size
+    if per_round < 1 or len(indices) % per_round:
+        raise ValueError(
+            f"global_batch_size is {len(indices)}, wanted a multiple of world_size * "
+            f"micro_batch_size = {world_size} * {micro_batch_size} = {per_round}"
+        )
+    return rearrange(
+        indices,
+        "(rounds world micro) -> world rounds micro",
+        world=world_size,
+        micro=micro_batch_size,
+    )[rank]
+
+
+def step_generator(seed: int, step: int, rank: int, purpose: int = 0) -> torch.Generator:
+    """Makes the CPU generator for one step: its state is a function of the arguments alone.
+
+    Args:
+        seed: The run's seed.
+        step: Optimizer step.
+        rank: Process number.
+        purpose: Tells independent uses within a step apart (augmentation, caption dropout, ...).
+
+    Returns:
+        A fresh generator.
+    """
+    return _generator("step", seed, step, rank, purpose)
+
+
+def _generator(domain: str, *numbers: int) -> torch.Generator:
+    # A hash, because neighbouring seeds of the Mersenne Twister give related streams.
+    text = ":".join([domain, *map(str, numbers)])
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

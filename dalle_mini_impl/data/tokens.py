@@ -1,0 +1,177 @@
+"""Images tokenized once: what the decoder trains on instead of pixels.
+
+A token data set is a folder of safetensors and JSON beside the run. Its key is a hash of the
+tokenizer's weights, the captions and the files, so that it is made again whenever one of them
+changes, and never otherwise. Each image is stored in several views (slightly shifted copies): view
+0 is the image as it is.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dalle_mini_impl.data.captions import CaptionEncoder
+from dalle_mini_impl.data.pairs import Pair
+from vqvae.model import VQVAE
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Image tokens in several views and caption tokens, all in memory.
+
+    Captions of all samples stand in one table; ``caption_offsets[i]`` is where those of sample i
+    begin and ``caption_offsets[i + 1]`` where they end.
+    """
+
+    image_token_ids: Int[Tensor, "samples views image_length"]
+    text_token_ids: Int[Tensor, "captions text_length"]
+    caption_offsets: Int[Tensor, " samples_plus_1"]
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.image_token_ids)
+
+    def captions_of(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+    ) -> Int[Tensor, "batch text_length"]:
+        """Choose one caption for each sample.
+
+        Args:
+            sample_ids: Which samples.
+            draws: Uniform in [0, 1): which of a sample's captions.
+
+        Returns:
+            Caption tokens.
+        """
+        start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
+        chosen = start + ((end - start) * draws).long()
+        return self.text_token_ids[chosen].long()
+
+    def images_of(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+    ) -> Int[Tensor, "batch image_length"]:
+        """Choose one view of each sample.
+
+        Args:
+            sample_ids: Which samples.
+            draws: Uniform in [0, 1): which of the views; 0 is the image as it is.
+
+        Returns:
+            Image tokens in raster order.
+        """
+        num_views = self.image_token_ids.shape[1]
+        return self.image_token_ids[sample_ids, (draws * num_views).long()].long()
+
+
+def shift_images(
+    pixels: UInt8[Tensor, "batch 3 height width"], offsets: Int[Tensor, "batch 2"]
+) -> UInt8[Tensor, "batch 3 height width"]:
+    """Move images by whole pixels; edges are repeated into the space that opens.
+
+    Args:
+        pixels: Bytes.
+        offsets: (down, right) in pixels, negative for up and left.
+
+    Returns:
+        Shifted copies.
+    """
+    _, _, height, width = pixels.shape
+    rows = (torch.arange(height) - offsets[:, :1]).clamp(0, height - 1)  # (batch, height)
+    columns = (torch.arange(width) - offsets[:, 1:]).clamp(0, width - 1)
+    batch = torch.arange(len(pixels))[:, None, None]
+    moved = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def build_token_dataset(
+    pairs: Sequence[Pair],
+    pixels: UInt8[Tensor, "samples 3 height width"],
+    *,
+    vqvae: VQVAE,
+    captions: CaptionEncoder,
+    num_views: int,
+    max_shift: int,
+    cache_dir: Path,
+    show: Callable[[str], None] = lambda line: None,
+) -> TokenDataset:
+    """Tokenize images and captions, or read what an earlier run of the same inputs left.
+
+    Args:
+        pairs: One per image.
+        pixels: The images as bytes, at the tokenizer's size.
+        vqvae: The frozen tokenizer, in evaluation mode.
+        captions: The caption tokenizer.
+        num_views: Views per image, at least 1.
+        max_shift: Largest shift of the extra views, in pixels.
+        cache_dir: Where token data sets are kept.
+        show: Receives a line about what is done.
+
+    Returns:
+        The token data set.
+    """
+    key = _fingerprint(pairs, pixels, vqvae, captions, (num_views, max_shift))
+    path = cache_dir / f"tokens-{key}.safetensors"
+    if path.is_file():
+        show(f"image and caption tokens: reading {path}")
+        stored = load_file(path)
+        return TokenDataset(**stored)
+    show(f"image and caption tokens: encoding {len(pixels)} images in {num_views} views")
+    dataset = TokenDataset(
+        image_token_ids=_encode_views(pixels, vqvae, num_views=num_views, max_shift=max_shift),
+        text_token_ids=captions.encode([text for pair in pairs for text in pair.captions]).int(),
+        caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
+    )
+    report = captions.truncation_report()
+    if report:
+        show(report)
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    save_file(vars(dataset), unfinished)
+    unfinished.replace(path)  # whole or not at all
+    return dataset
+
+
+@torch.inference_mode()
+def _encode_views(
+    pixels: Tensor, vqvae: VQVAE, *, num_views: int, max_shift: int
+) -> Int[Tensor, "samples views image_length"]:
+    device = next(vqvae.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    views = []
+    for view in range(num_views):
+        shape = (len(pixels), 2)
+        offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
+        moved = pixels if view == 0 else shift_images(pixels, offsets)
+        ids = [
+            vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1).flatten(1).int().cpu()
+            for part in moved.split(ENCODE_BATCH_SIZE)
+        ]
+        views.append(torch.cat(ids))
+    return torch.stack(views, dim=1)
+
+
+def _fingerprint(
+    pairs: Sequence[Pair],
+    pixels: Tensor,
+    vqvae: VQVAE,
+    captions: CaptionEncoder,
+    settings: tuple[int, ...],
+) -> str:
+    digest = hashlib.sha256(vqvae.fingerprint().encode())
+    digest.update(pixels.contiguous().numpy().tobytes())
+    digest.update(captions.fingerprint().encode())
+    digest.update(json.dumps([settings, [list(pair.captions) for pair in pairs]]).encode())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,106 @@
+"""Does the model compose? Held-out cells of the emoji grid of role x gender x skin tone.
+
+For 3 x 5 cells of a role all true pictures exist, and some cells were kept from training. A picture
+drawn from such a cell's caption is right if, of the role's 15 true pictures, the one of that cell
+is nearest in pixels. Chance is 1/15 for the cell, 1/3 for the gender and 1/5 for the tone.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.data.emoji import grid_roles
+from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.pipeline import TextToImagePipeline
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """How many held-out cells were drawn right."""
+
+    num_cells: int
+    grid_accuracy: float
+    """Share of pictures nearest to their own cell, in [0, 1]; chance 1/15."""
+    gender_accuracy: float
+    """Share whose nearest cell has the right gender; chance 1/3."""
+    tone_accuracy: float
+    """Share whose nearest cell has the right skin tone; chance 1/5."""
+    captions: list[str]
+    drawn: list[Image.Image]
+    true: list[Image.Image]
+
+
+def evaluate_grid(
+    pipeline: TextToImagePipeline,
+    data_dir: Path,
+    *,
+    num_candidates: int = 1,
+    seed: int = 0,
+    language: str = "en",
+    **settings: Any,
+) -> GridReport:
+    """Draw every held-out cell once and find the nearest true picture.
+
+    Args:
+        pipeline: The model.
+        data_dir: Folder that ``prepare_emoji.py`` wrote.
+        num_candidates: Pictures drawn for each one that is judged, chosen by caption gain.
+        seed: Of each picture.
+        language: Captions of the cells: ``en`` or ``ko``.
+        **settings: Fields of ``SamplingConfig``.
+
+    Returns:
+        Accuracies and the pictures.
+
+    Raises:
+        UserError: If the folder holds no emoji data, or no cell was held out.
+    """
+    metadata = data_dir / "metadata.jsonl"
+    if not metadata.is_file():
+        raise UserError(f"data: no {metadata}; wanted the folder that prepare_emoji.py wrote")
+    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
+    roles = grid_roles(rows)
+    cells = [
+        (role, cell, row)
+        for role, grid in roles.items()
+        for cell, row in grid.items()
+        if row["split"] == "test_compose"
+    ]
+    if not cells:
+        raise UserError(f"data: {metadata} has no held-out grid cells (split test_compose)")
+    captions = [row["text" if language == "en" else "text_ko"] for _, _, row in cells]
+    drawn = pipeline(captions, seed=seed, num_candidates=num_candidates, **settings).images
+
+    size = pipeline.vqvae.config.image_size
+    pictures = {
+        row["hexcode"]: _read(data_dir / row["file_name"], size)
+        for grid in roles.values()
+        for row in grid.values()
+    }
+    right = torch.zeros(3)
+    for (role, (gender, tone), _), image in zip(cells, drawn, strict=True):
+        truth = {key: image_to_pixels(pictures[row["hexcode"]]) for key, row in roles[role].items()}
+        nearest_gender, nearest_tone = _nearest(image_to_pixels(image), truth)
+        hits = (nearest_gender == gender, nearest_tone == tone)
+        right += torch.tensor([float(all(hits)), float(hits[0]), float(hits[1])])
+    grid, gender_share, tone_share = (right / len(cells)).tolist()
+    true = [pictures[row["hexcode"]] for _, _, row in cells]
+    return GridReport(len(cells), grid, gender_share, tone_share, captions, drawn, true)
+
+
+def _nearest(
+    pixels: Float[Tensor, "3 height width"], truth: dict[tuple[str, str], Tensor]
+) -> tuple[str, str]:
+    """Return gender and tone of the true picture with the smallest squared error."""
+    return min(truth, key=lambda key: float((truth[key] - pixels).square().mean()))
+
+
+def _read(path: Path, size: int) -> Image.Image:
+    return resize_and_crop(decode_image(path.read_bytes(), source=str(path)), size)

@@ -1,0 +1,329 @@
+"""DALL-E: one causal Transformer over caption tokens followed by image tokens.
+
+    text_start  t0  t1 ... tn   i0  i1 ... im-1         inputs
+        |       |   |      |    |   |      |
+        t0      t1  t2 ... i0   i1  i2 ... im           what each position predicts
+
+Differences from Ramesh et al. 2021 (arXiv:2102.12092), each usual since: dense causal attention,
+SwiGLU and QK-norm, rotary positions on the image grid, and separate heads for text and
+image, so that no position ever scores tokens of the other kind. As there, captions are padded
+to a fixed length with one learned pad per position, which is attended and never predicted.
+
+Each position is also told which grid cell it predicts next (the target-aware embedding of RAR,
+Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any order.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from einops import repeat
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from dalle_mini_impl.transformer.attention import build_norm
+from dalle_mini_impl.transformer.blocks import TransformerBlock
+from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
+from dalle_mini_impl.transformer.positions import (
+    Rotation,
+    grid_coordinates,
+    rotary_angles,
+    sinusoidal_positions,
+)
+
+PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The part of a decoder that a user chooses; the rest follows from the data.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    dropout_probability: float = 0.1
+    """Share of each branch's output dropped in training."""
+    positions: Literal["rotary", "learned", "sinusoidal", "axial"] = "rotary"
+    """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
+    and column embeddings as in DALL-E."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no decoder can be built from."""
+        for name in ("hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"decoder.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"decoder.hidden_size: got {self.hidden_size}, wanted a multiple of "
+                f"4 * num_heads = {4 * self.num_heads}"
+            )
+        if not 0 <= self.dropout_probability < 1:
+            raise ValueError(
+                f"decoder.dropout_probability: got {self.dropout_probability}, "
+                "wanted 0 to below 1"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width of the feed-forward network: 8/3 of the hidden size, rounded up to 64."""
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleConfig:
+    """Everything that decides a decoder's weights' shapes.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    decoder: DecoderConfig
+    """Width, depth and positions."""
+    vocab_size: int
+    """Number of different caption tokens, pad included."""
+    text_length: int
+    """Caption tokens per picture, padded or truncated to this."""
+    codebook_size: int
+    """Number of different image tokens."""
+    image_grid_size: tuple[int, int]
+    """Image tokens along (height, width)."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no decoder can be built from."""
+        for name in ("vocab_size", "text_length", "codebook_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if min(self.image_grid_size) < 1:
+            raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
+
+    @property
+    def image_length(self) -> int:
+        """Image tokens per picture."""
+        return self.image_grid_size[0] * self.image_grid_size[1]
+
+    @property
+    def sequence_length(self) -> int:
+        """Input positions: text_start, the caption, and all image tokens but the last."""
+        return self.text_length + self.image_length
+
+
+class DalleLogits(NamedTuple):
+    """Unnormalised log-probabilities of the next token, in nats."""
+
+    text: Float[Tensor, "batch text_length vocab"]
+    image: Float[Tensor, "batch image_length codebook_size"]
+
+
+class Dalle(nn.Module):
+    """The decoder over caption and image tokens."""
+
+    def __init__(self, config: DalleConfig) -> None:
+        """Build the decoder with fresh weights.
+
+        Args:
+            config: Its sizes.
+        """
+        super().__init__()
+        self.config = config
+        decoder, width = config.decoder, config.decoder.hidden_size
+        num_cells = config.image_length
+
+        self.text_start = nn.Parameter(torch.empty(width))
+        self.text_embedding = nn.Embedding(config.vocab_size, width)
+        self.text_positions = nn.Embedding(config.text_length, width)
+        self.text_pads = nn.Embedding(config.text_length, width)
+        self.image_embedding = nn.Embedding(config.codebook_size, width)
+        self.target_positions = nn.Embedding(num_cells, width)
+        if decoder.positions == "learned":
+            self.image_positions = nn.Embedding(num_cells, width)
+        elif decoder.positions == "axial":
+            self.row_positions = nn.Embedding(config.image_grid_size[0], width)
+            self.column_positions = nn.Embedding(config.image_grid_size[1], width)
+
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                hidden_size=width,
+                num_heads=decoder.num_heads,
+                intermediate_size=decoder.intermediate_size,
+                dropout_probability=decoder.dropout_probability,
+            )
+            for _ in range(decoder.num_layers)
+        )
+        self.output_norm = build_norm(width)
+        self.text_head = nn.Linear(width, config.vocab_size, bias=False)
+        self.image_head = nn.Linear(width, config.codebook_size, bias=False)
+        self.register_buffer(
+            "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
+        )
+        initialize_weights(self)
+
+    def forward(
+        self,
+        text_token_ids: Int[Tensor, "batch text_length"],
+        image_token_ids: Int[Tensor, "batch image_length"],
+        *,
+        image_order: Int[Tensor, "batch image_length"] | None = None,
+    ) -> DalleLogits:
+        """Predict every token from the ones before it.
+
+        Args:
+            text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
+            image_token_ids: Tokens in the order in which they are drawn.
+            image_order: Grid cell (raster index) of each of them; raster order when None.
+
+        Returns:
+            Logits of the caption tokens and of the image tokens, in drawing order.
+        """
+        if image_order is None:
+            cells = torch.arange(self.config.image_length, device=image_token_ids.device)
+            image_order = repeat(cells, "cell -> batch cell", batch=len(image_token_ids))
+        text = self.embed_text(text_token_ids, image_order[:, 0])
+        image = self.embed_image(image_token_ids[:, :-1], image_order[:, :-1], image_order[:, 1:])
+        hidden_states = torch.cat([text, image], dim=1)  # (batch, sequence, hidden)
+        rotation = self.rotation(image_order[:, :-1], num_text_positions=text.shape[1])
+        for block in self.blocks:
+            hidden_states = block(hidden_states, rotation=rotation, is_causal=True)
+        hidden_states = self.output_norm(hidden_states)
+        text_length = self.config.text_length
+        return DalleLogits(
+            text=self.text_head(hidden_states[:, :text_length]),
+            image=self.image_head(hidden_states[:, text_length:]),
+        )
+
+    def prefill(
+        self,
+        text_token_ids: Int[Tensor, "batch text_length"],
+        cache: KeyValueCache,
+        *,
+        first_cell: int = 0,
+    ) -> Float[Tensor, "batch codebook_size"]:
+        """Read the captions into an empty cache.
+
+        Args:
+            text_token_ids: Captions, padded.
+            cache: Empty; holds the captions afterwards.
+            first_cell: Grid cell that is drawn first.
+
+        Returns:
+            Logits of the first image token.
+        """
+        target = torch.full((len(text_token_ids),), first_cell, device=text_token_ids.device)
+        hidden_states = self.embed_text(text_token_ids, target)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, is_causal=True, cache=cache.layer(index))
+        return self.image_head(self.output_norm(hidden_states[:, -1]))
+
+    def decode_one(
+        self,
+        image_token_ids: Int[Tensor, " batch"],
+        cache: KeyValueCache,
+        *,
+        cell: int,
+        next_cell: int,
+    ) -> Float[Tensor, "batch codebook_size"]:
+        """Add one drawn token to the cache and predict the next one.
+
+        Args:
+            image_token_ids: The token just drawn in each row.
+            cache: Holds everything before it.
+            cell: Grid cell of the drawn token.
+            next_cell: Grid cell that is drawn next.
+
+        Returns:
+            Logits of the token of ``next_cell``.
+        """
+        own = torch.full((len(image_token_ids), 1), cell, device=image_token_ids.device)
+        target = torch.full_like(own, next_cell)
+        hidden_states = self.embed_image(image_token_ids[:, None], own, target)
+        rotation = self.rotation(own, num_text_positions=0)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(hidden_states, rotation=rotation, cache=cache.layer(index))
+        return self.image_head(self.output_norm(hidden_states[:, -1]))
+
+    def embed_text(
+        self,
+        text_token_ids: Int[Tensor, "batch text_length"],
+        first_cell: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch text_length_plus_1 hidden"]:
+        """Embed text_start and the caption; the last position is told the first grid cell."""
+        is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
+        tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
+        tokens = tokens + self.text_positions.weight
+        start = repeat(self.text_start, "hidden -> batch 1 hidden", batch=len(tokens))
+        last = tokens[:, -1:] + self.target_positions(first_cell).unsqueeze(1)
+        return torch.cat([start, tokens[:, :-1], last], dim=1)
+
+    def embed_image(
+        self,
+        image_token_ids: Int[Tensor, "batch length"],
+        cells: Int[Tensor, "batch length"],
+        next_cells: Int[Tensor, "batch length"],
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Embed drawn tokens, where they stand, and which cell comes next."""
+        embedded = self.image_embedding(image_token_ids) + self.target_positions(next_cells)
+        if self.config.decoder.positions == "learned":
+            return embedded + self.image_positions(cells)
+        if self.config.decoder.positions == "axial":
+            rows, columns = self.grid_coordinates[cells].unbind(-1)
+            return embedded + self.row_positions(rows) + self.column_positions(columns)
+        if self.config.decoder.positions == "sinusoidal":
+            return embedded + sinusoidal_positions(
+                self.grid_coordinates[cells], hidden_size=self.config.decoder.hidden_size
+            )
+        return embedded
+
+    def rotation(
+        self, cells: Int[Tensor, "batch length"], *, num_text_positions: int
+    ) -> Rotation | None:
+        """Rotary angles of text positions (zero: they have a learned table) and grid cells."""
+        if self.config.decoder.positions != "rotary":
+            return None
+        angles = rotary_angles(
+            self.grid_coordinates[cells], head_dim=self.config.decoder.head_dim
+        ).unsqueeze(1)
+        angles = nn.functional.pad(angles, (0, 0, num_text_positions, 0))
+        return Rotation(angles.cos(), angles.sin())  # (batch, 1, length, half_head_dim)
+
+    def new_cache(self, batch_size: int) -> KeyValueCache:
+        """Reserve a cache for ``batch_size`` rows of this model, on its device and dtype."""
+        return KeyValueCache(
+            num_layers=self.config.decoder.num_layers,
+            batch_size=batch_size,
+            num_heads=self.config.decoder.num_heads,
+            max_length=self.config.sequence_length,
+            head_dim=self.config.decoder.head_dim,
+            device=self.image_head.weight.device,
+            dtype=self.image_head.weight.dtype,
+        )
+
+
+def initialize_weights(model: Dalle) -> None:
+    """Set every weight of a fresh decoder.
+
+    Matrices and embeddings are normal with standard deviation 0.02; the matrices that write into
+    the residual stream are divided by sqrt(2 * num_layers), so that its variance does not grow
+    with depth (GPT-2); both heads are zero, so that training starts at the uniform distribution.
+
+    Args:
+        model: Changed in place.
+    """
+    residual_std = 0.02 / (2 * model.config.decoder.num_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if name.endswith("_head.weight"):
+            nn.init.zeros_(parameter)
+        elif name.endswith("output.weight"):
+            nn.init.normal_(parameter, std=residual_std)
+        elif "norm" not in name:
+            nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,248 @@
+"""From a prompt to pictures: what ``from_pretrained`` returns and a user calls.
+
+    pipeline = TextToImagePipeline.from_pretrained("out/emoji64/model")
+    pipeline("a red heart", num_images=4, seed=0).images[0].save("heart.png")
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dalle_mini_impl.data.captions import CaptionEncoder
+from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.sampling.rerank import best_of, caption_gain
+from vqvae.model import VQVAE
+
+INDEX_NAME = "model_index.json"
+FORMAT_VERSION = 1
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class PipelineOutput:
+    """Pictures of one call, prompt by prompt."""
+
+    images: list[Image.Image]
+    prompts: list[str]
+    """The prompt of each picture."""
+    seeds: list[int]
+    """The seed of each picture: with its prompt and the settings it makes the picture again."""
+    scores: list[float]
+    """log p(image | prompt) - log p(image) of each picture in nats; 0 where it was not needed."""
+
+
+class TextToImagePipeline:
+    """Caption tokenizer, decoder and image tokenizer in one."""
+
+    def __init__(
+        self,
+        *,
+        dalle: Dalle,
+        vqvae: VQVAE,
+        captions: CaptionEncoder,
+        settings: SamplingConfig | None = None,
+    ) -> None:
+        """Put the three parts together.
+
+        Args:
+            dalle: The decoder.
+            vqvae: The image tokenizer that it was trained on.
+            captions: The caption tokenizer that it was trained on.
+            settings: How tokens are drawn unless a call says otherwise.
+
+        Raises:
+            ValueError: If the parts do not fit each other.
+        """
+        expected = (dalle.config.codebook_size, dalle.config.image_grid_size)
+        got = (vqvae.codebook_size, vqvae.image_grid_size)
+        if got != expected:
+            raise ValueError(f"vqvae: codebook and grid are {got}, the decoder wants {expected}")
+        if captions.text_length != dalle.config.text_length:
+            raise ValueError(
+                f"captions: text_length is {captions.text_length}, "
+                f"the decoder wants {dalle.config.text_length}"
+            )
+        self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
+        self.settings = settings or SamplingConfig()
+
+    def to(self, device: torch.device | str) -> "TextToImagePipeline":
+        """Move both models; returns the pipeline itself.
+
+        Args:
+            device: For example ``cpu`` or ``cuda``.
+        """
+        self.dalle.to(device)
+        self.vqvae.to(device)
+        return self
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int = 1,
+        seed: int = 0,
+        num_candidates: int = 1,
+        **overrides: Any,
+    ) -> PipelineOutput:
+        """Draw pictures.
+
+        Image k of every prompt has seed ``seed + k``, so that it is the same picture whatever else
+        is drawn in the same call.
+
+        Args:
+            prompt: One prompt, or several.
+            num_images: Pictures per prompt.
+            seed: Of the first picture of each prompt.
+            num_candidates: Pictures drawn for each one that is kept: the one whose caption gain
+                is largest.
+            **overrides: Fields of ``SamplingConfig`` for this call, such as ``guidance_scale``.
+
+        Returns:
+            ``num_images`` pictures per prompt, in order.
+
+        Raises:
+            UserError: If a prompt is empty, or a number is out of range.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
+            if count < 1:
+                raise UserError(f"{name}: got {count}, wanted at least 1")
+        per_prompt = num_images * num_candidates
+        if not 0 <= seed <= MAX_SEED - per_prompt:
+            raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
+        settings = self._settings(overrides)
+
+        device = self.dalle.image_head.weight.device
+        text_token_ids = self.captions.encode(prompts).to(device)
+        text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
+        seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
+        was_training = self.dalle.training
+        self.dalle.eval()
+        drawn = generate_image_token_ids(
+            self.dalle, text_token_ids, seeds=seeds, settings=settings
+        )
+        image_token_ids, gains = drawn
+        if num_candidates > 1:
+            if settings.guidance_scale == 1.0:
+                gains = caption_gain(self.dalle, text_token_ids, image_token_ids)
+            kept = best_of(gains, num_candidates=num_candidates)
+            image_token_ids, gains, seeds = image_token_ids[kept], gains[kept], seeds[kept.cpu()]
+        self.dalle.train(was_training)
+        return PipelineOutput(
+            images=self.decode(image_token_ids),
+            prompts=[text for text in prompts for _ in range(num_images)],
+            seeds=seeds.tolist(),
+            scores=gains.tolist(),
+        )
+
+    def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
+        """Turn rows of image tokens into pictures.
+
+        Args:
+            image_token_ids: (batch, image_length), raster order.
+
+        Returns:
+            One picture per row.
+        """
+        images = []
+        for row in image_token_ids:  # one by one: a picture must not depend on its neighbours
+            grid = row.reshape(1, *self.vqvae.image_grid_size)
+            images += pixels_to_images(self.vqvae.decode_from_token_ids(grid))
+        return images
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a model folder that describes itself.
+
+        Args:
+            folder: Made if missing.
+        """
+        folder = Path(folder)
+        self.vqvae.save_pretrained(folder / "vqvae")
+        self.captions.save_pretrained(folder / "text_tokenizer")
+        (folder / "dalle").mkdir(parents=True, exist_ok=True)
+        weights = {name: value.contiguous() for name, value in self.dalle.state_dict().items()}
+        save_file(weights, folder / "dalle" / "model.safetensors")
+        _write_json(folder / "dalle" / "config.json", dataclasses.asdict(self.dalle.config))
+        index = {
+            "format_version": FORMAT_VERSION,
+            "pipeline": type(self).__name__,
+            "sampling": dataclasses.asdict(self.settings),
+            "vqvae_fingerprint": self.vqvae.fingerprint(),
+        }
+        _write_json(folder / INDEX_NAME, index)  # last: a folder without it is not finished
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TextToImagePipeline":
+        """Load what ``save_pretrained`` wrote, strictly.
+
+        Args:
+            folder: A model folder.
+
+        Returns:
+            The pipeline in evaluation mode, on the CPU.
+
+        Raises:
+            UserError: If the folder is no model folder, or its parts are damaged or do not fit.
+        """
+        folder = Path(folder)
+        if not (folder / INDEX_NAME).is_file():
+            raise UserError(
+                f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
+                "wanted the folder that train_dalle.py wrote, for example out/demo/model"
+            )
+        try:
+            index = _read_json(folder / INDEX_NAME)
+            if index.get("format_version") != FORMAT_VERSION:
+                raise UserError(
+                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}"
+                )
+            vqvae = VQVAE.from_pretrained(folder / "vqvae")
+            if vqvae.fingerprint() != index["vqvae_fingerprint"]:
+                raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
+            config = _read_json(folder / "dalle" / "config.json")
+            config["image_grid_size"] = tuple(config["image_grid_size"])
+            config["decoder"] = DecoderConfig(**config["decoder"])
+            dalle = Dalle(DalleConfig(**config)).eval()
+            dalle.load_state_dict(load_file(folder / "dalle" / "model.safetensors"), strict=True)
+            return cls(
+                dalle=dalle,
+                vqvae=vqvae,
+                captions=CaptionEncoder.from_pretrained(folder / "text_tokenizer"),
+                settings=SamplingConfig(**index["sampling"]),
+            )
+        except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model: {folder} does not load: {reason}") from error
+
+    def _settings(self, overrides: dict[str, Any]) -> SamplingConfig:
+        known = {field.name for field in dataclasses.fields(SamplingConfig)}
+        unknown = sorted(overrides.keys() - known)
+        if unknown:
+            raise UserError(f"{unknown[0]}: unknown setting, wanted one of {', '.join(known)}")
+        try:
+            return dataclasses.replace(self.settings, **overrides)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, wanted an object")
+    return values

@@ -1,0 +1,73 @@
+"""Choosing the best of several pictures by the model's own likelihoods."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+
+
+@torch.inference_mode()
+def caption_gain(
+    model: Dalle,
+    text_token_ids: Int[Tensor, "batch text_length"],
+    image_token_ids: Int[Tensor, "batch image_length"],
+) -> Float[Tensor, " batch"]:
+    """Measure how much likelier the caption makes each picture.
+
+    This is log p(image | text) - log p(image), the pointwise mutual information of picture and
+    caption: unlike log p(image | text) it does not favour pictures that are plain.
+
+    Args:
+        model: In evaluation mode.
+        text_token_ids: Captions, padded.
+        image_token_ids: One picture per caption.
+
+    Returns:
+        Gains in nats.
+    """
+    null = torch.full_like(text_token_ids, PAD_TOKEN_ID)
+    given = image_log_likelihood(model, text_token_ids, image_token_ids)
+    return given - image_log_likelihood(model, null, image_token_ids)
+
+
+@torch.inference_mode()
+def image_log_likelihood(
+    model: Dalle,
+    text_token_ids: Int[Tensor, "batch text_length"],
+    image_token_ids: Int[Tensor, "batch image_length"],
+) -> Float[Tensor, " batch"]:
+    """Compute log p(image | text) of each pair.
+
+    Args:
+        model: In evaluation mode.
+        text_token_ids: Captions, padded; a row of pads gives log p(image).
+        image_token_ids: One picture per caption.
+
+    Returns:
+        Natural logarithms, summed over the picture's tokens.
+    """
+    logits = model(text_token_ids, image_token_ids).image.float()
+    chosen = logits.log_softmax(-1).gather(2, image_token_ids.unsqueeze(2))
+    return chosen.sum(dim=(1, 2))
+
+
+def best_of(scores: Float[Tensor, " batch"], *, num_candidates: int) -> Int[Tensor, " groups"]:
+    """Pick the best of every run of candidates.
+
+    Args:
+        scores: Of all candidates; each prompt's candidates stand together.
+        num_candidates: Candidates per pick.
+
+    Returns:
+        Indices into ``scores``, one per group.
+
+    Raises:
+        ValueError: If the scores do not divide into groups.
+    """
+    if num_candidates < 1 or len(scores) % num_candidates:
+        raise ValueError(
+            f"num_candidates: got {num_candidates}, wanted a divisor of {len(scores)} scores"
+        )
+    best = scores.reshape(-1, num_candidates).argmax(dim=1)
+    return best + torch.arange(len(best), device=scores.device) * num_candidates

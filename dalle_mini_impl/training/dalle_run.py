@@ -1,0 +1,166 @@
+"""A whole decoder run: captioned pictures and a tokenizer in, model folder out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.tokens import build_token_dataset
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.generate import SamplingConfig
+from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.run import run_task
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import (
+    DataConfig,
+    build_accelerator,
+    load_pairs,
+    use_fast_float32,
+)
+from dalle_mini_impl.training.tracking import TrackingConfig
+from vqvae import VQVAE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The caption tokenizer.
+
+    Raises:
+        ValueError: If the length is below 1.
+    """
+
+    vocab_size: int = 2048
+    """Largest number of caption tokens that are learned, the 256 bytes included."""
+    text_length: int = 32
+    """Tokens per caption; longer captions are cut."""
+
+    def __post_init__(self) -> None:
+        """Refuse a length that holds nothing."""
+        if self.text_length < 1:
+            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleRunConfig:
+    """Options of ``train_dalle.py``."""
+
+    data: DataConfig
+    """Captioned pictures to learn from."""
+    vqvae_dir: str
+    """Folder of the trained image tokenizer."""
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
+    num_views: int = 1
+    """Copies of each image that are tokenized; all but the first are shifted."""
+    max_shift: int = 0
+    """Largest shift of the copies, in pixels."""
+    fixed_prompts: tuple[str, ...] = ()
+    """Prompts of the sample grid; held-out captions when empty."""
+    text: TextConfig = field(default_factory=TextConfig)
+    """The caption tokenizer."""
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    """The decoder."""
+    task: DalleTaskConfig = field(default_factory=DalleTaskConfig)
+    """Its loss."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How pictures are drawn, unless a call says otherwise."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Budget and optimizer."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+
+
+def train_dalle(
+    config: DalleRunConfig,
+    *,
+    resume: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train a decoder on the tokens of captioned pictures.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run, on the main process.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    accelerator = build_accelerator(config.training.mixed_precision)
+    use_fast_float32()
+    show = show if accelerator.is_main_process else (lambda line: None)
+    try:
+        vqvae = VQVAE.from_pretrained(config.vqvae_dir)
+    except ValueError as error:
+        raise UserError(f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote") from None
+    with accelerator.main_process_first():  # the others find the main process's tokens
+        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), show)
+    return run_task(
+        dalle,
+        task,
+        config,
+        accelerator=accelerator,
+        resume=resume,
+        show=show,
+        save_pretrained=pipeline.save_pretrained,
+    )
+
+
+def _prepare(
+    config: DalleRunConfig, vqvae: VQVAE, show: Callable[[str], None]
+) -> tuple[DalleTask, Dalle, TextToImagePipeline]:
+    """Read and tokenize the data; build the decoder and the pipeline around it."""
+    size = vqvae.config.image_size
+    train = load_pairs(config.data, config.data.train_split, image_size=size, show=show)
+    held_out = load_pairs(config.data, config.data.validation_split, image_size=size, show=show)
+    captions = CaptionEncoder(
+        train_text_tokenizer(
+            (text for pair in train.pairs for text in pair.captions),
+            vocab_size=config.text.vocab_size,
+        ),
+        text_length=config.text.text_length,
+    )
+    cache_dir = Path(config.output_dir) / "tokens"
+    tokens = {
+        name: build_token_dataset(
+            loaded.pairs,
+            loaded.pixels,
+            vqvae=vqvae,
+            captions=captions,
+            num_views=config.num_views if name == "train" else 1,
+            max_shift=config.max_shift,
+            cache_dir=cache_dir,
+            show=show,
+        )
+        for name, loaded in (("train", train), ("held_out", held_out))
+    }
+    torch.manual_seed(config.training.seed)
+    dalle = Dalle(
+        DalleConfig(
+            decoder=config.decoder,
+            vocab_size=captions.vocab_size,
+            text_length=captions.text_length,
+            codebook_size=vqvae.codebook_size,
+            image_grid_size=vqvae.image_grid_size,
+        )
+    )
+    pipeline = TextToImagePipeline(
+        dalle=dalle, vqvae=vqvae, captions=captions, settings=config.sampling
+    )
+    prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
+    task = DalleTask(
+        tokens["train"],
+        tokens["held_out"],
+        config.task,
+        sample_weights=train.weights(config.data.balance_by),
+        pipeline=pipeline,
+        fixed_prompts=prompts,
+    )
+    return task, dalle, pipeline

@@ -1,0 +1,209 @@
+"""Training the decoder: its loss, its held-out measures, its sample grid."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.training.loop import PictureGrid
+
+EVALUATION_BATCH_SIZE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleTaskConfig:
+    """What the decoder's loss is made of, and how its data is varied.
+
+    Raises:
+        ValueError: If a share is not in [0, 1].
+    """
+
+    text_loss_weight: float = 0.1
+    """Weight of the caption's loss beside the image's."""
+    caption_dropout_probability: float = 0.1
+    """Share of samples trained without their caption, for guidance."""
+    token_noise_probability: float = 0.0
+    """Share of input image tokens replaced by those of another picture; targets stay."""
+    random_order_probability: float = 0.0
+    """Share of samples drawn in random order instead of raster order, while it lasts."""
+    shifted_view_probability: float = 0.0
+    """Share of samples taken from a shifted view, while it lasts."""
+    augmentation_ends_at: float = 0.75
+    """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1]."""
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"task.{name}: got {value}, wanted 0 to 1")
+
+
+class DalleTask:
+    """Caption and image tokens, and the decoder's loss on them."""
+
+    def __init__(
+        self,
+        train: TokenDataset,
+        held_out: TokenDataset,
+        config: DalleTaskConfig,
+        *,
+        sample_weights: Tensor | None,
+        pipeline: TextToImagePipeline,
+        fixed_prompts: tuple[str, ...],
+    ) -> None:
+        """Collect what training needs.
+
+        Args:
+            train: Training samples.
+            held_out: Samples that are only measured.
+            config: Loss weights and augmentation.
+            sample_weights: How often each sample is wanted, or None.
+            pipeline: Draws the sample grid with the model in training.
+            fixed_prompts: Prompts of the sample grid.
+        """
+        self.train, self.held_out, self.config = train, held_out, config
+        self.sample_weights = sample_weights
+        self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
+        self.num_samples = len(train)
+        self.image_length = train.image_token_ids.shape[-1]
+        self.num_draws = 5 + 3 * self.image_length
+        codebook_size = pipeline.dalle.config.codebook_size
+        counts = torch.bincount(train.image_token_ids[:, 0].flatten(), minlength=codebook_size)
+        self.baselines = {
+            "baseline/image_uniform_nats": math.log(codebook_size),
+            "baseline/image_unigram_nats": _entropy(counts),
+            "baseline/text_uniform_nats": math.log(pipeline.dalle.config.vocab_size),
+            "baseline/text_unigram_nats": _entropy(
+                train.text_token_ids[train.text_token_ids != PAD_TOKEN_ID].bincount()
+            ),
+        }
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Look up the tokens; the draws of the loss travel with them."""
+        views = torch.where(
+            draws[:, 1] < self.config.shifted_view_probability, draws[:, 2], torch.zeros(())
+        )
+        length = self.image_length
+        strangers = (draws[:, -length:] * self.num_samples).long()  # (batch, image_length)
+        return {
+            "text_token_ids": self.train.captions_of(sample_ids, draws[:, 0]),
+            "image_token_ids": self.train.images_of(sample_ids, torch.zeros(len(sample_ids))),
+            "view_token_ids": self.train.images_of(sample_ids, views),
+            "stranger_token_ids": self.train.image_token_ids[
+                strangers, 0, torch.arange(length)
+            ].long(),
+            "draws": draws[:, 3 : 5 + 2 * length],
+        }
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return image loss plus weighted text loss, both in nats per token."""
+        del generator  # every random number here belongs to a sample, not to a process
+        text_token_ids, draws = batch["text_token_ids"], batch["draws"]
+        augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
+        image = batch["view_token_ids"] if augmentation else batch["image_token_ids"]
+        dropped = draws[:, 0] < self.config.caption_dropout_probability
+        given_text = text_token_ids.masked_fill(dropped[:, None], PAD_TOKEN_ID)
+
+        length = self.image_length
+        order_draws, noise_draws = draws[:, 2:].split(length, dim=1)
+        is_random = draws[:, 1] < self.config.random_order_probability * augmentation
+        order = torch.where(
+            is_random[:, None],
+            order_draws.argsort(dim=1),
+            torch.arange(length, device=image.device),
+        )
+        is_noise = noise_draws < self.config.token_noise_probability * augmentation
+        noisy = torch.where(is_noise, batch["stranger_token_ids"], image)
+
+        logits = model(given_text, noisy.gather(1, order), image_order=order)
+        targets = image.gather(1, order)
+        image_nats = F.cross_entropy(logits.image.transpose(1, 2), targets)
+        text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
+        loss = image_nats + self.config.text_loss_weight * text_nats
+        return loss, {"image_nats": image_nats.detach(), "text_nats": text_nats.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure nats per image token on held-out pairs, with and without their captions."""
+        train_part = torch.arange(0, len(self.train), max(1, len(self.train) // 256))
+        held_out = self._image_nats(model, self.held_out, torch.arange(len(self.held_out)))
+        train = self._image_nats(model, self.train, train_part)
+        return {
+            "validation/image_nats": held_out["given"],
+            "validation/image_nats_null_caption": held_out["null"],
+            "validation/text_nats": held_out["text"],
+            "validation/caption_gain_nats": held_out["null"] - held_out["given"],
+            "validation/train_image_nats": train["given"],
+            "validation/memorisation_gap_nats": held_out["given"] - train["given"],
+            **self.baselines,
+        }
+
+    def _image_nats(
+        self, model: nn.Module, data: TokenDataset, sample_ids: Tensor
+    ) -> dict[str, float]:
+        device = next(model.parameters()).device
+        totals = {"given": 0.0, "null": 0.0, "text": 0.0}
+        for ids in sample_ids.split(EVALUATION_BATCH_SIZE):
+            image = data.images_of(ids, torch.zeros(len(ids))).to(device)
+            text = data.captions_of(ids, torch.zeros(len(ids))).to(device)
+            everything = torch.ones(len(ids), dtype=torch.bool, device=device)
+            for name, caption in (("given", text), ("null", torch.full_like(text, PAD_TOKEN_ID))):
+                logits = model(caption, image)
+                nats = F.cross_entropy(logits.image.float().transpose(1, 2), image)
+                totals[name] += float(nats) * len(ids) / len(sample_ids)
+                if name == "given":
+                    text_nats = text_loss(logits.text.float(), text, is_counted=everything)
+                    totals["text"] += float(text_nats) * len(ids) / len(sample_ids)
+        return totals
+
+    @torch.no_grad()
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Draw the fixed prompts, one picture each, always with the same seeds."""
+        del model  # the pipeline holds the same module
+        drawn = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
+        return [PictureGrid("samples", drawn.images, list(self.fixed_prompts))]
+
+
+def text_loss(
+    logits: Float[Tensor, "batch text_length vocab"],
+    text_token_ids: Int[Tensor, "batch text_length"],
+    *,
+    is_counted: Tensor,
+) -> Float[Tensor, ""]:
+    """Average the captions' loss: over a caption's tokens without pads, then over samples.
+
+    Samples whose caption is hidden count as zero, so that the mean does not depend on how a batch
+    is divided among processes.
+
+    Args:
+        logits: Of every caption position.
+        text_token_ids: The true captions.
+        is_counted: False for samples whose caption is hidden.
+
+    Returns:
+        Nats per token.
+    """
+    nats = F.cross_entropy(logits.transpose(1, 2), text_token_ids, reduction="none")
+    is_token = (text_token_ids != PAD_TOKEN_ID) & is_counted[:, None]
+    per_sample = (nats * is_token).sum(dim=1) / is_token.sum(dim=1).clamp_min(1)
+    return per_sample.mean()
+
+
+def _entropy(counts: Tensor) -> float:
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log()).sum())

@@ -1,0 +1,429 @@
+"""One training loop for every model, on Accelerate: it knows steps, never losses.
+
+Order and randomness are functions, not state. The samples of a step are f(seed, step); every
+random number a batch needs is f(seed, step, place in the global batch), so that any number of
+processes trains on the same numbers; network dropout is f(seed, step, process). A run that was
+stopped continues as if it had not been, and a checkpoint stores nothing but weights, moments and
+the step.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.order import SampleOrder, step_generator
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.checkpoint import (
+    Checkpoint,
+    flatten_optimizer_state,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_optimizer_state,
+    save_checkpoint,
+)
+from dalle_mini_impl.training.optimizer import MovingAverage, build_optimizers
+from dalle_mini_impl.training.progress import ProgressLine
+from dalle_mini_impl.training.schedule import learning_rate_factor
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+MAX_SKIPPED_IN_A_ROW = 10
+DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class PictureGrid:
+    """Pictures that a task wants to be seen."""
+
+    key: str
+    images: list[Image.Image]
+    captions: list[str]
+
+
+class Task(Protocol):
+    """What the loop needs of a model's training: data, a loss, and things to look at."""
+
+    num_samples: int
+    """Training samples."""
+    num_draws: int
+    """Uniform random numbers that one sample of a batch uses."""
+    sample_weights: Tensor | None
+    """How often each sample is wanted relative to the others, or None for equal shares."""
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Collect the samples on the CPU; ``draws`` are uniform in [0, 1)."""
+        ...
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss, a mean over samples, and detached metrics."""
+        ...
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure the model on held-out samples."""
+        ...
+
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Make the pictures that show how far the model is."""
+        ...
+
+
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    step: int = 0
+    elapsed_seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    skipped_in_all: int = 0
+
+    def progress(self, config: TrainingConfig) -> float:
+        """Share of the budget used, in [0, 1]: of the steps or of the minutes, the larger."""
+        share = self.step / config.max_steps
+        if config.max_minutes is not None:
+            share = max(share, self.elapsed_seconds / (60 * config.max_minutes))
+        return min(1.0, share)
+
+
+class Trainer:
+    """A model, its task and its optimizers, between two checkpoints."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        config: TrainingConfig,
+        *,
+        accelerator: Accelerator,
+        tracker: Tracker,
+        output_dir: Path,
+    ) -> None:
+        """Prepare a run at step 0.
+
+        Args:
+            model: Freshly built or loaded; moved to the accelerator's device.
+            task: Its data and loss.
+            config: Budget, optimizer and intervals.
+            accelerator: Processes, device and precision.
+            tracker: Where metrics and pictures go.
+            output_dir: Checkpoints go to ``output_dir / "checkpoints"``.
+
+        Raises:
+            UserError: If the global batch does not divide among processes and accumulation.
+        """
+        parts = accelerator.num_processes * config.gradient_accumulation_steps
+        if config.global_batch_size % parts:
+            raise UserError(
+                f"training.global_batch_size: got {config.global_batch_size}, wanted a multiple of "
+                f"{parts} ({accelerator.num_processes} processes x "
+                f"{config.gradient_accumulation_steps} gradient_accumulation_steps)"
+            )
+        self.config, self.task, self.tracker = config, task, tracker
+        self.accelerator = accelerator
+        self.checkpoint_dir = output_dir / "checkpoints"
+        self.model = model.to(accelerator.device)
+        self.wrapped = accelerator.prepare_model(self.model)
+        self.optimizers = build_optimizers(
+            self.model,
+            kind=config.optimizer,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=config.betas,
+        )
+        self.average = (
+            MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
+        )
+        self.micro_batch_size = config.global_batch_size // parts
+        self.order = SampleOrder(
+            task.num_samples,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            weights=task.sample_weights,
+        )
+        self.state = RunState()
+
+    def train(self, *, show: Callable[[str], None] = lambda line: None) -> None:
+        """Run to the end of the budget, evaluating, drawing and saving on the way.
+
+        Args:
+            show: Receives one plain line per log interval when the output is no terminal.
+
+        Raises:
+            UserError: If the loss stays non-finite.
+        """
+        config, state = self.config, self.state
+        progress_line = ProgressLine(self.accelerator.is_main_process, config.max_steps, show)
+        started = time.perf_counter() - state.elapsed_seconds
+        meter = _Meter()
+        with ThreadPoolExecutor(max_workers=1) as loader:
+            pending = self._prefetch(loader, state.step)
+            while state.progress(config) < 1.0:
+                with meter.waiting():
+                    batches = pending.result()
+                pending = self._prefetch(loader, state.step + 1)
+                metrics = self._step(batches)
+                state.step += 1
+                state.elapsed_seconds = self._agreed(time.perf_counter() - started)
+                meter.add(metrics, samples=config.global_batch_size)
+                done = state.progress(config) >= 1.0
+                if done or state.step % config.log_every_steps == 0:
+                    values = meter.read(self.accelerator)
+                    self.tracker.log({**values, "progress": state.progress(config)}, state.step)
+                    progress_line.update(state.step, state.progress(config), values)
+                if done or state.step % config.evaluate_every_steps == 0:
+                    self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
+                if done or state.step % config.checkpoint_every_steps == 0:
+                    self.save()
+        progress_line.close()
+
+    def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Make one optimizer update from this process's micro-batches."""
+        config, state, accelerator = self.config, self.state, self.accelerator
+        progress = state.progress(config)
+        torch.manual_seed(self._seed(DROPOUT_PURPOSE))
+        generator = self._generator(NOISE_PURPOSE)
+        self.wrapped.train()
+        totals: dict[str, Tensor] = {}
+        for index, batch in enumerate(batches):
+            on_device = {name: value.to(accelerator.device) for name, value in batch.items()}
+            is_last = index == len(batches) - 1
+            with _no_gradient_sync(accelerator, self.wrapped, skip=is_last):
+                with accelerator.autocast():
+                    loss, metrics = self.task.loss(
+                        self.wrapped, on_device, progress=progress, generator=generator
+                    )
+                accelerator.backward(loss / len(batches))
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                totals[name] = totals.get(name, 0) + value.detach() / len(batches)
+        gradient_norm = nn.utils.clip_grad_norm_(
+            self.model.parameters(), config.gradient_clip_norm or math.inf
+        )
+        factor = learning_rate_factor(
+            state.step,
+            progress,
+            warmup_steps=config.warmup_steps,
+            schedule=config.schedule,
+            decay_fraction=config.decay_fraction,
+        )
+        self._update(gradient_norm, totals["loss"], factor)
+        totals["gradient_norm"] = gradient_norm.detach()
+        totals["learning_rate"] = torch.tensor(config.learning_rate * factor)
+        return totals
+
+    def _update(self, gradient_norm: Tensor, loss: Tensor, factor: float) -> None:
+        """Step the optimizers, unless any process met a non-finite number."""
+        state = self.state
+        finite = torch.isfinite(gradient_norm) & torch.isfinite(loss)
+        if self._worst(~finite):
+            state.skipped_in_a_row += 1
+            state.skipped_in_all += 1
+            logger.warning("step %d: loss or gradient not finite; no update", state.step)
+            if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up to "
+                    f"step {state.step}; lower training.learning_rate (now "
+                    f"{self.config.learning_rate}) and resume from the last checkpoint"
+                )
+        else:
+            state.skipped_in_a_row = 0
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * factor
+                optimizer.step()
+            if self.average is not None:
+                self.average.update(self.model, step=state.step)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def _evaluate(self, *, draw: bool) -> None:
+        """Measure and draw with the averaged weights, if there are any."""
+        if self.average is not None:
+            self.average.swap(self.model)
+        self.model.eval()
+        if self.accelerator.is_main_process:
+            self.tracker.log(self.task.evaluate(self.model), self.state.step)
+            for grid in self.task.draw_pictures(self.model) if draw else []:
+                self.tracker.log_images(grid.key, grid.images, grid.captions, self.state.step)
+        if self.average is not None:
+            self.average.swap(self.model)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write a checkpoint of the current step."""
+        if self.accelerator.is_main_process:
+            tensors = {"model": self.model.state_dict()}
+            state: dict[str, Any] = {**vars(self.state), "run_id": self.tracker.run_id}
+            if self.average is not None:
+                tensors["average"] = self.average.weights
+            for index, optimizer in enumerate(self.optimizers):
+                name = f"optimizer_{index}"
+                tensors[name], state[name] = flatten_optimizer_state(optimizer)
+            save_checkpoint(self.checkpoint_dir, self.state.step, tensors=tensors, state=state)
+        self.accelerator.wait_for_everyone()
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Continue from a checkpoint.
+
+        Args:
+            checkpoint: Of a run with the same config.
+        """
+        self.model.load_state_dict(checkpoint.tensors["model"])
+        if self.average is not None:
+            self.average.weights = {
+                name: value.to(self.accelerator.device)
+                for name, value in checkpoint.tensors["average"].items()
+            }
+        for index, optimizer in enumerate(self.optimizers):
+            name = f"optimizer_{index}"
+            restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
+        names = vars(self.state).keys()
+        self.state = RunState(**{name: checkpoint.state[name] for name in names})
+
+    def use_average(self) -> None:
+        """Put the averaged weights into the model, for good."""
+        if self.average is not None:
+            self.average.swap(self.model)
+
+    def _prefetch(self, loader: ThreadPoolExecutor, step: int) -> Future[list[dict[str, Tensor]]]:
+        return loader.submit(self._batches, step)
+
+    def _batches(self, step: int) -> list[dict[str, Tensor]]:
+        """Make this process's micro-batches of one step."""
+        sample_ids = self.order.indices(step)
+        shape = (len(sample_ids), self.task.num_draws)
+        generator = step_generator(self.config.seed, step, 0, DRAWS_PURPOSE)
+        draws = torch.rand(shape, generator=generator)
+        size, accumulation = self.micro_batch_size, self.config.gradient_accumulation_steps
+        start = self.accelerator.process_index * size * accumulation
+        slices = [slice(start + i * size, start + (i + 1) * size) for i in range(accumulation)]
+        return [self.task.make_batch(sample_ids[part], draws[part]) for part in slices]
+
+    def _generator(self, purpose: int) -> torch.Generator:
+        rank = self.accelerator.process_index
+        return step_generator(self.config.seed, self.state.step, rank, purpose)
+
+    def _seed(self, purpose: int) -> int:
+        return int(torch.randint(2**62, (1,), generator=self._generator(purpose)))
+
+    def _agreed(self, seconds: float) -> float:
+        """Take the main process's clock, so that all stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return seconds
+        clock = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
+        torch.distributed.broadcast(clock, src=0)
+        return float(clock)
+
+    def _worst(self, flag: Tensor) -> bool:
+        """Return True if the flag is set on any process."""
+        if self.accelerator.num_processes == 1:
+            return bool(flag)
+        flags = self.accelerator.gather(flag.reshape(1).int().to(self.accelerator.device))
+        return bool(flags.any())
+
+
+def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
+    """Open the checkpoint that ``--resume`` names.
+
+    Args:
+        output_dir: The run's folder.
+        resume: None for a fresh run, ``latest``, or a checkpoint folder.
+
+    Returns:
+        The checkpoint, or None for a fresh start.
+
+    Raises:
+        UserError: If a named checkpoint is missing or damaged, or a fresh run would write over an
+            older one.
+    """
+    root = output_dir / "checkpoints"
+    if resume is None:
+        if root.is_dir() and any(root.glob("step-*")):
+            raise UserError(
+                f"output_dir: {output_dir} already holds a run; pass --resume latest to continue "
+                "it, or another output_dir"
+            )
+        return None
+    if resume != "latest":
+        return load_checkpoint(Path(resume))
+    checkpoint = newest_checkpoint(root)
+    if checkpoint is None:
+        logger.warning("--resume latest: no checkpoint in %s; starting at step 0", root)
+    return checkpoint
+
+
+class _Meter:
+    """Averages metrics between two log lines, and times data and steps."""
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._count, self._samples, self._wait = 0, 0, 0.0
+        self._started = time.perf_counter()
+
+    def waiting(self) -> "_Stopwatch":
+        return _Stopwatch(self)
+
+    def add_wait(self, seconds: float) -> None:
+        self._wait += seconds
+
+    def add(self, metrics: dict[str, Tensor], *, samples: int) -> None:
+        for name, value in metrics.items():
+            self._totals[name] = self._totals.get(name, 0) + value.float()
+        self._count += 1
+        self._samples += samples
+
+    def read(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return means over steps and processes, and start anew."""
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        means = torch.stack(
+            [value.to(accelerator.device) / self._count for value in self._totals.values()]
+        )
+        if accelerator.num_processes > 1:
+            means = accelerator.reduce(means, reduction="mean")
+        values = dict(zip((f"train/{name}" for name in self._totals), means.tolist(), strict=True))
+        values["train/samples_per_second"] = self._samples / seconds
+        values["train/data_wait_fraction"] = self._wait / seconds
+        self._reset()
+        return values
+
+
+class _Stopwatch:
+    def __init__(self, meter: _Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._meter.add_wait(time.perf_counter() - self._started)
+
+
+def _no_gradient_sync(accelerator: Accelerator, model: nn.Module, *, skip: bool) -> Any:
+    """Hold back DDP's gradient exchange until the last micro-batch."""
+    from contextlib import nullcontext
+
+    return nullcontext() if skip else accelerator.no_sync(model)

@@ -1,0 +1,110 @@
+"""Optimizers, and the moving average of the weights."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+
+def build_optimizers(
+    model: nn.Module,
+    *,
+    kind: Literal["adamw", "muon"],
+    learning_rate: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> list[torch.optim.Optimizer]:
+    """Build AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
+
+    Only matrices decay: biases, norm scales and embeddings do not.
+
+    Args:
+        model: Its trainable parameters are optimized.
+        kind: ``adamw`` (Loshchilov & Hutter 2019, arXiv:1711.05101) or ``muon`` (Jordan et al.
+            2024), whose update is scaled to the size of AdamW's (Liu et al. 2025,
+            arXiv:2502.16982), so that one learning rate serves both.
+        learning_rate: Base rate, before the schedule.
+        weight_decay: Decoupled decay per unit of learning rate.
+        betas: Decay of AdamW's two moments.
+
+    Returns:
+        One or two optimizers; each group holds its base rate as ``initial_lr``.
+    """
+    embedding_ids = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
+    hidden, matrices, vectors = [], [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2 or id(parameter) in embedding_ids:
+            vectors.append(parameter)
+        elif kind == "muon" and parameter.ndim == 2 and not name.endswith("head.weight"):
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=learning_rate, betas=betas, fused=True
+    )
+    optimizers: list[torch.optim.Optimizer] = [adamw]
+    if hidden:
+        muon = torch.optim.Muon(
+            hidden,
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+        optimizers.append(muon)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = learning_rate
+    return optimizers
+
+
+class MovingAverage:
+    """Exponential moving average of a model's parameters and buffers."""
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        """Start from the model's current weights.
+
+        Args:
+            model: Whose weights are averaged.
+            decay: Share of the average kept at each update, in [0, 1).
+        """
+        self.decay = decay
+        self.weights = {name: value.detach().clone() for name, value in _averaged(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, *, step: int) -> None:
+        """Move towards the model's weights; the first updates move faster.
+
+        Args:
+            model: The trained model.
+            step: Optimizer updates done so far.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in _averaged(model).items():
+            if value.is_floating_point():
+                self.weights[name].lerp_(value, 1 - decay)
+            else:
+                self.weights[name].copy_(value)
+
+    @torch.no_grad()
+    def swap(self, model: nn.Module) -> None:
+        """Exchange the averaged and the model's weights, in place; a second call undoes it.
+
+        Args:
+            model: The trained model.
+        """
+        for name, value in _averaged(model).items():
+            kept = value.clone()
+            value.copy_(self.weights[name])
+            self.weights[name].copy_(kept)
+
+
+def _averaged(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.state_dict())

@@ -1,0 +1,97 @@
+"""What every run does around the loop: tracker, resume, the resolved config, the final folder."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from torch import nn
+
+from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint
+from dalle_mini_impl.training.tracking import open_tracker
+
+
+def run_task(
+    model: nn.Module,
+    task: Task,
+    config: Any,
+    *,
+    accelerator: Accelerator,
+    resume: str | None,
+    show: Callable[[str], None],
+    save_pretrained: Callable[[Path], None],
+) -> Path:
+    """Train a model to the end of its budget and write its folder.
+
+    Args:
+        model: Freshly built.
+        task: Its data and loss.
+        config: A dataclass with ``output_dir``, ``training`` and ``tracking``; saved into ``config.yaml`` of the run.
+        accelerator: Processes, device and precision.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run, on the main process.
+        save_pretrained: Writes the trained model into the folder that it is given.
+
+    Returns:
+        The folder ``output_dir / "model"``.
+
+    Raises:
+        UserError: If there is nothing to resume from, or the output folder is taken.
+    """
+    output_dir, is_main = Path(config.output_dir), accelerator.is_main_process
+    checkpoint = find_checkpoint(output_dir, resume)
+    if is_main:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        save_config(config, output_dir / "config.yaml")
+    tracker = open_tracker(
+        config.tracking,
+        output_dir=output_dir,
+        run_config=dataclasses.asdict(config),
+        is_main=is_main,
+        resume_step=checkpoint.step if checkpoint else 0,
+        run_id=checkpoint.state["run_id"] if checkpoint else None,
+    )
+    show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    trainer = Trainer(
+        model,
+        task,
+        config.training,
+        accelerator=accelerator,
+        tracker=tracker,
+        output_dir=output_dir,
+    )
+    if checkpoint:
+        show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
+        trainer.restore(checkpoint)
+    trainer.train(show=show)
+    trainer.use_average()
+    folder = output_dir / "model"
+    if is_main:
+        save_pretrained(folder)
+        tracker.log_artifact(folder, name="model", type="model")
+    tracker.close()
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    show(f"model folder: {folder}")
+    return folder
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write a config so that ``load_config`` reads the same one back.
+
+    Args:
+        config: A dataclass of plain values, tuples and dataclasses.
+        path: YAML file.
+    """
+    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists, which is all that YAML has."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,50 @@
+"""Learning rate and other values over a run, as functions of the step and of progress alone."""
+
+import math
+from typing import Literal
+
+
+def learning_rate_factor(
+    step: int,
+    progress: float,
+    *,
+    warmup_steps: int,
+    schedule: Literal["wsd", "cosine"],
+    decay_fraction: float = 0.25,
+) -> float:
+    """Scale the base learning rate.
+
+    Progress, not the step, drives the decay, so that a run with a time budget finishes its
+    schedule on a machine of any speed.
+
+    Args:
+        step: Optimizer updates done so far.
+        progress: Share of the run that is done, in [0, 1].
+        warmup_steps: Updates over which the rate rises linearly.
+        schedule: ``wsd`` (warm-up, stable, linear decay to zero; Hu et al. 2024,
+            arXiv:2404.06395) or ``cosine`` (Loshchilov & Hutter 2017, arXiv:1608.03983).
+        decay_fraction: Share of the run in which ``wsd`` decays.
+
+    Returns:
+        A factor in [0, 1].
+    """
+    warmup = min(1.0, (step + 1) / max(1, warmup_steps))
+    if schedule == "cosine":
+        return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return warmup * min(1.0, max(0.0, 1 - progress) / decay_fraction)
+
+
+def anneal(progress: float, *, start: float, end: float, over: float = 1.0) -> float:
+    """Go from ``start`` to ``end`` along half a cosine, then stay.
+
+    Args:
+        progress: Share of the run that is done, in [0, 1].
+        start: Value at progress 0.
+        end: Value from progress ``over`` on.
+        over: Share of the run that the change takes.
+
+    Returns:
+        The value now.
+    """
+    share = min(1.0, progress / over)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))

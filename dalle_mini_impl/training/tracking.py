@@ -1,0 +1,402 @@
+"""Run tracking that never stops a run: `metrics.jsonl` is the truth, Weights & Biases shows it.
+
+Plain wandb instead of Accelerate's tracker: that one has no way to go offline when the network is
+missing, and what wandb raises ends the training. Here every wandb call may fail; the run then goes
+on with `metrics.jsonl` and the pictures under `samples/`.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO, get_args
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from PIL import Image
+
+from dalle_mini_impl.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+TrackingMode = Literal["auto", "online", "offline", "disabled"]
+
+GLOBAL_STEP = "trainer/global_step"
+METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples"
+CONNECT_SECONDS = 1.0
+INIT_SECONDS = 30.0
+FINISH_SECONDS = 300.0
+_UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """How a run is followed.
+
+    Raises:
+        ValueError: If the mode is unknown.
+    """
+
+    mode: TrackingMode = "auto"
+    """W&B mode; `auto` obeys WANDB_MODE, else is online with a key and a network, else offline."""
+    project: str = "dalle-mini-impl"
+    """W&B project."""
+    run_name: str | None = None
+    """Name of the run in W&B; None lets W&B choose one."""
+
+    def __post_init__(self) -> None:
+        """Refuse unknown modes."""
+        if self.mode not in get_args(TrackingMode):
+            raise ValueError(
+                f"tracking.mode: got {self.mode!r}, wanted one of {get_args(TrackingMode)}"
+            )
+
+
+class Tracker:
+    """Writes metrics and pictures; made by `open_tracker`.
+
+    Attributes:
+        run_id: W&B's id of the run. Keep it in checkpoints; None if W&B never started.
+    """
+
+    def __init__(self, output_dir: Path | None, metrics_file: TextIO | None) -> None:
+        """Make a tracker that writes files only.
+
+        Args:
+            output_dir: Folder of the run; None where nothing is written (not the main process).
+            metrics_file: `metrics.jsonl`, open for appending; closed by `close`.
+        """
+        self.run_id: str | None = None
+        self._output_dir = output_dir
+        self._metrics_file = metrics_file
+        self._run: Any = None
+        self._broken_run: Any = None
+        self._warned_of_files = False
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record numbers.
+
+        Args:
+            metrics: Name -> value; `step` and `time` are taken.
+            step: Optimizer updates done.
+        """
+        if self._metrics_file is None:
+            return
+        if taken := {"step", "time"} & metrics.keys():
+            raise ValueError(
+                f"metrics: got the names {sorted(taken)}, which every line has already"
+            )
+        values = {name: float(value) for name, value in metrics.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
+        self._to_files(lambda: self._write_line(line))
+        self._to_wandb("log", lambda run: run.log({**values, GLOBAL_STEP: step}))
+
+    def log_images(
+        self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
+    ) -> None:
+        """Show pictures: as one PNG (captions in the text file beside it), and in W&B one by one.
+
+        Args:
+            key: Name of the set, e.g. `samples/validation`.
+            images: At least one picture.
+            captions: One per picture.
+            step: Optimizer updates done.
+        """
+        if len(images) != len(captions) or not images:
+            raise ValueError(
+                f"images: got {len(images)} for {len(captions)} captions, wanted one each"
+            )
+        if self._output_dir is None:
+            return
+        path = self._output_dir / SAMPLES_NAME / f"{_UNSAFE.sub('_', key)}_{step:08d}.png"
+        self._to_files(lambda: _write_grid(path, images, captions))
+
+        def send(run: Any) -> None:
+            import wandb
+
+            pictures = [
+                wandb.Image(image, caption=caption)
+                for image, caption in zip(images, captions, strict=True)
+            ]
+            run.log({key: pictures, GLOBAL_STEP: step})
+
+        self._to_wandb("log images", send)
+
+    def log_artifact(self, folder: Path, name: str, type: str) -> None:
+        """Keep a folder with the run in W&B.
+
+        Args:
+            folder: Its files are uploaded from where they are: leave them be until `close` (or,
+                offline, until `wandb sync`).
+            name: Name of the artifact; characters that W&B refuses become `_`.
+            type: Kind of the artifact, e.g. `model`.
+        """
+
+        def send(run: Any) -> None:
+            import wandb
+
+            artifact = wandb.Artifact(_UNSAFE.sub("_", name), type)
+            # Without copies into wandb's cache in the home folder, which is never emptied.
+            artifact.add_dir(str(folder.resolve()), policy="immutable", skip_cache=True)
+            run.log_artifact(artifact)
+
+        self._to_wandb("log an artifact", send)
+
+    def close(self) -> None:
+        """Finish the run; online, wait at most 5 minutes for uploads. Later calls do nothing."""
+        self._to_wandb("finish", lambda run: run.finish())
+        self._run = None
+        if self._broken_run is not None:
+            _take_down_wandb(self._broken_run)
+            self._broken_run = None
+        if self._metrics_file is not None:
+            self._to_files(self._metrics_file.close)
+        self._metrics_file = self._output_dir = None
+
+    def _start_wandb(
+        self, config: TrackingConfig, run_config: Mapping[str, Any], run_id: str | None
+    ) -> None:
+        """Start the W&B run, offline if online fails, or warn and go on without."""
+        assert self._output_dir is not None
+        folder = self._output_dir.resolve()
+        mode: str = config.mode
+        try:
+            if mode == "auto":
+                mode = _choose_mode()
+            if mode == "disabled":
+                return
+            try:
+                self._run = _init_wandb(config, mode, folder, run_config, run_id)
+            except Exception as error:  # what is recorded offline can still be sent later
+                if mode != "online":
+                    raise
+                logger.warning("W&B: cannot go online (%s); recording offline", _one_line(error))
+                mode = "offline"
+                self._run = _init_wandb(config, mode, folder, run_config, run_id)
+        # wandb talks to a network and to a process of its own; it may fail in any way at any time,
+        # and none is worth a training run.
+        except Exception as error:
+            logger.warning("W&B: cannot start (%s); only %s", _one_line(error), METRICS_NAME)
+            return
+        self.run_id = self._run.id
+        where = self._run.url if mode == "online" else f"offline in {folder / 'wandb'}"
+        logger.info("W&B: run %s, %s", self.run_id, where)
+
+    def _to_wandb(self, what: str, call: Callable[[Any], None]) -> None:
+        """Call with the run; the first failure of any kind is the end of W&B for this run."""
+        if self._run is None:
+            return
+        try:
+            call(self._run)
+        # As in `_start_wandb`: whatever wandb raises, training goes on.
+        except Exception as error:
+            logger.warning(
+                "W&B: cannot %s (%s); from here on only %s", what, _one_line(error), METRICS_NAME
+            )
+            self._run, self._broken_run = None, self._run
+
+    def _to_files(self, call: Callable[[], None]) -> None:
+        """Write; a full disk costs metrics, not the run (its checkpoints will say so)."""
+        try:
+            call()
+        except OSError as error:
+            if not self._warned_of_files:
+                logger.warning("cannot write metrics or pictures: %s", error)
+            self._warned_of_files = True
+
+    def _write_line(self, line: str) -> None:
+        assert self._metrics_file is not None
+        self._metrics_file.write(line + "\n")
+        self._metrics_file.flush()
+
+
+def open_tracker(
+    config: TrackingConfig,
+    *,
+    output_dir: Path,
+    run_config: Mapping[str, Any],
+    is_main: bool,
+    resume_step: int = 0,
+    run_id: str | None = None,
+) -> Tracker:
+    """Open `metrics.jsonl` and, unless disabled, a W&B run.
+
+    Args:
+        config: Mode, project and name.
+        output_dir: Folder of the run; made if missing. W&B's files go to its `wandb/`.
+        run_config: Settings of the run, shown in W&B.
+        is_main: Whether this is the process that records; elsewhere all methods do nothing.
+        resume_step: Step of the checkpoint this run continues; later lines of `metrics.jsonl`
+            are dropped. At 0 the run is new, and an older file is renamed to `metrics.jsonl.old`.
+        run_id: W&B id from the checkpoint, to continue that run.
+
+    Returns:
+        The tracker.
+
+    Raises:
+        UserError: If nothing can be written to `output_dir`.
+    """
+    if not is_main:
+        return Tracker(None, None)
+    path = output_dir / METRICS_NAME
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        _rewind(path, resume_step)
+        metrics_file = path.open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write to {output_dir}: {error}") from error
+    tracker = Tracker(output_dir, metrics_file)
+    tracker.run_id = run_id
+    if config.mode != "disabled":
+        tracker._start_wandb(config, run_config, run_id)
+    return tracker
+
+
+def _rewind(path: Path, resume_step: int) -> None:
+    """Drop the lines after a step, and any that a kill left half-written."""
+    if not path.exists():
+        return
+    if resume_step == 0:
+        os.replace(path, path.with_name(f"{path.name}.old"))
+        return
+    rewound = path.with_name(f"{path.name}.new")
+    with path.open("rb") as old, rewound.open("wb") as new:
+        for line in old:
+            try:
+                keep = json.loads(line)["step"] <= resume_step
+            except (ValueError, TypeError, KeyError):
+                keep = False
+            if keep:
+                new.write(line.rstrip(b"\n") + b"\n")
+    os.replace(rewound, path)
+
+
+def _choose_mode() -> str:
+    """Decide what `auto` means here, without ever waiting longer than `CONNECT_SECONDS`."""
+    requested = os.environ.get("WANDB_MODE")
+    if requested in ("online", "offline", "disabled"):
+        return requested
+    import wandb
+
+    settings = wandb.setup(wandb.Settings(silent=True)).settings
+    if settings.mode in ("offline", "dryrun", "disabled"):  # `wandb offline` was called here
+        return "disabled" if settings.mode == "disabled" else "offline"
+    if not _has_credentials(settings):
+        reason = "no API key (`wandb login` saves one)"
+    elif not _is_reachable(settings.base_url):
+        reason = f"no connection to {settings.base_url} within {CONNECT_SECONDS:g} s"
+    else:
+        return "online"
+    logger.info("W&B: %s; recording offline, to be sent later by `wandb sync`", reason)
+    return "offline"
+
+
+def _has_credentials(settings: Any) -> bool:
+    """Look for an API key where wandb does, without its prompt and its network calls."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    if settings.api_key:
+        return True
+    default = "~/_netrc" if os.name == "nt" else "~/.netrc"
+    try:
+        entries = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or default))
+    except (OSError, netrc.NetrcParseError):
+        return False
+    host = urlsplit(settings.base_url).netloc
+    # The public service has several names; keys were saved under the oldest.
+    hosts = [host, "api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [host]
+    return any(entries.authenticators(name) for name in hosts)
+
+
+def _is_reachable(base_url: str) -> bool:
+    """Try to connect to the server, or to the proxy on the way to it."""
+    url = urlsplit(base_url)
+    proxy = getproxies().get(url.scheme)
+    if proxy and url.hostname and not proxy_bypass(url.hostname):
+        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    connected = threading.Event()
+
+    def connect() -> None:
+        port = url.port or (443 if url.scheme == "https" else 80)
+        try:
+            with socket.create_connection((url.hostname, port), CONNECT_SECONDS):
+                connected.set()
+        except (OSError, ValueError):  # no such host, no such port, no answer
+            pass
+
+    # In a thread, as the time-out of a socket does not cover the look-up of its name.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return connected.is_set()
+
+
+def _init_wandb(
+    config: TrackingConfig,
+    mode: str,
+    folder: Path,
+    run_config: Mapping[str, Any],
+    run_id: str | None,
+) -> Any:
+    """Start a run whose x-axis is our step, which (unlike wandb's own) may go back on resume."""
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))  # for the lines that are not about one run
+    settings = wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
+    if hasattr(settings, "finish_timeout"):  # older wandb waits for its uploads without end
+        settings.finish_timeout = FINISH_SECONDS
+    run = wandb.init(
+        project=config.project,
+        name=config.run_name,
+        dir=str(folder),
+        config=dict(run_config),
+        mode="online" if mode == "online" else "offline",
+        id=run_id,
+        resume="allow" if run_id else None,
+        reinit="create_new",  # leave a run that the caller's own code has open alone
+        settings=settings,
+    )
+    run.define_metric(GLOBAL_STEP)
+    run.define_metric("*", step_metric=GLOBAL_STEP)
+    return run
+
+
+def _take_down_wandb(run: Any) -> None:
+    """End what is left of a failed wandb now, so that its exit hook has nothing to complain of."""
+    import wandb
+
+    for call in (run.finish, wandb.teardown):
+        try:
+            call()
+        # It has failed once and is expected to again; teardown may even raise SystemExit.
+        except (Exception, SystemExit) as error:
+            logger.debug("W&B: %s", _one_line(error))
+
+
+def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
+    """Write one PNG with all pictures row by row, and their captions line by line beside it."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
+    gap = 2
+    grid = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(image.convert("RGB"), (column * (width + gap), row * (height + gap)))
+    path.parent.mkdir(exist_ok=True)
+    grid.save(path)
+    lines = [" ".join(caption.split()) for caption in captions]
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -1,0 +1,82 @@
+"""A whole tokenizer run: data in, model folder out."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dalle_mini_impl.training.run import run_task
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import (
+    DataConfig,
+    build_accelerator,
+    load_pairs,
+    use_fast_float32,
+)
+from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from vqvae import VQVAE, VQVAEConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAERunConfig:
+    """Options of ``train_vqvae.py``."""
+
+    data: DataConfig
+    """Pictures to learn from; captions are not read."""
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
+    vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
+    """The tokenizer."""
+    task: VQVAETaskConfig = field(default_factory=VQVAETaskConfig)
+    """Its loss."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Budget and optimizer."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+
+
+def train_vqvae(
+    config: VQVAERunConfig,
+    *,
+    resume: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train an image tokenizer.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run, on the main process.
+
+    Returns:
+        The folder of the trained tokenizer.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    accelerator = build_accelerator(config.training.mixed_precision)
+    use_fast_float32()
+    show = show if accelerator.is_main_process else (lambda line: None)
+    size = config.vqvae.image_size
+    train = load_pairs(config.data, config.data.train_split, image_size=size, show=show)
+    held_out = load_pairs(config.data, config.data.validation_split, image_size=size, show=show)
+    torch.manual_seed(config.training.seed)
+    vqvae = VQVAE(config.vqvae).to(memory_format=torch.channels_last)
+    task = VQVAETask(
+        train.pixels,
+        held_out.pixels,
+        config.task,
+        sample_weights=train.weights(config.data.balance_by),
+        vqvae=vqvae,
+    )
+    return run_task(
+        vqvae,
+        task,
+        config,
+        accelerator=accelerator,
+        resume=resume,
+        show=show,
+        save_pretrained=vqvae.save_pretrained,
+    )

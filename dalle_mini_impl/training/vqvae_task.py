@@ -1,0 +1,162 @@
+"""Training the image tokenizer: its loss, its held-out measures, its reconstruction grid."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.tokens import shift_images
+from dalle_mini_impl.training.loop import PictureGrid
+from dalle_mini_impl.training.schedule import anneal
+from vqvae.losses import reconstruction_loss
+from vqvae.metrics import (
+    codebook_perplexity,
+    codebook_usage,
+    hard_soft_gap,
+    psnr,
+    token_counts,
+)
+from vqvae.model import VQVAE
+from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
+
+EVALUATION_BATCH_SIZE = 64
+NUM_SHOWN = 8
+RESTARTS_END_AT = 0.8  # of the run: ids must be final before the decoder trains on them
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAETaskConfig:
+    """What the tokenizer's loss is made of, and how its data is varied.
+
+    Raises:
+        ValueError: If a weight is negative.
+    """
+
+    wavelet_weight: float = 0.5
+    """Weight of the wavelet loss beside the absolute error."""
+    ms_ssim_weight: float = 0.0
+    """Weight of 1 - MS-SSIM beside the absolute error."""
+    max_shift: int = 0
+    """Largest random shift of a training image, in pixels."""
+    gumbel_kl_weight: float = 1e-3
+    """Final weight of the KL to the uniform prior. Read by ``gumbel`` only."""
+    gumbel_final_temperature: float = 1 / 16
+    """Temperature at the end, from 1 at the start. Read by ``gumbel`` only."""
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"task.{name}: got {value}, wanted at least 0")
+
+
+class VQVAETask:
+    """Images as bytes in memory, and the tokenizer's loss on them."""
+
+    def __init__(
+        self,
+        train: UInt8[Tensor, "samples 3 height width"],
+        held_out: UInt8[Tensor, "held_out_samples 3 height width"],
+        config: VQVAETaskConfig,
+        *,
+        sample_weights: Tensor | None,
+        vqvae: VQVAE,
+    ) -> None:
+        """Collect what training needs.
+
+        Args:
+            train: Training images.
+            held_out: Images that are only measured.
+            config: Loss weights and augmentation.
+            sample_weights: How often each image is wanted, or None.
+            vqvae: The tokenizer that is trained.
+        """
+        self.train, self.held_out, self.config = train, held_out, config
+        self.sample_weights = sample_weights
+        self.vqvae = vqvae
+        self.num_samples = len(train)
+        self.num_draws = 2
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Look up the images and shift them."""
+        images = self.train[sample_ids]
+        if self.config.max_shift:
+            steps = 2 * self.config.max_shift + 1
+            images = shift_images(images, (draws * steps).long() - self.config.max_shift)
+        return {"pixels": images.float() / 127.5 - 1}
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the reconstruction loss plus the quantizer's own loss."""
+        quantizer = self.vqvae.quantizer
+        if isinstance(quantizer, GumbelQuantizer):
+            final = self.config.gumbel_final_temperature
+            quantizer.temperature.fill_(anneal(progress, start=1.0, end=final, over=0.8))
+            quantizer.kl_weight = anneal(
+                progress, start=0.0, end=self.config.gumbel_kl_weight, over=0.5
+            )
+        elif isinstance(quantizer, VectorQuantizer):
+            quantizer.freeze_restarts = progress >= RESTARTS_END_AT
+        pixels = batch["pixels"]
+        output = model(pixels, generator=generator)
+        reconstruction = reconstruction_loss(
+            output.reconstruction,
+            pixels,
+            wavelet_weight=self.config.wavelet_weight,
+            ms_ssim_weight=self.config.ms_ssim_weight,
+        )
+        with torch.no_grad():
+            counts = token_counts(output.token_ids, self.vqvae.codebook_size)
+            metrics = {
+                "reconstruction_loss": reconstruction.detach(),
+                "psnr_db": psnr(output.reconstruction.detach(), pixels),
+                "batch_codebook_perplexity": codebook_perplexity(counts),
+                **output.quantizer_metrics,
+            }
+        return reconstruction + output.quantizer_loss, metrics
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure PSNR and use of the codebook on held-out images."""
+        vqvae = self.vqvae
+        device = next(model.parameters()).device
+        counts = torch.zeros(vqvae.codebook_size, dtype=torch.long, device=device)
+        totals = {"psnr_db": 0.0, "hard_soft_gap_db": 0.0}
+        for images in self.held_out.split(EVALUATION_BATCH_SIZE):
+            pixels = images.to(device).float() / 127.5 - 1
+            token_ids = vqvae.encode_to_token_ids(pixels)
+            hard = vqvae.decode_from_token_ids(token_ids)
+            counts += token_counts(token_ids, vqvae.codebook_size)
+            share = len(images) / len(self.held_out)
+            totals["psnr_db"] += float(psnr(hard, pixels)) * share
+            if isinstance(vqvae.quantizer, GumbelQuantizer):
+                soft = vqvae.decoder(vqvae.quantizer.soft_latents(vqvae.encoder(pixels)))
+                totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * share
+        if not isinstance(vqvae.quantizer, GumbelQuantizer):
+            del totals["hard_soft_gap_db"]
+        totals["codebook_usage"] = float(codebook_usage(counts))
+        totals["codebook_perplexity"] = float(codebook_perplexity(counts))
+        return {f"validation/{name}": value for name, value in totals.items()}
+
+    @torch.no_grad()
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Show held-out images beside their reconstructions."""
+        device = next(model.parameters()).device
+        chosen = torch.linspace(0, len(self.held_out) - 1, min(NUM_SHOWN, len(self.held_out)))
+        pixels = self.held_out[chosen.long()].to(device).float() / 127.5 - 1
+        rebuilt = self.vqvae.decode_from_token_ids(self.vqvae.encode_to_token_ids(pixels))
+        images, captions = [], []
+        for original, copy in zip(pixels_to_images(pixels), pixels_to_images(rebuilt), strict=True):
+            images += [original, copy]
+            captions += ["original", "reconstruction"]
+        return [PictureGrid("reconstructions", images, captions)]

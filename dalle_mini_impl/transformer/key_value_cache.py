@@ -1,0 +1,85 @@
+"""Keys and values of the positions already seen, so that each new token costs one position."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class KeyValueCache:
+    """A preallocated cache for all layers of one batch."""
+
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        batch_size: int,
+        num_heads: int,
+        max_length: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Reserve memory for ``max_length`` positions.
+
+        Args:
+            num_layers: Attention layers that share this cache.
+            batch_size: Rows.
+            num_heads: Heads per layer.
+            max_length: Positions that fit.
+            head_dim: Size of one head.
+            device: Where the tensors live.
+            dtype: Of keys and values.
+        """
+        shape = (num_layers, batch_size, num_heads, max_length, head_dim)
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self._lengths = [0] * num_layers
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+        return self._lengths[-1]
+
+    def layer(self, index: int) -> "LayerView":
+        """Return the part of one layer."""
+        return LayerView(self, index)
+
+    def append(
+        self,
+        layer: int,
+        keys: Float[Tensor, "batch heads new_length head_dim"],
+        values: Float[Tensor, "batch heads new_length head_dim"],
+    ) -> tuple[Tensor, Tensor]:
+        """Store new positions of one layer.
+
+        Args:
+            layer: Index of the layer.
+            keys: Of the new positions.
+            values: Of the new positions.
+
+        Returns:
+            Views of all keys and all values stored for that layer.
+
+        Raises:
+            ValueError: If the positions do not fit.
+        """
+        start, end = self._lengths[layer], self._lengths[layer] + keys.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"cache: got {end} positions, wanted at most {self.keys.shape[3]}")
+        self.keys[layer, :, :, start:end] = keys
+        self.values[layer, :, :, start:end] = values
+        self._lengths[layer] = end
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class LayerView:
+    """One layer's part of a cache, as attention wants it."""
+
+    def __init__(self, cache: KeyValueCache, index: int) -> None:
+        """Remember the cache and the layer."""
+        self._cache = cache
+        self._index = index
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values and return all stored so far."""
+        return self._cache.append(self._index, keys, values)

@@ -1,0 +1,51 @@
+"""From nothing to pictures: data, image tokenizer, decoder, and prompts it never saw combined."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from dalle_mini_impl.cli import run_script
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run all steps; steps whose result is there already are passed over."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="everything goes here")
+    parser.add_argument("--configs", type=Path, default=Path("configs/demo"), help="two presets")
+    options = parser.parse_args(arguments)
+    out, started = options.out, time.monotonic()
+
+    def announce(text: str) -> None:
+        print(f"[{(time.monotonic() - started) / 60:4.1f} min] {text}")
+
+    from dalle_mini_impl.config import load_config
+    from dalle_mini_impl.data.emoji import prepare_emoji
+    from dalle_mini_impl.evaluation.demo import draw_demo
+    from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+
+    data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
+    if not (data / "metadata.jsonl").is_file():
+        announce("drawing the Twemoji data set")
+        prepare_emoji(data, size=64)
+    sources = ["--data.source", str(data), "--resume", "latest"]
+    if not (vqvae / "model" / "model.safetensors").is_file():
+        announce("training the image tokenizer")
+        preset = ["--config", str(options.configs / "vqvae.yaml"), "--output_dir", str(vqvae)]
+        config, resume = load_config(VQVAERunConfig, [*preset, *sources], description="")
+        train_vqvae(config, resume=resume, show=announce)
+    if not (dalle / "model" / "model_index.json").is_file():
+        announce("training the decoder")
+        preset = ["--config", str(options.configs / "dalle.yaml"), "--output_dir", str(dalle)]
+        preset += ["--vqvae_dir", str(vqvae / "model")]
+        settings, resume = load_config(DalleRunConfig, [*preset, *sources], description="")
+        train_dalle(settings, resume=resume, show=announce)
+    announce("drawing pictures")
+    for line in draw_demo(dalle / "model", data, out):
+        announce(line)
+
+
+if __name__ == "__main__":
+    run_script(main, sys.argv[1:])

@@ -1,0 +1,166 @@
+"""The caption tokenizer: no unknown text, one meaning per caption, strict inputs."""
+
+import functools
+import json
+import logging
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.errors import UserError
+
+CAPTIONS = [
+    "a red square",
+    "a blue square",
+    "flag of South Korea",
+    "flag of Norway",
+    "빨간 사각형",
+    "대한민국 국기",
+] * 3
+
+
+@pytest.fixture(scope="module")
+def encoder() -> CaptionEncoder:
+    return CaptionEncoder(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length=24)
+
+
+@functools.cache
+def bytes_only() -> Any:
+    return train_text_tokenizer(["a"], vocab_size=257)
+
+
+def rows(encoder: CaptionEncoder, *captions: str) -> list[list[int]]:
+    return encoder.encode(captions).tolist()
+
+
+def decode(encoder: CaptionEncoder, row: list[int]) -> str:
+    return encoder.tokenizer.decode(row, skip_special_tokens=True)
+
+
+def test_case_spaces_and_unicode_form_do_not_matter(encoder: CaptionEncoder) -> None:
+    decomposed = unicodedata.normalize("NFD", "대한민국 국기")
+    assert decomposed != "대한민국 국기"
+    first, *others = rows(
+        encoder, "flag of south korea", "  Flag of  SOUTH\tKorea\n", "flag\u3000of\xa0south korea"
+    )
+    assert all(other == first for other in others)
+    composed, from_decomposed = rows(encoder, "대한민국 국기", decomposed)
+    assert composed == from_decomposed
+
+
+def test_a_first_word_equals_the_same_word_inside(encoder: CaptionEncoder) -> None:
+    first, inside = rows(encoder, "square", "red square")
+    word = [token for token in first if token]
+    tokens = [token for token in inside if token]
+    assert tokens[-len(word) :] == word
+
+
+def test_rows_are_right_padded_with_zero(encoder: CaptionEncoder) -> None:
+    text_token_ids = encoder.encode(["a red square", "flag"])
+    assert text_token_ids.shape == (2, 24) and text_token_ids.dtype == torch.int64
+    for row in text_token_ids:
+        length = int((row != 0).sum())
+        assert 0 < length < 24
+        assert (row[:length] != 0).all() and (row[length:] == 0).all()
+    assert encoder.encode([]).shape == (0, 24)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+def test_any_text_decodes_back_to_its_normal_form(text: str) -> None:
+    tokenizer = bytes_only()
+    encoder = CaptionEncoder(tokenizer, text_length=1000)
+    if not text.strip():
+        with pytest.raises(UserError, match="empty"):
+            encoder.encode([text])
+        return
+    row = rows(encoder, text)[0]
+    expected = tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+    assert decode(encoder, row).removeprefix(" ") == expected.removeprefix(" ")
+    assert max(row) < encoder.vocab_size
+
+
+def test_training_does_not_depend_on_caption_order() -> None:
+    first = train_text_tokenizer(CAPTIONS, vocab_size=300)
+    second = train_text_tokenizer(CAPTIONS[::-1], vocab_size=300)
+    assert first.get_vocab() == second.get_vocab()
+    assert len(first) <= 300 and first.pad_token_id == 0
+
+
+def test_merges_shorten_the_training_captions(encoder: CaptionEncoder) -> None:
+    long = CaptionEncoder(bytes_only(), text_length=64)
+    short, unmerged = rows(encoder, "flag of norway")[0], rows(long, "flag of norway")[0]
+    assert sum(token > 0 for token in short) < sum(token > 0 for token in unmerged) == 15
+
+
+def test_special_tokens_in_captions_are_plain_text(encoder: CaptionEncoder) -> None:
+    row = rows(encoder, "<pad> red <pad>")[0]
+    length = sum(token != 0 for token in row)
+    assert 0 not in row[:length]
+    assert decode(encoder, row).strip() == "<pad> red <pad>"
+
+
+def test_null_caption_is_all_pads(encoder: CaptionEncoder) -> None:
+    assert torch.equal(encoder.null_text_token_ids(), torch.zeros(24, dtype=torch.int64))
+
+
+def test_long_captions_are_cut_counted_and_warned_about_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = CaptionEncoder(bytes_only(), text_length=8)
+    with caplog.at_level(logging.WARNING):
+        encoder.encode(["x" * 7, "x" * 8])
+        encoder.encode(["y" * 100_000, "z"])
+    assert encoder.num_truncated == 2
+    assert encoder.truncation_report() == "2 of 4 captions were longer than 8 tokens and were cut"
+    assert len(caplog.records) == 1 and len(caplog.text) < 400
+    cut, whole = rows(encoder, "x" * 8, "x" * 7)
+    assert cut == whole
+
+
+@pytest.mark.parametrize("caption", ["", " ", "\n\t\xa0"])
+def test_empty_captions_are_refused(encoder: CaptionEncoder, caption: str) -> None:
+    with pytest.raises(UserError, match="caption is empty"):
+        encoder.encode(["a red square", caption])
+
+
+def test_other_bad_inputs_are_refused(encoder: CaptionEncoder) -> None:
+    with pytest.raises(UserError, match="not valid Unicode"):
+        encoder.encode(["\ud800 red"])
+    with pytest.raises(ValueError, match="wanted a list of strings"):
+        encoder.encode("a red square")
+    with pytest.raises(UserError, match="vocab_size is 256, wanted at least 257"):
+        train_text_tokenizer(CAPTIONS, vocab_size=256)
+    with pytest.raises(UserError, match="no captions"):
+        train_text_tokenizer([], vocab_size=300)
+    with pytest.raises(UserError, match="text_length is 0"):
+        CaptionEncoder(encoder.tokenizer, 0)
+
+
+def test_save_and_load_give_the_same_encoder(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    encoder.save_pretrained(tmp_path / "text_tokenizer")
+    loaded = CaptionEncoder.from_pretrained(tmp_path / "text_tokenizer")
+    assert (loaded.text_length, loaded.vocab_size) == (24, encoder.vocab_size)
+    captions = ["Flag of <pad> Norway", "빨간 사각형", "never seen: \u00e9\U0001f600"]
+    assert torch.equal(loaded.encode(captions), encoder.encode(captions))
+
+
+def test_loading_a_broken_folder_names_it(encoder: CaptionEncoder, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text tokenizer in .*missing"):
+        CaptionEncoder.from_pretrained(tmp_path / "missing")
+    encoder.save_pretrained(tmp_path)
+    config = tmp_path / "tokenizer_config.json"
+    settings_ = json.loads(config.read_text())
+    del settings_["model_max_length"]
+    config.write_text(json.dumps(settings_))
+    with pytest.raises(UserError, match="model_max_length"):
+        CaptionEncoder.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
+    with pytest.raises(UserError, match="cannot read the text tokenizer"):
+        CaptionEncoder.from_pretrained(tmp_path)

@@ -1,0 +1,473 @@
+"""The shapes world: its splits, its words, and the checker that reads pictures back."""
+
+import json
+import random
+import runpy
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+
+from dalle_mini_impl.data.shapes import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    SPLITS,
+    Scene,
+    ShapeObject,
+    draw_scene,
+    make_scene,
+)
+from dalle_mini_impl.data.shapes_captions import describe_scene, prepare_shapes
+from dalle_mini_impl.data.shapes_checker import check_caption, read_objects
+from dalle_mini_impl.data.shapes_facts import (
+    Fact,
+    ObjectPattern,
+    facts_hold,
+    parse_fact,
+    scene_satisfies,
+)
+from dalle_mini_impl.errors import UserError
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_shapes.py"
+ANYTHING = ObjectPattern()
+
+
+def make_scenes(count: int, kinds: tuple[str, ...] = KINDS) -> list[Scene]:
+    """Scenes of all splits in turn."""
+    return [make_scene(seed, split=SPLITS[seed % 3], kinds=kinds) for seed in range(count)]
+
+
+def make_object(**changes: Any) -> ShapeObject:
+    """A small red circle in the middle, but for the changes."""
+    item = ShapeObject("circle", "red", "small", (0.5, 0.5), SIZES["small"])
+    return replace(item, **changes)
+
+
+def add_noise(image: Image.Image, sigma: float, seed: int) -> np.ndarray:
+    """Gaussian noise of `sigma` levels out of 255."""
+    pixels = np.asarray(image, dtype=np.float64)
+    noise = np.random.default_rng(seed).normal(0, sigma, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).round().astype(np.uint8)
+
+
+def measure(count: int, image_size: int) -> tuple[float, float, float]:
+    """Shares: captions held; shuffled verdicts equal to the truth; shuffled facts equal to it."""
+    scenes = make_scenes(count)
+    captions = [describe_scene(scene) for scene in scenes]
+    shuffled = random.Random(1).sample(captions, count)
+    held, verdicts, facts = [], [], []
+    for scene, caption, other in zip(scenes, captions, shuffled, strict=True):
+        image = draw_scene(scene, image_size)
+        held.append(check_caption(image, caption.facts).all_held)
+        seen = check_caption(image, other.facts)
+        verdicts.append(seen.all_held == scene_satisfies(scene, other.facts))
+        truth = facts_hold(other.facts, scene.objects)
+        facts += [a == b for a, b in zip(seen.facts_held, truth, strict=True)]
+    return float(np.mean(held)), float(np.mean(verdicts)), float(np.mean(facts))
+
+
+# The world
+
+
+def test_scenes_and_captions_are_functions_of_the_seed() -> None:
+    for seed in range(50):
+        scene = make_scene(seed, split="train")
+        assert make_scene(seed, split="train") == scene
+        assert describe_scene(scene) == describe_scene(make_scene(seed, split="train"))
+        assert np.array_equal(np.asarray(draw_scene(scene)), np.asarray(draw_scene(scene)))
+
+
+def test_the_world_of_a_seed_is_pinned() -> None:
+    """Python's random promises the same numbers in every version; a data set relies on it."""
+    texts = [describe_scene(make_scene(seed, split="train")).text for seed in range(3)]
+    pinned = ["a large purple star at the bottom right", "a large purple cross", "two yellow stars"]
+    assert texts == pinned
+
+
+def test_splits_draw_from_independent_streams() -> None:
+    train = [make_scene(seed, split="train", kinds=("single",)).objects for seed in range(100)]
+    test = [make_scene(seed, split="test", kinds=("single",)).objects for seed in range(100)]
+    assert not set(train) & set(test)
+
+
+def test_held_out_pairs_are_few_and_spread() -> None:
+    assert len(HELD_OUT_PAIRS) == 8
+    assert sorted(colour for colour, _ in HELD_OUT_PAIRS) == sorted(COLOURS)
+    for shape in SHAPES:
+        assert 1 <= sum(shape == held for _, held in HELD_OUT_PAIRS) <= 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_held_out_pairs_are_in_test_compose_only(kind: str) -> None:
+    for seed in range(300):
+        for split in SPLITS:
+            scene = make_scene(seed, split=split, kinds=(kind,))
+            pairs = {(item.colour, item.shape) for item in scene.objects}
+            assert len(pairs & HELD_OUT_PAIRS) == (split == "test_compose"), (seed, split)
+
+
+def test_every_pair_is_frequent_in_its_split() -> None:
+    counts = {(colour, shape): 0 for colour in COLOURS for shape in SHAPES}
+    for seed in range(2000):
+        item = make_scene(seed, split="train", kinds=("single",)).objects[0]
+        counts[item.colour, item.shape] += 1
+    for pair, count in counts.items():
+        assert count == 0 if pair in HELD_OUT_PAIRS else count > 20, pair
+
+
+def test_scenes_are_inside_the_picture_and_apart() -> None:
+    """Ink on the border or inks in contact would make a picture ambiguous."""
+    for scene in make_scenes(300):
+        ink = np.asarray(draw_scene(scene, 64)).min(-1) < 128
+        assert ink.sum() == ink[1:-1, 1:-1].sum()
+        parts = [np.asarray(draw_scene(replace(scene, objects=(o,)), 64)) for o in scene.objects]
+        grown = [part.min(-1) < 250 for part in parts]
+        for axis in (0, 1):
+            grown = [g | np.roll(g, 1, axis) | np.roll(g, -1, axis) for g in grown]
+        assert np.sum(grown, axis=0).max() == 1
+
+
+def test_single_objects_without_a_position_are_near_the_centre() -> None:
+    stated = set()
+    for seed in range(400):
+        scene = make_scene(seed, split="train", kinds=("single",))
+        target = POSITIONS[scene.position or "center"]
+        gaps = [abs(a - b) for a, b in zip(scene.objects[0].center, target, strict=True)]
+        assert max(gaps) <= 0.03 + 1e-9
+        stated.add(scene.position)
+    assert stated == {None, *POSITIONS}
+
+
+@pytest.mark.parametrize("kinds", [(), ("double",), ("single", "double")])
+def test_unknown_kinds_are_refused(kinds: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="kinds: got"):
+        make_scene(0, split="train", kinds=kinds)
+
+
+def test_unknown_split_and_tiny_size_are_refused() -> None:
+    with pytest.raises(UserError, match="split: got 'val'"):
+        make_scene(0, split="val")
+    with pytest.raises(UserError, match="image_size: got 31"):
+        draw_scene(make_scene(0, split="train"), 31)
+
+
+# The words
+
+
+def test_words_of_a_single_object() -> None:
+    scene = Scene("single", (make_object(colour="orange", size="large"),), 3, position="top left")
+    caption = describe_scene(scene)
+    assert caption.text == "a large orange circle at the top left"
+    assert caption.text_ko == "왼쪽 위에 있는 큰 주황색 원"
+    lines = ["count | any | 1", "count | orange | 1", "count | circle | 1", "count | large | 1"]
+    assert [str(fact) for fact in caption.facts] == [*lines, "position | any | top left"]
+
+
+def test_words_of_a_count() -> None:
+    objects = (make_object(shape="cross"), make_object(shape="cross"))
+    caption = describe_scene(Scene("count", objects, 0, sizes_stated=False))
+    assert caption.text == "two red crosses"
+    assert caption.text_ko == "빨간 십자가 두 개"
+    lines = [str(fact) for fact in caption.facts]
+    assert lines == ["count | any | 2", "count | red | 2", "count | cross | 2"]
+
+
+def test_words_of_relations() -> None:
+    objects = (make_object(), make_object(colour="orange"), make_object(shape="star"))
+    relations = ((0, "left of", 1), (2, "below", 1))
+    caption = describe_scene(Scene("relation", objects, 0, sizes_stated=False, relations=relations))
+    assert caption.text == (
+        "a red circle left of an orange circle, and a red star below the orange circle"
+    )
+    assert caption.text_ko == "주황색 원의 왼쪽에 빨간 원, 아래에 빨간 별"
+    assert [str(fact) for fact in caption.facts] == [
+        "count | any | 3",
+        "count | red circle | 1",
+        "count | orange circle | 1",
+        "count | red star | 1",
+        "relation | red circle | left of | orange circle",
+        "relation | red star | below | orange circle",
+    ]
+
+
+def test_paraphrases_differ_and_name_what_the_caption_names() -> None:
+    for scene in make_scenes(300):
+        caption = describe_scene(scene)
+        assert len(set(caption.texts)) == 5
+        assert caption.texts[0] == caption.text
+        for text in caption.texts:
+            for item in scene.objects:
+                assert item.colour in text
+                assert item.shape in text
+        assert scene_satisfies(scene, caption.facts)
+
+
+def test_facts_survive_as_lines() -> None:
+    for scene in make_scenes(300):
+        for fact in describe_scene(scene).facts:
+            assert parse_fact(str(fact)) == fact
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        "count",
+        "count | red | two",
+        "count | red rose | 2",
+        "count | circle red | 1",
+        "count | red | 2 | blue",
+        "position | any | middle",
+        "relation | red | left of",
+        "relation | red | near | blue",
+        "colour | any | red",
+    ],
+)
+def test_lines_that_are_no_facts_are_refused(line: str) -> None:
+    with pytest.raises(UserError, match="got"):
+        parse_fact(line)
+
+
+def test_what_facts_mean() -> None:
+    left, right = make_object(center=(0.3, 0.5)), make_object(center=(0.7, 0.52), colour="blue")
+    red, blue = ObjectPattern(colour="red"), ObjectPattern(colour="blue")
+
+    def holds(fact: Fact) -> bool:
+        return facts_hold([fact], [left, right])[0]
+
+    assert holds(Fact("count", ANYTHING, 2))
+    assert not holds(Fact("count", ANYTHING, 1))
+    assert holds(Fact("count", ObjectPattern("small", "red", "circle"), 1))
+    assert holds(Fact("count", ObjectPattern(shape="star"), 0))
+    assert holds(Fact("relation", red, "left of", blue))
+    assert holds(Fact("relation", blue, "right of", red))
+    assert not holds(Fact("relation", blue, "left of", red))
+    assert not holds(Fact("relation", red, "above", blue))  # by 0.02 only: not clear
+    assert holds(Fact("position", red, "left"))
+    assert not holds(Fact("position", red, "top left"))
+    assert not holds(Fact("position", blue, "left"))
+    with pytest.raises(UserError, match="fact: got"):
+        holds(Fact("relation", red, "left of"))
+
+
+# The checker
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_checker_agrees_with_the_scenes(image_size: int) -> None:
+    held, verdicts, facts = measure(600, image_size)
+    assert held >= 0.995
+    assert verdicts >= 0.995
+    assert facts >= 0.995
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image_size", [32, 45, 64])
+def test_checker_agrees_with_5000_scenes(image_size: int) -> None:
+    held, verdicts, facts = measure(5000, image_size)
+    assert held >= 0.995
+    assert verdicts >= 0.995
+    assert facts >= 0.995
+
+
+@pytest.mark.parametrize("image_size", [32, 64])
+def test_checker_tolerates_noise_and_blur(image_size: int) -> None:
+    held: dict[str, list[bool]] = {}
+    for scene in make_scenes(150):
+        facts = describe_scene(scene).facts
+        image = draw_scene(scene, image_size)
+        blurred = image.filter(ImageFilter.GaussianBlur(0.8 * image_size / 32))
+        pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.2)
+        pictures: dict[str, Any] = {
+            "noise": add_noise(image, 8, scene.seed),
+            "strong noise": add_noise(image, 22, scene.seed),
+            "blur": blurred,
+            "noise and blur": add_noise(blurred, 8, scene.seed),
+            "pale": pale,
+        }
+        for name, picture in pictures.items():
+            held.setdefault(name, []).append(check_caption(picture, facts).all_held)
+    shares = {name: float(np.mean(values)) for name, values in held.items()}
+    assert min(shares.values()) >= 0.98, shares
+
+
+def test_one_changed_attribute_breaks_exactly_its_facts() -> None:
+    """Hard negatives: the picture is right but for one thing."""
+    for seed in range(150):
+        scene = make_scene(seed, split="train", kinds=("single",))
+        caption, item, rng = describe_scene(scene), scene.objects[0], random.Random(seed)
+        size = "small" if item.size == "large" else "large"
+        changes: dict[str, dict[str, Any]] = {
+            item.colour: {"colour": rng.choice([c for c in COLOURS if c != item.colour])},
+            item.shape: {"shape": rng.choice([s for s in SHAPES if s != item.shape])},
+            item.size: {"size": size, "radius": SIZES[size]},
+        }
+        if scene.position is not None:
+            other = rng.choice([p for p in POSITIONS if p != scene.position])
+            changes["any"] = {"center": POSITIONS[other]}
+        for word, change in changes.items():
+            image = draw_scene(replace(scene, objects=(replace(item, **change),)))
+            held = check_caption(image, caption.facts).facts_held
+            broken = [f for f, ok in zip(caption.facts, held, strict=True) if not ok]
+            assert [str(fact.subject) for fact in broken] == [word], (seed, change)
+            assert word != "any" or broken[0].kind == "position"
+
+
+@pytest.mark.parametrize("colour", COLOURS)
+def test_one_more_object_breaks_the_count(colour: str) -> None:
+    scene = Scene("single", (make_object(center=(0.25, 0.25)),), 0)
+    more = replace(scene, objects=(*scene.objects, make_object(center=(0.7, 0.7), colour=colour)))
+    facts = describe_scene(scene).facts
+    assert check_caption(draw_scene(scene), facts).all_held
+    result = check_caption(draw_scene(more), facts)
+    assert not result.all_held
+    assert not result.facts_held[0]
+
+
+def test_objects_of_different_colours_that_touch_are_two() -> None:
+    objects = (
+        make_object(shape="square", center=(0.35, 0.5)),
+        make_object(shape="square", center=(0.58, 0.5), colour="blue"),
+    )
+    seen = read_objects(draw_scene(Scene("count", objects, 0)))
+    assert [(o.colour, o.shape) for o in seen] == [("red", "square"), ("blue", "square")]
+
+
+def test_centres_and_radii_are_read_to_a_third_of_a_pixel() -> None:
+    for scene in make_scenes(150, ("single",)):
+        item = scene.objects[0]
+        seen = read_objects(draw_scene(scene))[0]
+        assert abs(seen.center[0] - item.center[0]) * 32 < 1 / 3
+        assert abs(seen.center[1] - item.center[1]) * 32 < 1 / 3
+        assert abs(seen.radius - item.radius) * 32 < 1 / 3
+
+
+def draw_by_hand(colour: tuple[int, int, int], corners: list[tuple[float, float]]) -> Image.Image:
+    """A polygon of any colour, in pixels of a 32 x 32 picture."""
+    image = Image.new("RGB", (256, 256), "white")
+    ImageDraw.Draw(image).polygon([(8 * x, 8 * y) for x, y in corners], fill=colour)
+    return image.reduce(8)
+
+
+@pytest.mark.parametrize(
+    "corners",
+    [
+        [(4, 13), (28, 13), (28, 19), (4, 19)],  # a bar
+        [(9, 9), (23, 9), (16, 23)],  # a triangle on its tip
+        [(8, 8), (13, 8), (13, 19), (24, 19), (24, 24), (8, 24)],  # an L
+    ],
+)
+def test_other_forms_are_unknown_but_count(corners: list[tuple[float, float]]) -> None:
+    (seen,) = read_objects(draw_by_hand(COLOURS["red"], corners))
+    assert (seen.shape, seen.colour) == ("unknown", "red")
+
+
+@pytest.mark.parametrize("colour", [(150, 150, 150), (120, 70, 20), (150, 200, 255)])
+def test_other_colours_are_unknown_but_count(colour: tuple[int, int, int]) -> None:
+    (seen,) = read_objects(draw_by_hand(colour, [(10, 10), (22, 10), (22, 22), (10, 22)]))
+    assert (seen.shape, seen.colour) == ("square", "unknown")
+
+
+@pytest.mark.parametrize("side", [5, 24, 32])
+def test_squares_of_other_sizes_are_unknown_but_count(side: int) -> None:
+    low, high = 16 - side / 2, 16 + side / 2
+    corners = [(low, low), (high, low), (high, high), (low, high)]
+    (seen,) = read_objects(draw_by_hand(COLOURS["black"], corners))
+    assert (seen.shape, seen.size, seen.colour) == ("unknown", "unknown", "black")
+
+
+def test_nothing_and_garbage_show_no_caption() -> None:
+    blank = np.full((32, 32, 3), 255, dtype=np.uint8)
+    garbage = np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), dtype=np.uint8)
+    assert read_objects(blank) == ()
+    facts = [describe_scene(scene).facts for scene in make_scenes(200)]
+    for image in (blank, *garbage, np.zeros_like(blank)):
+        seen = read_objects(image)
+        assert not any(all(facts_hold(claims, seen)) for claims in facts)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.zeros((32, 32, 3), dtype=np.float32),
+        np.zeros((3, 32, 32), dtype=np.uint8),
+        np.zeros((32, 64, 3), dtype=np.uint8),
+        np.zeros((16, 16, 3), dtype=np.uint8),
+        Image.new("RGB", (40, 32)),
+    ],
+)
+def test_other_pictures_are_refused(image: object) -> None:
+    with pytest.raises(UserError, match="image: got"):
+        check_caption(image, [])  # type: ignore[arg-type]
+
+
+def test_chance_of_single_captions_is_below_five_percent() -> None:
+    scenes = [make_scene(seed, split="train", kinds=("single",)) for seed in range(600)]
+    facts = [describe_scene(scene).facts for scene in scenes]
+    hits = [scene_satisfies(a, facts[j]) for i, a in enumerate(scenes) for j in range(i)]
+    assert 0.001 < np.mean(hits) < 0.05
+
+
+def test_checker_reads_300_pictures_per_second() -> None:
+    images = [draw_scene(scene) for scene in make_scenes(150)]
+    read_objects(images[0])  # draws the templates
+    start = time.process_time()
+    for image in images:
+        read_objects(image)
+    assert len(images) / (time.process_time() - start) >= 300
+
+
+# The files
+
+
+def test_prepared_folder_holds_pictures_of_their_facts(tmp_path: Path) -> None:
+    stale = tmp_path / "images" / "train" / "0000099.png"
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    counts = {"train": 5, "test": 3, "test_compose": 2}
+    assert prepare_shapes(tmp_path, counts=counts, image_size=40) == 10
+    lines = (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["split"] for row in rows] == ["train"] * 5 + ["test"] * 3 + ["test_compose"] * 2
+    for row in rows:
+        assert set(row) == {"file_name", "text", "texts", "text_ko", "split", "facts"}
+        with Image.open(tmp_path / row["file_name"]) as image:
+            assert image.size == (40, 40)
+            facts = [parse_fact(line) for line in row["facts"]]
+            assert check_caption(image, facts).all_held
+    assert len(list(tmp_path.rglob("*.png"))) == 10
+
+
+def test_bad_folders_and_counts_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(UserError, match="out: got"):
+        prepare_shapes(file, counts={"train": 1})
+    with pytest.raises(UserError, match="counts: got"):
+        prepare_shapes(tmp_path, counts={"train": -1})
+    with pytest.raises(UserError, match="counts: got"):
+        prepare_shapes(tmp_path, counts={"val": 1})
+
+
+def test_script_writes_a_folder_and_shows_errors_as_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*flags: str) -> int:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path / "set"), *flags])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return int(stopped.value.code or 0)
+
+    assert run("--train", "3", "--test", "2", "--test-compose", "1", "--kinds", "single") == 0
+    assert "6 pictures of 32 x 32" in capsys.readouterr().out
+    assert run("--kinds", "double") == 2
+    assert capsys.readouterr().err.startswith("error: kinds: got ('double',)")

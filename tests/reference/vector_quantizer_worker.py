@@ -1,0 +1,71 @@
+"""One process of the two-process test of VectorQuantizer; run as a script by the test.
+
+Arguments: rank, number of processes, folder for the rendezvous file and the results.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vqvae.quantizers import VectorQuantizer
+from vqvae.quantizers.collectives import gather_rows
+
+CODEBOOK_SIZE, CODE_DIM, STEPS, BATCH = 16, 4, 4, 6
+
+
+def whole_batch(step: int) -> Tensor:
+    """The latents of all processes at one step."""
+    generator = torch.Generator().manual_seed(100 + step)
+    latents = torch.randn(BATCH, CODE_DIM, 4, 4, generator=generator)
+    latents[:, step % CODE_DIM] += 4  # another corner at each step leaves old codes to die
+    return latents
+
+
+def moving_averages_only(rank: int, world_size: int) -> VectorQuantizer:
+    """Trains from a given codebook, without k-means or restarts, on this process's share."""
+    torch.manual_seed(0)
+    quantizer = VectorQuantizer(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM)
+    quantizer.ema_counts.fill_(1.0)
+    quantizer.ema_sums.copy_(quantizer.codebook)
+    quantizer.is_initialized.fill_(True)
+    quantizer.freeze_restarts = True
+    for step in range(STEPS):
+        quantizer(whole_batch(step)[rank::world_size])
+    return quantizer
+
+
+def everything(rank: int, world_size: int) -> VectorQuantizer:
+    """Trains with k-means start and restarts; start and noise differ between processes."""
+    torch.manual_seed(rank)
+    generator = torch.Generator().manual_seed(10 + rank)
+    quantizer = VectorQuantizer(
+        codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, ema_decay=0.05, dead_code_threshold=100.0
+    )
+    for step in range(STEPS):
+        quantizer(whole_batch(step)[rank::world_size], generator=generator)
+    return quantizer
+
+
+def main() -> None:
+    """Runs all parts and writes `rank-<rank>.safetensors`."""
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    rendezvous = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    results = {
+        "world_size": torch.tensor(dist.get_world_size()),
+        "gathered": gather_rows(torch.full((3 + rank, 2), float(rank))),
+    }
+    for name, part in (("averages", moving_averages_only), ("everything", everything)):
+        for key, tensor in part(rank, world_size).state_dict().items():
+            results[f"{name}.{key}"] = tensor
+    save_file(results, folder / f"rank-{rank}.safetensors")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

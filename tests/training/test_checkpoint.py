@@ -1,0 +1,508 @@
+"""Checkpoints: what comes back is what was saved, whatever kill, full disk or flipped bit says."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training import checkpoint as checkpoint_module
+from dalle_mini_impl.training.checkpoint import (
+    CheckpointCorruptError,
+    flatten_optimizer_state,
+    load_checkpoint,
+    newest_checkpoint,
+    restore_optimizer_state,
+    save_checkpoint,
+)
+
+
+def save_simple(root: Path, step: int, *, keep: int = 2) -> Path:
+    """Save a checkpoint whose every part tells its step."""
+    return save_checkpoint(
+        root,
+        step,
+        tensors={"model": {"weight": torch.full((5, 3), float(step))}, "ema": {}},
+        state={"marker": step},
+        keep=keep,
+    )
+
+
+def step_names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def assert_is_simple(root: Path, *, steps: set[int]) -> None:
+    found = newest_checkpoint(root)
+    assert found is not None
+    assert found.step in steps
+    assert found.state == {"marker": found.step}
+    assert torch.equal(found.tensors["model"]["weight"], torch.full((5, 3), float(found.step)))
+
+
+def test_round_trip_is_exact_for_every_kind_of_tensor(tmp_path: Path) -> None:
+    tied = torch.randn(4, 3)
+    dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
+    model = {
+        "tied.a": tied,
+        "tied.b": tied,
+        "view": tied[1:],
+        "transposed": torch.randn(3, 5).t(),
+        "expanded": torch.randn(1, 4).expand(3, 4),
+        "channels_last": torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "scalar": torch.tensor(3.0),
+        "empty": torch.zeros(0, 7),
+        "parameter": nn.Parameter(torch.randn(3)),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+        **{str(dtype): torch.randn(6).to(dtype) for dtype in dtypes},
+    }
+    state = {"run_id": "a1", "none": None, "nested": {"list": [1, 2.5, True]}, "loss": 0.1 + 0.2}
+    path = save_checkpoint(tmp_path / "new" / "root", 1234, tensors={"model": model}, state=state)
+    assert path == tmp_path / "new" / "root" / "step-00001234"
+    assert step_names(path) == ["manifest.json", "model.safetensors", "state.json"]
+
+    loaded = load_checkpoint(path)
+    assert (loaded.step, loaded.state, loaded.path) == (1234, state, path)
+    assert loaded.tensors["model"].keys() == model.keys()
+    for name, tensor in model.items():
+        got = loaded.tensors["model"][name]
+        assert got.dtype == tensor.dtype
+        assert got.shape == tensor.shape
+        as_bytes = [
+            bytes(t.detach().contiguous().view(-1).view(torch.uint8)) for t in (got, tensor)
+        ]
+        assert as_bytes[0] == as_bytes[1], name
+
+
+def test_files_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
+    path = save_simple(tmp_path, 1)
+    assert len({file.stat().st_mode for file in path.iterdir()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep": 1}, "keep: got 1"),
+        ({"step": -1}, "step: got -1"),
+        ({"tensors": {"../model": {}}}, "tensors: got group '../model'"),
+        ({"state": {"bad": torch.zeros(1)}}, "state: "),
+    ],
+)
+def test_refuses_bad_arguments_before_it_writes(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    good: dict[str, Any] = {"step": 1, "tensors": {}, "state": {}, "keep": 2}
+    with pytest.raises(ValueError, match=message):
+        save_checkpoint(tmp_path / "root", **{**good, **arguments})
+    assert not (tmp_path / "root").exists()
+
+
+def test_keeps_the_newest_and_clears_what_killed_runs_left(tmp_path: Path) -> None:
+    for name in ("notes", ".tmp-step-00000009-dead"):
+        (tmp_path / name).mkdir()
+    for step in (5, 10, 15, 20):
+        save_simple(tmp_path, step, keep=3)
+    assert step_names(tmp_path) == ["notes", "step-00000010", "step-00000015", "step-00000020"]
+    save_simple(tmp_path, 100_000_000)
+    assert_is_simple(tmp_path, steps={100_000_000})
+
+
+def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save_simple(tmp_path, step)
+    (tmp_path / "step-00000002" / "model.safetensors").unlink()
+    save_simple(tmp_path, 3)
+    assert step_names(tmp_path) == ["step-00000001", "step-00000002", "step-00000003"]
+    save_simple(tmp_path, 4)
+    assert step_names(tmp_path) == ["step-00000003", "step-00000004"]
+
+
+def test_a_rewound_run_keeps_its_own_and_the_later_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (100, 200):
+        save_simple(tmp_path, step)
+    for step in (20, 40, 60):
+        save_simple(tmp_path, step)
+    kept = ["step-00000040", "step-00000060", "step-00000100", "step-00000200"]
+    assert step_names(tmp_path) == kept
+    assert "step-00000200 is newer than step 60" in caplog.text
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    save_simple(tmp_path, 6)
+    save_simple(tmp_path, 7)
+    path = save_checkpoint(tmp_path, 7, tensors={}, state={"marker": "again"})
+    assert load_checkpoint(path).state == {"marker": "again"}
+    assert step_names(tmp_path) == ["step-00000006", "step-00000007"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_last_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def name_a_file_outside(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../step-00000001/state.json"] = manifest["files"]["state.json"]
+    path.write_text(json.dumps(manifest))
+
+
+def ask_for_another_version(path: Path) -> None:
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
+
+
+DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
+    (truncate, "model.safetensors", "bytes, want"),
+    (flip_last_bit, "model.safetensors", "sha256 differs"),
+    (flip_last_bit, "state.json", "sha256 differs"),
+    (Path.unlink, "ema.safetensors", "is missing"),
+    (Path.unlink, "state.json", "is missing"),
+    (Path.unlink, "manifest.json", "is missing"),
+    (truncate, "manifest.json", "cannot be read"),
+    (name_a_file_outside, "manifest.json", "leads out of the folder"),
+    (ask_for_another_version, "manifest.json", "format_version 2, want 1"),
+]
+
+
+@pytest.mark.parametrize(("damage", "file_name", "reason"), DAMAGES)
+def test_damage_is_named_and_passed_over(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    damage: Callable[[Path], None],
+    file_name: str,
+    reason: str,
+) -> None:
+    save_simple(tmp_path, 1)
+    path = save_simple(tmp_path, 2)
+    damage(path / file_name)
+    with pytest.raises(CheckpointCorruptError) as raised:
+        load_checkpoint(path)
+    assert file_name in str(raised.value)
+    assert reason in str(raised.value)
+    assert_is_simple(tmp_path, steps={1})
+    assert "passing over checkpoint step-00000002" in caplog.text
+    assert reason in caplog.text
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(data=st.data())
+def test_any_flipped_bit_in_any_file_is_found(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "step-00000001"
+    if not path.exists():
+        save_simple(tmp_path, 1)
+    file = data.draw(st.sampled_from(sorted(path.iterdir())))
+    original = file.read_bytes()
+    content = bytearray(original)
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    file.write_bytes(content)
+    with pytest.raises(CheckpointCorruptError):
+        load_checkpoint(path)
+    file.write_bytes(original)
+    assert load_checkpoint(path).step == 1
+
+
+def test_nothing_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_checkpoint(tmp_path / "missing") is None
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-latest").mkdir()
+    (tmp_path / "step-00000004").write_text("a file")
+    assert newest_checkpoint(tmp_path) is None
+    assert len(caplog.records) == 1
+    assert "step-00000003" in caplog.text
+    with pytest.raises(CheckpointCorruptError, match="no such folder"):
+        load_checkpoint(tmp_path / "missing")
+
+
+def kill_at_event(number: int) -> None:
+    """Make this (forked) process kill itself just before or after one of its file operations."""
+    events = 0
+
+    def event() -> None:
+        nonlocal events
+        events += 1
+        if events == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def around(call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            event()
+            result = call(*args, **kwargs)
+            event()
+            return result
+
+        return wrapped
+
+    def half_then_whole(members: dict[str, Tensor], path: Path) -> None:
+        save_file(members, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        event()
+        path.write_bytes(content)
+
+    save_file = checkpoint_module.save_file
+    checkpoint_module.save_file = half_then_whole  # type: ignore[assignment]
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, around(getattr(os, name)))
+
+
+def saves_in_a_child_killed_at(root: Path, step: int, event: int) -> bool:
+    """Fork, save there, and say whether the child was killed before it had finished."""
+    child = os.fork()
+    if child == 0:
+        kill_at_event(event)
+        save_simple(root, step)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("step", [3, 2], ids=["new step", "step saved before"])
+def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path: Path, step: int) -> None:
+    event, was_killed = 0, True
+    while was_killed:
+        event += 1
+        root = tmp_path / str(event)
+        save_simple(root, 1)
+        save_simple(root, 2)
+        was_killed = saves_in_a_child_killed_at(root, step, event)
+        assert_is_simple(root, steps={2, step} if was_killed else {step})
+        save_simple(root, 4)
+        assert_is_simple(root, steps={4})
+        older, newer = (name.removesuffix(".replaced") for name in step_names(root))
+        assert older in {"step-00000002", f"step-{step:08d}"}
+        assert newer == "step-00000004"
+    assert event > 20, "the kills did not reach the save"
+
+
+def test_everything_is_on_the_disk_before_the_rename(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def recording_fsync(descriptor: int) -> None:
+        calls.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    def recording_replace(source: Path, target: Path) -> None:
+        calls.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    save_simple(tmp_path, 1)
+    calls = [name if not name.startswith(".tmp-") else "folder" for name in calls]
+    assert sorted(calls[:3]) == ["ema.safetensors", "model.safetensors", "state.json"]
+    assert calls[3:] == ["manifest.json", "folder", "rename", tmp_path.name]
+
+
+@contextmanager
+def file_size_limit(num_bytes: int) -> Iterator[None]:
+    """Make every write beyond a file size fail, much as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "state"),
+    [
+        ({"model": {"w": torch.zeros(300_000)}}, {}),
+        ({"model": {"w": torch.zeros(3)}}, {"long": "x" * 600_000}),
+    ],
+    ids=["in safetensors", "in JSON"],
+)
+def test_a_failed_write_leaves_the_earlier_checkpoints(
+    tmp_path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+) -> None:
+    save_simple(tmp_path, 1)
+    save_simple(tmp_path, 2)
+    with file_size_limit(500_000), pytest.raises(UserError) as raised:
+        save_checkpoint(tmp_path, 3, tensors=tensors, state=state)
+    assert str(tmp_path) in str(raised.value)
+    assert "File too large" in str(raised.value)
+    assert step_names(tmp_path) == ["step-00000001", "step-00000002"]
+    assert_is_simple(tmp_path, steps={2})
+
+
+def test_a_root_that_cannot_be_a_folder_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=str(tmp_path / "file")):
+        save_simple(tmp_path / "file", 1)
+
+
+def test_ctrl_c_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    save_simple(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save_simple(tmp_path, 2)
+    assert step_names(tmp_path) == ["step-00000001"]
+
+
+def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": weights[:1], "weight_decay": 0.1},
+        {"params": weights[1:]},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw fused": lambda weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
+    "adamw foreach": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
+    "adamw amsgrad": lambda weights: torch.optim.AdamW(weights, lr=0.01, amsgrad=True),
+    "adamw tensor lr": lambda weights: torch.optim.AdamW(weights, lr=torch.tensor(0.01)),
+    "adamw named": lambda weights: torch.optim.AdamW(zip("ab", weights, strict=True)),
+    "muon": lambda weights: torch.optim.Muon(weights, lr=0.01, adjust_lr_fn="match_rms_adamw"),
+    "sgd": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9),
+}
+
+
+def make_weights() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(2)]
+
+
+def train(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights:
+            weight.grad = torch.randn(6, 4, generator=generator)
+        for group in optimizer.param_groups:
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] *= 0.9
+        optimizer.step()
+
+
+def assert_same_tree(got: Any, want: Any) -> None:
+    assert type(got) is type(want)
+    if isinstance(want, Tensor):
+        assert got.dtype == want.dtype
+        assert got.device == want.device
+        assert torch.equal(got, want)
+    elif isinstance(want, dict):
+        assert got.keys() == want.keys()
+        for key in want:
+            assert_same_tree(got[key], want[key])
+    elif isinstance(want, (list, tuple)):
+        assert len(got) == len(want)
+        for got_item, want_item in zip(got, want, strict=True):
+            assert_same_tree(got_item, want_item)
+    else:
+        assert got == want
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_three_steps_and_a_resume_equal_six_steps(tmp_path: Path, name: str) -> None:
+    straight = make_weights()
+    optimizer = OPTIMIZERS[name](straight)
+    train(straight, optimizer, range(6))
+
+    weights = make_weights()
+    first = OPTIMIZERS[name](weights)
+    train(weights, first, range(3))
+    tensors, meta = flatten_optimizer_state(first)
+    model = {str(index): weight for index, weight in enumerate(weights)}
+    save_checkpoint(
+        tmp_path, 3, tensors={"model": model, "optimizer": tensors}, state={"optimizer": meta}
+    )
+
+    loaded = newest_checkpoint(tmp_path)
+    assert loaded is not None
+    resumed = [nn.Parameter(loaded.tensors["model"][str(index)].clone()) for index in range(2)]
+    second = OPTIMIZERS[name](resumed)
+    restore_optimizer_state(second, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    assert_same_tree(second.state_dict(), first.state_dict())
+    before = {key: value.clone() for key, value in loaded.tensors["optimizer"].items()}
+    train(resumed, second, range(3, 6))
+
+    for got, want in zip(resumed, straight, strict=True):
+        assert torch.equal(got, want)
+    assert_same_tree(second.state_dict(), optimizer.state_dict())
+    assert_same_tree(loaded.tensors["optimizer"], before)  # training did not write into it
+
+
+def test_optimizer_state_keeps_a_dtype_other_than_the_parameters() -> None:
+    def make() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))])
+
+    optimizer = make()
+    parameter = optimizer.param_groups[0]["params"][0]
+    moments = torch.full((3, 2), 1 / 3)
+    optimizer.state[parameter] = {
+        "step": torch.tensor(7.0),
+        "exp_avg": moments,
+        "exp_avg_sq": moments.double(),
+        "history": [moments, (2, None)],
+    }
+    other = make()
+    restore_optimizer_state(other, *flatten_optimizer_state(optimizer))
+    assert_same_tree(other.state_dict(), optimizer.state_dict())
+
+
+def test_names_of_flattened_tensors_say_what_they_are() -> None:
+    weights = make_weights()
+    optimizer = adamw(weights)
+    train(weights, optimizer, range(1))
+    tensors, meta = flatten_optimizer_state(optimizer)
+    assert {"state.0.exp_avg", "state.1.step"} <= tensors.keys()
+    assert json.loads(json.dumps(meta)) == meta
+
+
+def test_state_of_other_parameters_is_a_user_error() -> None:
+    weights = make_weights()
+    optimizer = OPTIMIZERS["muon"](weights)
+    train(weights, optimizer, range(1))
+    tensors, meta = flatten_optimizer_state(optimizer)
+    with pytest.raises(UserError, match="optimizer state: does not fit"):
+        restore_optimizer_state(OPTIMIZERS["muon"](weights[:1]), tensors, meta)
+    tensors.popitem()
+    with pytest.raises(UserError, match="optimizer state: does not fit"):
+        restore_optimizer_state(OPTIMIZERS["muon"](weights), tensors, meta)
+    optimizer.state[weights[0]]["odd"] = object()
+    with pytest.raises(ValueError, match=r"state\.0\.odd: got a object"):
+        flatten_optimizer_state(optimizer)
+
+
+def test_old_checkpoints_that_cannot_be_deleted_do_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2):
+        save_simple(tmp_path, step)
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise PermissionError(f"no: {path}")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save_simple(tmp_path, 3)
+    assert "cannot delete the old checkpoint folder" in caplog.text
+    assert_is_simple(tmp_path, steps={3})

@@ -1,0 +1,138 @@
+"""The Gumbel-softmax quantizer: mixtures, single codes, KL term and temperature."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.reference import quantizers as reference
+from vqvae.quantizers import GumbelQuantizer
+
+CODEBOOK_SIZE, CODE_DIM = 6, 3
+
+
+def quantizer(*, kl_weight: float = 0.1, straight_through: bool = False) -> GumbelQuantizer:
+    torch.manual_seed(0)
+    return GumbelQuantizer(
+        codebook_size=CODEBOOK_SIZE,
+        code_dim=CODE_DIM,
+        kl_weight=kl_weight,
+        straight_through=straight_through,
+    )
+
+
+def logits(seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, CODEBOOK_SIZE, 3, 4, generator=generator)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.25])
+def test_training_mixes_codes_as_the_reference_does(temperature: float) -> None:
+    model = quantizer()
+    model.temperature.fill_(temperature)
+    output = model(logits(), generator=torch.Generator().manual_seed(7))
+    uniform = torch.rand(24, CODEBOOK_SIZE, generator=torch.Generator().manual_seed(7))
+    expected = reference.gumbel_mixture(logits(), model.codebook.detach(), uniform, temperature)
+    torch.testing.assert_close(output.quantized_latents, expected)
+    assert torch.equal(output.token_ids, logits().argmax(dim=1))
+
+
+def test_noise_samples_codes_with_their_probability() -> None:
+    model = quantizer(straight_through=True)
+    row = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.0])
+    with torch.no_grad():
+        model.codebook.copy_(torch.randn(CODEBOOK_SIZE, CODE_DIM))
+        grid = row.view(1, -1, 1, 1).expand(1, -1, 100, 200)
+        mixed = model(grid, generator=torch.Generator().manual_seed(0)).quantized_latents
+    codes = mixed.movedim(1, -1).flatten(0, 2)
+    chosen = torch.cdist(codes, model.codebook).argmin(dim=1)
+    torch.testing.assert_close(codes, model.codebook[chosen].detach())
+    shares = torch.bincount(chosen, minlength=CODEBOOK_SIZE) / len(chosen)
+    torch.testing.assert_close(shares, row.softmax(dim=0), atol=0.015, rtol=0)
+
+
+def test_straight_through_has_the_gradient_of_the_soft_weights() -> None:
+    gradients = []
+    for straight_through in (True, False):
+        model = quantizer(straight_through=straight_through)
+        encoder_latents = logits().requires_grad_()
+        output = model(encoder_latents, generator=torch.Generator().manual_seed(0))
+        (gradient,) = torch.autograd.grad(output.quantized_latents.sum(), encoder_latents)
+        gradients.append(gradient)
+    torch.testing.assert_close(gradients[0], gradients[1])
+    assert gradients[0].abs().sum() > 0
+
+
+def test_evaluation_takes_the_most_likely_code() -> None:
+    model = quantizer().eval()
+    output = model(logits())
+    assert torch.equal(output.token_ids, model.encode(logits()))
+    assert torch.equal(output.quantized_latents, model.decode(output.token_ids))
+    assert torch.equal(output.quantized_latents, model.hard_latents(logits()))
+    ids = output.token_ids
+    torch.testing.assert_close(output.quantized_latents[1, :, 2, 3], model.codebook[ids[1, 2, 3]])
+
+
+def test_soft_latents_are_the_training_path_and_approach_hard_ones_when_cold_and_certain() -> None:
+    model = quantizer()
+    soft = model.soft_latents(logits(), generator=torch.Generator().manual_seed(3))
+    trained = model(logits(), generator=torch.Generator().manual_seed(3)).quantized_latents
+    assert torch.equal(soft, trained)
+    model.temperature.fill_(1 / 16)
+    certain = 100 * torch.nn.functional.one_hot(logits().argmax(dim=1)).movedim(-1, 1).float()
+    torch.testing.assert_close(model.soft_latents(certain), model.hard_latents(certain))
+
+
+def test_kl_is_0_for_uniform_logits_and_log_codebook_size_for_certain_ones() -> None:
+    model = quantizer(kl_weight=0.5)
+    uniform = torch.full((1, CODEBOOK_SIZE, 2, 2), 3.0)
+    assert model(uniform).metrics["kl"].abs() < 1e-6
+    certain = torch.zeros(1, CODEBOOK_SIZE, 2, 2)
+    certain[:, 2] = 1000.0
+    output = model(certain)
+    torch.testing.assert_close(output.metrics["kl"], torch.tensor(math.log(CODEBOOK_SIZE)))
+    torch.testing.assert_close(output.loss, 0.5 * output.metrics["kl"])
+    probabilities = logits().softmax(dim=1)
+    by_hand = (probabilities * (probabilities * CODEBOOK_SIZE).log()).sum(dim=1).mean()
+    output = model(logits())
+    torch.testing.assert_close(output.metrics["kl"], by_hand)
+    assert not output.metrics["kl"].requires_grad
+
+
+def test_gradients_reach_encoder_and_codebook() -> None:
+    model = quantizer()
+    encoder_latents = logits().requires_grad_()
+    output = model(encoder_latents)
+    output.quantized_latents.square().sum().backward()
+    assert encoder_latents.grad is not None
+    assert encoder_latents.grad.abs().sum() > 0
+    assert model.codebook.grad is not None
+    assert model.codebook.grad.abs().sum() > 0
+
+
+def test_draws_come_from_the_generator_and_inputs_stay() -> None:
+    model = quantizer()
+    encoder_latents = logits()
+    first, second, other = (
+        model(encoder_latents, generator=torch.Generator().manual_seed(seed)).quantized_latents
+        for seed in (1, 1, 2)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+    assert torch.equal(encoder_latents, logits())
+
+
+def test_temperature_is_saved_and_precision_kept() -> None:
+    model = quantizer()
+    model.temperature.fill_(0.3)
+    copy = quantizer()
+    copy.load_state_dict(model.state_dict())
+    assert copy.temperature == model.temperature
+    assert model(logits().bfloat16()).quantized_latents.dtype == torch.bfloat16
+    assert model.eval()(logits().bfloat16()).quantized_latents.dtype == torch.bfloat16
+
+
+def test_refuses_a_negative_weight() -> None:
+    with pytest.raises(ValueError, match="kl_weight is -1"):
+        quantizer(kl_weight=-1.0)

@@ -1,0 +1,78 @@
+"""What an image tokenizer is: one frozen dataclass, checked when it is made."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEConfig:
+    """Sizes of the discrete VAE.
+
+    The first stage works on blocks of ``patch_size`` pixels a side and every further stage halves
+    the grid, so an image shrinks ``patch_size * 2 ** (len(channels) - 1)`` times.
+
+    Raises:
+        ValueError: If a size is out of range or the image does not divide into the grid.
+    """
+
+    image_size: int = 64
+    """Height and width of an image, in pixels."""
+    patch_size: int = 4
+    """Pixels along a side that are folded into channels before the first stage."""
+    channels: tuple[int, ...] = (96, 192)
+    """Feature channels of each stage, finest first."""
+    encoder_kernel_size: Literal[1, 3] = 1
+    """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbours."""
+    num_encoder_blocks: int = 2
+    """Residual blocks per encoder stage."""
+    num_decoder_blocks: int = 2
+    """Residual blocks per decoder stage."""
+    quantizer: Literal["fsq", "vq", "gumbel"] = "fsq"
+    """How latents become tokens: finite scalars, nearest code, or Gumbel-softmax."""
+    fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
+    """Levels of each FSQ dimension; their product is the codebook size. Read by ``fsq`` only."""
+    vq_codebook_size: int = 1024
+    """Number of codes. Read by ``vq`` and ``gumbel``."""
+    vq_code_dim: int = 8
+    """Length of a code. Read by ``vq`` and ``gumbel``."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no network can be built from."""
+        if not self.channels or min(self.channels) < 1:
+            raise ValueError(f"channels: got {self.channels}, wanted one positive size per stage")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size: got {self.patch_size}, wanted at least 1")
+        if self.image_size < 1 or self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size: got {self.image_size}, wanted a multiple of {self.downsampling} "
+                f"(patch_size {self.patch_size}, halved {len(self.channels) - 1} times)"
+            )
+        if min(self.num_encoder_blocks, self.num_decoder_blocks) < 0:
+            raise ValueError(
+                "num_encoder_blocks and num_decoder_blocks: got "
+                f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, wanted 0 or more"
+            )
+        if not self.fsq_levels or min(self.fsq_levels) < 2:
+            raise ValueError(f"fsq_levels: got {self.fsq_levels}, wanted levels of 2 or more")
+        if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
+            raise ValueError(
+                f"vq_codebook_size and vq_code_dim: got {self.vq_codebook_size} and "
+                f"{self.vq_code_dim}, wanted at least 2 and 1"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side."""
+        return self.patch_size * 2 ** (len(self.channels) - 1)
+
+    @property
+    def image_grid_size(self) -> tuple[int, int]:
+        """Tokens along (height, width)."""
+        side = self.image_size // self.downsampling
+        return side, side
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different tokens."""
+        return prod(self.fsq_levels) if self.quantizer == "fsq" else self.vq_codebook_size

@@ -1,0 +1,214 @@
+"""The discrete VAE: an image becomes a grid of tokens, and a grid of tokens an image.
+
+Read ``encode_to_token_ids`` and ``decode_from_token_ids``: the rest of the project sees only them.
+Sources: van den Oord et al. 2017 (arXiv:1711.00937), Ramesh et al. 2021 (arXiv:2102.12092),
+Mentzer et al. 2023 (arXiv:2309.15505).
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vqvae.config import VQVAEConfig
+from vqvae.networks import Decoder, Encoder
+from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+
+
+class VQVAEOutput(NamedTuple):
+    """What one training pass of the tokenizer returns."""
+
+    reconstruction: Float[Tensor, "batch 3 image_height image_width"]
+    token_ids: Int[Tensor, "batch height width"]
+    quantizer_loss: Float[Tensor, ""]
+    quantizer_metrics: dict[str, Tensor]
+
+
+class VQVAE(nn.Module):
+    """Encoder, quantizer and decoder over square images."""
+
+    def __init__(self, config: VQVAEConfig) -> None:
+        """Build the networks of ``config`` with random weights.
+
+        Args:
+            config: Sizes and the kind of quantizer.
+        """
+        super().__init__()
+        self.config = config
+        self.quantizer = build_quantizer(config)
+        self.encoder = Encoder(
+            config.channels,
+            patch_size=config.patch_size,
+            latent_dim=self.quantizer.latent_dim,
+            num_blocks=config.num_encoder_blocks,
+            kernel_size=config.encoder_kernel_size,
+        )
+        self.decoder = Decoder(
+            config.channels,
+            patch_size=config.patch_size,
+            code_dim=self.quantizer.code_dim,
+            num_blocks=config.num_decoder_blocks,
+        )
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "batch 3 image_height image_width"],
+        *,
+        generator: torch.Generator | None = None,
+    ) -> VQVAEOutput:
+        """Reconstruct images through the quantizer, with gradients.
+
+        Args:
+            pixels: In [-1, 1].
+            generator: Source of the quantizer's noise (Gumbel, k-means start, restarts).
+
+        Returns:
+            Reconstruction, token ids, and the quantizer's own loss and metrics.
+        """
+        encoder_latents = self.encoder(pixels)
+        quantized = self.quantizer(encoder_latents, generator=generator)
+        reconstruction = self.decoder(quantized.quantized_latents)
+        return VQVAEOutput(reconstruction, quantized.token_ids, quantized.loss, quantized.metrics)
+
+    @torch.no_grad()
+    def encode_to_token_ids(
+        self, pixels: Float[Tensor, "batch 3 image_height image_width"]
+    ) -> Int[Tensor, "batch height width"]:
+        """Turn images into their tokens.
+
+        Args:
+            pixels: In [-1, 1]; height and width must equal ``config.image_size``.
+
+        Returns:
+            int64 ids in [0, codebook_size).
+
+        Raises:
+            ValueError: If the images have another size.
+        """
+        size = self.config.image_size
+        if pixels.shape[-2:] != (size, size):
+            raise ValueError(f"pixels: got {tuple(pixels.shape[-2:])}, wanted {size} x {size}")
+        return self.quantizer.encode(self.encoder(pixels))
+
+    @torch.no_grad()
+    def decode_from_token_ids(
+        self, token_ids: Int[Tensor, "batch height width"]
+    ) -> Float[Tensor, "batch 3 image_height image_width"]:
+        """Turn tokens into images.
+
+        Args:
+            token_ids: Ids in [0, codebook_size).
+
+        Returns:
+            Pixels clamped to [-1, 1].
+
+        Raises:
+            ValueError: If an id is outside the codebook.
+        """
+        if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < self.codebook_size:
+            raise ValueError(
+                f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
+                f"wanted 0 to {self.codebook_size - 1}"
+            )
+        return self.decoder(self.quantizer.decode(token_ids)).clamp(-1, 1)
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different tokens."""
+        return self.config.codebook_size
+
+    @property
+    def image_grid_size(self) -> tuple[int, int]:
+        """Tokens along (height, width)."""
+        return self.config.image_grid_size
+
+    def fingerprint(self) -> str:
+        """Hash config and weights: equal fingerprints mean equal tokens for equal images."""
+        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into ``folder``.
+
+        Args:
+            folder: Made if missing.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / WEIGHTS_NAME)
+        config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "VQVAE":
+        """Load what ``save_pretrained`` wrote, strictly.
+
+        Args:
+            folder: Holds ``config.json`` and ``model.safetensors``.
+
+        Returns:
+            The tokenizer in evaluation mode.
+
+        Raises:
+            ValueError: If a file is missing or damaged, a config key or tensor unknown or missing.
+        """
+        folder = Path(folder)
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            if not (folder / name).is_file():
+                raise ValueError(f"image tokenizer {folder}: no {name} there")
+        model = cls(_read_config(folder / CONFIG_NAME))
+        try:
+            model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=True)
+        except (SafetensorError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{folder / WEIGHTS_NAME}: does not fit its config: {reason}") from None
+        return model.eval()
+
+
+def build_quantizer(
+    config: VQVAEConfig,
+) -> FiniteScalarQuantizer | VectorQuantizer | GumbelQuantizer:
+    """Build the quantizer that ``config.quantizer`` names.
+
+    Args:
+        config: A tokenizer's config.
+
+    Returns:
+        The quantizer module.
+    """
+    if config.quantizer == "fsq":
+        return FiniteScalarQuantizer(levels=config.fsq_levels)
+    if config.quantizer == "vq":
+        return VectorQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
+    return GumbelQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
+
+
+def _read_config(path: Path) -> VQVAEConfig:
+    try:
+        values: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    version = values.pop("format_version", None)
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version: got {version}, wanted {FORMAT_VERSION}")
+    known = {field.name for field in dataclasses.fields(VQVAEConfig)}
+    if values.keys() != known:
+        odd = sorted(values.keys() ^ known)
+        raise ValueError(f"{path}: unknown or missing keys: {', '.join(odd)}")
+    as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+    return VQVAEConfig(**as_tuples)

@@ -1,0 +1,117 @@
+"""The convolutional encoder and decoder of the discrete VAE.
+
+Two choices differ from VQGAN. There is no GroupNorm: its statistics run over the whole image, so
+that a change of hat would change the tokens of the shoes; residual branches that start at zero
+keep training stable without it (Zhang et al. 2019, arXiv:1901.09321). And the encoder's kernels are
+1 x 1 unless asked otherwise: a token describes its own patch, so the same face gets the same
+tokens whatever stands beside it, which is what a small decoder can recombine.
+Pixels are folded into channels before the first convolution and unfolded after the last one.
+"""
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions beside an identity; the second starts at zero."""
+
+    def __init__(self, channels: int, *, kernel_size: int = 3) -> None:
+        """Build the block.
+
+        Args:
+            channels: Feature channels in and out.
+            kernel_size: Odd side of both kernels, in grid cells.
+        """
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(
+        self, features: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Add the residual branch to the features."""
+        return features + self.layers(features)
+
+
+class Encoder(nn.Module):
+    """Pixels to encoder latents."""
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        *,
+        patch_size: int,
+        latent_dim: int,
+        num_blocks: int,
+        kernel_size: int,
+    ) -> None:
+        """Build the encoder.
+
+        Args:
+            channels: Feature channels of each stage, finest first.
+            patch_size: Pixels along a side folded into channels.
+            latent_dim: Channels of the latents, as the quantizer wants them.
+            num_blocks: Residual blocks per stage.
+            kernel_size: Odd side of the kernels, in grid cells.
+        """
+        super().__init__()
+        last = len(channels) - 1
+        layers: list[nn.Module] = [
+            nn.PixelUnshuffle(patch_size),
+            nn.Conv2d(3 * patch_size**2, channels[0], kernel_size, padding=kernel_size // 2),
+        ]
+        for stage, width in enumerate(channels):
+            layers += [ResidualBlock(width, kernel_size=kernel_size) for _ in range(num_blocks)]
+            if stage < last:
+                layers.append(nn.Conv2d(width, channels[stage + 1], 2, stride=2))
+        layers += [nn.SiLU(), nn.Conv2d(channels[-1], latent_dim, 1)]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(
+        self, pixels: Float[Tensor, "batch 3 image_height image_width"]
+    ) -> Float[Tensor, "batch latent_dim height width"]:
+        """Map pixels in [-1, 1] to unbounded latents."""
+        return self.layers(pixels)
+
+
+class Decoder(nn.Module):
+    """Quantized latents to pixels."""
+
+    def __init__(
+        self, channels: Sequence[int], *, patch_size: int, code_dim: int, num_blocks: int
+    ) -> None:
+        """Build the decoder.
+
+        Args:
+            channels: Feature channels of each stage, finest first, as the encoder's.
+            patch_size: Pixels along a side unfolded from channels.
+            code_dim: Channels of the quantized latents.
+            num_blocks: Residual blocks per stage.
+        """
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
+        for stage in reversed(range(len(channels))):
+            layers += [ResidualBlock(channels[stage]) for _ in range(num_blocks)]
+            if stage > 0:
+                layers.append(nn.Conv2d(channels[stage], 4 * channels[stage - 1], 1))
+                layers.append(nn.PixelShuffle(2))
+        layers += [
+            nn.SiLU(),
+            nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1),
+            nn.PixelShuffle(patch_size),
+        ]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(
+        self, quantized_latents: Float[Tensor, "batch code_dim height width"]
+    ) -> Float[Tensor, "batch 3 image_height image_width"]:
+        """Map quantized latents to pixels, nominally in [-1, 1] but not clamped."""
+        return self.layers(quantized_latents)

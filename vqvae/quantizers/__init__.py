@@ -1,0 +1,8 @@
+"""The three ways to turn encoder latents into tokens; all share one interface."""
+
+from vqvae.quantizers.fsq import FiniteScalarQuantizer
+from vqvae.quantizers.gumbel import GumbelQuantizer
+from vqvae.quantizers.output import QuantizerOutput
+from vqvae.quantizers.vector_quantizer import VectorQuantizer
+
+__all__ = ["FiniteScalarQuantizer", "GumbelQuantizer", "QuantizerOutput", "VectorQuantizer"]
