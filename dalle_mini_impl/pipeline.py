@@ -64,8 +64,8 @@ class TextToImagePipeline:
         Raises:
             ValueError: If the parts do not fit each other.
         """
-        expected = (dalle.config.codebook_size, dalle.config.image_grid_size)
-        got = (vqvae.codebook_size, vqvae.image_grid_size)
+        expected = (dalle.config.codebook_levels, dalle.config.image_grid_size)
+        got = (vqvae.codebook_levels, vqvae.image_grid_size)
         if got != expected:
             raise ValueError(f"vqvae: codebook and grid are {got}, the decoder wants {expected}")
         if captions.text_length != dalle.config.text_length:
@@ -124,7 +124,7 @@ class TextToImagePipeline:
             raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
         settings = self._settings(overrides)
 
-        device = self.dalle.image_head.weight.device
+        device = self.dalle.text_head.weight.device
         text_token_ids = self.captions.encode(prompts).to(device)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
         seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
@@ -212,7 +212,8 @@ class TextToImagePipeline:
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
             config = _read_json(folder / "dalle" / "config.json")
-            config["image_grid_size"] = tuple(config["image_grid_size"])
+            for name in ("image_grid_size", "codebook_levels"):
+                config[name] = tuple(config[name])
             config["decoder"] = DecoderConfig(**config["decoder"])
             dalle = Dalle(DalleConfig(**config)).eval()
             dalle.load_state_dict(load_file(folder / "dalle" / "model.safetensors"), strict=True)

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Literal, get_args
+
+QuantizerName = Literal["fsq", "vq", "gumbel"]
+EncoderKernelSize = Literal[1, 3]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +16,8 @@ class VQVAEConfig:
     the grid, so an image shrinks ``patch_size * 2 ** (len(channels) - 1)`` times.
 
     Raises:
-        ValueError: If a size is out of range or the image does not divide into the grid.
+        ValueError: If a size is out of range, the image does not divide into the grid or the
+            quantizer is unknown.
     """
 
     image_size: int = 64
@@ -22,13 +26,13 @@ class VQVAEConfig:
     """Pixels along a side that are folded into channels before the first stage."""
     channels: tuple[int, ...] = (96, 192)
     """Feature channels of each stage, finest first."""
-    encoder_kernel_size: Literal[1, 3] = 1
+    encoder_kernel_size: EncoderKernelSize = 1
     """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbours."""
     num_encoder_blocks: int = 2
     """Residual blocks per encoder stage."""
     num_decoder_blocks: int = 2
     """Residual blocks per decoder stage."""
-    quantizer: Literal["fsq", "vq", "gumbel"] = "fsq"
+    quantizer: QuantizerName = "fsq"
     """How latents become tokens: finite scalars, nearest code, or Gumbel-softmax."""
     fsq_levels: tuple[int, ...] = (8, 5, 5, 5)
     """Levels of each FSQ dimension; their product is the codebook size. Read by ``fsq`` only."""
@@ -53,6 +57,13 @@ class VQVAEConfig:
                 "num_encoder_blocks and num_decoder_blocks: got "
                 f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, wanted 0 or more"
             )
+        if self.encoder_kernel_size not in get_args(EncoderKernelSize):
+            raise ValueError(f"encoder_kernel_size: got {self.encoder_kernel_size}, wanted 1 or 3")
+        if self.quantizer not in get_args(QuantizerName):
+            raise ValueError(
+                f"quantizer: got {self.quantizer!r}, "
+                f"wanted one of {', '.join(get_args(QuantizerName))}"
+            )
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels: got {self.fsq_levels}, wanted levels of 2 or more")
         if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
@@ -73,6 +84,11 @@ class VQVAEConfig:
         return side, side
 
     @property
+    def codebook_levels(self) -> tuple[int, ...]:
+        """Digits of a token, the least significant first: FSQ's levels, or one for all codes."""
+        return self.fsq_levels if self.quantizer == "fsq" else (self.vq_codebook_size,)
+
+    @property
     def codebook_size(self) -> int:
         """Number of different tokens."""
-        return prod(self.fsq_levels) if self.quantizer == "fsq" else self.vq_codebook_size
+        return prod(self.codebook_levels)

@@ -129,14 +129,24 @@ class VQVAE(nn.Module):
         return self.config.codebook_size
 
     @property
+    def codebook_levels(self) -> tuple[int, ...]:
+        """Digits of a token, the least significant first."""
+        return self.config.codebook_levels
+
+    @property
     def image_grid_size(self) -> tuple[int, int]:
         """Tokens along (height, width)."""
         return self.config.image_grid_size
 
     def fingerprint(self) -> str:
-        """Hash config and weights: equal fingerprints mean equal tokens for equal images."""
+        """Hash config and weights: equal fingerprints mean equal tokens for equal images.
+
+        What a quantizer keeps for its training alone (moving averages, a temperature) is left out.
+        """
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
         for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith("quantizer.") and name != "quantizer.codebook":
+                continue
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -152,7 +162,7 @@ class VQVAE(nn.Module):
         weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_NAME)
         config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VQVAE":
@@ -176,7 +186,7 @@ class VQVAE(nn.Module):
             model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=True)
         except (SafetensorError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{folder / WEIGHTS_NAME}: does not fit its config: {reason}") from None
+            raise ValueError(f"{folder / WEIGHTS_NAME}: not loaded: {reason}") from None
         return model.eval()
 
 
@@ -200,9 +210,11 @@ def build_quantizer(
 
 def _read_config(path: Path) -> VQVAEConfig:
     try:
-        values: dict[str, Any] = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {type(values).__name__}, wanted an object")
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: got {version}, wanted {FORMAT_VERSION}")
@@ -210,5 +222,10 @@ def _read_config(path: Path) -> VQVAEConfig:
     if values.keys() != known:
         odd = sorted(values.keys() ^ known)
         raise ValueError(f"{path}: unknown or missing keys: {', '.join(odd)}")
-    as_tuples = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
-    return VQVAEConfig(**as_tuples)
+    as_tuples: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    try:
+        return VQVAEConfig(**as_tuples)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -25,14 +25,12 @@ class ResidualBlock(nn.Module):
             kernel_size: Odd side of both kernels, in grid cells.
         """
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2),
-            nn.SiLU(),
-            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2),
+        first, last = (
+            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2) for _ in range(2)
         )
-        nn.init.zeros_(self.layers[-1].weight)
-        nn.init.zeros_(self.layers[-1].bias)
+        for parameter in last.parameters():
+            nn.init.zeros_(parameter)
+        self.layers = nn.Sequential(nn.SiLU(), first, nn.SiLU(), last)
 
     def forward(
         self, features: Float[Tensor, "batch channels height width"]

@@ -2,13 +2,13 @@
 
 The samples form one endless stream, epoch after epoch, each epoch in an order drawn from
 (seed, epoch). Step `k` (from 0) takes the global batch at stream position `k * global_batch_size`,
-so a resumed run needs to remember nothing but `step`, and the number of processes does not matter.
+so a resumed run needs to remember nothing but `step`. Every process computes the whole global
+batch and takes its own part, so the number of processes does not change what a step sees.
 """
 
 import hashlib
 
 import torch
-from einops import rearrange
 from jaxtyping import Float, Int64
 from torch import Tensor
 
@@ -128,75 +128,6 @@ class SampleOrder:
                 self.num_samples, seed=self.seed, epoch=epoch, weights=self._weights
             )
         return self._orders[epoch]
-
-
-def batch_indices(
-    step: int,
-    *,
-    global_batch_size: int,
-    num_samples: int,
-    seed: int,
-    weights: Float[Tensor, " num_samples"] | None = None,
-) -> Int64[Tensor, " global_batch_size"]:
-    """Returns the samples of one optimizer step; in a loop use `SampleOrder`, which caches.
-
-    Args:
-        step: Optimizer step, from 0.
-        global_batch_size: Samples per optimizer step over all processes.
-        num_samples: Number of samples.
-        seed: Any integer.
-        weights: Relative sampling weights, see `epoch_order`.
-
-    Returns:
-        Sample indices of the global batch.
-
-    Raises:
-        ValueError: A size below 1, a negative step, or bad weights.
-    """
-    order = SampleOrder(
-        num_samples, global_batch_size=global_batch_size, seed=seed, weights=weights
-    )
-    return order.indices(step)
-
-
-def rank_micro_batches(
-    indices: Int64[Tensor, " global_batch_size"],
-    *,
-    rank: int,
-    world_size: int,
-    micro_batch_size: int,
-) -> Int64[Tensor, "accumulation micro_batch_size"]:
-    """Cuts a global batch into the micro batches of one process.
-
-    The batch is cut into contiguous slices of `micro_batch_size`, dealt out round-robin, so that
-    micro batch j of all processes together is one contiguous part of the global batch.
-
-    Args:
-        indices: Sample indices of one step.
-        rank: This process, from 0.
-        world_size: Number of processes.
-        micro_batch_size: Samples per forward pass of one process.
-
-    Returns:
-        One row of sample indices per gradient accumulation step.
-
-    Raises:
-        ValueError: `rank` out of range, or the batch does not divide evenly.
-    """
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank}, wanted 0 to {world_size - 1}")
-    per_round = world_size * micro_batch_size
-    if per_round < 1 or len(indices) % per_round:
-        raise ValueError(
-            f"global_batch_size is {len(indices)}, wanted a multiple of world_size * "
-            f"micro_batch_size = {world_size} * {micro_batch_size} = {per_round}"
-        )
-    return rearrange(
-        indices,
-        "(rounds world micro) -> world rounds micro",
-        world=world_size,
-        micro=micro_batch_size,
-    )[rank]
 
 
 def step_generator(seed: int, step: int, rank: int, purpose: int = 0) -> torch.Generator:

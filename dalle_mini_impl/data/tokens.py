@@ -134,9 +134,8 @@ def build_token_dataset(
         text_token_ids=captions.encode([text for pair in pairs for text in pair.captions]).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
-    report = captions.truncation_report()
-    if report:
-        show(report)
+    if captions.num_truncated:
+        show(captions.truncation_report())
     cache_dir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     save_file(vars(dataset), unfinished)
@@ -172,6 +171,6 @@ def _fingerprint(
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().tobytes())
-    digest.update(captions.fingerprint().encode())
-    digest.update(json.dumps([settings, [list(pair.captions) for pair in pairs]]).encode())
+    digest.update(captions.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(json.dumps([captions.text_length, settings, [list(pair.captions) for pair in pairs]]).encode())
     return digest.hexdigest()[:16]

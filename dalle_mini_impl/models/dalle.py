@@ -14,12 +14,14 @@ Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any orde
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from math import prod
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dalle_mini_impl.transformer.attention import build_norm
 from dalle_mini_impl.transformer.blocks import TransformerBlock
@@ -32,6 +34,7 @@ from dalle_mini_impl.transformer.positions import (
 )
 
 PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
+ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class DecoderConfig:
     """The part of a decoder that a user chooses; the rest follows from the data.
 
     Raises:
-        ValueError: If a size is out of range.
+        ValueError: If a size is out of range or the positions are unknown.
     """
 
     hidden_size: int = 256
@@ -50,7 +53,7 @@ class DecoderConfig:
     """Attention heads per block."""
     dropout_probability: float = 0.1
     """Share of each branch's output dropped in training."""
-    positions: Literal["rotary", "learned", "sinusoidal", "axial"] = "rotary"
+    positions: ImagePositions = "rotary"
     """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
     and column embeddings as in DALL-E."""
 
@@ -66,8 +69,12 @@ class DecoderConfig:
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
-                f"decoder.dropout_probability: got {self.dropout_probability}, "
-                "wanted 0 to below 1"
+                f"decoder.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+            )
+        if self.positions not in get_args(ImagePositions):
+            raise ValueError(
+                f"decoder.positions: got {self.positions!r}, "
+                f"wanted one of {', '.join(get_args(ImagePositions))}"
             )
 
     @property
@@ -95,18 +102,26 @@ class DalleConfig:
     """Number of different caption tokens, pad included."""
     text_length: int
     """Caption tokens per picture, padded or truncated to this."""
-    codebook_size: int
-    """Number of different image tokens."""
+    codebook_levels: tuple[int, ...]
+    """Digits of an image token: (8, 5, 5, 5) for FSQ with these levels, (1024,) for 1024 codes
+    without such structure. Their product is the codebook size."""
     image_grid_size: tuple[int, int]
     """Image tokens along (height, width)."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no decoder can be built from."""
-        for name in ("vocab_size", "text_length", "codebook_size"):
+        for name in ("vocab_size", "text_length"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if not self.codebook_levels or min(self.codebook_levels) < 1:
+            raise ValueError(f"codebook_levels: got {self.codebook_levels}, wanted positive sizes")
         if min(self.image_grid_size) < 1:
             raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different image tokens."""
+        return prod(self.codebook_levels)
 
     @property
     def image_length(self) -> int:
@@ -126,8 +141,44 @@ class DalleLogits(NamedTuple):
     image: Float[Tensor, "batch image_length codebook_size"]
 
 
+class DigitTable(nn.Module):
+    """One row per image token: a row of its own plus a shared row for each of its digits.
+
+    An FSQ token is a number whose digits are its levels. Tokens that share a level share a row, so
+    that what is learned of a common token serves its rare neighbours. With a single digit the
+    shared rows are left out and this is a plain table.
+    """
+
+    def __init__(self, levels: tuple[int, ...], width: int) -> None:
+        """Build the table.
+
+        Args:
+            levels: Size of each digit, the least significant first.
+            width: Length of a row.
+        """
+        super().__init__()
+        self.rows = nn.Parameter(torch.empty(prod(levels), width))
+        self.digit_rows = nn.ParameterList(
+            nn.Parameter(torch.empty(size, width)) for size in (levels if len(levels) > 1 else ())
+        )
+        place = 1
+        for index, size in enumerate(levels[: len(self.digit_rows)]):
+            digits = torch.arange(prod(levels)) // place % size
+            self.register_buffer(f"digits_{index}", digits, persistent=False)
+            place *= size
+
+    def table(self) -> Float[Tensor, "codebook_size width"]:
+        """Add the shared rows to each token's own row."""
+        table = self.rows
+        for index, rows in enumerate(self.digit_rows):
+            table = table + rows[self.get_buffer(f"digits_{index}")]
+        return table
+
+
 class Dalle(nn.Module):
     """The decoder over caption and image tokens."""
+
+    grid_coordinates: Tensor
 
     def __init__(self, config: DalleConfig) -> None:
         """Build the decoder with fresh weights.
@@ -144,7 +195,7 @@ class Dalle(nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.text_positions = nn.Embedding(config.text_length, width)
         self.text_pads = nn.Embedding(config.text_length, width)
-        self.image_embedding = nn.Embedding(config.codebook_size, width)
+        self.image_embedding = DigitTable(config.codebook_levels, width)
         self.target_positions = nn.Embedding(num_cells, width)
         if decoder.positions == "learned":
             self.image_positions = nn.Embedding(num_cells, width)
@@ -163,7 +214,7 @@ class Dalle(nn.Module):
         )
         self.output_norm = build_norm(width)
         self.text_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.image_head = nn.Linear(width, config.codebook_size, bias=False)
+        self.image_head = DigitTable(config.codebook_levels, width)
         self.register_buffer(
             "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
         )
@@ -199,7 +250,7 @@ class Dalle(nn.Module):
         text_length = self.config.text_length
         return DalleLogits(
             text=self.text_head(hidden_states[:, :text_length]),
-            image=self.image_head(hidden_states[:, text_length:]),
+            image=F.linear(hidden_states[:, text_length:], self.image_head.table()),
         )
 
     def prefill(
@@ -223,7 +274,7 @@ class Dalle(nn.Module):
         hidden_states = self.embed_text(text_token_ids, target)
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, is_causal=True, cache=cache.layer(index))
-        return self.image_head(self.output_norm(hidden_states[:, -1]))
+        return F.linear(self.output_norm(hidden_states[:, -1]), self.image_head.table())
 
     def decode_one(
         self,
@@ -250,7 +301,7 @@ class Dalle(nn.Module):
         rotation = self.rotation(own, num_text_positions=0)
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, rotation=rotation, cache=cache.layer(index))
-        return self.image_head(self.output_norm(hidden_states[:, -1]))
+        return F.linear(self.output_norm(hidden_states[:, -1]), self.image_head.table())
 
     def embed_text(
         self,
@@ -272,7 +323,8 @@ class Dalle(nn.Module):
         next_cells: Int[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length hidden"]:
         """Embed drawn tokens, where they stand, and which cell comes next."""
-        embedded = self.image_embedding(image_token_ids) + self.target_positions(next_cells)
+        embedded = F.embedding(image_token_ids, self.image_embedding.table())
+        embedded = embedded + self.target_positions(next_cells)
         if self.config.decoder.positions == "learned":
             return embedded + self.image_positions(cells)
         if self.config.decoder.positions == "axial":
@@ -293,7 +345,7 @@ class Dalle(nn.Module):
         angles = rotary_angles(
             self.grid_coordinates[cells], head_dim=self.config.decoder.head_dim
         ).unsqueeze(1)
-        angles = nn.functional.pad(angles, (0, 0, num_text_positions, 0))
+        angles = F.pad(angles, (0, 0, num_text_positions, 0))
         return Rotation(angles.cos(), angles.sin())  # (batch, 1, length, half_head_dim)
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
@@ -304,8 +356,8 @@ class Dalle(nn.Module):
             num_heads=self.config.decoder.num_heads,
             max_length=self.config.sequence_length,
             head_dim=self.config.decoder.head_dim,
-            device=self.image_head.weight.device,
-            dtype=self.image_head.weight.dtype,
+            device=self.image_head.rows.device,
+            dtype=self.image_head.rows.dtype,
         )
 
 
@@ -321,7 +373,7 @@ def initialize_weights(model: Dalle) -> None:
     """
     residual_std = 0.02 / (2 * model.config.decoder.num_layers) ** 0.5
     for name, parameter in model.named_parameters():
-        if name.endswith("_head.weight"):
+        if "_head." in name:
             nn.init.zeros_(parameter)
         elif name.endswith("output.weight"):
             nn.init.normal_(parameter, std=residual_std)

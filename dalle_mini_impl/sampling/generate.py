@@ -5,15 +5,16 @@ and every batch is padded to the same number of rows, because matrix products of
 round differently and a last-digit difference can tip a token.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
-from dalle_mini_impl.sampling.guidance import guide, scale_at
+from dalle_mini_impl.sampling.guidance import GuidanceSchedule, guide, scale_at
 from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
 
 ROWS_PER_BATCH = 16  # pictures drawn together
@@ -29,7 +30,7 @@ class SamplingConfig:
 
     guidance_scale: float = 3.0
     """Strength of classifier-free guidance; 1.0 is off."""
-    guidance_schedule: Literal["constant", "cosine"] = "cosine"
+    guidance_schedule: GuidanceSchedule = "cosine"
     """The same guidance for every token, or rising along the picture."""
     temperature: float = 1.0
     """Divides the guided logits; below 1 plays safe."""
@@ -40,10 +41,15 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values that define no distribution."""
-        if self.guidance_scale < 0:
-            raise ValueError(f"guidance_scale: got {self.guidance_scale}, wanted 0 or more")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature: got {self.temperature}, wanted more than 0")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, wanted a number from 0")
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            raise ValueError(
+                f"guidance_schedule: got {self.guidance_schedule!r}, "
+                f"wanted one of {', '.join(get_args(GuidanceSchedule))}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature}, wanted a number above 0")
         if self.top_k < 0:
             raise ValueError(f"top_k: got {self.top_k}, wanted a count, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -83,7 +89,7 @@ def generate_image_token_ids(
     if len(seeds) != len(text_token_ids):
         raise ValueError(f"seeds: got {len(seeds)}, wanted one per caption, {len(text_token_ids)}")
     drawn = []
-    for start in range(0, len(seeds), ROWS_PER_BATCH):
+    for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
         text, some_seeds = text_token_ids[start:][:ROWS_PER_BATCH], seeds[start:][:ROWS_PER_BATCH]
         missing = ROWS_PER_BATCH - len(text)
         text = torch.nn.functional.pad(text, (0, 0, 0, missing), value=PAD_TOKEN_ID)

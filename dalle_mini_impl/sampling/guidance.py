@@ -6,6 +6,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+GuidanceSchedule = Literal["constant", "cosine"]
+
 
 def guide(
     conditional_logits: Float[Tensor, "batch vocab"],
@@ -27,11 +29,11 @@ def guide(
         A new tensor.
 
     Raises:
-        ValueError: If the scale is negative.
+        ValueError: If the scale is negative or not finite.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598 (their w equals guidance_scale - 1).
     """
-    if guidance_scale < 0:
+    if not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale: got {guidance_scale}, wanted at least 0 (1.0 = off)")
     return unconditional_logits + guidance_scale * (conditional_logits - unconditional_logits)
 
@@ -41,7 +43,7 @@ def scale_at(
     num_steps: int,
     *,
     guidance_scale: float,
-    schedule: Literal["constant", "cosine"],
+    schedule: GuidanceSchedule,
     power: float = 2.0,
 ) -> float:
     """Choose the guidance of one token.

@@ -48,8 +48,9 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
     mass_before = probabilities.cumsum(dim=-1) - probabilities
-    dropped = (mass_before >= top_p).scatter(-1, order, mass_before >= top_p)
-    return logits.masked_fill(dropped, float("-inf"))
+    beyond = mass_before >= top_p
+    beyond[..., 0] = False  # a top_p that float32 rounds to 0 would drop all
+    return logits.masked_fill(beyond.scatter(-1, order, beyond), float("-inf"))
 
 
 def gumbel_noise(

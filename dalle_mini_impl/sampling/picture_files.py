@@ -8,7 +8,8 @@ from typing import Any
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-MAX_NAME_LENGTH = 60  # characters: in Hangul 180 bytes, where file systems allow 255
+MAX_NAME_LENGTH = 60  # characters of the prompt
+MAX_NAME_BYTES = 180  # of them, in UTF-8: 60 in Hangul; file systems allow 255 for a whole name
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:
@@ -22,8 +23,9 @@ def picture_name(number: int, prompt: str, seed: int) -> str:
     Returns:
         A file name, never a path.
     """
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")
-    return f"{number:04d}-{words[:MAX_NAME_LENGTH].strip('-') or 'picture'}_{seed}.png"
+    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:MAX_NAME_LENGTH]
+    words = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip("-")
+    return f"{number:04d}-{words or 'picture'}_{seed}.png"
 
 
 def save_picture(

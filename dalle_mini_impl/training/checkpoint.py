@@ -171,10 +171,8 @@ def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], di
         optimizer: AdamW, Muon, ...
 
     Returns:
-        The tensors by name, e.g. `state.0.exp_avg` (not copies), and the JSON-able rest.
-
-    Raises:
-        ValueError: The state holds something that is neither a tensor nor JSON-able.
+        The tensors by name, e.g. `state.0.exp_avg` (not copies), and the JSON-able rest. A state
+        that holds anything else is a ValueError.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _encode(optimizer.state_dict(), "", tensors)

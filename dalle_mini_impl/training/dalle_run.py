@@ -147,7 +147,7 @@ def _prepare(
             decoder=config.decoder,
             vocab_size=captions.vocab_size,
             text_length=captions.text_length,
-            codebook_size=vqvae.codebook_size,
+            codebook_levels=vqvae.codebook_levels,
             image_grid_size=vqvae.image_grid_size,
         )
     )

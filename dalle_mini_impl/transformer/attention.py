@@ -32,7 +32,7 @@ def attend(
     keys: Float[Tensor, "batch heads key_length head_dim"],
     values: Float[Tensor, "batch heads key_length head_dim"],
     *,
-    attention_mask: Bool[Tensor, "#batch #heads query_length key_length"] | None = None,
+    attention_mask: Bool[Tensor, "#batch #heads #query_length key_length"] | None = None,
     is_causal: bool = False,
     dropout_probability: float = 0.0,
 ) -> Float[Tensor, "batch heads query_length head_dim"]:
@@ -46,15 +46,26 @@ def attend(
         queries: One row per position that asks.
         keys: One row per position that may be attended.
         values: What each attended position gives.
-        attention_mask: True = may attend. Not together with ``is_causal``.
+        attention_mask: True = may attend; every query needs a key that it may attend to. Not
+            together with ``is_causal``.
         is_causal: Position i attends to positions <= i; needs equal lengths.
         dropout_probability: Share of attention weights dropped, in [0, 1).
 
     Returns:
         The mixed values.
 
+    Raises:
+        ValueError: If ``is_causal`` comes with a mask, or with keys that are not the queries' own.
+
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1.
     """
+    if is_causal and attention_mask is not None:
+        raise ValueError("attention_mask: got one and is_causal, wanted only one of the two")
+    if is_causal and queries.shape[-2] != keys.shape[-2]:
+        raise ValueError(
+            f"is_causal: got {queries.shape[-2]} queries and {keys.shape[-2]} keys, "
+            "wanted as many of both"
+        )
     written_out = (
         queries.device.type == "cpu"
         and queries.requires_grad
@@ -142,7 +153,7 @@ class MultiHeadAttention(nn.Module):
         *,
         context: Float[Tensor, "batch key_length hidden"] | None = None,
         rotation: Rotation | None = None,
-        attention_mask: Bool[Tensor, "#batch #heads query_length key_length"] | None = None,
+        attention_mask: Bool[Tensor, "#batch #heads #query_length key_length"] | None = None,
         is_causal: bool = False,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch query_length hidden"]:

@@ -5,7 +5,9 @@ from jaxtyping import Bool
 from torch import Tensor
 
 
-def causal_mask(length: int, *, device: torch.device | str = "cpu") -> Bool[Tensor, "length length"]:
+def causal_mask(
+    length: int, *, device: torch.device | str = "cpu"
+) -> Bool[Tensor, "length length"]:
     """Let position i attend to positions <= i.
 
     Args:
@@ -18,7 +20,9 @@ def causal_mask(length: int, *, device: torch.device | str = "cpu") -> Bool[Tens
     return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
-def padding_mask(is_token: Bool[Tensor, "batch key_length"]) -> Bool[Tensor, "batch 1 1 key_length"]:
+def padding_mask(
+    is_token: Bool[Tensor, "batch key_length"],
+) -> Bool[Tensor, "batch 1 1 key_length"]:
     """Let every position attend to the real tokens of its row, in both directions.
 
     Args:

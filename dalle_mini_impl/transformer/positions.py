@@ -77,6 +77,10 @@ def sinusoidal_positions(
     Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.5; sines and cosines stand in two
         halves instead of alternating.
     """
+    if hidden_size % (2 * positions.shape[-1]):
+        raise ValueError(
+            f"hidden_size: got {hidden_size}, wanted a multiple of {2 * positions.shape[-1]}"
+        )
     angles = rotary_angles(positions, head_dim=hidden_size)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 

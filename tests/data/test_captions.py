@@ -63,11 +63,13 @@ def test_a_first_word_equals_the_same_word_inside(encoder: CaptionEncoder) -> No
 
 def test_rows_are_right_padded_with_zero(encoder: CaptionEncoder) -> None:
     text_token_ids = encoder.encode(["a red square", "flag"])
-    assert text_token_ids.shape == (2, 24) and text_token_ids.dtype == torch.int64
+    assert text_token_ids.shape == (2, 24)
+    assert text_token_ids.dtype == torch.int64
     for row in text_token_ids:
         length = int((row != 0).sum())
         assert 0 < length < 24
-        assert (row[:length] != 0).all() and (row[length:] == 0).all()
+        assert (row[:length] != 0).all()
+        assert (row[length:] == 0).all()
     assert encoder.encode([]).shape == (0, 24)
 
 
@@ -90,7 +92,8 @@ def test_training_does_not_depend_on_caption_order() -> None:
     first = train_text_tokenizer(CAPTIONS, vocab_size=300)
     second = train_text_tokenizer(CAPTIONS[::-1], vocab_size=300)
     assert first.get_vocab() == second.get_vocab()
-    assert len(first) <= 300 and first.pad_token_id == 0
+    assert len(first) <= 300
+    assert first.pad_token_id == 0
 
 
 def test_merges_shorten_the_training_captions(encoder: CaptionEncoder) -> None:
@@ -119,7 +122,8 @@ def test_long_captions_are_cut_counted_and_warned_about_once(
         encoder.encode(["y" * 100_000, "z"])
     assert encoder.num_truncated == 2
     assert encoder.truncation_report() == "2 of 4 captions were longer than 8 tokens and were cut"
-    assert len(caplog.records) == 1 and len(caplog.text) < 400
+    assert len(caplog.records) == 1
+    assert len(caplog.text) < 400
     cut, whole = rows(encoder, "x" * 8, "x" * 7)
     assert cut == whole
 
@@ -152,7 +156,7 @@ def test_save_and_load_give_the_same_encoder(encoder: CaptionEncoder, tmp_path: 
 
 
 def test_loading_a_broken_folder_names_it(encoder: CaptionEncoder, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no text tokenizer in .*missing"):
+    with pytest.raises(UserError, match=r"no text tokenizer in .*missing"):
         CaptionEncoder.from_pretrained(tmp_path / "missing")
     encoder.save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from dalle_mini_impl.data.order import (
     SampleOrder,
-    batch_indices,
     epoch_order,
-    rank_micro_batches,
     step_generator,
 )
 
@@ -100,37 +98,11 @@ def test_any_step_can_be_asked_for_at_any_time(
     weights = torch.arange(1.0, num_samples + 1)
     order = SampleOrder(num_samples, global_batch_size=global_batch_size, seed=0, weights=weights)
     for step in steps:
-        fresh = batch_indices(
-            step,
-            global_batch_size=global_batch_size,
-            num_samples=num_samples,
-            seed=0,
-            weights=weights,
-        )
+        fresh = SampleOrder(
+            num_samples, global_batch_size=global_batch_size, seed=0, weights=weights
+        ).indices(step)
         assert fresh.shape == (global_batch_size,)
         assert torch.equal(order.indices(step), fresh)
-
-
-@given(world_size=st.integers(1, 4), micro=st.integers(1, 4), rounds=st.integers(1, 3))
-def test_ranks_share_a_global_batch_out_exactly(world_size: int, micro: int, rounds: int) -> None:
-    indices = torch.arange(world_size * micro * rounds) + 100
-    parts = [
-        rank_micro_batches(indices, rank=rank, world_size=world_size, micro_batch_size=micro)
-        for rank in range(world_size)
-    ]
-    assert all(part.shape == (rounds, micro) for part in parts)
-    together = torch.stack(parts, dim=1)
-    assert torch.equal(together.flatten(), indices)
-
-
-def test_the_same_samples_per_step_for_any_world_size() -> None:
-    indices = SampleOrder(50, global_batch_size=12, seed=0).indices(3)
-    for world_size, micro in [(1, 12), (1, 3), (2, 3), (3, 4), (4, 1)]:
-        parts = [
-            rank_micro_batches(indices, rank=rank, world_size=world_size, micro_batch_size=micro)
-            for rank in range(world_size)
-        ]
-        assert sorted(torch.cat(parts).flatten().tolist()) == sorted(indices.tolist())
 
 
 def test_step_generators_are_functions_of_their_arguments() -> None:
@@ -169,7 +141,3 @@ def test_bad_numbers_are_refused() -> None:
         SampleOrder(1, global_batch_size=1, seed=0).indices(-1)
     with pytest.raises(ValueError, match="epoch is -1"):
         epoch_order(1, seed=0, epoch=-1)
-    with pytest.raises(ValueError, match="multiple of world_size"):
-        rank_micro_batches(torch.arange(6), rank=0, world_size=2, micro_batch_size=2)
-    with pytest.raises(ValueError, match="rank is 2"):
-        rank_micro_batches(torch.arange(4), rank=2, world_size=2, micro_batch_size=2)

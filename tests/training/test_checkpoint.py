@@ -279,12 +279,13 @@ def saves_in_a_child_killed_at(root: Path, step: int, event: int) -> bool:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("step", [3, 2], ids=["new step", "step saved before"])
 def test_a_kill_between_any_two_file_operations_loses_nothing(tmp_path: Path, step: int) -> None:
+    save_simple(tmp_path / "before", 1)
+    save_simple(tmp_path / "before", 2)
     event, was_killed = 0, True
     while was_killed:
         event += 1
         root = tmp_path / str(event)
-        save_simple(root, 1)
-        save_simple(root, 2)
+        shutil.copytree(tmp_path / "before", root)
         was_killed = saves_in_a_child_killed_at(root, step, event)
         assert_is_simple(root, steps={2, step} if was_killed else {step})
         save_simple(root, 4)

@@ -1,0 +1,320 @@
+"""Captioned pictures from any of five kinds of source, as one indexable object.
+
+1. A folder with `metadata.jsonl`: a JSON object per line with `file_name`, captions and the like.
+2. A folder with `x.txt` beside each `x.jpg`, at any depth, one caption per line.
+3. A WebDataset tar, or a folder of tars, as img2dataset writes them.
+4. A parquet file, or a folder of them, with a column of encoded pictures.
+5. The name of a data set on the Hugging Face Hub, `user/name`.
+
+Only paths and captions are held, in an Arrow table of Hugging Face `datasets`. The pictures stay
+where they are and are decoded one at a time by `images.decode_image`.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.data.folder_reader import (
+    METADATA_NAME,
+    read_metadata_folder,
+    read_sidecar_folder,
+)
+from dalle_mini_impl.data.images import (
+    BadImageError,
+    decode_image,
+    image_to_pixels,
+    resize_and_crop,
+)
+from dalle_mini_impl.data.records import (
+    MAX_PICTURE_BYTES,
+    WHOLE_FILE,
+    Listing,
+    RawPair,
+    SkippedRecord,
+)
+from dalle_mini_impl.data.splits import choose_split
+from dalle_mini_impl.data.table_reader import read_hub, read_parquet
+from dalle_mini_impl.data.tar_reader import read_tar
+from dalle_mini_impl.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("text", "texts", "text_ko", "texts_ko", "caption")
+_HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+_MAX_LISTED = 5
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One picture's captions; the picture itself is read through `Pairs`."""
+
+    path: str
+    """Key shown in messages: path within the folder, tar!member, or row."""
+    captions: tuple[str, ...]
+    """At least one caption, none empty: all paraphrases and languages."""
+    attributes: dict[str, Any]
+    """Whatever else the source says about the picture."""
+
+
+class Pairs:
+    """An indexable set of captioned pictures; make one with `open_pairs`."""
+
+    def __init__(
+        self,
+        listed: Sequence[RawPair],
+        skipped: Sequence[SkippedRecord],
+        pictures: "Dataset | None",
+    ) -> None:
+        """Puts the records into an Arrow table.
+
+        Args:
+            listed: What a reader found.
+            skipped: What it left out.
+            pictures: Rows that hold the encoded pictures, for sources that are tables.
+        """
+        from datasets import Dataset, Features, List, Value
+
+        text, number = Value("string"), Value("int64")
+        columns = {
+            "path": (text, [pair.path for pair in listed]),
+            "captions": (List(text), [list(pair.captions) for pair in listed]),
+            "attributes": (text, [json.dumps(pair.attributes, default=str) for pair in listed]),
+            "file": (text, [pair.file for pair in listed]),
+            "offset": (number, [pair.offset for pair in listed]),
+            "size": (number, [pair.size for pair in listed]),
+        }
+        self._records = Dataset.from_dict(
+            {name: values for name, (_, values) in columns.items()},
+            features=Features({name: feature for name, (feature, _) in columns.items()}),
+        )
+        self._pictures = pictures
+        self.skipped = tuple(skipped)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self._pair(self._record(index))
+
+    def __iter__(self) -> Iterator[Pair]:
+        return map(self._pair, self._records)
+
+    def read_image(self, index: int) -> bytes:
+        """Reads the encoded bytes of one picture.
+
+        Args:
+            index: Which pair.
+
+        Returns:
+            The picture file as it is.
+
+        Raises:
+            BadImageError: The file is gone, unreadable or larger than 256 MiB.
+        """
+        record = self._record(index)
+        if not record["file"]:
+            assert self._pictures is not None
+            [value] = self._pictures[record["offset"]].values()
+            return value["bytes"]
+        size = record["size"]
+        wanted = MAX_PICTURE_BYTES + 1 if size == WHOLE_FILE else size
+        try:
+            with open(record["file"], "rb") as file:
+                file.seek(record["offset"])
+                data = file.read(wanted)
+        except OSError as error:
+            raise BadImageError(record["path"], f"cannot be read ({error.strerror})") from error
+        if len(data) > MAX_PICTURE_BYTES:
+            raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
+        if size != WHOLE_FILE and len(data) != size:
+            raise BadImageError(record["path"], f"{len(data)} bytes left, wanted {size}")
+        return data
+
+    def _record(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"pair {index} of {len(self)}")
+        return self._records[index]
+
+    @staticmethod
+    def _pair(record: dict[str, Any]) -> Pair:
+        attributes = json.loads(record["attributes"])
+        return Pair(record["path"], tuple(record["captions"]), attributes)
+
+
+def open_pairs(
+    source: str,
+    *,
+    split: str | None = None,
+    text_columns: Sequence[str] = TEXT_COLUMNS,
+    image_column: str = "image",
+) -> Pairs:
+    """Opens a source of captioned pictures, whatever its kind.
+
+    Splits are those the source names: a `split` field in the metadata, JSON members or columns, or
+    the splits of a table. Where it names none, 5 % are held out as "val"; see `splits`.
+
+    Args:
+        source: A folder, a .tar or .parquet file, or the name of a Hub data set (`user/name`).
+        split: The split to open; None for everything.
+        text_columns: Fields or columns that hold captions (strings or lists of strings).
+        image_column: Column of the pictures, for parquet and the Hub.
+
+    Returns:
+        The pairs of that split. Records of the whole source that were left out are in `skipped`.
+
+    Raises:
+        UserError: Nothing there, no captioned pictures, a broken metadata line, no such split.
+    """
+    listing = _list_source(source, text_columns, image_column)
+    _warn_about_skipped(source, listing.skipped)
+    if not listing.pairs:
+        first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
+        raise UserError(
+            f"no captioned pictures found in {source}, expected one of: a folder with "
+            f"{METADATA_NAME} (file_name, text), a folder with x.txt beside each x.jpg, WebDataset "
+            f"tars with key.jpg and key.txt, parquet files with columns {image_column} and text, "
+            f"a Hub data set user/name{'. Skipped: ' + first if first else ''}"
+        )
+    chosen = choose_split(source, listing.pairs, split)
+    return Pairs(chosen, listing.skipped, listing.pictures)
+
+
+def _list_source(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _list_folder(path, text_columns, image_column)
+    if path.is_file() and path.suffix.lower() == ".tar":
+        return read_tar(path, shown_name=path.name, text_columns=text_columns)
+    if path.is_file() and path.suffix.lower() == ".parquet":
+        return read_parquet(path, text_columns=text_columns, image_column=image_column)
+    if path.exists():
+        raise UserError(f"{source} is no folder, .tar or .parquet file")
+    if _HUB_NAME.match(source) and not path.parent.is_dir():
+        return read_hub(source, text_columns=text_columns, image_column=image_column)
+    raise UserError(f"no folder or file {source}")
+
+
+def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -> Listing:
+    if (folder / METADATA_NAME).is_file():
+        return read_metadata_folder(folder, text_columns)
+    tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
+    if tars:
+        listing = Listing()
+        for tar in tars:
+            part = read_tar(tar, shown_name=tar.name, text_columns=text_columns)
+            listing.pairs += part.pairs
+            listing.skipped += part.skipped
+        return listing
+    listing = read_sidecar_folder(folder)
+    # img2dataset leaves parquet files of statistics beside its pictures, so pictures go first.
+    if not listing.pairs and any(folder.rglob("*.parquet")):
+        return read_parquet(folder, text_columns=text_columns, image_column=image_column)
+    return listing
+
+
+def _warn_about_skipped(source: str, skipped: Sequence[SkippedRecord]) -> None:
+    if not skipped:
+        return
+    shown = "; ".join(f"{record.path}: {record.reason}" for record in skipped[:_MAX_LISTED])
+    more = f"; and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
+    logger.warning("%s: skipped %d records: %s%s", source, len(skipped), shown, more)
+
+
+def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
+    """Reads, decodes, scales and crops one picture.
+
+    Args:
+        pairs: Where it is.
+        index: Which pair.
+        size: Side of the square in pixels.
+
+    Returns:
+        Pixels in [-1, 1].
+
+    Raises:
+        BadImageError: The picture cannot be read.
+    """
+    return image_to_pixels(_read_square(pairs, index, size))
+
+
+def _read_square(pairs: Pairs, index: int, size: int) -> Image.Image:
+    path = pairs[index].path
+    # Half of the final resampling may be left to the JPEG decoder without a visible difference.
+    image = decode_image(pairs.read_image(index), source=path, min_side=2 * size)
+    return resize_and_crop(image, size)
+
+
+def load_all_pixels(
+    pairs: Pairs,
+    *,
+    image_size: int,
+    max_bad_fraction: float = 0.1,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
+    """Loads all pictures of a small set into memory, decoding in one thread per processor.
+
+    Args:
+        pairs: The set.
+        image_size: Side of the square pictures in pixels.
+        max_bad_fraction: Largest share of unreadable pictures taken, in [0, 1].
+        progress: Called with (done, total) after each picture, in the calling thread.
+
+    Returns:
+        Bytes of the pictures that could be read, their indices in `pairs`, and the others.
+
+    Raises:
+        UserError: More bad pictures than `max_bad_fraction`, or nothing but bad ones.
+    """
+    total = len(pairs)
+    pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
+
+    def load(index: int) -> SkippedRecord | None:
+        try:
+            array = np.array(_read_square(pairs, index, image_size))
+        except BadImageError as error:
+            return SkippedRecord(error.source, error.reason)
+        pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
+        return None
+
+    kept: list[int] = []
+    bad: list[SkippedRecord] = []
+    executor = ThreadPoolExecutor(os.cpu_count())
+    try:
+        for index, problem in enumerate(executor.map(load, range(total))):
+            if problem is None:
+                kept.append(index)
+            else:
+                bad.append(problem)
+            if len(bad) > max_bad_fraction * total or len(bad) == total:
+                raise UserError(_too_many_bad(bad, index + 1, total, max_bad_fraction))
+            if progress is not None:
+                progress(index + 1, total)
+    finally:
+        executor.shutdown(cancel_futures=True)
+    return (pixels[kept] if bad else pixels), kept, bad
+
+
+def _too_many_bad(
+    bad: Sequence[SkippedRecord], num_read: int, total: int, max_bad_fraction: float
+) -> str:
+    shown = "; ".join(f"{record.path}: {record.reason}" for record in bad[:_MAX_LISTED])
+    return (
+        f"{len(bad)} of the first {num_read} pictures (of {total}) cannot be read, more than "
+        f"max_bad_fraction = {max_bad_fraction} allows: {shown}"
+    )

@@ -1,0 +1,86 @@
+"""Which pictures are for training and which for measuring.
+
+A source may name its splits; records without a name are then "train". In a source that names none,
+a fixed 5 % become "val", chosen by a hash of each path. "val" and "validation" mean the same.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+from dalle_mini_impl.data.records import RawPair
+from dalle_mini_impl.errors import UserError
+
+HELD_OUT_FRACTION = 0.05
+MIN_PAIRS_TO_HOLD_OUT = 10
+TRAIN = "train"
+VALIDATION = ("val", "validation")
+
+
+def choose_split(source: str, listed: Sequence[RawPair], split: str | None) -> list[RawPair]:
+    """Picks the records of one split.
+
+    Args:
+        source: Name of the source, for messages.
+        listed: All its records.
+        split: The split wanted; None for everything.
+
+    Returns:
+        The records of that split, in their order.
+
+    Raises:
+        UserError: There is no such split, or too little to hold any out.
+    """
+    if split is None:
+        return list(listed)
+    if not any(pair.split for pair in listed):
+        return _choose_unnamed(source, listed, split)
+    wanted = VALIDATION if split in VALIDATION else (split,)
+    chosen = [pair for pair in listed if (pair.split or TRAIN) in wanted]
+    if not chosen:
+        names = sorted({pair.split or TRAIN for pair in listed})
+        raise UserError(f"{source} has no split {split!r}, it has {', '.join(names)}")
+    return chosen
+
+
+def _choose_unnamed(source: str, listed: Sequence[RawPair], split: str) -> list[RawPair]:
+    if split not in (TRAIN, *VALIDATION):
+        raise UserError(
+            f"{source} names no splits, so wanted split 'train' or 'val', not {split!r}"
+        )
+    kept, held_out = held_out_split([pair.path for pair in listed])
+    if split == TRAIN:
+        return [listed[index] for index in kept]
+    if not held_out:
+        raise UserError(
+            f"{source} names no splits and has {len(listed)} pairs; wanted at least "
+            f"{MIN_PAIRS_TO_HOLD_OUT} to hold some of them out as {split!r}"
+        )
+    return [listed[index] for index in held_out]
+
+
+def held_out_split(
+    paths: Sequence[str], *, fraction: float = HELD_OUT_FRACTION, seed: int = 0
+) -> tuple[list[int], list[int]]:
+    """Parts a set in two by the sha1 of each path, so a pair stays where it is when others come.
+
+    Args:
+        paths: `Pair.path` of each pair.
+        fraction: Expected share to hold out, in [0, 1).
+        seed: Another seed, another choice.
+
+    Returns:
+        Indices kept and indices held out. Below 10 pairs nothing is held out, from 10 on at least
+        one is.
+
+    Raises:
+        ValueError: `fraction` outside [0, 1).
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"fraction is {fraction}, wanted 0 <= fraction < 1")
+    if len(paths) < MIN_PAIRS_TO_HOLD_OUT or fraction == 0:
+        return list(range(len(paths))), []
+    digests = [hashlib.sha1(f"{seed}:{path}".encode()).digest()[:8] for path in paths]
+    draws = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
+    held_out = {index for index, draw in enumerate(draws) if draw < fraction}
+    held_out = held_out or {min(range(len(draws)), key=draws.__getitem__)}
+    return [index for index in range(len(paths)) if index not in held_out], sorted(held_out)

@@ -1,0 +1,179 @@
+"""Parquet files and Hub data sets, through Hugging Face `datasets`; pictures stay encoded bytes."""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dalle_mini_impl.data.records import (
+    Listing,
+    RawPair,
+    collect_captions,
+    is_inside,
+    is_unicode,
+    no_caption_reason,
+)
+from dalle_mini_impl.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+# The Hub's habit: train-00000-of-00004.parquet, or test/0000.parquet.
+_SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
+
+
+def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) -> Listing:
+    """Lists one parquet file, or all parquet files in a folder and below.
+
+    A split is named by a file or first folder that begins with train, validation, val, dev, test.
+
+    Args:
+        path: The file or folder.
+        text_columns: Columns that hold captions (strings or lists of strings).
+        image_column: Column of encoded pictures (bytes, or a struct of bytes and path).
+
+    Returns:
+        Rows in the order of the files. Rows without picture or caption are skipped.
+
+    Raises:
+        UserError: Not readable as parquet, or no such columns.
+    """
+    from datasets import load_dataset
+
+    root = path.resolve() if path.is_dir() else path.resolve().parent
+    files: dict[str, list[str]] = defaultdict(list)
+    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+        first_part = file.relative_to(path).parts[0] if path.is_dir() else file.name
+        match = _SPLIT_IN_NAME.match(first_part) or _SPLIT_IN_NAME.match(file.name)
+        files[match.group(1) if match else "train"].append(str(file))
+    try:
+        tables = load_dataset("parquet", data_files=dict(files))
+    except Exception as error:  # datasets and pyarrow raise many types for a damaged file
+        raise UserError(f"cannot read {path} as parquet: {_last_cause(error)}") from error
+    return _list_tables(
+        tables, source=str(path), root=root, text_columns=text_columns, image_column=image_column
+    )
+
+
+def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Listing:
+    """Lists a data set of the Hugging Face Hub, downloading it if need be.
+
+    Args:
+        name: `user/name`.
+        text_columns: Columns that hold captions.
+        image_column: Column of encoded pictures.
+
+    Returns:
+        Rows of all splits. Rows without picture or caption are skipped.
+
+    Raises:
+        UserError: Not there, not reachable, or no such columns.
+    """
+    from datasets import config, load_dataset
+
+    try:
+        tables = load_dataset(name)
+    except Exception as error:
+        raise UserError(
+            f"no folder or file {name} here, and the Hugging Face Hub did not give a data set of "
+            f"that name: {_last_cause(error)}"
+        ) from error
+    # Pictures that are files in the download cache are allowed, files elsewhere are not.
+    root = Path(config.HF_CACHE_HOME).resolve()
+    return _list_tables(
+        tables, source=name, root=root, text_columns=text_columns, image_column=image_column
+    )
+
+
+def _last_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def _list_tables(
+    tables: "Mapping[str, Dataset]",
+    *,
+    source: str,
+    root: Path,
+    text_columns: Sequence[str],
+    image_column: str,
+) -> Listing:
+    from datasets import Image, concatenate_datasets
+
+    listing = Listing()
+    pictures: list[Dataset] = []
+    first_row = 0
+    for split, table in tables.items():
+        _check_columns(table, source, text_columns, image_column)
+        column = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+        has_bytes = _has_bytes(column, image_column)
+        plain = table.select_columns(_plain_columns(table, image_column))
+        for row, fields in enumerate(plain):
+            path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
+            file = "" if has_bytes[row] else _picture_file(column[row][image_column], root)
+            captions = collect_captions(fields, text_columns)
+            if file is None:
+                listing.skip(path, f"no picture in column {image_column}")
+            elif not captions:
+                listing.skip(path, no_caption_reason(fields, text_columns))
+            else:
+                attributes = {key: fields[key] for key in fields if key not in text_columns}
+                own_split = fields.get("split") if len(tables) == 1 else split
+                listing.pairs.append(
+                    RawPair(
+                        path=path,
+                        captions=captions,
+                        attributes=attributes,
+                        split=own_split if isinstance(own_split, str) else None,
+                        file=file,
+                        offset=0 if file else first_row + row,
+                    )
+                )
+        pictures.append(column)
+        first_row += len(table)
+    listing.pictures = concatenate_datasets(pictures) if pictures else None
+    return listing
+
+
+def _check_columns(
+    table: "Dataset", source: str, text_columns: Sequence[str], image_column: str
+) -> None:
+    names = table.column_names
+    if image_column not in names:
+        raise UserError(f"{source} has no column {image_column!r} for pictures, but {names}")
+    if not set(text_columns) & set(names):
+        wanted = ", ".join(text_columns)
+        raise UserError(f"{source} has none of the columns {wanted} for captions, but {names}")
+
+
+def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
+    """Columns that are numbers, text, or lists of them: nothing that a library would decode."""
+    from datasets import ClassLabel, List, Value
+
+    def is_plain(feature: Any) -> bool:
+        if isinstance(feature, List):
+            return is_plain(feature.feature)
+        return isinstance(feature, ClassLabel) or (
+            isinstance(feature, Value) and "binary" not in feature.dtype
+        )
+
+    features = table.features
+    return [name for name in features if name != image_column and is_plain(features[name])]
+
+
+def _has_bytes(column: "Dataset", image_column: str) -> list[bool]:
+    """Tells for each row whether it holds encoded bytes, without reading them."""
+    import pyarrow.compute as pc
+
+    lengths = pc.binary_length(pc.struct_field(column.data.column(image_column), "bytes"))
+    return [bool(length) for length in lengths.to_pylist()]
+
+
+def _picture_file(value: dict[str, Any] | None, root: Path) -> str | None:
+    name = value.get("path") if value else None
+    if not name or not is_unicode(name) or not is_inside(root / name, root):
+        return None
+    path = root / name
+    return str(path) if path.is_file() else None

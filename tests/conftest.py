@@ -1,0 +1,89 @@
+"""Shared fixtures: tiny models, one thread, and shape checks in every test.
+
+The import hook makes beartype check all type hints and jaxtyping all shapes of the two packages,
+at every call. It must stand before anything imports them.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import settings
+from jaxtyping import install_import_hook
+
+install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
+
+import torch  # noqa: E402
+
+if TYPE_CHECKING:
+    from dalle_mini_impl.models.dalle import Dalle
+    from vqvae import VQVAE
+
+# The same examples in every run; no deadline, since a busy machine is no failure.
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Tensors here are so small that a second thread only costs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def build_dalle() -> Callable[..., "Dalle"]:
+    """A function that builds a tiny decoder whose logits differ widely.
+
+    A fresh decoder's heads are zero, so that all its logits are equal; here every weight is drawn
+    wide enough for a mistake anywhere to move the logits by far more than rounding does.
+    """
+    from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+
+    def build(*, seed: int = 0, **changes: Any) -> Dalle:
+        decoder = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "dropout_probability": 0.1}
+        sizes = {
+            "vocab_size": 11,
+            "text_length": 5,
+            "codebook_size": 13,
+            "image_grid_size": (3, 4),
+        }
+        for name, value in changes.items():
+            (sizes if name in sizes else decoder)[name] = value
+        model = Dalle(DalleConfig(decoder=DecoderConfig(**decoder), **sizes)).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def build_vqvae() -> Callable[..., "VQVAE"]:
+    """A function that builds a tiny image tokenizer in which every weight matters."""
+    from vqvae import VQVAE, VQVAEConfig
+
+    def build(*, seed: int = 0, **changes: Any) -> VQVAE:
+        sizes: dict[str, Any] = {
+            "image_size": 16,
+            "patch_size": 2,
+            "channels": (8, 12),
+            "num_encoder_blocks": 1,
+            "num_decoder_blocks": 1,
+            "fsq_levels": (4, 3, 3),
+            "vq_codebook_size": 20,
+            "vq_code_dim": 4,
+        }
+        model = VQVAE(VQVAEConfig(**(sizes | changes))).eval()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return build

@@ -1,0 +1,700 @@
+"""Captioned pictures from folders, tars and tables: the same pairs, strict at every border."""
+
+import io
+import json
+import logging
+import os
+import pickle
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dalle_mini_impl.data.images import BadImageError, decode_image, image_to_pixels
+from dalle_mini_impl.data.pairs import Pairs, load_all_pixels, open_pairs, read_pixels
+from dalle_mini_impl.data.splits import held_out_split
+from dalle_mini_impl.errors import UserError
+
+
+def picture(shade: int = 0, format: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 10, 20)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_metadata(folder: Path, rows: list[Any]) -> None:
+    """Writes metadata.jsonl, and a picture for every row that names one that may exist."""
+    lines = []
+    for index, row in enumerate(rows):
+        lines.append(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False))
+        name = row.get("file_name") if isinstance(row, dict) else None
+        if isinstance(name, str) and "missing" not in name:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(picture(index))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            add_member(archive, name, data)
+
+
+def add_member(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    for field, value in fields.items():
+        setattr(member, field, value)
+    archive.addfile(member, io.BytesIO(data))
+
+
+def keys(pairs: Pairs) -> list[str]:
+    return [pair.path for pair in pairs]
+
+
+def reasons(pairs: Pairs) -> dict[str, str]:
+    return {record.path: record.reason for record in pairs.skipped}
+
+
+# Image folders with metadata.jsonl
+
+
+def test_metadata_folder_gathers_all_captions_and_attributes(tmp_path: Path) -> None:
+    write_metadata(
+        tmp_path,
+        [
+            {
+                "file_name": "sub/a.png",
+                "text": " a  red\nsquare ",
+                "texts": ["a red square", "red box", None, ""],
+                "text_ko": "빨간 사각형",
+                "group": "shape",
+                "tones": [1, 2],
+                "score": None,
+            },
+            "",
+            {"file_name": "b.png", "caption": "plain"},
+        ],
+    )
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["sub/a.png", "b.png"]
+    assert pairs[0].captions == ("a red square", "red box", "빨간 사각형")
+    assert pairs[0].attributes == {"group": "shape", "tones": [1, 2], "score": None}
+    assert pairs[1].captions == ("plain",)
+    assert pairs.read_image(0) == picture(0)
+    assert pairs.read_image(-1) == picture(2)
+    assert pairs.skipped == ()
+    with pytest.raises(IndexError):
+        pairs[2]
+
+
+def test_metadata_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    line = '{"file_name": "a.png", "text": "x"}\r\n'
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
+    assert open_pairs(str(tmp_path))[0].captions == ("x",)
+
+
+def test_lines_of_one_picture_are_merged(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "text": "one", "n": 1}
+    write_metadata(tmp_path, [row, {"file_name": "a.png", "text": "two", "n": 2, "m": 3}])
+    [pair] = open_pairs(str(tmp_path))
+    assert pair.captions == ("one", "two")
+    assert pair.attributes == {"n": 1, "m": 3}
+
+
+def test_one_picture_in_two_splits_is_an_error(tmp_path: Path) -> None:
+    row = {"file_name": "a.png", "text": "one"}
+    write_metadata(tmp_path, [row | {"split": "train"}, row | {"split": "val"}])
+    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2: a\.png is in split 'val'"):
+        open_pairs(str(tmp_path))
+
+
+def test_unusable_records_are_skipped_with_reasons(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad_captions: list[Any] = [None, "", " \n", [], [None, ""], 7, {"a": 1}, "\ud800"]
+    rows: list[Any] = [{"file_name": "good.png", "text": "good"}]
+    rows += [{"file_name": f"bad{i}.png", "text": text} for i, text in enumerate(bad_captions)]
+    rows += [{"file_name": "absent.png", "label": 3}, {"file_name": "missing.png", "text": "x"}]
+    write_metadata(tmp_path, [json.dumps(row) for row in rows])
+    for row in rows[:-1]:
+        (tmp_path / row["file_name"]).write_bytes(picture())
+    with caplog.at_level(logging.WARNING):
+        pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["good.png"]
+    found = reasons(pairs)
+    assert len(found) == 10
+    assert all("text is empty, null or not text" in found[f"bad{i}.png"] for i in range(8))
+    assert "none of the fields text, texts" in found["absent.png"]
+    assert "label" in found["absent.png"]
+    assert "missing" in found["missing.png"]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "skipped 10 records: bad0.png" in message
+    assert message.endswith("and 5 more")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"file_name": "a.png", "text": ', "not valid JSON"),
+        ('["a.png"]', "JSON list, wanted an object"),
+        ('{"text": "x"}', "file_name is None"),
+        ('{"file_name": 3, "text": "x"}', "file_name is 3"),
+        ('{"file_name": "\\ud800.png", "text": "x"}', "file_name is"),
+        ("[" * 100_000, "not valid JSON"),
+        ('{"file_name": "../secret.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "sub/../../secret.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "C:\\\\secret.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "..\\\\secret.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "link.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "linked/secret.png", "text": "x"}', "leads out of the folder"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "leads out of the folder"),
+    ],
+)
+def test_broken_or_escaping_lines_are_errors_with_their_number(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    (tmp_path / "secret.png").write_bytes(picture())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "linked").symlink_to(tmp_path)
+    write_metadata(folder, [{"file_name": "a.png", "text": "x"}, line])
+    with pytest.raises(UserError, match=rf"metadata\.jsonl, line 2: .*{message}"):
+        open_pairs(str(folder))
+
+
+def test_a_linked_source_folder_and_links_within_are_fine(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_metadata(folder, [{"file_name": "a.png", "text": "x"}])
+    (folder / "b.png").symlink_to(folder / "a.png")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "b.png", "text": "y"}')
+    (tmp_path / "link").symlink_to(folder)
+    assert keys(open_pairs(str(tmp_path / "link"))) == ["a.png", "b.png"]
+
+
+def test_special_files_are_not_opened(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [{"file_name": "a.png", "text": "x"}])
+    os.mkfifo(tmp_path / "pipe_missing.png")
+    with (tmp_path / "metadata.jsonl").open("a") as file:
+        file.write('{"file_name": "pipe_missing.png", "text": "y"}')
+    assert keys(open_pairs(str(tmp_path))) == ["a.png"]
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["file_name", "text", "texts", "split", "x"]), inner
+                )
+            ),
+            max_leaves=8,
+        ),
+        max_size=3,
+    )
+)
+def test_no_metadata_makes_it_fail_otherwise_than_by_user_error(
+    tmp_path: Path, rows: list[Any]
+) -> None:
+    (tmp_path / "a.png").write_bytes(picture())
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    try:
+        pairs = open_pairs(str(tmp_path))
+    except UserError:
+        return
+    assert all(pair.captions and all(pair.captions) for pair in pairs)
+
+
+# Folders with a text file beside each picture
+
+
+def test_sidecar_folder_keeps_equal_names_apart(tmp_path: Path) -> None:
+    for folder, shade in [("cats", 1), ("dogs", 2)]:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "01.png").write_bytes(picture(shade))
+        (tmp_path / folder / "01.txt").write_text(f"one of the {folder}\n\n  a   pet\r\n", "utf-8")
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["cats/01.png", "dogs/01.png"]
+    assert pairs[0].captions == ("one of the cats", "a pet")
+    assert pairs[1].captions == ("one of the dogs", "a pet")
+    assert pairs.read_image(1) == picture(2)
+
+
+def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret.txt").write_text("secret")
+    names = ["good.PNG", "bare.png", "empty.png", "latin.png", "long.png", "spy.png", "._mac.png"]
+    for name in names:
+        (root / name).write_bytes(picture())
+    (root / "good.TXT").write_text("\ufeff한국어", "utf-8")
+    (root / "empty.txt").write_text("  \n")
+    (root / "latin.txt").write_bytes(b"caf\xe9")
+    (root / "long.txt").write_bytes(b"x" * (2**20 + 1))
+    (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
+    (root / "._mac.txt").write_text("x")
+    (root / "readme.txt").write_text("no picture")
+    (root / "out.png").symlink_to(tmp_path / "secret.txt")
+    (root / "out.txt").write_text("x")
+    pairs = open_pairs(str(root))
+    assert [(pair.path, pair.captions) for pair in pairs] == [("good.PNG", ("한국어",))]
+    found = reasons(pairs)
+    assert found == {
+        "bare.png": "no file bare.txt beside it",
+        "empty.png": "no caption: empty.txt is empty",
+        "latin.png": "its caption is not UTF-8 text (byte 3)",
+        "long.png": "long.txt is longer than 1048576 bytes",
+        "out.png": "out.png is a link that leads out of the folder",
+        "spy.png": "spy.txt is a link that leads out of the folder",
+        "readme.txt": "no picture of the same name beside this text",
+    }
+
+
+# WebDataset tars
+
+
+def shard(first: int) -> dict[str, bytes]:
+    """Three samples as img2dataset writes them."""
+    members = {}
+    for index in range(first, first + 3):
+        caption = f"picture\nnumber {index}"
+        facts = {"caption": caption, "url": "u", "key": f"{index:09d}", "width": 6}
+        members[f"{index:09d}.jpg"] = picture(index, "JPEG")
+        members[f"{index:09d}.txt"] = caption.encode()
+        members[f"{index:09d}.json"] = json.dumps(facts).encode()
+    return members
+
+
+def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00001.tar", shard(3))
+    write_tar(tmp_path / "00000.tar", shard(0))
+    (tmp_path / "00000.parquet").write_bytes(b"statistics, not pictures")
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == [f"0000{i // 3}.tar!{i:09d}.jpg" for i in range(6)]
+    assert [pair.captions for pair in pairs] == [(f"picture number {i}",) for i in range(6)]
+    assert pairs[4].attributes == {"url": "u", "key": "000000004", "width": 6}
+    for index in (5, 0, 3, 1):
+        assert pairs.read_image(index) == picture(index, "JPEG")
+
+
+def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
+    members = {"./sub/a.b.png": picture(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
+    write_tar(tmp_path / "x.tar", members | {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'})
+    pairs = open_pairs(str(tmp_path / "x.tar"))
+    assert [(pair.path, pair.captions) for pair in pairs] == [
+        ("x.tar!sub/a.b.png", ("one", "two")),
+        ("x.tar!d.png", ("k",)),
+    ]
+    assert reasons(pairs) == {"x.tar!c": "no picture for this key"}
+
+
+class Bomb:
+    """Unpickling one makes a file."""
+
+    def __init__(self, sentinel: Path) -> None:
+        self.sentinel = sentinel
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.sentinel,)
+
+
+def test_evil_members_do_nothing(tmp_path: Path) -> None:
+    sentinel, folder = tmp_path / "sentinel", tmp_path / "folder"
+    folder.mkdir()
+    payload = pickle.dumps(Bomb(sentinel))
+    with tarfile.open(folder / "x.tar", "w") as archive:
+        add_member(archive, "good.png", picture())
+        add_member(archive, "good.txt", b"fine")
+        for suffix in ("pyd", "pkl", "pickle", "pt", "npy", "py"):
+            add_member(archive, f"good.{suffix}", payload)
+        add_member(archive, "../up.png", picture())
+        add_member(archive, "../up.txt", b"x")
+        add_member(archive, str(tmp_path / "absolute.png"), picture())
+        add_member(archive, "a\\..\\..\\back.png", picture())
+        add_member(archive, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="good.png")
+        add_member(archive, "device.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
+        add_member(archive, "pipe.png", type=tarfile.FIFOTYPE)
+        add_member(archive, "folder.png", type=tarfile.DIRTYPE)
+        add_member(archive, "good.png", picture(9))
+        add_member(archive, "long.png", picture())
+        add_member(archive, "long.txt", b"x" * (2**20 + 1))
+        add_member(archive, "json.png", picture())
+        add_member(archive, "json.json", b"{")
+        add_member(archive, "line\nbreak.png", picture())
+    before = sorted(tmp_path.rglob("*"))
+    pairs = open_pairs(str(folder))
+    assert keys(pairs) == ["x.tar!good.png"]
+    assert pairs.read_image(0) == picture(), "the second member of the name was taken"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert not sentinel.exists()
+    found = reasons(pairs)
+    assert found["x.tar!../up.png"] == "its name leads out of the archive"
+    assert found[f"x.tar!{tmp_path}/absolute.png"] == "its name leads out of the archive"
+    assert found["x.tar!a\\..\\..\\back.png"] == "its name leads out of the archive"
+    for name in ("link.png", "link.txt", "hard.png", "device.png", "pipe.png"):
+        assert "not a regular file" in found[f"x.tar!{name}"]
+    assert found["x.tar!good.png"] == "a second member for the same key"
+    assert found["x.tar!long.txt"] == "1048577 bytes, wanted at most 1048576"
+    assert "no .txt or .json" in found["x.tar!long.png"]
+    assert "json.json is not valid JSON" in found["x.tar!json.png"]
+    assert "x.tar!line\\nbreak.png" in found
+
+
+def test_sparse_members_are_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        fields = {
+            "GNU.sparse.map": "0,0",
+            "GNU.sparse.size": str(2**30),
+            "GNU.sparse.numblocks": "1",
+        }
+        add_member(archive, "a.png", pax_headers=fields)
+        add_member(archive, "b.png", picture())
+        add_member(archive, "b.txt", b"x")
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["x.tar!b.png"]
+    assert "sparse" in reasons(pairs)["x.tar!a.png"]
+
+
+@pytest.mark.parametrize("cut", [512 * 7, 512 * 7 + 100, 512 * 8, 512 * 8 + 10])
+def test_a_cut_off_tar_keeps_its_complete_samples(tmp_path: Path, cut: int) -> None:
+    # Blocks: a.png 0-1, a.txt 2-3, b.png 4-5, b.txt 6-7, c.png 8-
+    members = {"a.png": picture(), "a.txt": b"a", "b.png": picture(), "b.txt": b"b" * 512}
+    write_tar(tmp_path / "x.tar", members | {"c.png": picture(), "c.txt": b"c"})
+    data = (tmp_path / "x.tar").read_bytes()
+    (tmp_path / "x.tar").write_bytes(data[:cut])
+    pairs = open_pairs(str(tmp_path))
+    complete = ["x.tar!a.png"] if cut < 512 * 8 else ["x.tar!a.png", "x.tar!b.png"]
+    assert keys(pairs) == complete
+    assert pairs.skipped or cut == 512 * 8  # cut between two members, nothing shows
+
+
+def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a", "b.png": picture()})
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    data[512 * 4 + 20] ^= 1
+    (tmp_path / "x.tar").write_bytes(data)
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["x.tar!a.png"]
+    assert "no valid header at byte 2048" in reasons(pairs)["x.tar"]
+
+
+@pytest.mark.timeout(20)
+def test_a_header_that_points_backwards_does_not_loop(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a", "b.png": picture()})
+    data = bytearray((tmp_path / "x.tar").read_bytes())
+    header = data[512 * 4 : 512 * 5]
+    header[124:136] = b"\xff" * 10 + b"\xf6\x00"  # base-256 size -2560
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[512 * 4 : 512 * 5] = header
+    (tmp_path / "x.tar").write_bytes(data)
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["x.tar!a.png"]
+    assert "x.tar" in reasons(pairs)
+
+
+@pytest.mark.parametrize("content", [b"", b"no tar at all", b"\x1f\x8b\x08" + bytes(600)])
+def test_files_that_are_no_tars_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.tar").write_bytes(content)
+    with pytest.raises(UserError, match=r"no captioned pictures found in .*x\.tar: not a tar file"):
+        open_pairs(str(tmp_path / "x.tar"))
+
+
+def test_compressed_tars_are_refused_unread(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
+        add_member(archive, "a.png", picture())
+        add_member(archive, "a.txt", b"a")
+    with pytest.raises(UserError, match="not a tar file"):
+        open_pairs(str(tmp_path))
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(changes=st.lists(st.tuples(st.integers(0, 512 * 8), st.integers(0, 255)), max_size=6))
+def test_no_damage_to_a_tar_makes_it_fail_otherwise_than_by_user_error(
+    tmp_path: Path, changes: list[tuple[int, int]]
+) -> None:
+    path = tmp_path / "x.tar"
+    write_tar(path, {"a.png": picture(), "a.txt": b"a", "b.png": picture(), "b.txt": b"b"})
+    data = bytearray(path.read_bytes())
+    for position, value in changes:
+        data[position] = value
+    path.write_bytes(data)
+    try:
+        pairs = open_pairs(str(path))
+    except UserError:
+        return
+    assert all(".." not in key and pairs.read_image(i) for i, key in enumerate(keys(pairs)))
+
+
+# Parquet
+
+
+@pytest.fixture
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def image_row(shade: int, text: Any, **fields: Any) -> dict[str, Any]:
+    return {"image": {"bytes": picture(shade), "path": "/orig.png"}, "text": text} | fields
+
+
+@pytest.mark.usefixtures("cache")
+def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
+    rows = [
+        image_row(0, "zero", n=1),
+        image_row(1, None),
+        image_row(2, "two", n=3),
+        {"image": None, "text": "no picture"},
+        {"image": {"bytes": b"", "path": None}, "text": "no bytes"},
+        {"image": {"bytes": None, "path": "/etc/passwd"}, "text": "spy"},
+        {"image": {"bytes": None, "path": "../secret.png"}, "text": "spy"},
+        {"image": {"bytes": None, "path": "own.png"}, "text": "file"},
+        image_row(8, "broken"),
+    ]
+    rows[-1]["image"]["bytes"] = b"<html>"
+    folder = tmp_path / "folder"
+    write_parquet(folder / "x.parquet", rows)
+    (tmp_path / "secret.png").write_bytes(picture())
+    (folder / "own.png").write_bytes(picture(7))
+    pairs = open_pairs(str(folder / "x.parquet"))
+    assert keys(pairs) == ["row 0", "row 2", "row 7", "row 8"]
+    assert pairs[1].captions == ("two",)
+    assert pairs[1].attributes == {"n": 3}
+    assert [pairs.read_image(i) for i in range(3)] == [picture(0), picture(2), picture(7)]
+    assert set(reasons(pairs)) == {f"row {i}" for i in (1, 3, 4, 5, 6)}
+    with pytest.raises(BadImageError, match="row 8: not a picture"):
+        read_pixels(pairs, 3, 4)
+
+
+@pytest.mark.usefixtures("cache")
+def test_parquet_with_plain_bytes_and_other_column_names(tmp_path: Path) -> None:
+    rows = [{"jpg": picture(3), "alt": ["a", "b"], "blob": b"\x00"}]
+    write_parquet(tmp_path / "x.parquet", rows)
+    pairs = open_pairs(str(tmp_path), text_columns=["alt"], image_column="jpg")
+    assert pairs[0].captions == ("a", "b")
+    assert pairs[0].attributes == {}
+    assert pairs.read_image(0) == picture(3)
+    with pytest.raises(UserError, match=r"no column 'image' for pictures, but \['jpg', 'alt'"):
+        open_pairs(str(tmp_path))
+    with pytest.raises(UserError, match=r"none of the columns text, .* for captions"):
+        open_pairs(str(tmp_path), image_column="jpg")
+
+
+@pytest.mark.usefixtures("cache")
+def test_parquet_file_names_tell_the_splits(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train-00000-of-00002.parquet", [image_row(0, "a"), image_row(1, "b")])
+    write_parquet(tmp_path / "train-00001-of-00002.parquet", [image_row(2, "c")])
+    write_parquet(tmp_path / "validation" / "0000.parquet", [image_row(3, "d")])
+    train, val = open_pairs(str(tmp_path), split="train"), open_pairs(str(tmp_path), split="val")
+    assert keys(train) == ["train row 0", "train row 1", "train row 2"]
+    assert keys(val) == ["validation row 0"]
+    assert train.read_image(2) == picture(2)
+    assert val.read_image(0) == picture(3)
+
+
+@pytest.mark.usefixtures("cache")
+def test_parquet_that_changed_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    write_parquet(path, [image_row(0, "old")])
+    assert open_pairs(str(path))[0].captions == ("old",)
+    write_parquet(path, [image_row(1, "new")])
+    os.utime(path, (1, 1))
+    pairs = open_pairs(str(path))
+    assert pairs[0].captions == ("new",)
+    assert pairs.read_image(0) == picture(1)
+
+
+@pytest.mark.usefixtures("cache")
+def test_damaged_parquet_is_a_user_error(tmp_path: Path) -> None:
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
+    with pytest.raises(UserError, match=r"cannot read .*x\.parquet as parquet"):
+        open_pairs(str(tmp_path / "x.parquet"))
+
+
+# What is not there
+
+
+def test_sources_that_hold_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^no folder or file {tmp_path}/none$"):
+        open_pairs(f"{tmp_path}/none")
+    with pytest.raises(UserError, match=r"no captioned pictures found in .*, expected one of: "):
+        open_pairs(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(picture())
+    with pytest.raises(UserError, match=r"Skipped: a\.png: no file a\.txt beside it"):
+        open_pairs(str(tmp_path))
+    with pytest.raises(UserError, match=r"a\.png is no folder, \.tar or \.parquet file"):
+        open_pairs(str(tmp_path / "a.png"))
+
+
+def test_a_relative_path_is_not_taken_for_a_hub_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^no folder or file data/none$"):
+        open_pairs("data/none")
+
+
+def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no folder or file nobody/nothing here, and the Hugging"):
+        open_pairs("nobody/nothing")
+
+
+# Splits
+
+
+def test_named_splits_are_taken_as_they_are(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i}.png", "text": "x", "split": s} for i, s in enumerate("aab")]
+    write_metadata(tmp_path, [*rows, {"file_name": "3.png", "text": "x"}])
+    assert keys(open_pairs(str(tmp_path), split="a")) == ["0.png", "1.png"]
+    assert keys(open_pairs(str(tmp_path), split="train")) == ["3.png"]
+    assert len(open_pairs(str(tmp_path))) == 4
+    with pytest.raises(UserError, match="no split 'val', it has a, b, train"):
+        open_pairs(str(tmp_path), split="val")
+
+
+def test_sources_without_splits_hold_out_the_same_pairs_always(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(40)])
+    train, val = (set(keys(open_pairs(str(tmp_path), split=s))) for s in ("train", "validation"))
+    assert val
+    assert train | val == {f"{i}.png" for i in range(40)}
+    assert not train & val
+    assert set(keys(open_pairs(str(tmp_path), split="val"))) == val
+    with pytest.raises(UserError, match="names no splits, so wanted split 'train' or 'val'"):
+        open_pairs(str(tmp_path), split="test")
+
+
+def test_small_sets_hold_nothing_out(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(9)])
+    assert len(open_pairs(str(tmp_path), split="train")) == 9
+    with pytest.raises(UserError, match="has 9 pairs; wanted at least 10 to hold some"):
+        open_pairs(str(tmp_path), split="val")
+
+
+@given(num=st.integers(0, 60), extra=st.integers(0, 60), seed=st.integers(0, 20))
+def test_held_out_pairs_stay_when_the_set_grows(num: int, extra: int, seed: int) -> None:
+    paths = [f"{i}.png" for i in range(num + extra)]
+    kept, held_out = held_out_split(paths[:num], seed=seed, fraction=0.2)
+    assert sorted(kept + held_out) == list(range(num))
+    assert bool(held_out) == (num >= 10)
+    if len(held_out) > 1:
+        assert set(held_out) <= set(held_out_split(paths, seed=seed, fraction=0.2)[1])
+
+
+def test_held_out_share_and_seed() -> None:
+    paths = [f"{i}.png" for i in range(10_000)]
+    first, second = held_out_split(paths)[1], held_out_split(paths, seed=1)[1]
+    assert 430 < len(first) < 570
+    assert len(set(first) & set(second)) < 60
+    with pytest.raises(ValueError, match=r"fraction is 1\.0"):
+        held_out_split(paths, fraction=1.0)
+
+
+# Pixels
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Pairs:
+    """Ten pictures, of which number 3 is cut off and number 7 is a web page."""
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(10)])
+    (tmp_path / "3.png").write_bytes(picture()[:48])
+    (tmp_path / "7.png").write_bytes(b"<html>")
+    return open_pairs(str(tmp_path))
+
+
+def test_read_pixels_is_decode_resize_and_scale(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [{"file_name": "a.png", "text": "x"}])
+    pixels = read_pixels(open_pairs(str(tmp_path)), 0, 4)
+    assert torch.equal(pixels, image_to_pixels(Image.new("RGB", (4, 4), (0, 10, 20))))
+
+
+def test_load_all_pixels_leaves_bad_pictures_out(mixed: Pairs) -> None:
+    calls: list[tuple[int, int]] = []
+    pixels, kept, bad = load_all_pixels(
+        mixed,
+        image_size=4,
+        max_bad_fraction=0.2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert kept == [0, 1, 2, 4, 5, 6, 8, 9]
+    assert pixels.shape == (8, 3, 4, 4)
+    assert pixels.dtype == torch.uint8
+    assert pixels[:, 0, 0, 0].tolist() == kept  # the shade written into each picture
+    assert [record.path for record in bad] == ["3.png", "7.png"]
+    assert "not a picture" in bad[1].reason
+    assert calls == [(i, 10) for i in range(1, 11)]
+
+
+def test_too_many_bad_pictures_stop_the_load(mixed: Pairs) -> None:
+    with pytest.raises(UserError, match=r"2 of the first 8 pictures \(of 10\).*3\.png: .*7\.png: "):
+        load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
+
+
+def test_nothing_but_bad_pictures_stops_the_load(tmp_path: Path) -> None:
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="empty file"):
+        load_all_pixels(open_pairs(str(tmp_path)), image_size=4, max_bad_fraction=1.0)
+
+
+def test_a_picture_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
+    folder, tar = tmp_path / "folder", tmp_path / "x.tar"
+    folder.mkdir()
+    write_metadata(folder, [{"file_name": "a.png", "text": "x"}])
+    pairs = open_pairs(str(folder))
+    (folder / "a.png").unlink()
+    with pytest.raises(BadImageError, match=r"a\.png: cannot be read \(No such file"):
+        read_pixels(pairs, 0, 4)
+    write_tar(tar, {"a.txt": b"a", "a.png": picture()})
+    pairs = open_pairs(str(tar))
+    os.truncate(tar, 512 * 3 + 10)
+    with pytest.raises(BadImageError, match=r"x\.tar!a\.png: 10 bytes left, wanted "):
+        read_pixels(pairs, 0, 4)
+
+
+def test_big_jpegs_keep_their_orientation_and_look(tmp_path: Path) -> None:
+    image = Image.linear_gradient("L").resize((640, 480)).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.save(tmp_path / "a.jpg", exif=exif)
+    (tmp_path / "a.txt").write_text("gradient")
+    data = (tmp_path / "a.jpg").read_bytes()
+    whole = decode_image(data, source="a").resize((16, 16), Image.Resampling.LANCZOS)
+    pixels = read_pixels(open_pairs(str(tmp_path)), 0, 16)
+    assert pixels[0, 0, 0] > pixels[0, 0, -1]
+    assert (pixels - image_to_pixels(whole)).abs().max() < 0.3
