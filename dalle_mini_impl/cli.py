@@ -1,10 +1,28 @@
-"""How a script ends: quietly, or with one line that says what to change."""
+"""How a script starts and ends: quietly, or with one line that says what to change."""
 
+import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from dalle_mini_impl.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are like all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Args:
+            message: What is wrong with it.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(f"{message}; {self.prog} --help lists all options")
 
 
 def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
@@ -13,14 +31,22 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     Args:
         main: Takes the command line without the program.
         arguments: That command line.
+
+    Raises:
+        SystemExit: The script did not end well.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    is_main_process = int(os.environ.get("RANK", "0")) == 0
+    # The other processes of a run would only repeat what the first one says.
+    logging.basicConfig(
+        level=logging.WARNING if is_main_process else logging.CRITICAL,
+        format="%(levelname)s: %(message)s",
+    )
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         main(arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print("stopped; --resume latest continues from the last checkpoint", file=sys.stderr)
+        sys.stderr.write("stopped; --resume latest continues from the last checkpoint\n")
         raise SystemExit(130) from None

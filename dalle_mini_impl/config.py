@@ -28,7 +28,7 @@ def load_config(
         UserError: If a key is unknown, a required field is missing, or a value does not fit.
     """
     parser = ArgumentParser(description=description, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML preset, for example configs/*/*.yaml")
+    parser.add_argument("--config", action="config", help="YAML preset; see configs/*/*.yaml")
     parser.add_argument(
         "--resume", type=str | None, default=None, help="latest, or a checkpoint folder"
     )
@@ -36,7 +36,7 @@ def load_config(
     try:
         parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(f"{_one_line(error)}; --help lists all options") from None
     values: dict[str, Any] = vars(parsed)
     resume = values.pop("resume")
     values.pop("config", None)

@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image
 
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
+from dalle_mini_impl.training.sources import build_accelerator
 
 PROMPTS_AT_A_TIME = 64
 
@@ -50,12 +51,12 @@ def draw_to_folder(
     every_prompt = [*prompts, *(_read_prompts(prompts_file) if prompts_file else [])]
     if not every_prompt:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file; wanted a folder")
-    pipeline = TextToImagePipeline.from_pretrained(model)
-    state = PartialState()
-    pipeline.to(state.device)
     unique = list(dict.fromkeys(every_prompt))  # the same prompt twice would be the same pictures
+    _make_folder(out)
+    pipeline = TextToImagePipeline.from_pretrained(model)
+    pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
+    processes = build_accelerator("no")  # float32: the last bits decide which picture it is
+    pipeline.to(processes.device)
     settings = {
         "model": Path(model).resolve().parent.name,
         "vqvae": pipeline.vqvae.fingerprint(),
@@ -63,8 +64,8 @@ def draw_to_folder(
         **dataclasses.asdict(pipeline.settings),
         **overrides,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    with state.split_between_processes(list(enumerate(unique))) as mine:
+    written: list[tuple[str, str]] = []
+    with processes.split_between_processes(list(enumerate(unique))) as mine:
         for start in range(0, len(mine), PROMPTS_AT_A_TIME):
             part = dict(mine[start : start + PROMPTS_AT_A_TIME])
             drawn = pipeline(
@@ -79,26 +80,35 @@ def draw_to_folder(
             for number, image, prompt, image_seed in facts:
                 path = out / picture_name(number, prompt, image_seed)
                 save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
-    state.wait_for_everyone()
-    return _write_grid(out, unique, columns=num_images) if state.is_main_process else None
+                written.append((str(path), prompt))
+    written = gather_object(written)  # in the order of the processes, which is that of the prompts
+    grid = out / "grid.png"
+    if processes.is_main_process:
+        _write_grid(grid, written, columns=num_images)
+    processes.end_training()
+    return grid if processes.is_main_process else None
 
 
-def _write_grid(out: Path, prompts: Sequence[str], *, columns: int) -> Path:
+def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int) -> None:
     """Lay out what all processes wrote, a row for each prompt."""
-    images, captions = [], []
-    for number, prompt in enumerate(prompts):
-        for path in sorted(out.glob(f"{number:04d}-*.png"))[:columns]:
-            with Image.open(path) as image:
-                images.append(image.convert("RGB"))
-            captions.append(prompt)
-    path = out / "grid.png"
-    make_grid(images, columns=columns, captions=captions).save(path)
-    return path
+    images = []
+    for picture, _ in written:
+        with Image.open(picture) as image:
+            images.append(image.convert("RGB"))
+    make_grid(images, columns=columns, captions=[prompt for _, prompt in written]).save(path)
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out: {out}: {error.strerror}; wanted a folder") from None
 
 
 def _read_prompts(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts-file: {path}: {error}; wanted a UTF-8 text file") from None
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"prompts-file: {path}: {reason}; wanted a UTF-8 text file") from None
     return [line.strip() for line in text.splitlines() if line.strip()]

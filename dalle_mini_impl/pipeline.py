@@ -1,7 +1,7 @@
 """From a prompt to pictures: what ``from_pretrained`` returns and a user calls.
 
-    pipeline = TextToImagePipeline.from_pretrained("out/emoji64/model")
-    pipeline("a red heart", num_images=4, seed=0).images[0].save("heart.png")
+>>> pipeline = TextToImagePipeline.from_pretrained("out/emoji64/dalle/model")
+>>> pipeline("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
 import dataclasses
@@ -77,10 +77,13 @@ class TextToImagePipeline:
         self.settings = settings or SamplingConfig()
 
     def to(self, device: torch.device | str) -> "TextToImagePipeline":
-        """Move both models; returns the pipeline itself.
+        """Move both models.
 
         Args:
             device: For example ``cpu`` or ``cuda``.
+
+        Returns:
+            The pipeline itself.
         """
         self.dalle.to(device)
         self.vqvae.to(device)
@@ -116,12 +119,8 @@ class TextToImagePipeline:
             UserError: If a prompt is empty, or a number is out of range.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
-            if count < 1:
-                raise UserError(f"{name}: got {count}, wanted at least 1")
+        self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
         per_prompt = num_images * num_candidates
-        if not 0 <= seed <= MAX_SEED - per_prompt:
-            raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
         settings = self._settings(overrides)
 
         device = self.dalle.text_head.weight.device
@@ -130,9 +129,7 @@ class TextToImagePipeline:
         seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
         was_training = self.dalle.training
         self.dalle.eval()
-        drawn = generate_image_token_ids(
-            self.dalle, text_token_ids, seeds=seeds, settings=settings
-        )
+        drawn = generate_image_token_ids(self.dalle, text_token_ids, seeds=seeds, settings=settings)
         image_token_ids, gains = drawn
         if num_candidates > 1:
             if settings.guidance_scale == 1.0:
@@ -146,6 +143,30 @@ class TextToImagePipeline:
             seeds=seeds.tolist(),
             scores=gains.tolist(),
         )
+
+    def check(
+        self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int
+    ) -> None:
+        """Refuse what cannot be drawn, before anything is.
+
+        Args:
+            prompts: One or more texts.
+            num_images: Pictures per prompt.
+            num_candidates: Pictures drawn for each one that is kept.
+            seed: Of the first picture of each prompt.
+
+        Raises:
+            UserError: If a prompt is empty, or a number is out of range.
+        """
+        for text in prompts:
+            if not text.strip():
+                raise UserError(f"prompt: got {text[:20]!r}, wanted some text")
+        for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
+            if count < 1:
+                raise UserError(f"{name}: got {count}, wanted at least 1")
+        per_prompt = num_images * num_candidates
+        if not 0 <= seed <= MAX_SEED - per_prompt:
+            raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
 
     def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
         """Turn rows of image tokens into pictures.

@@ -1,17 +1,16 @@
 """From nothing to pictures: data, image tokenizer, decoder, and prompts it never saw combined."""
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli import OneLineParser, run_script
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run all steps; steps whose result is there already are passed over."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="everything goes here")
     parser.add_argument("--configs", type=Path, default=Path("configs/demo"), help="two presets")
     options = parser.parse_args(arguments)
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
         announce("drawing the Twemoji data set")
         prepare_emoji(data, size=64)
     sources = ["--data.source", str(data), "--resume", "latest"]
-    if not (vqvae / "model" / "model.safetensors").is_file():
+    if not (vqvae / "model" / "config.json").is_file():
         announce("training the image tokenizer")
         preset = ["--config", str(options.configs / "vqvae.yaml"), "--output_dir", str(vqvae)]
         config, resume = load_config(VQVAERunConfig, [*preset, *sources], description="")

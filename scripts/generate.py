@@ -1,21 +1,21 @@
-"""Draw pictures: python scripts/generate.py --model out/demo/model --prompt "red heart"."""
+"""Draw pictures: python scripts/generate.py --model out/demo/dalle/model --prompt "red heart"."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Draw pictures from prompts.")
+    parser = OneLineParser(description="Draw pictures from prompts.")
     parser.add_argument("--model", required=True, help="model folder that train_dalle.py wrote")
     parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
     parser.add_argument("--prompts-file", type=Path, help="text file with one prompt per line")
     parser.add_argument("--num-images", type=int, default=4, help="pictures per prompt")
-    parser.add_argument("--num-candidates", type=int, default=1, help="draw this many, keep the best")
+    parser.add_argument("--num-candidates", type=int, default=1, help="draw this many, keep one")
     parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
     parser.add_argument("--out", type=Path, default=Path("out/pictures"), help="output folder")
     parser.add_argument("--guidance-scale", type=float, help="strength of the caption; 1 = off")

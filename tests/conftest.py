@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
 install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
@@ -33,6 +34,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """For tests that pass wrong types on purpose, to see how our own checks answer them."""
+    jaxtyping_config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping_config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def build_dalle() -> Callable[..., "Dalle"]:
     """A function that builds a tiny decoder whose logits differ widely.
@@ -43,11 +52,16 @@ def build_dalle() -> Callable[..., "Dalle"]:
     from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 
     def build(*, seed: int = 0, **changes: Any) -> Dalle:
-        decoder = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "dropout_probability": 0.1}
-        sizes = {
+        decoder: dict[str, Any] = {
+            "hidden_size": 32,
+            "num_layers": 2,
+            "num_heads": 2,
+            "dropout_probability": 0.1,
+        }
+        sizes: dict[str, Any] = {
             "vocab_size": 11,
             "text_length": 5,
-            "codebook_size": 13,
+            "codebook_levels": (4, 3),
             "image_grid_size": (3, 4),
         }
         for name, value in changes.items():
@@ -57,7 +71,7 @@ def build_dalle() -> Callable[..., "Dalle"]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
         return model
 
     return build

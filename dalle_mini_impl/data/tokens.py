@@ -1,9 +1,9 @@
 """Images tokenized once: what the decoder trains on instead of pixels.
 
-A token data set is a folder of safetensors and JSON beside the run. Its key is a hash of the
-tokenizer's weights, the captions and the files, so that it is made again whenever one of them
-changes, and never otherwise. Each image is stored in several views (slightly shifted copies): view
-0 is the image as it is.
+A token data set is a safetensors file beside the run. Its name is a hash of the tokenizers, the
+captions and the pixels, so that it is made again whenever one of them changes, and never
+otherwise. Each image is stored in several views (slightly shifted copies): view 0 is the image as
+it is.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -125,10 +126,15 @@ def build_token_dataset(
     key = _fingerprint(pairs, pixels, vqvae, captions, (num_views, max_shift))
     path = cache_dir / f"tokens-{key}.safetensors"
     if path.is_file():
-        show(f"image and caption tokens: reading {path}")
-        stored = load_file(path)
-        return TokenDataset(**stored)
+        try:
+            stored = TokenDataset(**load_file(path))
+        except (SafetensorError, OSError, TypeError) as error:
+            logger.warning("%s cannot be read (%s); encoding again", path, error)
+        else:
+            show(f"image and caption tokens: reading {path}")
+            return stored
     show(f"image and caption tokens: encoding {len(pixels)} images in {num_views} views")
+    captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
         image_token_ids=_encode_views(pixels, vqvae, num_views=num_views, max_shift=max_shift),
         text_token_ids=captions.encode([text for pair in pairs for text in pair.captions]).int(),
@@ -172,5 +178,6 @@ def _fingerprint(
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().tobytes())
     digest.update(captions.tokenizer.backend_tokenizer.to_str().encode())
-    digest.update(json.dumps([captions.text_length, settings, [list(pair.captions) for pair in pairs]]).encode())
+    texts = [list(pair.captions) for pair in pairs]
+    digest.update(json.dumps([captions.text_length, settings, texts]).encode())
     return digest.hexdigest()[:16]

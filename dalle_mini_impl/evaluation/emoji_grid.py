@@ -6,6 +6,7 @@ is nearest in pixels. Chance is 1/15 for the cell, 1/3 for the gender and 1/5 fo
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from dalle_mini_impl.data.emoji import grid_roles
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
+
+Cell = tuple[str, str]  # gender, skin tone
 
 
 @dataclass(frozen=True)
@@ -79,27 +82,45 @@ def evaluate_grid(
     drawn = pipeline(captions, seed=seed, num_candidates=num_candidates, **settings).images
 
     size = pipeline.vqvae.config.image_size
-    pictures = {
-        row["hexcode"]: _read(data_dir / row["file_name"], size)
-        for grid in roles.values()
-        for row in grid.values()
+    truth = {
+        role: {cell: _read(data_dir / row["file_name"], size) for cell, row in grid.items()}
+        for role, grid in roles.items()
     }
+    places = [(role, cell) for role, cell, _ in cells]
+    shares = judge_drawings(drawn, places, truth)
+    true = [truth[role][cell] for role, cell in places]
+    return GridReport(len(cells), *shares, captions, drawn, true)
+
+
+def judge_drawings(
+    drawn: Sequence[Image.Image],
+    places: Sequence[tuple[str, Cell]],
+    truth: Mapping[str, Mapping[Cell, Image.Image]],
+) -> tuple[float, float, float]:
+    """Find the nearest true picture of each drawing among those of its role.
+
+    Args:
+        drawn: Drawings, as large as the true pictures.
+        places: Role and cell that each drawing was asked for.
+        truth: The pictures of every role.
+
+    Returns:
+        Shares of drawings that are nearest to their own cell, to any of its gender, and to any of
+        its skin tone.
+    """
     right = torch.zeros(3)
-    for (role, (gender, tone), _), image in zip(cells, drawn, strict=True):
-        truth = {key: image_to_pixels(pictures[row["hexcode"]]) for key, row in roles[role].items()}
-        nearest_gender, nearest_tone = _nearest(image_to_pixels(image), truth)
+    for image, (role, (gender, tone)) in zip(drawn, places, strict=True):
+        pixels = {cell: image_to_pixels(picture) for cell, picture in truth[role].items()}
+        nearest_gender, nearest_tone = _nearest(image_to_pixels(image), pixels)
         hits = (nearest_gender == gender, nearest_tone == tone)
         right += torch.tensor([float(all(hits)), float(hits[0]), float(hits[1])])
-    grid, gender_share, tone_share = (right / len(cells)).tolist()
-    true = [pictures[row["hexcode"]] for _, _, row in cells]
-    return GridReport(len(cells), grid, gender_share, tone_share, captions, drawn, true)
+    cell_share, gender_share, tone_share = (right / len(drawn)).tolist()
+    return cell_share, gender_share, tone_share
 
 
-def _nearest(
-    pixels: Float[Tensor, "3 height width"], truth: dict[tuple[str, str], Tensor]
-) -> tuple[str, str]:
+def _nearest(pixels: Float[Tensor, "3 height width"], truth: Mapping[Cell, Tensor]) -> Cell:
     """Return gender and tone of the true picture with the smallest squared error."""
-    return min(truth, key=lambda key: float((truth[key] - pixels).square().mean()))
+    return min(truth, key=lambda cell: float((truth[cell] - pixels).square().mean()))
 
 
 def _read(path: Path, size: int) -> Image.Image:

@@ -1,0 +1,1 @@
+"""Training: one loop, a task per model, and what surrounds a run."""

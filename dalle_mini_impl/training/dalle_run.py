@@ -13,13 +13,13 @@ from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
-from dalle_mini_impl.training.run import run_task
+from dalle_mini_impl.training.precision import use_fast_float32
+from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import (
     DataConfig,
     build_accelerator,
     load_pairs,
-    use_fast_float32,
 )
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae import VQVAE
@@ -46,7 +46,11 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DalleRunConfig:
-    """Options of ``train_dalle.py``."""
+    """Options of ``train_dalle.py``.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
 
     data: DataConfig
     """Captioned pictures to learn from."""
@@ -73,6 +77,15 @@ class DalleRunConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
 
+    def __post_init__(self) -> None:
+        """Refuse what would fail only when training has begun."""
+        if self.num_views < 1:
+            raise ValueError(f"num_views: got {self.num_views}, wanted at least 1")
+        if self.max_shift < 0:
+            raise ValueError(f"max_shift: got {self.max_shift}, wanted at least 0")
+        if any(not prompt.strip() for prompt in self.fixed_prompts):
+            raise ValueError("fixed_prompts: got an empty prompt, wanted some text in each")
+
 
 def train_dalle(
     config: DalleRunConfig,
@@ -93,6 +106,7 @@ def train_dalle(
     Raises:
         UserError: If the data or the folders do not serve.
     """
+    claim_output_dir(config, resume)
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)

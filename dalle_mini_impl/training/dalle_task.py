@@ -29,7 +29,9 @@ class DalleTaskConfig:
     caption_dropout_probability: float = 0.1
     """Share of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0
-    """Share of input image tokens replaced by those of another picture; targets stay."""
+    """Largest share of a sample's input image tokens that come from other pictures, while it
+    lasts; each sample draws its own share below it, and its targets stay. Keeps the decoder from
+    following a remembered picture instead of the caption."""
     random_order_probability: float = 0.0
     """Share of samples drawn in random order instead of raster order, while it lasts."""
     shifted_view_probability: float = 0.0
@@ -72,7 +74,8 @@ class DalleTask:
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
         self.num_samples = len(train)
         self.image_length = train.image_token_ids.shape[-1]
-        self.num_draws = 5 + 3 * self.image_length
+        self.num_draws = 6 + 3 * self.image_length
+        self.tokens_per_sample = train.text_token_ids.shape[-1] + self.image_length
         codebook_size = pipeline.dalle.config.codebook_size
         counts = torch.bincount(train.image_token_ids[:, 0].flatten(), minlength=codebook_size)
         self.baselines = {
@@ -100,7 +103,7 @@ class DalleTask:
             "stranger_token_ids": self.train.image_token_ids[
                 strangers, 0, torch.arange(length)
             ].long(),
-            "draws": draws[:, 3 : 5 + 2 * length],
+            "draws": draws[:, 3 : 6 + 2 * length],
         }
 
     def loss(
@@ -120,14 +123,15 @@ class DalleTask:
         given_text = text_token_ids.masked_fill(dropped[:, None], PAD_TOKEN_ID)
 
         length = self.image_length
-        order_draws, noise_draws = draws[:, 2:].split(length, dim=1)
+        order_draws, noise_draws = draws[:, 3:].split(length, dim=1)
         is_random = draws[:, 1] < self.config.random_order_probability * augmentation
         order = torch.where(
             is_random[:, None],
             order_draws.argsort(dim=1),
             torch.arange(length, device=image.device),
         )
-        is_noise = noise_draws < self.config.token_noise_probability * augmentation
+        noise_shares = draws[:, 2:3] * self.config.token_noise_probability * augmentation
+        is_noise = noise_draws < noise_shares
         noisy = torch.where(is_noise, batch["stranger_token_ids"], image)
 
         logits = model(given_text, noisy.gather(1, order), image_order=order)

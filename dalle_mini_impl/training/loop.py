@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,11 @@ from dalle_mini_impl.training.checkpoint import (
     restore_optimizer_state,
     save_checkpoint,
 )
-from dalle_mini_impl.training.optimizer import MovingAverage, build_optimizers
+from dalle_mini_impl.training.optimizer import (
+    MovingAverage,
+    build_optimizers,
+    keep_memory_formats,
+)
 from dalle_mini_impl.training.progress import ProgressLine
 from dalle_mini_impl.training.schedule import learning_rate_factor
 from dalle_mini_impl.training.settings import TrainingConfig
@@ -53,6 +57,7 @@ class PictureGrid:
     captions: list[str]
 
 
+@runtime_checkable  # for the checks of types in the tests
 class Task(Protocol):
     """What the loop needs of a model's training: data, a loss, and things to look at."""
 
@@ -60,6 +65,8 @@ class Task(Protocol):
     """Training samples."""
     num_draws: int
     """Uniform random numbers that one sample of a batch uses."""
+    tokens_per_sample: int
+    """Tokens that one sample makes; the loop reports tokens per second."""
     sample_weights: Tensor | None
     """How often each sample is wanted relative to the others, or None for equal shares."""
 
@@ -173,7 +180,9 @@ class Trainer:
             UserError: If the loss stays non-finite.
         """
         config, state = self.config, self.state
-        progress_line = ProgressLine(self.accelerator.is_main_process, config.max_steps, show)
+        progress_line = ProgressLine(
+            self.accelerator.is_main_process, show, progress=state.progress(config)
+        )
         started = time.perf_counter() - state.elapsed_seconds
         meter = _Meter()
         with ThreadPoolExecutor(max_workers=1) as loader:
@@ -188,7 +197,7 @@ class Trainer:
                 meter.add(metrics, samples=config.global_batch_size)
                 done = state.progress(config) >= 1.0
                 if done or state.step % config.log_every_steps == 0:
-                    values = meter.read(self.accelerator)
+                    values = meter.read(self.accelerator, self.task.tokens_per_sample)
                     self.tracker.log({**values, "progress": state.progress(config)}, state.step)
                     progress_line.update(state.step, state.progress(config), values)
                 if done or state.step % config.evaluate_every_steps == 0:
@@ -241,8 +250,8 @@ class Trainer:
             logger.warning("step %d: loss or gradient not finite; no update", state.step)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise UserError(
-                    f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up to "
-                    f"step {state.step}; lower training.learning_rate (now "
+                    f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up "
+                    f"to step {state.step}; lower training.learning_rate (now "
                     f"{self.config.learning_rate}) and resume from the last checkpoint"
                 )
         else:
@@ -288,19 +297,28 @@ class Trainer:
 
         Args:
             checkpoint: Of a run with the same config.
-        """
-        self.model.load_state_dict(checkpoint.tensors["model"])
-        if self.average is not None:
-            self.average.weights = {
-                name: value.to(self.accelerator.device)
-                for name, value in checkpoint.tensors["average"].items()
-            }
-        for index, optimizer in enumerate(self.optimizers):
-            name = f"optimizer_{index}"
-            restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
-        names = vars(self.state).keys()
-        self.state = RunState(**{name: checkpoint.state[name] for name in names})
 
+        Raises:
+            UserError: If it is of another model or another optimizer.
+        """
+        try:
+            self.model.load_state_dict(checkpoint.tensors["model"])
+            if self.average is not None:
+                pass
+            for index, optimizer in enumerate(self.optimizers):
+                name = f"optimizer_{index}"
+                restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
+                keep_memory_formats(optimizer)
+            names = vars(self.state).keys()
+            self.state = RunState(**{name: checkpoint.state[name] for name in names})
+        except (RuntimeError, KeyError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"resume: {checkpoint.path} does not fit this config: {reason}; wanted the config "
+                "that the run was started with, or another output_dir"
+            ) from None
+
+    @torch.no_grad()
     def use_average(self) -> None:
         """Put the averaged weights into the model, for good."""
         if self.average is not None:
@@ -359,11 +377,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
     """
     root = output_dir / "checkpoints"
     if resume is None:
-        if root.is_dir() and any(root.glob("step-*")):
-            raise UserError(
-                f"output_dir: {output_dir} already holds a run; pass --resume latest to continue "
-                "it, or another output_dir"
-            )
+        refuse_used_folder(output_dir)
         return None
     if resume != "latest":
         return load_checkpoint(Path(resume))
@@ -371,6 +385,22 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
     if checkpoint is None:
         logger.warning("--resume latest: no checkpoint in %s; starting at step 0", root)
     return checkpoint
+
+
+def refuse_used_folder(output_dir: Path) -> None:
+    """Keep a fresh run out of a folder that holds another run's checkpoints.
+
+    Args:
+        output_dir: The run's folder; may be missing.
+
+    Raises:
+        UserError: If there are checkpoints.
+    """
+    if any((output_dir / "checkpoints").glob("step-*")):
+        raise UserError(
+            f"output_dir: {output_dir} already holds a run; pass --resume latest to continue it, "
+            "or another output_dir"
+        )
 
 
 class _Meter:
@@ -396,7 +426,7 @@ class _Meter:
         self._count += 1
         self._samples += samples
 
-    def read(self, accelerator: Accelerator) -> dict[str, float]:
+    def read(self, accelerator: Accelerator, tokens_per_sample: int) -> dict[str, float]:
         """Return means over steps and processes, and start anew."""
         seconds = max(1e-9, time.perf_counter() - self._started)
         means = torch.stack(
@@ -406,6 +436,7 @@ class _Meter:
             means = accelerator.reduce(means, reduction="mean")
         values = dict(zip((f"train/{name}" for name in self._totals), means.tolist(), strict=True))
         values["train/samples_per_second"] = self._samples / seconds
+        values["train/tokens_per_second"] = self._samples * tokens_per_sample / seconds
         values["train/data_wait_fraction"] = self._wait / seconds
         self._reset()
         return values

@@ -1,9 +1,13 @@
 """Optimizers, and the moving average of the weights."""
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from dalle_mini_impl.training.muon import Float32Muon
+from dalle_mini_impl.training.precision import has_fast_bf16
 
 
 def build_optimizers(
@@ -16,7 +20,7 @@ def build_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """Build AdamW for all weights, or Muon for the hidden matrices and AdamW for the rest.
 
-    Only matrices decay: biases, norm scales and embeddings do not.
+    Only matrices decay: biases, norm scales and token tables do not.
 
     Args:
         model: Its trainable parameters are optimized.
@@ -30,16 +34,18 @@ def build_optimizers(
     Returns:
         One or two optimizers; each group holds its base rate as ``initial_lr``.
     """
-    embedding_ids = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    matrix_ids = {
+        id(module.weight): not name.endswith("head")
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
     }
     hidden, matrices, vectors = [], [], []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if parameter.ndim < 2 or id(parameter) in embedding_ids:
+        if id(parameter) not in matrix_ids:
             vectors.append(parameter)
-        elif kind == "muon" and parameter.ndim == 2 and not name.endswith("head.weight"):
+        elif kind == "muon" and parameter.ndim == 2 and matrix_ids[id(parameter)]:
             hidden.append(parameter)
         else:
             matrices.append(parameter)
@@ -52,17 +58,37 @@ def build_optimizers(
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
-        muon = torch.optim.Muon(
-            hidden,
-            lr=learning_rate,
-            weight_decay=weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        )
+        muon: torch.optim.Optimizer
+        if has_fast_bf16():
+            muon = torch.optim.Muon(
+                hidden,
+                lr=learning_rate,
+                weight_decay=weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        else:
+            muon = Float32Muon(hidden, lr=learning_rate, weight_decay=weight_decay)
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = learning_rate
     return optimizers
+
+
+def keep_memory_formats(optimizer: torch.optim.Optimizer) -> None:
+    """Lay an optimizer's restored state out in memory like its parameters.
+
+    Fused AdamW on a CPU walks through parameter and moments side by side in memory, whatever
+    their strides: moments read from a file must be in the parameter's order, for example
+    channels-last.
+
+    Args:
+        optimizer: Its state is changed in place.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 class MovingAverage:
@@ -92,6 +118,18 @@ class MovingAverage:
                 self.weights[name].lerp_(value, 1 - decay)
             else:
                 self.weights[name].copy_(value)
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Continue with weights that were saved.
+
+        Args:
+            weights: ``weights`` of an average of the same model.
+
+        Raises:
+            KeyError: If one is missing.
+        """
+        for name, value in self.weights.items():
+            value.copy_(weights[name])
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """What a person sees while a model trains: a bar on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
@@ -9,19 +10,20 @@ from tqdm import tqdm
 class ProgressLine:
     """Shows step, loss, speed and the time left, on the main process only."""
 
-    def __init__(self, is_main: bool, max_steps: int, show: Callable[[str], None]) -> None:
+    def __init__(self, is_main: bool, show: Callable[[str], None], *, progress: float) -> None:
         """Open the bar.
 
         Args:
             is_main: Whether this is the process that talks.
-            max_steps: Budget of the run in steps.
             show: Receives the plain lines.
+            progress: Share of the budget that an earlier part of the run used, in [0, 1].
         """
         self._is_main = is_main
-        self._max_steps = max_steps
         self._show = show
+        self._started, self._progress_at_start = time.monotonic(), progress
         self._bar = tqdm(
             total=100.0,
+            initial=100 * progress,
             disable=not (is_main and sys.stderr.isatty()),
             bar_format="{percentage:3.0f}% {bar} {elapsed} < {remaining}{postfix}",
         )
@@ -36,12 +38,12 @@ class ProgressLine:
         """
         if not self._is_main:
             return
-        loss = values["train/loss"]
-        speed = values["train/samples_per_second"]
-        text = f"step {step}  loss {loss:.4f}  {speed:.0f} images/s"
+        loss, speed = values["train/loss"], values["train/tokens_per_second"]
+        text = f"step {step}  loss {loss:.4f}  {speed:.0f} tokens/s"
         if self._bar.disable:
-            elapsed = self._bar.format_dict["elapsed"] or 0.0
-            self._show(f"{100 * progress:3.0f} %  {text}  {elapsed / 60:.1f} min")
+            minutes = (time.monotonic() - self._started) / 60
+            left = minutes * (1 - progress) / max(1e-9, progress - self._progress_at_start)
+            self._show(f"{100 * progress:3.0f} %  {text}  {minutes:.1f} min, {left:.1f} left")
             return
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(100 * progress - self._bar.n)

@@ -9,7 +9,8 @@ import yaml
 from accelerate import Accelerator
 from torch import nn
 
-from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint, refuse_used_folder
 from dalle_mini_impl.training.tracking import open_tracker
 
 
@@ -28,7 +29,8 @@ def run_task(
     Args:
         model: Freshly built.
         task: Its data and loss.
-        config: A dataclass with ``output_dir``, ``training`` and ``tracking``; saved into ``config.yaml`` of the run.
+        config: A dataclass with ``output_dir``, ``training`` and ``tracking``; kept as
+            ``config.yaml`` of the run.
         accelerator: Processes, device and precision.
         resume: None, ``latest`` or a checkpoint folder.
         show: Receives plain lines about the run, on the main process.
@@ -43,7 +45,6 @@ def run_task(
     output_dir, is_main = Path(config.output_dir), accelerator.is_main_process
     checkpoint = find_checkpoint(output_dir, resume)
     if is_main:
-        output_dir.mkdir(parents=True, exist_ok=True)
         save_config(config, output_dir / "config.yaml")
     tracker = open_tracker(
         config.tracking,
@@ -53,29 +54,50 @@ def run_task(
         resume_step=checkpoint.step if checkpoint else 0,
         run_id=checkpoint.state["run_id"] if checkpoint else None,
     )
-    show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-    trainer = Trainer(
-        model,
-        task,
-        config.training,
-        accelerator=accelerator,
-        tracker=tracker,
-        output_dir=output_dir,
-    )
-    if checkpoint:
-        show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
-        trainer.restore(checkpoint)
-    trainer.train(show=show)
-    trainer.use_average()
     folder = output_dir / "model"
-    if is_main:
-        save_pretrained(folder)
-        tracker.log_artifact(folder, name="model", type="model")
-    tracker.close()
+    try:
+        show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        trainer = Trainer(
+            model,
+            task,
+            config.training,
+            accelerator=accelerator,
+            tracker=tracker,
+            output_dir=output_dir,
+        )
+        if checkpoint:
+            show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
+            trainer.restore(checkpoint)
+        trainer.train(show=show)
+        trainer.use_average()
+        if is_main:
+            save_pretrained(folder)
+            tracker.log_artifact(folder, name="model", type="model")
+    finally:
+        tracker.close()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     show(f"model folder: {folder}")
     return folder
+
+
+def claim_output_dir(config: Any, resume: str | None) -> None:
+    """Make a run's folder, or say why it cannot be used, before any time is spent on data.
+
+    Args:
+        config: A dataclass with ``output_dir``.
+        resume: None, ``latest`` or a checkpoint folder.
+
+    Raises:
+        UserError: If the folder is no folder, or a fresh run would write over an older one.
+    """
+    output_dir = Path(config.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {output_dir}: {error.strerror}; wanted a folder") from None
+    if resume is None:
+        refuse_used_folder(output_dir)
 
 
 def save_config(config: Any, path: Path) -> None:
@@ -85,7 +107,8 @@ def save_config(config: Any, path: Path) -> None:
         config: A dataclass of plain values, tuples and dataclasses.
         path: YAML file.
     """
-    path.write_text(yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False))
+    values = _plain(dataclasses.asdict(config))
+    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The options of a training run that do not depend on the model."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -62,19 +63,21 @@ class TrainingConfig:
             "sample_every_steps",
             "checkpoint_every_steps",
         ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted at least 1")
-        if self.max_minutes is not None and not self.max_minutes > 0:
-            raise ValueError(f"training.max_minutes: got {self.max_minutes}, wanted more than 0")
-        if not self.learning_rate > 0:
-            raise ValueError(f"training.learning_rate: got {self.learning_rate}, wanted above 0")
-        for name in ("ema_decay", "decay_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(
-                    f"training.{name}: got {getattr(self, name)}, wanted 0 to below 1"
-                )
-        if self.sample_every_steps % self.evaluate_every_steps:
-            raise ValueError(
-                f"training.sample_every_steps: got {self.sample_every_steps}, wanted a multiple of "
-                f"evaluate_every_steps ({self.evaluate_every_steps})"
-            )
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("weight_decay", "warmup_steps", "gradient_clip_norm"):
+            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
+        self._require("betas", all(0 <= beta < 1 for beta in self.betas), "0 to below 1")
+        self._require("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
+        self._require("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and up to 1")
+        self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
+        self._require(
+            "sample_every_steps",
+            self.sample_every_steps % self.evaluate_every_steps == 0,
+            f"a multiple of evaluate_every_steps ({self.evaluate_every_steps})",
+        )
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted {wanted}")

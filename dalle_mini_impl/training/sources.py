@@ -1,6 +1,6 @@
 """Where a run's captioned pictures come from, and the processes and precision it runs on."""
 
-import logging
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dalle_mini_impl.data.pairs import Pair, load_all_pixels, open_pairs
-
-logger = logging.getLogger(__name__)
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.precision import has_fast_bf16
 
 MAX_LISTED = 5
 
@@ -40,9 +41,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Refuse shares outside [0, 1]."""
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(
-                f"data.max_bad_fraction: got {self.max_bad_fraction}, wanted 0 to 1"
-            )
+            raise ValueError(f"data.max_bad_fraction: got {self.max_bad_fraction}, wanted 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,18 @@ class LoadedPairs:
 
         Returns:
             1 / sqrt(group size) of each sample, or None.
+
+        Raises:
+            UserError: If no picture has the attribute.
         """
         if balance_by is None:
             return None
+        known = {name for pair in self.pairs for name in pair.attributes}
+        if balance_by not in known:
+            raise UserError(
+                f"data.balance_by: no picture has the attribute {balance_by!r}; "
+                f"wanted one of {', '.join(sorted(known)) or 'none (leave it out)'}"
+            )
         groups = [str(pair.attributes.get(balance_by)) for pair in self.pairs]
         sizes = Counter(groups)
         return torch.tensor([sizes[group] ** -0.5 for group in groups])
@@ -85,11 +93,15 @@ def load_pairs(
     Raises:
         UserError: If there is nothing to read or too much of it is bad.
     """
-    source = open_pairs(config.source, split=split)
-    pixels, kept, unreadable = load_all_pixels(
-        source, image_size=image_size, max_bad_fraction=config.max_bad_fraction
-    )
-    skipped = [*source.skipped, *unreadable]
+    try:
+        source = open_pairs(config.source, split=split)
+        pixels, kept, unreadable = load_all_pixels(
+            source, image_size=image_size, max_bad_fraction=config.max_bad_fraction
+        )
+    except UserError as error:
+        raise UserError(f"data.source: {error}") from None
+    # The reader skips before it splits: once is enough to say so.
+    skipped = [*(source.skipped if split == config.train_split else ()), *unreadable]
     for record in skipped[:MAX_LISTED]:
         show(f"skipped {record.path}: {record.reason}")
     if len(skipped) > MAX_LISTED:
@@ -106,31 +118,22 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> Acceler
 
     Returns:
         Accelerate's view of the run.
+
+    Raises:
+        UserError: If the launcher started more processes than found each other.
     """
     if mixed_precision == "auto":
         mixed_precision = "bf16" if has_fast_bf16() else "no"
-    return Accelerator(mixed_precision=mixed_precision)
-
-
-def has_fast_bf16() -> bool:
-    """Say whether the device multiplies bf16 in hardware; emulation is slower than fp32."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def use_fast_float32() -> None:
-    """Let oneDNN multiply float32 matrices where its answer is still a float32 one.
-
-    On several CPUs this doubles the speed of training. On others the same switch rounds to
-    bf16, so the error of one product decides.
-    """
-    if torch.cuda.is_available():
-        return
-    generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(256, 256, generator=generator) for _ in range(2))
-    exact = left.double() @ right.double()
-    torch.set_float32_matmul_precision("medium")
-    error = ((left @ right).double() - exact).abs().max() / exact.abs().max()
-    if error > 1e-5:
-        torch.set_float32_matmul_precision("highest")
+    # An earlier run in this process may have had another precision, or ended its process group.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    # Accelerate joins processes without a GPU only when it is told that it must do without.
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision
+    )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise UserError(
+            f"WORLD_SIZE: got {expected} from the launcher, but {accelerator.num_processes} found "
+            "each other; start them with torchrun --nproc_per_node or accelerate launch"
+        )
+    return accelerator

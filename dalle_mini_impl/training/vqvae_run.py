@@ -6,13 +6,13 @@ from pathlib import Path
 
 import torch
 
-from dalle_mini_impl.training.run import run_task
+from dalle_mini_impl.training.precision import use_fast_float32
+from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import (
     DataConfig,
     build_accelerator,
     load_pairs,
-    use_fast_float32,
 )
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
@@ -56,6 +56,7 @@ def train_vqvae(
     Raises:
         UserError: If the data or the folders do not serve.
     """
+    claim_output_dir(config, resume)
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)
@@ -63,7 +64,7 @@ def train_vqvae(
     train = load_pairs(config.data, config.data.train_split, image_size=size, show=show)
     held_out = load_pairs(config.data, config.data.validation_split, image_size=size, show=show)
     torch.manual_seed(config.training.seed)
-    vqvae = VQVAE(config.vqvae).to(memory_format=torch.channels_last)
+    vqvae = VQVAE(config.vqvae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = VQVAETask(
         train.pixels,
         held_out.pixels,

@@ -1,6 +1,7 @@
 """Training the image tokenizer: its loss, its held-out measures, its reconstruction grid."""
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -78,6 +79,7 @@ class VQVAETask:
         self.vqvae = vqvae
         self.num_samples = len(train)
         self.num_draws = 2
+        self.tokens_per_sample = prod(vqvae.image_grid_size)
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]

@@ -5,7 +5,7 @@ Deviations from the paper, each usual today: queries and keys may be normalised 
 (QK-norm, Henry et al. 2020, arXiv:2010.04245), rotated by position (RoPE), and there is no bias.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -19,6 +19,7 @@ from dalle_mini_impl.transformer.positions import Rotation, rotate
 WRITTEN_OUT_MAX_LENGTH = 512  # beyond it the length ** 2 scores of training cost too much memory
 
 
+@runtime_checkable  # for the checks of types in the tests
 class LayerCache(Protocol):
     """What attention needs of a key-value cache: append, and get everything back."""
 

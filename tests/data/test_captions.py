@@ -40,7 +40,7 @@ def rows(encoder: CaptionEncoder, *captions: str) -> list[list[int]]:
 
 
 def decode(encoder: CaptionEncoder, row: list[int]) -> str:
-    return encoder.tokenizer.decode(row, skip_special_tokens=True)
+    return str(encoder.tokenizer.decode(row, skip_special_tokens=True))
 
 
 def test_case_spaces_and_unicode_form_do_not_matter(encoder: CaptionEncoder) -> None:

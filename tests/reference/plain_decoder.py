@@ -24,14 +24,16 @@ def plain_logits(
     cells: list[int | None] = [None]
     for place, token in enumerate(text):
         is_pad = token == 0
-        vector = weights["text_pads.weight"][place] if is_pad else row(weights, "text", token)
+        vector = weights["text_pads.weight" if is_pad else "text_embedding.weight"][
+            place if is_pad else token
+        ]
         vector = vector + weights["text_positions.weight"][place]
         if place == len(text) - 1:
             vector = vector + weights["target_positions.weight"][order[0]]
         vectors.append(vector)
         cells.append(None)
     for place in range(len(image) - 1):
-        vector = row(weights, "image", image[place])
+        vector = token_row(weights, config, "image_embedding", image[place])
         vector = vector + position_vector(weights, config, order[place])
         vectors.append(vector + weights["target_positions.weight"][order[place + 1]])
         cells.append(order[place])
@@ -40,12 +42,22 @@ def plain_logits(
         stream = block(stream, cells, weights, f"blocks.{layer}.", config)
     stream = norm(stream, weights["output_norm.weight"])
     text_logits = [weights["text_head.weight"] @ vector for vector in stream[: len(text)]]
-    image_logits = [weights["image_head.weight"] @ vector for vector in stream[len(text) :]]
+    head = [
+        token_row(weights, config, "image_head", token) for token in range(config.codebook_size)
+    ]
+    image_logits = [torch.stack(head) @ vector for vector in stream[len(text) :]]
     return torch.stack(text_logits), torch.stack(image_logits)
 
 
-def row(weights: dict[str, Tensor], kind: str, token: int) -> Tensor:
-    return weights[f"{kind}_embedding.weight"][token]
+def token_row(weights: dict[str, Tensor], config: DalleConfig, table: str, token: int) -> Tensor:
+    """The token's own row plus one row for each of its digits, if it has more than one."""
+    vector = weights[f"{table}.rows"][token]
+    if len(config.codebook_levels) > 1:
+        rest = token
+        for index, level in enumerate(config.codebook_levels):
+            rest, digit = divmod(rest, level)
+            vector = vector + weights[f"{table}.digit_rows.{index}"][digit]
+    return vector
 
 
 def position_vector(weights: dict[str, Tensor], config: DalleConfig, cell: int) -> Tensor:

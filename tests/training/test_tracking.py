@@ -231,7 +231,7 @@ def test_auto_without_a_key_is_offline_at_once(tmp_path: Path) -> None:
     seconds = time.perf_counter() - started
     tracker.close()
     assert read_offline_run(tmp_path)["run_id"] == tracker.run_id
-    assert seconds < 5.0, "0.6 s on an idle machine; wandb's own time-outs start at 15 s"
+    assert seconds < 10.0, "0.6 s on an idle machine; wandb's own time-outs start at 15 s"
 
 
 def test_auto_needs_a_key_and_a_server(
@@ -270,7 +270,7 @@ def test_auto_without_a_network_is_offline_within_a_second(
     use_server(monkeypatch, closed_port if kind == "refused" else black_hole)
 
     def slow_look_up(*_: Any) -> None:
-        time.sleep(3)
+        time.sleep(6)
         raise OSError("no such name")
 
     if kind == "slow name look-up":
@@ -278,7 +278,7 @@ def test_auto_without_a_network_is_offline_within_a_second(
     url = os.environ["WANDB_BASE_URL"]
     started = time.perf_counter()
     assert not tracking._is_reachable(url)
-    assert time.perf_counter() - started < 1.5
+    assert time.perf_counter() - started < 3.0
     monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.1)
     assert tracking._choose_mode() == "offline"
 

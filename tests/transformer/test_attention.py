@@ -122,13 +122,16 @@ def copy_of_torch(theirs: nn.MultiheadAttention, *, use_bias: bool) -> MultiHead
         use_bias=use_bias,
     )
     with torch.no_grad():
+        if use_bias:  # torch starts them at zero, where a mistake would not show
+            nn.init.normal_(theirs.in_proj_bias)
+            nn.init.normal_(theirs.out_proj.bias)
         for index, layer in enumerate((mine.query, mine.key, mine.value)):
             layer.weight.copy_(theirs.in_proj_weight.chunk(3)[index])
             if use_bias:
-                layer.bias.copy_(nn.init.normal_(theirs.in_proj_bias).chunk(3)[index])
+                layer.bias.copy_(theirs.in_proj_bias.chunk(3)[index])
         mine.output.weight.copy_(theirs.out_proj.weight)
         if use_bias:
-            mine.output.bias.copy_(nn.init.normal_(theirs.out_proj.bias))
+            mine.output.bias.copy_(theirs.out_proj.bias)
     return mine
 
 
@@ -165,11 +168,11 @@ def test_padding_masked_attention_ignores_pads_entirely() -> None:
             changed = x.masked_fill(~is_token[..., None], 1e4)
             after = layer(x, context=changed, attention_mask=padding_mask(is_token))
             alone = layer(x[1:], context=x[1:, [0, 1, 3]])
+            later = x.clone()
+            later[1, 3] += 1  # a real token: positions before and after it see the change
+            moved = layer(x, context=later, attention_mask=padding_mask(is_token)) - before
         assert torch.equal(before, after)
         torch.testing.assert_close(before[1:], alone, **TOLERANCE)
-        later = x.clone()
-        later[1, 3] += 1  # a real token, in both directions
-        moved = layer(x, context=later, attention_mask=padding_mask(is_token)) - before
         assert moved[1].abs().amax(dim=-1).min() > 1e-3
         assert not moved[0].any()
 

@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.blocks import GatedFeedForward, TransformerBlock
+from dalle_mini_impl.transformer.blocks import ChannelDropout, GatedFeedForward, TransformerBlock
 from dalle_mini_impl.transformer.masks import padding_mask
 
 
@@ -50,6 +50,18 @@ def test_dropout_is_for_training_only() -> None:
     layer, x = block(dropout_probability=0.5), torch.randn(1, 4, 8)
     assert not torch.equal(layer(x), layer(x))
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+def test_dropout_hides_channels_at_all_positions() -> None:
+    torch.manual_seed(0)
+    layer, x = ChannelDropout(0.25), torch.ones(40, 3, 200)
+    factors = layer(x)
+    assert torch.equal(factors, factors[:, :1].expand_as(factors))
+    hidden = factors[:, 0] == 0
+    assert abs(float(hidden.float().mean()) - 0.25) < 0.02
+    assert len(hidden.unique(dim=0)) == 40  # each sample hides its own
+    torch.testing.assert_close(factors[factors != 0], torch.full_like(factors[factors != 0], 4 / 3))
+    assert torch.equal(layer.eval()(x), x)
 
 
 def test_bidirectional_block_with_padding() -> None:

@@ -1,0 +1,1 @@
+"""Text-to-image in the line of DALL-E; start reading at ``models/dalle.py``."""

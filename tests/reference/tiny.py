@@ -1,0 +1,191 @@
+"""Tiny data, models and runs: what a test of training needs, in a second or two."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from PIL import Image, ImageDraw
+
+from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.generate import SamplingConfig
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
+from dalle_mini_impl.training.dalle_task import DalleTaskConfig
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from vqvae import VQVAE, VQVAEConfig
+
+RunConfig = TypeVar("RunConfig", VQVAERunConfig, DalleRunConfig)
+
+SIZE = 16
+COLORS = ("red", "green", "blue", "orange", "purple", "black")
+SHAPES = ("disc", "box")
+CAPTIONS = tuple(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
+# Kernels of 3 x 3, so that the order of axes in memory matters.
+VQVAE_SIZES = VQVAEConfig(
+    image_size=SIZE,
+    patch_size=4,
+    channels=(8, 12),
+    num_encoder_blocks=1,
+    num_decoder_blocks=1,
+    encoder_kernel_size=3,
+    fsq_levels=(4, 3, 3),
+    vq_codebook_size=16,
+    vq_code_dim=4,
+)
+DECODER_SIZES = DecoderConfig(hidden_size=16, num_layers=2, num_heads=2, dropout_probability=0.1)
+TRAINING = TrainingConfig(
+    max_steps=6,
+    global_batch_size=8,
+    learning_rate=3e-3,
+    warmup_steps=2,
+    log_every_steps=1,
+    evaluate_every_steps=3,
+    sample_every_steps=3,
+    checkpoint_every_steps=3,
+    mixed_precision="no",
+)
+
+
+def draw_picture(number: int) -> Image.Image:
+    """A coloured shape on white; numbers give all twelve captions in turn, at several places."""
+    color, shape = COLORS[number // 2 % 6], SHAPES[number % 2]
+    image = Image.new("RGB", (SIZE, SIZE), "white")
+    left, top = 1 + number % 5, 1 + number % 3
+    box = (left, top, left + 9, top + 9)
+    draw = ImageDraw.Draw(image)
+    (draw.ellipse if shape == "disc" else draw.rectangle)(box, fill=color)
+    return image
+
+
+def write_data(folder: Path, *, count: int = 30) -> Path:
+    """Writes an image folder with `metadata.jsonl`; every sixth picture is held out."""
+    folder.mkdir(parents=True)
+    lines = []
+    for number in range(count):
+        draw_picture(number).save(folder / f"{number}.png")
+        caption = CAPTIONS[number % len(CAPTIONS)]
+        row = {
+            "file_name": f"{number}.png",
+            "text": caption,
+            "texts": [f"{caption} on white"],
+            "color": caption.split()[1],
+            "split": "val" if number % 6 == 5 else "train",
+        }
+        lines.append(json.dumps(row))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def vqvae_run(
+    data: Path,
+    out: Path,
+    *,
+    tracking: str = "disabled",
+    vqvae: dict[str, Any] | None = None,
+    **training: Any,
+) -> VQVAERunConfig:
+    """A tokenizer run of six steps, unless told otherwise."""
+    return VQVAERunConfig(
+        data=DataConfig(source=str(data)),
+        output_dir=str(out),
+        vqvae=dataclasses.replace(VQVAE_SIZES, **(vqvae or {})),
+        training=dataclasses.replace(TRAINING, **training),
+        tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
+    )
+
+
+def dalle_run(
+    data: Path,
+    vqvae_dir: Path,
+    out: Path,
+    *,
+    tracking: str = "disabled",
+    task: dict[str, Any] | None = None,
+    dropout_probability: float = 0.1,
+    **training: Any,
+) -> DalleRunConfig:
+    """A decoder run of six steps, unless told otherwise."""
+    return DalleRunConfig(
+        data=DataConfig(source=str(data)),
+        vqvae_dir=str(vqvae_dir),
+        output_dir=str(out),
+        num_views=2,
+        max_shift=2,
+        fixed_prompts=("a red disc", "a blue box"),
+        text=TextConfig(vocab_size=300, text_length=8),
+        decoder=dataclasses.replace(DECODER_SIZES, dropout_probability=dropout_probability),
+        task=DalleTaskConfig(**(task or {})),
+        training=dataclasses.replace(TRAINING, **training),
+        tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
+    )
+
+
+def train(config: VQVAERunConfig | DalleRunConfig, **options: Any) -> tuple[Path, list[str]]:
+    """Runs a config; returns the model folder and the lines shown. Global flags stay as they were.
+
+    Args:
+        config: Of a tokenizer or a decoder.
+        **options: `resume`.
+
+    Returns:
+        The model folder and the lines.
+    """
+    before, lines = torch.get_float32_matmul_precision(), list[str]()
+    run: Callable[..., Path] = train_vqvae if isinstance(config, VQVAERunConfig) else train_dalle
+    try:
+        return run(config, show=lines.append, **options), lines
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def build_vqvae(*, seed: int = 0, **changes: Any) -> VQVAE:
+    """A tokenizer with random weights, wide enough for its tokens to differ."""
+    model = VQVAE(dataclasses.replace(VQVAE_SIZES, **changes)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def build_captions(*, text_length: int = 8) -> CaptionEncoder:
+    """A caption tokenizer of the twelve captions."""
+    return CaptionEncoder(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
+
+
+def build_pipeline(*, seed: int = 0) -> TextToImagePipeline:
+    """A pipeline whose decoder has random weights: its pictures mean nothing, but all differ."""
+    vqvae, captions = build_vqvae(), build_captions()
+    config = DalleConfig(
+        decoder=DECODER_SIZES,
+        vocab_size=captions.vocab_size,
+        text_length=captions.text_length,
+        codebook_levels=vqvae.codebook_levels,
+        image_grid_size=vqvae.image_grid_size,
+    )
+    dalle = Dalle(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in dalle.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    return TextToImagePipeline(
+        dalle=dalle, vqvae=vqvae, captions=captions, settings=SamplingConfig(guidance_scale=2.0)
+    )
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    """The training loss of every step."""
+    return [row["train/loss"] for row in read_metrics(out) if "train/loss" in row]

@@ -1,0 +1,115 @@
+"""Filters and noise: what stays, what is left alone, and that the draws follow the softmax."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
+
+ROW = st.lists(st.floats(-30, 30, width=32), min_size=1, max_size=12)
+
+
+@hypothesis_settings(max_examples=60)
+@given(row=ROW, top_k=st.integers(0, 14))
+@example(row=[1.0, 1.0, 1.0], top_k=1)
+def test_top_k_keeps_the_likeliest(row: list[float], top_k: int) -> None:
+    logits = torch.tensor([row, row[::-1]])
+    before = logits.clone()
+    kept = keep_top_k(logits, top_k)
+    assert torch.equal(logits, before)
+    assert torch.equal(kept[1], kept[0].flip(0))
+    limit = -math.inf if top_k == 0 else sorted(row, reverse=True)[min(top_k, len(row)) - 1]
+    assert kept[0].tolist() == [value if value >= limit else -math.inf for value in before[0]]
+
+
+@hypothesis_settings(max_examples=60)
+@given(row=ROW, top_p=st.floats(0, 1, exclude_min=True))
+@example(row=[3.0, 1.0], top_p=1e-60)
+@example(row=[0.0, 0.0, 0.0, 0.0], top_p=0.5)
+def test_top_p_keeps_the_smallest_set_with_the_mass(row: list[float], top_p: float) -> None:
+    logits = torch.tensor([row, row[::-1]])
+    before = logits.clone()
+    kept = keep_top_p(logits, top_p)
+    assert torch.equal(logits, before)
+    stays = kept[0].isfinite()
+    assert torch.equal(kept[0][stays], before[0][stays])
+    assert kept[1].isfinite().sum() == stays.sum()
+    probabilities = before[0].double().softmax(-1)
+    assert stays[probabilities.argmax()] or probabilities[stays].max() == probabilities.max()
+    if not stays.all():
+        assert before[0][stays].min() >= before[0][~stays].max()
+    assert probabilities[stays].sum() >= top_p - 1e-5
+    without_last = probabilities[stays].sum() - probabilities[stays].min()
+    assert stays.sum() == 1 or without_last <= top_p + 1e-5
+
+
+def test_top_p_by_hand() -> None:
+    logits = torch.tensor([[0.1, 0.5, 0.4], [0.8, 0.15, 0.05]]).log()
+    assert keep_top_p(logits, 0.6).isfinite().tolist() == [
+        [False, True, True],
+        [True, False, False],
+    ]
+
+
+def test_filters_after_each_other() -> None:
+    logits = torch.tensor([[5.0, 4.0, 3.0, 2.0]])
+    kept = keep_top_p(keep_top_k(logits, 2), 0.9999999)
+    assert kept.tolist() == [[5.0, 4.0, -math.inf, -math.inf]]
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.5, 1.01, math.nan])
+def test_other_masses_are_refused(top_p: float) -> None:
+    with pytest.raises(ValueError, match=f"top_p: got {top_p}"):
+        keep_top_p(torch.zeros(1, 2), top_p)
+
+
+def test_negative_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="top_k: got -1"):
+        keep_top_k(torch.zeros(1, 2), -1)
+
+
+def noise_of(*seeds: int, num_steps: int = 4, vocab_size: int = 5) -> Tensor:
+    return gumbel_noise(torch.tensor(seeds), num_steps=num_steps, vocab_size=vocab_size)
+
+
+def test_noise_of_a_seed_does_not_depend_on_its_neighbours() -> None:
+    together = noise_of(3, 2**63 - 1, 0, 3)
+    assert together.shape == (4, 4, 5)
+    for row, seed in enumerate((3, 2**63 - 1, 0, 3)):
+        assert torch.equal(together[:, row], noise_of(seed)[:, 0])
+    assert not torch.equal(together[:, 0], together[:, 2])
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    noise_of(3)
+    assert torch.equal(torch.get_rng_state(), state)  # nor does it touch the global generator
+
+
+def test_noise_is_always_finite() -> None:
+    noise = noise_of(*range(50), num_steps=20, vocab_size=1000)
+    assert noise.isfinite().all()
+    assert float(noise.mean()) == pytest.approx(0.5772, abs=0.01)  # Euler's constant
+    assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.02)
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -2.5])
+    num_seeds, num_steps = 400, 100
+    noise = noise_of(*range(num_seeds), num_steps=num_steps)
+    drawn = (logits + noise).argmax(-1)
+    count = num_seeds * num_steps
+    expected = count * logits.double().softmax(-1)
+    observed = drawn.flatten().bincount(minlength=5)
+    # 23.5 is passed by chance once in 10,000 times (4 degrees of freedom).
+    assert ((observed - expected) ** 2 / expected).sum() < 23.5
+    # Pairs of successive steps, and of pictures with successive seeds, must be independent.
+    for pairs in (drawn[1:] * 5 + drawn[:-1], drawn[:, 1:] * 5 + drawn[:, :-1]):
+        share = torch.outer(logits.double().softmax(-1), logits.double().softmax(-1)).flatten()
+        expected_pairs = pairs.numel() * share
+        observed_pairs = pairs.flatten().bincount(minlength=25)
+        # 24 degrees of freedom; neighbouring pairs overlap, hence the wide limit.
+        assert ((observed_pairs - expected_pairs) ** 2 / expected_pairs).sum() < 60

@@ -1,0 +1,90 @@
+"""Picture files: names that are never paths, and metadata that comes back."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
+
+HOSTILE = [
+    "../../x",
+    "/etc/passwd",
+    "..\\..\\x",
+    "C:\\x",
+    "~/.ssh/id",
+    ".hidden",
+    "-rf",
+    "a\x00b\x1b[31m\x7f",
+    "line one\r\nline two\ttab",
+    "<img src=x onerror=alert(1)>",
+    "a%2e%2e%2fb;rm -rf $HOME`x`|y&z",
+    "x" * 300,
+    "가" * 300,
+    "𠀀" * 300,  # letters of four bytes
+    "à" * 150,
+    "🙂👩🏽‍🚒🇰🇷",
+    "빨간 하트 🙂",
+    "\ud800 half a pair",
+    "\u202egnp.exe",
+    "",
+    "   ",
+    "con",
+]
+
+
+def check_name(name: str) -> None:
+    assert Path(name).name == name
+    assert not set(name) & set('/\\:*?"<>|%~`$;&\x00\x7f\r\n\t\x1b\u202e ')
+    assert all(character.isalnum() or character in "-_." for character in name)
+    assert len(name.encode()) <= 255
+    assert name.startswith("00")
+    assert name.count(".") == 1
+    assert name.endswith(".png")
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_hostile_prompts_give_plain_names(prompt: str, tmp_path: Path) -> None:
+    name = picture_name(3, prompt, 2**63 - 1)
+    check_name(name)
+    (tmp_path / name).write_bytes(b"")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@hypothesis_settings(max_examples=100)
+@given(prompt=st.text(max_size=90), number=st.integers(0, 99), seed=st.integers(0, 2**63 - 1))
+def test_any_prompt_gives_a_plain_name(prompt: str, number: int, seed: int) -> None:
+    name = picture_name(number, prompt, seed)
+    check_name(name)
+    assert name.startswith(f"{number:04d}-")
+    assert name.endswith(f"_{seed}.png")
+
+
+def test_names_can_be_read() -> None:
+    assert picture_name(7, "A red heart, on Snow!", 5) == "0007-a-red-heart-on-snow_5.png"
+    assert picture_name(0, "빨간 하트", 1) == "0000-빨간-하트_1.png"
+    assert picture_name(0, "🙂", 1) == "0000-picture_1.png"
+    assert picture_name(12345, "cat", 0) == "12345-cat_0.png"
+    assert picture_name(0, "가" * 300, 1) == f"0000-{'가' * 60}_1.png"
+
+
+@pytest.mark.parametrize("prompt", [text for text in HOSTILE if "\ud800" not in text])
+def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
+    image = Image.new("RGB", (4, 3), (200, 30, 90))
+    settings = {"guidance_scale": 3.5, "model": "emoji64", "top_k": 0, "note": "가, b: c"}
+    path = tmp_path / "picture.png"
+    save_picture(image, path, prompt=prompt, seed=2**63 - 1, settings=settings)
+    with Image.open(path) as opened:
+        opened.load()
+        assert opened.tobytes() == image.tobytes()
+        texts = opened.text
+    assert json.loads(texts["dalle_mini_impl"]) == {
+        "prompt": prompt,
+        "seed": 2**63 - 1,
+        **settings,
+    }
+    assert texts["parameters"].startswith(f"{prompt}\nseed: {2**63 - 1}, guidance_scale: 3.5")

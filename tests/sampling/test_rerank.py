@@ -1,0 +1,74 @@
+"""Ranking pictures by the decoder's own likelihoods."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.sampling.rerank import best_of, caption_gain, image_log_likelihood
+
+BuildDalle = Callable[..., Dalle]
+
+
+def test_likelihoods_of_all_pictures_sum_to_one(build_dalle: BuildDalle) -> None:
+    model = build_dalle(codebook_levels=(3,), image_grid_size=(2, 2))
+    pictures = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    text = torch.tensor([[4, 2, 9, 0, 0]]).expand(len(pictures), -1)
+    likelihoods = image_log_likelihood(model, text, pictures)
+    assert float(likelihoods.exp().sum()) == pytest.approx(1, abs=1e-5)
+    assert likelihoods.std() > 0.1
+
+
+def test_gain_is_a_difference_of_likelihoods(build_dalle: BuildDalle) -> None:
+    model = build_dalle()
+    text = torch.tensor([[1, 2, 3, 0, 0], [0, 0, 0, 0, 0]])
+    image = torch.arange(24).reshape(2, 12) % 12
+    gain = caption_gain(model, text, image)
+    given, free = (image_log_likelihood(model, part, image) for part in (text, 0 * text))
+    torch.testing.assert_close(gain, given - free)
+    assert gain[0].abs() > 0.1
+    assert gain[1] == 0  # the null caption gains nothing
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_gain_equals_what_guided_drawing_adds_up(build_dalle: BuildDalle, schedule: str) -> None:
+    model = build_dalle()
+    text = torch.tensor([[1, 2, 3, 0, 0], [7, 7, 1, 5, 6], [10, 0, 0, 0, 0]])
+    settings = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)  # type: ignore[arg-type]
+    drawn = generate_image_token_ids(model, text, seeds=torch.arange(3), settings=settings)
+    gain = caption_gain(model, text, drawn.image_token_ids)
+    assert gain.abs().min() > 0.1
+    assert (gain - drawn.caption_gain).abs().max() <= 1e-3
+
+
+@hypothesis_settings(max_examples=40)
+@given(
+    groups=st.integers(0, 4).flatmap(
+        lambda count: st.integers(1, 5).flatmap(
+            lambda size: st.lists(
+                st.lists(st.floats(-9, 9, width=32), min_size=size, max_size=size),
+                min_size=count,
+                max_size=count,
+            )
+        )
+    )
+)
+def test_best_of_picks_the_largest_of_each_group(groups: list[list[float]]) -> None:
+    size = len(groups[0]) if groups else 2
+    scores = torch.tensor([score for group in groups for score in group])
+    kept = best_of(scores, num_candidates=size)
+    assert kept.tolist() == [
+        index * size + group.index(max(group)) for index, group in enumerate(groups)
+    ]
+
+
+def test_groups_must_be_even() -> None:
+    for count in (0, -1, 2):
+        with pytest.raises(ValueError, match=f"num_candidates: got {count}, wanted a divisor of 3"):
+            best_of(torch.zeros(3), num_candidates=count)

@@ -1,0 +1,41 @@
+"""The image tokenizer's config: derived sizes, and what it refuses."""
+
+from typing import Any
+
+import pytest
+
+from vqvae.config import VQVAEConfig
+
+
+def test_sizes_follow() -> None:
+    config = VQVAEConfig(image_size=96, patch_size=4, channels=(8, 8, 8), fsq_levels=(8, 5, 5))
+    assert config.downsampling == 16
+    assert config.image_grid_size == (6, 6)
+    assert (config.codebook_size, config.codebook_levels) == (200, (8, 5, 5))
+    for quantizer in ("vq", "gumbel"):
+        codes = VQVAEConfig(quantizer=quantizer, vq_codebook_size=77)  # type: ignore[arg-type]
+        assert (codes.codebook_size, codes.codebook_levels) == (77, (77,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 60}, r"image_size: got 60, wanted a multiple of 8 \(patch_size 4, halved 1"),
+        ({"image_size": 0}, "image_size: got 0"),
+        ({"patch_size": 0}, "patch_size: got 0"),
+        ({"channels": ()}, r"channels: got \(\)"),
+        ({"channels": (8, 0)}, r"channels: got \(8, 0\)"),
+        ({"num_encoder_blocks": -1}, "num_encoder_blocks and num_decoder_blocks: got -1 and 2"),
+        ({"num_decoder_blocks": -1}, "num_encoder_blocks and num_decoder_blocks: got 2 and -1"),
+        ({"fsq_levels": ()}, r"fsq_levels: got \(\)"),
+        ({"fsq_levels": (5, 1)}, r"fsq_levels: got \(5, 1\)"),
+        ({"vq_codebook_size": 1}, "vq_codebook_size and vq_code_dim: got 1 and 8"),
+        ({"vq_code_dim": 0}, "vq_codebook_size and vq_code_dim: got 1024 and 0"),
+        ({"encoder_kernel_size": 2}, "encoder_kernel_size: got 2, wanted 1 or 3"),
+        ({"quantizer": "lfq"}, "quantizer: got 'lfq', wanted one of fsq, vq, gumbel"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VQVAEConfig(**changes)

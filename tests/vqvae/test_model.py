@@ -1,0 +1,235 @@
+"""The image tokenizer as a whole: tokens, pixels, its folder and its fingerprint."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vqvae import VQVAE, VQVAEConfig
+
+BuildVQVAE = Callable[..., VQVAE]
+QUANTIZERS = ["fsq", "vq", "gumbel"]
+
+
+def pictures(count: int = 3, size: int = 16) -> Tensor:
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_tokens_and_pixels_have_their_shapes_and_ranges(
+    build_vqvae: BuildVQVAE, quantizer: str
+) -> None:
+    model = build_vqvae(quantizer=quantizer)
+    token_ids = model.encode_to_token_ids(pictures())
+    assert token_ids.shape == (3, *model.image_grid_size) == (3, 4, 4)
+    assert token_ids.dtype == torch.int64
+    assert token_ids.min() >= 0
+    assert token_ids.max() < model.codebook_size
+    assert len(token_ids.unique()) > 5
+    every_id = torch.arange(model.codebook_size).repeat(16)[: 16 * model.codebook_size]
+    pixels = model.decode_from_token_ids(every_id.reshape(-1, 4, 4))
+    assert pixels.shape == (model.codebook_size, 3, 16, 16)
+    assert pixels.dtype == torch.float32
+    assert pixels.min() >= -1
+    assert pixels.max() <= 1
+    assert pixels.std() > 0.1
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_there_and_back_is_the_reconstruction(build_vqvae: BuildVQVAE, quantizer: str) -> None:
+    model = build_vqvae(quantizer=quantizer)
+    output = model(pictures())
+    token_ids = model.encode_to_token_ids(pictures())
+    assert torch.equal(output.token_ids, token_ids)
+    pixels = model.decode_from_token_ids(token_ids)
+    torch.testing.assert_close(pixels, output.reconstruction.clamp(-1, 1), rtol=0, atol=1e-4)
+    assert output.quantizer_loss.shape == ()
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_training_reaches_the_encoder(build_vqvae: BuildVQVAE, quantizer: str) -> None:
+    model = build_vqvae(quantizer=quantizer).train()
+    generator = torch.Generator().manual_seed(0)
+    model(pictures(), generator=generator).reconstruction.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_one_patch_changes_one_token(build_vqvae: BuildVQVAE, quantizer: str) -> None:
+    model = build_vqvae(quantizer=quantizer)
+    pixels = pictures(1)
+    before = model.encode_to_token_ids(pixels)[0]
+    num_changed = 0
+    for row in range(4):
+        for column in range(4):
+            changed = pixels.clone()
+            changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
+            moved = (model.encode_to_token_ids(changed)[0] != before).nonzero().tolist()
+            assert moved in ([], [[row, column]])
+            num_changed += len(moved)
+    assert num_changed > 8
+
+
+def test_a_wider_kernel_sees_neighbours(build_vqvae: BuildVQVAE) -> None:
+    model = build_vqvae(encoder_kernel_size=3)
+    pixels = pictures(1)
+    changed = pixels.clone()
+    changed[..., 4:8, 4:8] *= -1
+    moved = model.encode_to_token_ids(changed) != model.encode_to_token_ids(pixels)
+    assert moved.sum() > 1
+
+
+def test_images_of_another_size_are_refused(build_vqvae: BuildVQVAE) -> None:
+    with pytest.raises(ValueError, match=r"pixels: got \(16, 24\), wanted 16 x 16"):
+        build_vqvae().encode_to_token_ids(torch.zeros(1, 3, 16, 24))
+
+
+@pytest.mark.parametrize("bad", [-1, 36])
+def test_ids_outside_the_codebook_are_refused(build_vqvae: BuildVQVAE, bad: int) -> None:
+    model = build_vqvae()
+    assert model.codebook_size == 36
+    token_ids = torch.zeros(1, 4, 4, dtype=torch.long)
+    token_ids[0, 2, 1] = bad
+    with pytest.raises(ValueError, match=r"token_ids: got .*wanted 0 to 35"):
+        model.decode_from_token_ids(token_ids)
+    assert model.decode_from_token_ids(token_ids[:0]).shape == (0, 3, 16, 16)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_a_saved_tokenizer_comes_back_whole(
+    build_vqvae: BuildVQVAE, quantizer: str, tmp_path: Path
+) -> None:
+    model = build_vqvae(quantizer=quantizer).train()
+    model(pictures(), generator=torch.Generator().manual_seed(0))  # gives VQ its moving averages
+    model.save_pretrained(tmp_path / "new" / "folder")
+    loaded = VQVAE.from_pretrained(tmp_path / "new" / "folder")
+    assert not loaded.training
+    assert loaded.config == model.config
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert loaded.fingerprint() == model.fingerprint()
+    model.eval()
+    token_ids = model.encode_to_token_ids(pictures())
+    assert torch.equal(loaded.encode_to_token_ids(pictures()), token_ids)
+    assert torch.equal(
+        loaded.decode_from_token_ids(token_ids), model.decode_from_token_ids(token_ids)
+    )
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_fingerprint_tells_what_decides_tokens_and_pixels(
+    build_vqvae: BuildVQVAE, quantizer: str
+) -> None:
+    model = build_vqvae(quantizer=quantizer)
+    seen = {model.fingerprint()}
+    with torch.no_grad():
+        weights = {name: weight for name, weight in model.state_dict(keep_vars=True).items()}
+        for name, weight in weights.items():
+            of_training_only = name.startswith("quantizer.") and name != "quantizer.codebook"
+            before = weight.clone()
+            flat = weight.view(-1)
+            flat[0] = ~flat[0] if weight.dtype == torch.bool else flat[0] + 1e-3
+            changed = model.fingerprint()
+            assert (changed in seen) == of_training_only, name
+            seen.add(changed)
+            weight.copy_(before)
+    assert model.fingerprint() in seen
+    other_config = build_vqvae(quantizer=quantizer, image_size=24)
+    assert other_config.fingerprint() not in seen
+
+
+def test_the_fingerprint_does_not_depend_on_the_mode_or_a_copy(build_vqvae: BuildVQVAE) -> None:
+    model = build_vqvae()
+    assert model.fingerprint() == build_vqvae().train().fingerprint()
+    assert model.fingerprint() != build_vqvae(seed=1).fingerprint()
+
+
+def test_known_fingerprint() -> None:
+    """Saved models name their tokenizer's fingerprint: another way to hash would orphan them."""
+    config = VQVAEConfig(
+        image_size=4, patch_size=4, channels=(2,), num_encoder_blocks=0, num_decoder_blocks=0
+    )
+    model = VQVAE(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    assert model.fingerprint() == "cce31dd6879e7369"
+
+
+def damage_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in values.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+DAMAGED_CONFIGS = [
+    ({"format_version": 2}, "format_version: got 2, wanted 1"),
+    ({"format_version": None}, "format_version: got None, wanted 1"),
+    ({"colour": "red"}, "unknown or missing keys: colour"),
+    ({"patch_size": None}, "unknown or missing keys: patch_size"),
+    ({"image_size": 17}, "image_size: got 17"),
+    ({"image_size": "16"}, ".+"),
+    ({"quantizer": "lfq"}, "quantizer: got 'lfq'"),
+    ({"channels": 8}, ".+"),
+]
+
+
+@pytest.mark.parametrize(("changes", "reason"), DAMAGED_CONFIGS)
+@pytest.mark.usefixtures("unchecked")
+def test_a_wrong_config_is_refused_by_name(
+    build_vqvae: BuildVQVAE, changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    build_vqvae().save_pretrained(tmp_path)
+    damage_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"config\.json: {reason}"):
+        VQVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00"])
+def test_a_config_that_is_no_object_is_refused_by_name(
+    build_vqvae: BuildVQVAE, content: bytes, tmp_path: Path
+) -> None:
+    build_vqvae().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: (not JSON|got (list|int), wanted an obj)"):
+        VQVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_missing_file_is_named(build_vqvae: BuildVQVAE, name: str, tmp_path: Path) -> None:
+    build_vqvae().save_pretrained(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=f"no {name} there"):
+        VQVAE.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no-such-folder: no config"):
+        VQVAE.from_pretrained(tmp_path / "no-such-folder")
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "truncated", "empty", "text"])
+def test_damaged_weights_are_refused_by_name(
+    build_vqvae: BuildVQVAE, damage: str, tmp_path: Path
+) -> None:
+    build_vqvae(quantizer="gumbel").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    weights = load_file(path)
+    if damage == "missing":
+        del weights["quantizer.codebook"]
+        save_file(weights, path)
+    elif damage == "unknown":
+        save_file(weights | {"extra": torch.zeros(1)}, path)
+    elif damage == "shape":
+        save_file(weights | {"quantizer.codebook": torch.zeros(20, 5)}, path)
+    else:
+        cut = {"truncated": content[:-10], "empty": b"", "text": b"version https://git-lfs"}
+        path.write_bytes(cut[damage])
+    with pytest.raises(ValueError, match=r"model\.safetensors: not loaded") as caught:
+        VQVAE.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,77 @@
+"""Encoder and decoder: shapes, identity at the start, and how far they see."""
+
+import pytest
+import torch
+
+from vqvae.networks import Decoder, Encoder, ResidualBlock
+
+
+def randomized(module: torch.nn.Module) -> torch.nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    return module
+
+
+def encoder(kernel_size: int, *, num_blocks: int = 1) -> Encoder:
+    return Encoder(
+        (6, 8), patch_size=2, latent_dim=5, num_blocks=num_blocks, kernel_size=kernel_size
+    )
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_a_fresh_residual_block_is_the_identity(kernel_size: int) -> None:
+    block, x = ResidualBlock(4, kernel_size=kernel_size), torch.randn(2, 4, 5, 5)
+    assert torch.equal(block(x), x)
+    block(x).square().sum().backward()
+    last = block.layers[-1].weight
+    assert last.grad is not None
+    assert last.grad.abs().max() > 0  # it can leave the identity
+    randomized(block)
+    assert not torch.equal(block(x), x)
+
+
+@pytest.mark.parametrize("num_blocks", [0, 2])
+def test_shapes(num_blocks: int) -> None:
+    latents = encoder(3, num_blocks=num_blocks)(torch.randn(2, 3, 16, 24))
+    assert latents.shape == (2, 5, 4, 6)
+    decoder = Decoder((6, 8), patch_size=2, code_dim=5, num_blocks=num_blocks)
+    assert decoder(latents).shape == (2, 3, 16, 24)
+
+
+@torch.no_grad()
+def test_with_kernel_one_a_latent_sees_its_own_patch_alone() -> None:
+    """Kernel 3 is the counter-proof: there the same change reaches the neighbours."""
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    reach = {}
+    for kernel_size in (1, 3):
+        network = randomized(encoder(kernel_size))
+        before = network(pixels)
+        changed = pixels.clone()
+        changed[..., 4:8, 8:12] *= -1  # the patch of latent (1, 2)
+        moved = (network(changed) != before).any(dim=1)[0]
+        reach[kernel_size] = moved.nonzero().tolist()
+    assert reach[1] == [[1, 2]]
+    assert len(reach[3]) >= 9
+
+
+@torch.no_grad()
+def test_every_pixel_counts() -> None:
+    network = randomized(encoder(1))
+    pixels = torch.zeros(1, 3, 4, 4)  # one latent
+    before = network(pixels)
+    for index in range(48):
+        changed = pixels.clone()
+        changed.view(-1)[index] = 0.5
+        assert (network(changed) - before).abs().max() > 1e-4
+
+
+def test_all_weights_learn() -> None:
+    for network in (encoder(3), Decoder((6, 8), patch_size=2, code_dim=5, num_blocks=1)):
+        randomized(network)
+        x = torch.randn(1, 3, 8, 8) if isinstance(network, Encoder) else torch.randn(1, 5, 2, 2)
+        network(x).square().sum().backward()
+        for name, parameter in network.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.abs().max() > 0, name
