@@ -34,7 +34,7 @@ def load_config(
     )
     parser.add_class_arguments(config_class, as_positional=False)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(list(arguments)))
+        parsed = parser.instantiate(parser.parse_args(list(arguments)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{_one_line(error)}; --help lists all options") from None
     values: dict[str, Any] = vars(parsed)

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-TEXT_COLUMNS = ("text", "texts", "text_ko", "texts_ko", "caption")
+TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
 _HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
 _MAX_LISTED = 5
 

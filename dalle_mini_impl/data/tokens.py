@@ -48,7 +48,10 @@ class TokenDataset:
     def captions_of(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
     ) -> Int[Tensor, "batch text_length"]:
-        """Choose one caption for each sample.
+        """Choose one caption for each sample, the first ones more often.
+
+        Of n captions those with index below i are chosen with probability sqrt(i / n): the main
+        captions of a source stand first, and a prompt is more often one of them.
 
         Args:
             sample_ids: Which samples.
@@ -58,7 +61,7 @@ class TokenDataset:
             Caption tokens.
         """
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
-        chosen = start + ((end - start) * draws).long()
+        chosen = start + ((end - start) * draws.square()).long()
         return self.text_token_ids[chosen].long()
 
     def images_of(

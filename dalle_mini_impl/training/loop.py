@@ -304,7 +304,7 @@ class Trainer:
         try:
             self.model.load_state_dict(checkpoint.tensors["model"])
             if self.average is not None:
-                pass
+                self.average.load(checkpoint.tensors["average"])
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])

@@ -41,9 +41,10 @@ class ProgressLine:
         loss, speed = values["train/loss"], values["train/tokens_per_second"]
         text = f"step {step}  loss {loss:.4f}  {speed:.0f} tokens/s"
         if self._bar.disable:
-            minutes = (time.monotonic() - self._started) / 60
-            left = minutes * (1 - progress) / max(1e-9, progress - self._progress_at_start)
-            self._show(f"{100 * progress:3.0f} %  {text}  {minutes:.1f} min, {left:.1f} left")
+            seconds = time.monotonic() - self._started
+            left = seconds * (1 - progress) / max(1e-9, progress - self._progress_at_start)
+            times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
+            self._show(f"{100 * progress:3.0f} %  {text}  {times}")
             return
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(100 * progress - self._bar.n)

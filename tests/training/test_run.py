@@ -4,7 +4,6 @@ import dataclasses
 import json
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +89,7 @@ def test_a_decoder_run_resumes_bit_for_bit(
         optimizer=optimizer,
         ema_decay=0.9,
     )
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, balance_by="color")
-    )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, balance_by="color"))
     assert_resumes_exactly(config)
 
 
@@ -103,3 +100,130 @@ def test_a_tokenizer_run_resumes_bit_for_bit(data: Path, tmp_path: Path, quantiz
     )
     config = dataclasses.replace(config, task=dataclasses.replace(config.task, max_shift=2))
     assert_resumes_exactly(config)
+
+
+@pytest.mark.parametrize("model", ["vqvae", "dalle"])
+def test_accumulated_micro_batches_are_one_batch(
+    data: Path, vqvae_dir: Path, tmp_path: Path, model: str
+) -> None:
+    found = []
+    for parts in (1, 2):
+        out = tmp_path / str(parts)
+        options: dict[str, Any] = {"gradient_accumulation_steps": parts, "max_steps": 4}
+        if model == "vqvae":
+            config: Any = tiny.vqvae_run(data, out, **options)
+        else:
+            task = {**EVERYTHING_RANDOM, "token_noise_probability": 0.1}
+            config = tiny.dalle_run(
+                data, vqvae_dir, out, task=task, dropout_probability=0.0, **options
+            )
+        tiny.train(config)
+        found.append(tiny.losses(out))
+    whole, halves = found
+    assert len(whole) == 4
+    assert len(set(whole)) == 4
+    assert halves == pytest.approx(whole, abs=1e-6, rel=0)
+
+
+def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny.vqvae_run(data, tmp_path / "run", max_steps=1)
+    with caplog.at_level(logging.WARNING):
+        tiny.train(config, resume="latest")
+    assert "no checkpoint" in caplog.text
+    assert "starting at step 0" in caplog.text
+    assert next(row["step"] for row in tiny.read_metrics(tmp_path / "run")) == 1
+
+
+def test_a_finished_run_resumes_to_its_end_again(data: Path, tmp_path: Path) -> None:
+    config = tiny.vqvae_run(data, tmp_path / "run", max_steps=2)
+    tiny.train(config)
+    before = files_of(tmp_path / "run" / "model")
+    tiny.train(config, resume="latest")
+    assert files_of(tmp_path / "run" / "model") == before
+
+
+def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    config = tiny.vqvae_run(data, out, max_steps=1)
+    tiny.train(config)
+    with pytest.raises(UserError, match=r"output_dir: .* already holds a run; pass --resume"):
+        tiny.train(config)
+    with pytest.raises(UserError, match=r"output_dir: .* already holds a run; pass --resume"):
+        tiny.train(tiny.dalle_run(data, vqvae_dir, out))
+    assert not (out / "tokens").exists()  # refused before any work
+
+    other = tiny.vqvae_run(data, out, max_steps=2, vqvae={"channels": (8, 16)})
+    with pytest.raises(UserError, match=r"resume: .* does not fit this config"):
+        tiny.train(other, resume="latest")
+    averaged = tiny.vqvae_run(data, out, max_steps=2, ema_decay=0.9)
+    with pytest.raises(UserError, match=r"resume: .* does not fit this config"):
+        tiny.train(averaged, resume="latest")
+    with pytest.raises(UserError, match="no such folder"):
+        tiny.train(config, resume=str(out / "checkpoints" / "step-00000009"))
+
+    (tmp_path / "file").write_text("")
+    for bad in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(UserError, match=r"output_dir: .*wanted a folder"):
+            tiny.train(tiny.vqvae_run(data, bad))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": "/nowhere/at/all"}, "data.source: no folder or file /nowhere/at/all"),
+        ({"balance_by": "size"}, "data.balance_by: .* 'size'; wanted one of color"),
+        ({"validation_split": "later"}, "data.source: .* no split 'later', it has train, val"),
+    ],
+)
+def test_data_that_does_not_serve_is_named(
+    data: Path, tmp_path: Path, change: dict[str, str], message: str
+) -> None:
+    config = tiny.vqvae_run(data, tmp_path / "run")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, **change))
+    with pytest.raises(UserError, match=message):
+        tiny.train(config)
+
+
+def test_a_decoder_needs_a_tokenizer(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"vqvae_dir: .*wanted a folder that train_vqvae.py wrote"):
+        tiny.train(tiny.dalle_run(data, tmp_path / "nothing", tmp_path / "run"))
+
+
+def test_the_batch_must_divide(data: Path, tmp_path: Path) -> None:
+    config = tiny.vqvae_run(data, tmp_path / "run", gradient_accumulation_steps=3)
+    with pytest.raises(
+        UserError, match=r"training.global_batch_size: got 8, wanted a multiple of 3"
+    ):
+        tiny.train(config)
+
+
+def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
+    from dalle_mini_impl.config import read_config
+    from dalle_mini_impl.training.dalle_run import DalleRunConfig
+
+    config = tiny.dalle_run(tmp_path, tmp_path, tmp_path, learning_rate=1e-5, max_minutes=0.5)
+    config = dataclasses.replace(config, fixed_prompts=("빨간 하트", "yes", "1: two", "- #", '"'))
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(DalleRunConfig, tmp_path / "config.yaml") == config
+
+
+def test_the_precision_of_one_run_does_not_bind_the_next(data: Path, tmp_path: Path) -> None:
+    for name in ("bf16", "no"):
+        out = tmp_path / name
+        tiny.train(tiny.vqvae_run(data, out, max_steps=1, mixed_precision=name))
+        assert len(tiny.losses(out)) == 1
+
+
+def test_the_token_data_set_is_read_and_not_made_again(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
+    config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=1)
+    _, lines = tiny.train(config)
+    assert sum("encoding" in line for line in lines) == 2  # training and held-out pictures
+    _, lines = tiny.train(config, resume="latest")
+    assert sum("encoding" in line for line in lines) == 0
+    assert sum("reading" in line for line in lines) == 2

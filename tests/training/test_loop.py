@@ -1,0 +1,273 @@
+"""The loop: what is not finite never reaches the weights, budgets end, numbers are shown."""
+
+import logging
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.order import SampleOrder
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.loop import PictureGrid, Task, Trainer, refuse_used_folder
+from dalle_mini_impl.training.progress import ProgressLine
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
+from tests.reference.tiny import draw_picture, read_metrics
+
+
+class LineTask:
+    """Fits a line; the loss can be spoiled at chosen steps."""
+
+    num_samples = 16
+    num_draws = 1
+    tokens_per_sample = 7
+    sample_weights = None
+
+    def __init__(
+        self,
+        *,
+        spoiled: dict[int, str] | None = None,
+        max_steps: int = 20,
+        seconds_per_step: float = 0.0,
+    ) -> None:
+        self.spoiled, self.max_steps = spoiled or {}, max_steps
+        self.seconds_per_step = seconds_per_step
+        self.x = torch.linspace(-1, 1, self.num_samples)
+        self.seen: list[list[int]] = []
+        self.progress: list[float] = []
+        self.modes: list[tuple[str, bool]] = []
+        self.evaluated_bias: list[float] = []
+
+    def make_batch(self, sample_ids: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        assert draws.shape == (len(sample_ids), 1)
+        return {"ids": sample_ids, "x": self.x[sample_ids]}
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, generator: object
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        step = len(self.progress)
+        self.seen.append(batch["ids"].tolist())
+        self.progress.append(progress)
+        self.modes.append(("train", model.training))
+        time.sleep(self.seconds_per_step)
+        x = batch["x"][:, None]
+        loss = (model(x) - (3 * x + 1)).square().mean()
+        kind = self.spoiled.get(step)
+        if kind == "loss":
+            loss = loss * torch.tensor(float("nan"))
+        elif kind == "gradient":  # the loss is finite, its gradient is not
+            loss = loss + (next(model.parameters()) * 0).clamp_min(0).sqrt().sum()
+        elif kind == "infinite":
+            loss = loss + torch.tensor(float("inf"))
+        return loss, {"twice": 2 * loss.detach()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.modes.append(("evaluate", model.training))
+        bias = dict(model.named_parameters())["bias"]
+        self.evaluated_bias.append(float(bias))
+        return {"validation/bias": float(bias)}
+
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        self.modes.append(("draw", model.training))
+        return [PictureGrid("line", [draw_picture(0)], ["a line"])]
+
+
+def build_trainer(task: LineTask, out: Path, **changes: Any) -> Trainer:
+    options: dict[str, Any] = {
+        "max_steps": task.max_steps,
+        "global_batch_size": 4,
+        "learning_rate": 0.05,
+        "warmup_steps": 1,
+        "log_every_steps": 1,
+        "evaluate_every_steps": 1000,
+        "sample_every_steps": 1000,
+        "checkpoint_every_steps": 1000,
+        "mixed_precision": "no",
+    }
+    tracking = TrackingConfig(mode="disabled")
+    torch.manual_seed(0)
+    return Trainer(
+        nn.Linear(1, 1),
+        task,
+        TrainingConfig(**(options | changes)),
+        accelerator=build_accelerator("no"),
+        tracker=open_tracker(tracking, output_dir=out, run_config={}, is_main=True),
+        output_dir=out,
+    )
+
+
+def snapshot(trainer: Trainer) -> dict[str, Tensor]:
+    """Weights, averaged weights and optimizer state."""
+    found = {f"model.{name}": value.clone() for name, value in trainer.model.state_dict().items()}
+    assert trainer.average is not None
+    found |= {f"average.{name}": value.clone() for name, value in trainer.average.weights.items()}
+    for number, optimizer in enumerate(trainer.optimizers):
+        for index, state in enumerate(optimizer.state.values()):
+            found |= {f"{number}.{index}.{name}": value.clone() for name, value in state.items()}
+    return found
+
+
+def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient", "infinite"])
+def test_what_is_not_finite_never_reaches_the_weights(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    task = LineTask(spoiled={3: kind, 4: kind})
+    trainer = build_trainer(task, tmp_path, ema_decay=0.5)
+    snapshots = []
+    for step in range(6):
+        trainer._step(trainer._batches(step))
+        trainer.state.step += 1
+        snapshots.append(snapshot(trainer))
+    assert any(name.endswith("exp_avg") for name in snapshots[0])
+    for value in snapshots[-1].values():
+        assert value.isfinite().all()
+    assert_equal(snapshots[2], snapshots[3])
+    assert_equal(snapshots[2], snapshots[4])
+    for name in ("model.weight", "average.weight"):
+        assert not torch.equal(snapshots[4][name], snapshots[5][name])
+    assert (trainer.state.skipped_in_all, trainer.state.skipped_in_a_row) == (2, 0)
+    assert "step 3: loss or gradient not finite; no update" in caplog.text
+    assert all(parameter.grad is None for parameter in trainer.model.parameters())
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> None:
+    task = LineTask(spoiled=dict.fromkeys(range(2, 20), "loss"))
+    trainer = build_trainer(task, tmp_path)
+    with pytest.raises(UserError, match=r"not finite 10 steps in a row up to step 11.*learning_r"):
+        trainer.train()
+    assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+
+    task = LineTask(spoiled={step: "loss" for step in range(20) if step % 10 != 9})
+    build_trainer(task, tmp_path / "nine").train()  # never ten in a row
+
+
+def test_a_budget_in_minutes_ends_the_run_and_its_schedule(tmp_path: Path) -> None:
+    task = LineTask(seconds_per_step=0.01)
+    minutes = 0.6 / 60
+    trainer = build_trainer(
+        task, tmp_path, max_steps=100_000, max_minutes=minutes, decay_fraction=0.5
+    )
+    started = time.perf_counter()
+    trainer.train()
+    assert time.perf_counter() - started < 60
+    assert 2 <= len(task.progress) <= 61
+    assert task.progress == sorted(task.progress)
+    assert task.progress[0] == 0.0
+    assert 0 < task.progress[-1] < 1.0
+    assert trainer.state.progress(trainer.config) == 1.0
+    # The last update is made with what is left of the rate one step before the end.
+    last = read_metrics(tmp_path)[-2]
+    assert last["progress"] == 1.0
+    expected = 0.05 * (1 - task.progress[-1]) / 0.5
+    assert last["train/learning_rate"] == pytest.approx(min(0.05, expected), rel=1e-4)
+    rates = [row["train/learning_rate"] for row in read_metrics(tmp_path) if "progress" in row]
+    assert max(rates) == pytest.approx(0.05)
+    assert rates[-1] < 0.05
+    later = rates[rates.index(max(rates)) :]
+    assert later == sorted(later, reverse=True)
+
+
+def test_a_budget_in_steps_ends_with_almost_no_rate(tmp_path: Path) -> None:
+    task = LineTask(max_steps=40)
+    trainer = build_trainer(task, tmp_path, decay_fraction=0.5)
+    lines: list[str] = []
+    trainer.train(show=lines.append)
+    assert trainer.state.step == 40
+    rates = [row["train/learning_rate"] for row in read_metrics(tmp_path) if "progress" in row]
+    assert rates[-1] == pytest.approx(0.05 * (1 / 40) / 0.5)
+    assert lines[-1].startswith("100 %  step 40  loss ")
+    assert "tokens/s" in lines[-1]
+    assert lines[-1].endswith(", 00:00 left")
+
+
+def test_the_lines_know_the_time() -> None:
+    lines: list[str] = []
+    progress_line = ProgressLine(True, lines.append, progress=0.5)  # resumed in the middle
+    time.sleep(1.1)
+    progress_line.update(6, 0.6, {"train/loss": 0.25, "train/tokens_per_second": 1234.4})
+    time.sleep(1.1)
+    progress_line.update(9, 0.9, {"train/loss": 0.125, "train/tokens_per_second": 1234.6})
+    assert lines[0].startswith(" 60 %  step 6  loss 0.2500  1234 tokens/s  00:0")
+    spent, left = (re.findall(r"00:(\d\d)", line) for line in lines)
+    assert 1 <= int(spent[0]) <= 30
+    assert int(spent[1]) == pytest.approx(4 * int(spent[0]), abs=4)  # a fifth is done
+    assert 2 <= int(left[0]) <= 60
+    assert int(left[1]) <= int(left[0])
+
+
+def test_the_metrics_are_means_with_speeds_beside_them(tmp_path: Path) -> None:
+    task = LineTask(max_steps=6, seconds_per_step=0.02)
+    trainer = build_trainer(
+        task, tmp_path, log_every_steps=3, evaluate_every_steps=2, sample_every_steps=4
+    )
+    trainer.train()
+    rows = read_metrics(tmp_path)
+    assert [row["step"] for row in rows] == [2, 3, 4, 6, 6]
+    logged = [row for row in rows if "progress" in row]
+    assert [row["progress"] for row in logged] == [0.5, 1.0]
+    for row in logged:
+        assert row["train/twice"] == pytest.approx(2 * row["train/loss"])
+        assert row["train/tokens_per_second"] == pytest.approx(7 * row["train/samples_per_second"])
+        assert 4 < row["train/samples_per_second"] < 4 / 0.02
+        assert 0 <= row["train/data_wait_fraction"] <= 1
+        assert row["train/gradient_norm"] > 0
+    evaluated = [step for step, row in enumerate(rows) if "validation/bias" in row]
+    assert len(evaluated) == 3
+    pictures = sorted(path.name for path in (tmp_path / "samples").glob("*.png"))
+    assert pictures == ["line_00000004.png", "line_00000006.png"]
+    assert {mode for name, mode in task.modes if name == "train"} == {True}
+    assert {mode for name, mode in task.modes if name != "train"} == {False}
+
+
+def test_the_averaged_weights_are_measured_and_kept(tmp_path: Path) -> None:
+    task = LineTask(max_steps=4)
+    trainer = build_trainer(
+        task, tmp_path, evaluate_every_steps=2, sample_every_steps=2, ema_decay=0.9
+    )
+    trainer.train()
+    assert trainer.average is not None
+    average, trained = float(trainer.average.weights["bias"]), trainer.model.bias.item()
+    assert average != trained
+    assert task.evaluated_bias[-1] == average
+    trainer.use_average()
+    assert trainer.model.bias.item() == average
+
+
+def test_a_batch_is_f_of_the_seed_and_the_step(tmp_path: Path) -> None:
+    task = LineTask(max_steps=5)
+    trainer = build_trainer(task, tmp_path, gradient_accumulation_steps=2, seed=3)
+    trainer.train()
+    order = SampleOrder(16, global_batch_size=4, seed=3)
+    for step in range(5):
+        assert task.seen[2 * step] + task.seen[2 * step + 1] == order.indices(step).tolist()
+
+
+def test_a_fresh_folder_is_not_refused(tmp_path: Path) -> None:
+    refuse_used_folder(tmp_path)
+    refuse_used_folder(tmp_path / "missing")
+    assert isinstance(LineTask(), Task)
+
+
+def test_a_world_that_is_not_complete_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # so that none joins
+    with pytest.raises(UserError, match="WORLD_SIZE: got 2 from the launcher, but 1 found"):
+        build_accelerator("no")
+
+
+def test_warnings_are_for_people(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.WARNING):
+        build_trainer(LineTask(max_steps=2), tmp_path).train()
+    assert caplog.text == ""

@@ -1,0 +1,69 @@
+"""Settings that no run can use are refused by name, value and what is wanted."""
+
+import math
+from typing import Any
+
+import pytest
+
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig
+from dalle_mini_impl.training.dalle_task import DalleTaskConfig
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("max_steps", "global_batch_size", "log_every_steps")),
+        *((name, -1) for name in ("gradient_accumulation_steps", "checkpoint_every_steps")),
+        *(("max_minutes", value) for value in (0.0, -1.0, math.nan)),
+        *(("learning_rate", value) for value in (0.0, -1e-3, math.nan, math.inf)),
+        *((name, -1.0) for name in ("weight_decay", "gradient_clip_norm")),
+        ("warmup_steps", -1),
+        ("gradient_clip_norm", math.nan),
+        *(("ema_decay", value) for value in (-0.1, 1.0)),
+        *(("decay_fraction", value) for value in (0.0, 1.1)),
+        *(("betas", value) for value in ((0.9, 1.0), (-0.1, 0.9))),
+        *(("seed", value) for value in (-1, 2**63)),
+        ("evaluate_every_steps", 300),  # the pictures' interval, 1000, is no multiple
+    ],
+)
+def test_training(name: str, value: Any) -> None:
+    blamed = "sample_every_steps" if name == "evaluate_every_steps" else name
+    with pytest.raises(ValueError, match=f"^training.{blamed}: got .*, wanted "):
+        TrainingConfig(**{name: value})
+
+
+def test_the_ends_of_the_ranges_are_allowed() -> None:
+    TrainingConfig(decay_fraction=1.0, warmup_steps=0, gradient_clip_norm=0.0, ema_decay=0.0)
+    TrainingConfig(max_minutes=1e-3, weight_decay=0.0, seed=2**63 - 1, betas=(0.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: DataConfig(source="x", max_bad_fraction=1.5), "data.max_bad_fraction: got 1.5"),
+        (lambda: TextConfig(text_length=0), "text.text_length: got 0"),
+        (lambda: DalleTaskConfig(text_loss_weight=-0.1), "task.text_loss_weight: got -0.1"),
+        (lambda: DalleTaskConfig(caption_dropout_probability=2.0), "task.caption_dropout_prob"),
+        (lambda: VQVAETaskConfig(wavelet_weight=-1.0), "task.wavelet_weight: got -1"),
+        (lambda: VQVAETaskConfig(max_shift=-1), "task.max_shift: got -1"),
+    ],
+)
+def test_other_sections(build: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_views": 0}, "num_views: got 0"),
+        ({"max_shift": -1}, "max_shift: got -1"),
+        ({"fixed_prompts": ("a cat", " ")}, "fixed_prompts: got an empty prompt"),
+    ],
+)
+def test_a_decoder_run(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DalleRunConfig(data=DataConfig(source="x"), vqvae_dir="v", output_dir="o", **change)
