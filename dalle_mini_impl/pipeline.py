@@ -26,6 +26,25 @@ from vqvae.model import VQVAE
 
 INDEX_NAME = "model_index.json"
 FORMAT_VERSION = 1
+MODEL_CARD = """\
+---
+library_name: dalle_mini_impl
+pipeline_tag: text-to-image
+---
+# A text-to-image model
+
+Draws pictures of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes a picture of
+{rows} x {columns} tokens out of {codes} codes; a causal Transformer (`dalle/`, {millions:.1f} M
+parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab} tokens).
+
+    from dalle_mini_impl.pipeline import TextToImagePipeline
+
+    pipeline = TextToImagePipeline.from_pretrained("path/of/this/folder")
+    pipeline("a prompt like the captions it learned", num_images=4, seed=0).images[0].show()
+
+It knows what its training pictures showed, and their licences and biases are its own: name them
+here before you share the model.
+"""
 MAX_SEED = 2**63 - 1
 
 
@@ -202,6 +221,7 @@ class TextToImagePipeline:
             "sampling": dataclasses.asdict(self.settings),
             "vqvae_fingerprint": self.vqvae.fingerprint(),
         }
+        (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
         _write_json(folder / INDEX_NAME, index)  # last: a folder without it is not finished
 
     @classmethod
@@ -248,11 +268,22 @@ class TextToImagePipeline:
             reason = " ".join(str(error).split())
             raise UserError(f"model: {folder} does not load: {reason}") from error
 
+    def _model_card(self) -> str:
+        """Say what the folder holds and how to use it."""
+        size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
+        millions = sum(weight.numel() for weight in self.dalle.parameters()) / 1e6
+        return MODEL_CARD.format(
+            size=size, rows=grid[0], columns=grid[1], codes=self.vqvae.codebook_size,
+            millions=millions, vocab=self.captions.vocab_size, length=self.captions.text_length,
+        )  # fmt: skip
+
     def _settings(self, overrides: dict[str, Any]) -> SamplingConfig:
         known = {field.name for field in dataclasses.fields(SamplingConfig)}
         unknown = sorted(overrides.keys() - known)
         if unknown:
-            raise UserError(f"{unknown[0]}: unknown setting, wanted one of {', '.join(known)}")
+            raise UserError(
+                f"{unknown[0]}: unknown setting, wanted one of {', '.join(sorted(known))}"
+            )
         try:
             return dataclasses.replace(self.settings, **overrides)
         except ValueError as error:

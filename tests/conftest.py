@@ -71,7 +71,7 @@ def build_dalle() -> Callable[..., "Dalle"]:
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.2 * noise)
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
         return model
 
     return build

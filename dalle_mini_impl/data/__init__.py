@@ -1,0 +1,1 @@
+"""Captioned pictures: reading, drawing, tokenizing and ordering them."""

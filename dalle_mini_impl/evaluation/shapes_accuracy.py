@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.data.shapes import make_scene
 from dalle_mini_impl.data.shapes_captions import Caption, describe_scene
 from dalle_mini_impl.data.shapes_checker import read_objects
@@ -110,6 +111,23 @@ def score_drawings(images: Sequence[Image.Image], captions: Sequence[Caption]) -
         images=tuple(images),
         is_right=tuple(is_right),
     )
+
+
+def drawings_sheet(report: ShapesReport, num_shown: int) -> Image.Image:
+    """Lay drawings out with their captions; what is wrong is marked.
+
+    Args:
+        report: Of ``evaluate_shapes``.
+        num_shown: At most this many, the first ones.
+
+    Returns:
+        One picture.
+    """
+    captions = [
+        caption if right else f"WRONG: {caption}"
+        for caption, right in zip(report.captions, report.is_right, strict=True)
+    ]
+    return make_grid(report.images[:num_shown], columns=8, captions=captions[:num_shown])
 
 
 def _stated_by(fact: Fact) -> str:

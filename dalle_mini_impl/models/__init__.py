@@ -1,0 +1,1 @@
+"""The models: they see integers, never pictures or text."""

@@ -1,0 +1,1 @@
+"""From a decoder's logits to image tokens and picture files."""

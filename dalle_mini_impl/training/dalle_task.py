@@ -136,7 +136,7 @@ class DalleTask:
 
         logits = model(given_text, noisy.gather(1, order), image_order=order)
         targets = image.gather(1, order)
-        image_nats = F.cross_entropy(logits.image.transpose(1, 2), targets)
+        image_nats = F.cross_entropy(logits.image.flatten(0, 1), targets.flatten())
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
         loss = image_nats + self.config.text_loss_weight * text_nats
         return loss, {"image_nats": image_nats.detach(), "text_nats": text_nats.detach()}
@@ -168,7 +168,7 @@ class DalleTask:
             everything = torch.ones(len(ids), dtype=torch.bool, device=device)
             for name, caption in (("given", text), ("null", torch.full_like(text, PAD_TOKEN_ID))):
                 logits = model(caption, image)
-                nats = F.cross_entropy(logits.image.float().transpose(1, 2), image)
+                nats = F.cross_entropy(logits.image.float().flatten(0, 1), image.flatten())
                 totals[name] += float(nats) * len(ids) / len(sample_ids)
                 if name == "given":
                     text_nats = text_loss(logits.text.float(), text, is_counted=everything)
@@ -202,7 +202,8 @@ def text_loss(
     Returns:
         Nats per token.
     """
-    nats = F.cross_entropy(logits.transpose(1, 2), text_token_ids, reduction="none")
+    flat = F.cross_entropy(logits.flatten(0, 1), text_token_ids.flatten(), reduction="none")
+    nats = flat.view_as(text_token_ids)
     is_token = (text_token_ids != PAD_TOKEN_ID) & is_counted[:, None]
     per_sample = (nats * is_token).sum(dim=1) / is_token.sum(dim=1).clamp_min(1)
     return per_sample.mean()

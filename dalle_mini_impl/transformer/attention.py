@@ -172,11 +172,12 @@ class MultiHeadAttention(nn.Module):
             One mixed row per position that asks.
         """
         context = hidden_states if context is None else context
-        split = "batch length (heads head_dim) -> batch heads length head_dim"
-        queries = rearrange(self.query(hidden_states), split, heads=self.num_heads)
-        keys = rearrange(self.key(context), split, heads=self.num_heads)
+        split = "batch length (heads head_dim) -> batch length heads head_dim"
+        queries = self.query_norm(rearrange(self.query(hidden_states), split, heads=self.num_heads))
+        keys = self.key_norm(rearrange(self.key(context), split, heads=self.num_heads))
         values = rearrange(self.value(context), split, heads=self.num_heads)
-        queries, keys = self.query_norm(queries), self.key_norm(keys)
+        # (batch, heads, length, head_dim) only now: norms are faster on contiguous rows
+        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:

@@ -86,7 +86,7 @@ def test_metadata_folder_gathers_all_captions_and_attributes(tmp_path: Path) -> 
     )
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["sub/a.png", "b.png"]
-    assert pairs[0].captions == ("a red square", "red box", "빨간 사각형")
+    assert pairs[0].captions == ("a red square", "빨간 사각형", "red box")
     assert pairs[0].attributes == {"group": "shape", "tones": [1, 2], "score": None}
     assert pairs[1].captions == ("plain",)
     assert pairs.read_image(0) == picture(0)
@@ -134,7 +134,7 @@ def test_unusable_records_are_skipped_with_reasons(
     found = reasons(pairs)
     assert len(found) == 10
     assert all("text is empty, null or not text" in found[f"bad{i}.png"] for i in range(8))
-    assert "none of the fields text, texts" in found["absent.png"]
+    assert "none of the fields text, text_ko" in found["absent.png"]
     assert "label" in found["absent.png"]
     assert "missing" in found["missing.png"]
     [message] = [record.getMessage() for record in caplog.records]

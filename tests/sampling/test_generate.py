@@ -223,7 +223,7 @@ def test_one_seed_per_caption(build_dalle: BuildDalle) -> None:
         ("top_p", math.nan),
     ],
 )
-def test_values_that_define_no_distribution_are_refused(field: str, value: float) -> None:
+def test_values_that_define_no_distribution_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field}: got {value}"):
         SamplingConfig(**{field: value})
 

@@ -1,5 +1,7 @@
 """Attention: both paths of ``attend`` against torch's, masks, and multi-head attention."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from dalle_mini_impl.transformer import attention
 from dalle_mini_impl.transformer.attention import MultiHeadAttention, attend
 from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
 
-TOLERANCE = {"rtol": 0.0, "atol": 1e-5}
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 
 def heads(length: int, head_dim: int, seed: int, *, batch: int = 2, num_heads: int = 3) -> Tensor:
@@ -24,7 +26,7 @@ def random_mask(*shape: int) -> Tensor:
     return mask
 
 
-MASKS = {
+MASKS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "all": (6, 6, {}),
     "causal": (6, 6, {"is_causal": True}),
     "mask per head": (4, 7, {"attention_mask": random_mask(2, 3, 4, 7)}),
@@ -39,12 +41,14 @@ MASKS = {
 def test_written_out_attention_equals_the_fused_one(case: str, head_dim: int) -> None:
     query_length, key_length, options = MASKS[case]
     lengths = (query_length, key_length, key_length)
-    inputs = [
+    queries, keys, values = inputs = [
         heads(length, head_dim, seed).requires_grad_() for seed, length in enumerate(lengths)
     ]
-    written = attend(*inputs, **options)
+    written = attend(queries, keys, values, **options)
     fused = F.scaled_dot_product_attention(
-        *inputs,
+        queries,
+        keys,
+        values,
         attn_mask=options.get("attention_mask"),
         is_causal=options.get("is_causal", False),
     )
@@ -61,7 +65,11 @@ def test_written_out_attention_equals_the_fused_one(case: str, head_dim: int) ->
 @pytest.mark.parametrize("case", MASKS)
 def test_both_paths_give_the_same_numbers(case: str) -> None:
     query_length, key_length, options = MASKS[case]
-    queries, keys, values = heads(query_length, 8, 0), heads(key_length, 8, 1), heads(key_length, 8, 2)
+    queries, keys, values = (
+        heads(query_length, 8, 0),
+        heads(key_length, 8, 1),
+        heads(key_length, 8, 2),
+    )
     fused = attend(queries, keys, values, **options)
     written = attend(queries.requires_grad_(), keys, values, **options)
     torch.testing.assert_close(written, fused, **TOLERANCE)
@@ -186,7 +194,7 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
         layer.query.weight *= 50
         layer.key.weight *= 20
         torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-3)
-        layer.query_norm.weight *= 50
+        layer.query_norm.get_parameter("weight").mul_(50)
         assert (layer(x) - before).abs().max() > 0.01
 
 

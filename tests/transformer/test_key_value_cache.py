@@ -7,9 +7,7 @@ from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 
 def cache(max_length: int = 5) -> KeyValueCache:
-    return KeyValueCache(
-        num_layers=2, batch_size=3, num_heads=2, max_length=max_length, head_dim=4
-    )
+    return KeyValueCache(num_layers=2, batch_size=3, num_heads=2, max_length=max_length, head_dim=4)
 
 
 def test_everything_appended_comes_back_in_order() -> None:

@@ -20,7 +20,10 @@ def test_sizes_follow() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"image_size": 60}, r"image_size: got 60, wanted a multiple of 8 \(patch_size 4, halved 1"),
+        (
+            {"image_size": 60},
+            r"image_size: got 60, wanted a multiple of 8 \(patch_size 4, halved 1",
+        ),
         ({"image_size": 0}, "image_size: got 0"),
         ({"patch_size": 0}, "patch_size: got 0"),
         ({"channels": ()}, r"channels: got \(\)"),

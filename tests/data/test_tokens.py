@@ -1,0 +1,170 @@
+"""Token data sets: made once, made again when anything changes, and looked up rightly."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dalle_mini_impl.data.pairs import Pair
+from dalle_mini_impl.data.tokens import TokenDataset, build_token_dataset, shift_images
+from tests.reference import tiny
+from vqvae import VQVAE
+
+PAIRS = [
+    Pair("a.png", ("a red disc", "a round thing"), {}),
+    Pair("b.png", ("a blue box",), {}),
+    Pair("c.png", ("a green disc", "green", "one disc"), {}),
+]
+
+
+def pixels() -> Tensor:
+    arrays = [np.array(tiny.draw_picture(number)) for number in (0, 5, 2)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
+    lines: list[str] = []
+    options: dict[str, Any] = {
+        "pairs": PAIRS,
+        "pixels": pixels(),
+        "vqvae": tiny.build_vqvae(),
+        "captions": tiny.build_captions(),
+        "num_views": 2,
+        "max_shift": 2,
+    }
+    options |= changes
+    pairs, images = options.pop("pairs"), options.pop("pixels")
+    dataset = build_token_dataset(pairs, images, cache_dir=folder, show=lines.append, **options)
+    return dataset, lines
+
+
+def assert_same(first: TokenDataset, second: TokenDataset) -> None:
+    for name, value in vars(first).items():
+        assert torch.equal(value, getattr(second, name)), name
+
+
+def test_the_tokens_are_those_of_the_tokenizers(tmp_path: Path) -> None:
+    dataset, _ = build(tmp_path)
+    vqvae, captions = tiny.build_vqvae(), tiny.build_captions()
+    ids = vqvae.encode_to_token_ids(pixels().float() / 127.5 - 1).flatten(1)
+    assert torch.equal(dataset.image_token_ids[:, 0].long(), ids)
+    assert dataset.image_token_ids.shape == (3, 2, 4)
+    texts = [text for pair in PAIRS for text in pair.captions]
+    assert torch.equal(dataset.text_token_ids.long(), captions.encode(texts))
+    assert dataset.caption_offsets.tolist() == [0, 2, 3, 6]
+    assert len(dataset) == 3
+
+
+def test_the_second_build_reads_the_file(tmp_path: Path) -> None:
+    first, lines = build(tmp_path)
+    assert "encoding 3 images in 2 views" in lines[0]
+    (path,) = tmp_path.iterdir()
+    before = path.stat()
+    second, lines = build(tmp_path)
+    assert lines == [f"image and caption tokens: reading {path}"]
+    after = path.stat()
+    assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
+    assert_same(first, second)
+
+
+def other_weights() -> VQVAE:
+    vqvae = tiny.build_vqvae()
+    with torch.no_grad():
+        next(vqvae.encoder.parameters()).view(-1)[0] += 0.5
+    return vqvae
+
+
+def other_pixels() -> Tensor:
+    images = pixels()
+    images[0, 0, 0, 0] ^= 1
+    return images
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: {"vqvae": other_weights()},
+        lambda: {"pixels": other_pixels()},
+        lambda: {"pairs": [*PAIRS[:2], Pair("c.png", ("a green disc", "green", "a disc"), {})]},
+        lambda: {"pairs": [PAIRS[0], Pair("b.png", ("a blue", "box"), {}), PAIRS[2]]},
+        lambda: {"captions": tiny.build_captions(text_length=9)},
+        lambda: {"num_views": 3},
+        lambda: {"max_shift": 3},
+    ],
+)
+def test_any_change_makes_it_again(tmp_path: Path, change: Any) -> None:
+    build(tmp_path)
+    _, lines = build(tmp_path, **change())
+    assert "encoding" in lines[0]
+    assert len(list(tmp_path.iterdir())) == 2
+    _, lines = build(tmp_path)  # the first one is still there
+    assert "reading" in lines[0]
+
+
+def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, _ = build(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:50])
+    second, lines = build(tmp_path)
+    assert "encoding" in lines[0]
+    assert "cannot be read" in caplog.text
+    assert_same(first, second)
+
+
+def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
+    captions = tiny.build_captions(text_length=16)
+    long = [Pair("a.png", ("word " * 1000,), {}), *PAIRS[1:]]
+    _, lines = build(tmp_path, pairs=long, captions=captions)
+    assert lines[-1] == "1 of 5 captions were longer than 16 tokens and were cut"
+    _, lines = build(tmp_path, captions=captions)
+    assert "cut" not in lines[-1]
+
+
+def test_lookups_choose_by_their_draws() -> None:
+    dataset = TokenDataset(
+        image_token_ids=torch.arange(12).reshape(3, 2, 2).int(),
+        text_token_ids=torch.arange(6)[:, None].int(),
+        caption_offsets=torch.tensor([0, 2, 3, 6]),
+    )
+    ids = torch.tensor([0, 0, 1, 2, 2, 2])
+    # Captions are chosen by the square of the draw, so that the first ones come more often.
+    draws = torch.tensor([0.7, 0.71, 0.999, 0.57, 0.58, 0.999999])
+    assert dataset.captions_of(ids, draws).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    assert dataset.images_of(ids[:3], torch.tensor([0.0, 0.5, 0.49])).tolist() == [
+        [0, 1],
+        [2, 3],
+        [4, 5],
+    ]
+
+
+def test_the_largest_draw_stays_inside() -> None:
+    captions = torch.arange(33)[:, None].int()
+    dataset = TokenDataset(
+        torch.zeros(1, 33, 1, dtype=torch.int32), captions, torch.tensor([0, 33])
+    )
+    largest = torch.tensor([1 - 2**-24])
+    assert dataset.captions_of(torch.tensor([0]), largest).item() == 32
+    assert dataset.images_of(torch.tensor([0]), largest).item() == 0
+
+
+@settings(max_examples=20)
+@given(st.integers(-7, 7), st.integers(-7, 7))
+def test_shifts_agree_with_a_plain_loop(down: int, right: int) -> None:
+    images = pixels()[:1, :, :9, :12]
+    moved = shift_images(images, torch.tensor([[down, right]]))
+    for row in range(9):
+        for column in range(12):
+            source = (min(max(row - down, 0), 8), min(max(column - right, 0), 11))
+            assert torch.equal(moved[0, :, row, column], images[0, :, source[0], source[1]])
+
+
+def test_each_picture_has_its_own_shift() -> None:
+    images = pixels()[:2]
+    together = shift_images(images, torch.tensor([[1, 2], [-3, 0]]))
+    assert torch.equal(together[:1], shift_images(images[:1], torch.tensor([[1, 2]])))
+    assert torch.equal(together[1:], shift_images(images[1:], torch.tensor([[-3, 0]])))

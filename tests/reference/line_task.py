@@ -1,0 +1,99 @@
+"""A model of two weights and its task: what the loop is tested with."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.training.loop import PictureGrid, Trainer
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
+from tests.reference.tiny import draw_picture
+
+
+class LineTask:
+    """Fits a line; the loss can be spoiled at chosen steps."""
+
+    num_samples = 16
+    num_draws = 1
+    tokens_per_sample = 7
+    sample_weights = None
+
+    def __init__(
+        self,
+        *,
+        spoiled: dict[int, str] | None = None,
+        max_steps: int = 20,
+        seconds_per_step: float = 0.0,
+    ) -> None:
+        self.spoiled, self.max_steps = spoiled or {}, max_steps
+        self.seconds_per_step = seconds_per_step
+        self.x = torch.linspace(-1, 1, self.num_samples)
+        self.seen: list[list[int]] = []
+        self.progress: list[float] = []
+        self.modes: list[tuple[str, bool]] = []
+        self.evaluated_bias: list[float] = []
+
+    def make_batch(self, sample_ids: Tensor, draws: Tensor) -> dict[str, Tensor]:
+        assert draws.shape == (len(sample_ids), 1)
+        return {"ids": sample_ids, "x": self.x[sample_ids]}
+
+    def loss(
+        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, generator: object
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        step = len(self.progress)
+        self.seen.append(batch["ids"].tolist())
+        self.progress.append(progress)
+        self.modes.append(("train", model.training))
+        time.sleep(self.seconds_per_step)
+        x = batch["x"][:, None]
+        loss = (model(x) - (3 * x + 1)).square().mean()
+        kind = self.spoiled.get(step)
+        if kind == "loss":
+            loss = loss * torch.tensor(float("nan"))
+        elif kind == "gradient":  # the loss is finite, its gradient is not
+            loss = loss + (next(model.parameters()) * 0).clamp_min(0).sqrt().sum()
+        elif kind == "infinite":
+            loss = loss + torch.tensor(float("inf"))
+        return loss, {"twice": 2 * loss.detach()}
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        self.modes.append(("evaluate", model.training))
+        bias = dict(model.named_parameters())["bias"]
+        self.evaluated_bias.append(float(bias))
+        return {"validation/bias": float(bias)}
+
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        self.modes.append(("draw", model.training))
+        return [PictureGrid("line", [draw_picture(0)], ["a line"])]
+
+
+def build_trainer(task: LineTask, out: Path, **changes: Any) -> Trainer:
+    """A run of `task` at step 0, without W&B."""
+    options: dict[str, Any] = {
+        "max_steps": task.max_steps,
+        "global_batch_size": 4,
+        "learning_rate": 0.05,
+        "warmup_steps": 1,
+        "log_every_steps": 1,
+        "evaluate_every_steps": 1000,
+        "sample_every_steps": 1000,
+        "checkpoint_every_steps": 1000,
+        "mixed_precision": "no",
+    }
+    tracking = TrackingConfig(mode="disabled")
+    accelerator = build_accelerator("no")
+    torch.manual_seed(0)
+    return Trainer(
+        nn.Linear(1, 1),
+        task,
+        TrainingConfig(**(options | changes)),
+        accelerator=accelerator,
+        tracker=open_tracker(
+            tracking, output_dir=out, run_config={}, is_main=accelerator.is_main_process
+        ),
+        output_dir=out,
+    )

@@ -1,0 +1,62 @@
+"""One process of the two-process tests, started by torchrun: trains, draws, and tells what it saw.
+
+Argument: a folder with `vqvae.yaml` and `dalle.yaml`, and `model/` beside it; results go there.
+"""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import torch
+
+if __name__ == "__main__":  # a dependency installs a package `tests` of its own
+    sys.modules["tests"] = types.ModuleType("tests")
+    sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
+
+from dalle_mini_impl.config import read_config
+from dalle_mini_impl.drawing import draw_to_folder
+from dalle_mini_impl.training.dalle_run import DalleRunConfig
+from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from tests.reference import tiny
+from tests.reference.line_task import LineTask, build_trainer
+
+PROMPTS = ["a red disc", "파란 상자", "a green box"]
+
+
+def fit_a_line(folder: Path) -> LineTask:
+    """Trains the two-weight model on whatever processes there are."""
+    task = LineTask(max_steps=5)
+    build_trainer(task, folder, gradient_accumulation_steps=2, global_batch_size=8).train()
+    return task
+
+
+def draw(model: Path, out: Path) -> None:
+    """Draws three prompts."""
+    draw_to_folder(
+        str(model),
+        prompts=PROMPTS,
+        prompts_file=None,
+        num_images=2,
+        num_candidates=2,
+        seed=3,
+        out=out,
+        overrides={"guidance_scale": 1.5},
+    )
+
+
+def main() -> None:
+    """Does all of it and writes `seen-<rank>.json`."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    task = fit_a_line(folder / "line")
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    print(f"process {rank} of {world_size}")
+    (folder / f"seen-{rank}.json").write_text(json.dumps({"world": world_size, "ids": task.seen}))
+    tiny.train(read_config(VQVAERunConfig, folder / "vqvae.yaml"))
+    tiny.train(read_config(DalleRunConfig, folder / "dalle.yaml"))
+    draw(folder.parent / "model", folder / "pictures")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The pipeline: the same picture for the same prompt and seed, and nothing loads by half."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.pipeline import MAX_SEED, TextToImagePipeline
+from dalle_mini_impl.sampling.generate import SamplingConfig
+from tests.reference import tiny
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TextToImagePipeline:
+    return tiny.build_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model_dir(pipeline: TextToImagePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def own_copy(model_dir: Path, tmp_path: Path) -> Path:
+    import shutil
+
+    return shutil.copytree(model_dir, tmp_path / "model")
+
+
+def bytes_of(images: list[Image.Image]) -> list[bytes]:
+    return [image.tobytes() for image in images]
+
+
+def test_a_loaded_folder_draws_the_same_pictures(
+    pipeline: TextToImagePipeline, model_dir: Path
+) -> None:
+    loaded = TextToImagePipeline.from_pretrained(model_dir)
+    assert loaded.settings == pipeline.settings
+    assert not loaded.dalle.training
+    drawn, again = (each("a red disc", num_images=3, seed=4) for each in (pipeline, loaded))
+    assert bytes_of(drawn.images) == bytes_of(again.images)
+    assert drawn.seeds == again.seeds == [4, 5, 6]
+    assert drawn.prompts == ["a red disc"] * 3
+    assert len(set(bytes_of(drawn.images))) == 3
+    for name, value in pipeline.dalle.state_dict().items():
+        assert torch.equal(value, loaded.dalle.state_dict()[name]), name
+
+
+def test_a_picture_does_not_depend_on_its_neighbours(pipeline: TextToImagePipeline) -> None:
+    prompts = [*tiny.CAPTIONS, "파란 상자"]
+    together = pipeline(prompts, num_images=2, seed=7)
+    assert together.prompts == [text for text in prompts for _ in range(2)]
+    assert together.seeds == [7, 8] * len(prompts)
+    for index in (0, 5, 25):
+        alone = pipeline(together.prompts[index], seed=together.seeds[index])
+        assert bytes_of(alone.images) == [together.images[index].tobytes()]
+
+
+def test_the_best_candidates_are_kept(pipeline: TextToImagePipeline) -> None:
+    every = pipeline("a blue box", num_images=6, seed=5)
+    assert len(set(every.scores)) == 6
+    best = [max(group, key=every.scores.__getitem__) for group in (range(3), range(3, 6))]
+    kept = pipeline("a blue box", num_images=2, num_candidates=3, seed=5)
+    assert kept.seeds == [5 + index for index in best]
+    assert bytes_of(kept.images) == [every.images[index].tobytes() for index in best]
+    assert kept.scores == pytest.approx([every.scores[index] for index in best], abs=1e-4)
+
+    unguided = pipeline("a blue box", num_images=1, num_candidates=4, guidance_scale=1.0)
+    assert unguided.scores[0] != 0.0  # computed apart, as no null logits were at hand
+
+
+def test_settings_of_a_call_override_the_models(pipeline: TextToImagePipeline) -> None:
+    greedy = pipeline(["a red disc"] * 2, seed=0, top_k=1).images
+    other_seed = pipeline("a red disc", seed=99, top_k=1).images
+    assert bytes_of(other_seed) == bytes_of(greedy)[:1]
+    assert pipeline.settings == SamplingConfig(guidance_scale=2.0)
+
+
+def test_drawing_leaves_a_model_in_training_as_it_was(pipeline: TextToImagePipeline) -> None:
+    pipeline.dalle.train()
+    before = pipeline("a red disc").images
+    assert pipeline.dalle.training
+    pipeline.dalle.eval()
+    assert bytes_of(pipeline("a red disc").images) == bytes_of(before)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ("   ", {}, "prompt: got '   ', wanted some text"),
+        (["a disc", ""], {}, "prompt: got '', wanted some text"),
+        ("a disc", {"num_images": 0}, "num_images: got 0, wanted at least 1"),
+        ("a disc", {"num_candidates": 0}, "num_candidates: got 0, wanted at least 1"),
+        ("a disc", {"seed": -1}, "seed: got -1, wanted 0 to"),
+        ("a disc", {"seed": MAX_SEED}, "seed: got"),
+        ("a disc", {"top_p": 2.0}, "top_p: got 2.0, wanted above 0 and up to 1"),
+        ("a disc", {"temperature": 0.0}, "temperature: got 0.0"),
+        ("a disc", {"guidance": 2.0}, "guidance: unknown setting, wanted one of guidance_scale"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(
+    pipeline: TextToImagePipeline, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(prompt, **options)
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 255
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: (f / "model_index.json").unlink(), "is no model folder"),
+        (lambda f: (f / "model_index.json").write_text("{"), "does not load"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "wanted an object"),
+        (lambda f: change_json(f / "model_index.json", format_version=2), "got 2, wanted 1"),
+        (lambda f: change_json(f / "model_index.json", sampling={"top_q": 1}), "top_q"),
+        (lambda f: (f / "dalle/config.json").unlink(), "does not load.*No such file"),
+        (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
+        (lambda f: change_json(f / "dalle/config.json", text_length=9), "does not load"),
+        (lambda f: change_json(f / "dalle/config.json", codebook_levels=None), "does not load"),
+        (lambda f: (f / "dalle/model.safetensors").write_bytes(b"\x10"), "does not load"),
+        (lambda f: (f / "vqvae/model.safetensors").unlink(), "no model.safetensors there"),
+        (lambda f: flip_a_byte(f / "vqvae/model.safetensors"), "vqvae: not the image tokenizer"),
+        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "no text tokenizer"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(
+    own_copy: Path, damage: Callable[[Path], Any], reason: str
+) -> None:
+    damage(own_copy)
+    with pytest.raises(UserError, match=f"^model: .*{reason}") as caught:
+        TextToImagePipeline.from_pretrained(own_copy)
+    assert str(own_copy) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_parts_that_do_not_fit_are_refused(pipeline: TextToImagePipeline) -> None:
+    with pytest.raises(ValueError, match="vqvae: codebook and grid are"):
+        TextToImagePipeline(
+            dalle=pipeline.dalle,
+            vqvae=tiny.build_vqvae(fsq_levels=(4, 3)),
+            captions=pipeline.captions,
+        )
+    with pytest.raises(ValueError, match="captions: text_length is 9, the decoder wants 8"):
+        TextToImagePipeline(
+            dalle=pipeline.dalle,
+            vqvae=pipeline.vqvae,
+            captions=tiny.build_captions(text_length=9),
+        )

@@ -1,0 +1,102 @@
+"""Two real processes do what one does: the same samples, the same losses, the same pictures."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_mini_impl.data.order import SampleOrder
+from dalle_mini_impl.training.run import save_config
+from tests.reference import tiny, training_worker
+
+NOT_COMPARED = {
+    "time",
+    "train/samples_per_second",
+    "train/tokens_per_second",
+    "train/data_wait_fraction",
+    "train/batch_codebook_perplexity",  # of a process's part: not a mean over samples
+}
+REPOSITORY = Path(__file__).parents[1]
+
+
+def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Starts two processes; a failure of any shows both their outputs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*command, "--nproc_per_node", "2", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=540,
+        check=False,
+    )
+
+
+def write_configs(data: Path, folder: Path, vqvae_dir: Path) -> dict[str, Any]:
+    """Configs whose losses do not depend on the process: no dropout of the network."""
+    random = {
+        "caption_dropout_probability": 0.3,
+        "token_noise_probability": 0.2,
+        "random_order_probability": 0.5,
+        "shifted_view_probability": 0.5,
+    }
+    configs = {
+        "vqvae": tiny.vqvae_run(data, folder / "vqvae", max_steps=4),
+        "dalle": tiny.dalle_run(
+            data, vqvae_dir, folder / "dalle", task=random, dropout_probability=0.0, max_steps=4
+        ),
+    }
+    folder.mkdir()
+    for name, config in configs.items():
+        save_config(config, folder / f"{name}.yaml")
+    return configs
+
+
+def pictures_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    pair, alone = tmp_path / "pair", tmp_path / "alone"
+    write_configs(data, pair, tmp_path / "vqvae")
+    configs = write_configs(data, alone, tmp_path / "vqvae")
+    tiny.build_pipeline().save_pretrained(tmp_path / "model")
+    result = torchrun(training_worker.__file__, pair)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("process"))
+    assert lines == ["process 0 of 2", "process 1 of 2"]
+
+    seen = [json.loads((pair / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [part["world"] for part in seen] == [2, 2]
+    order = SampleOrder(16, global_batch_size=8, seed=0)
+    for step in range(5):
+        batch = [part["ids"][2 * step + index] for part in seen for index in (0, 1)]
+        assert [len(micro_batch) for micro_batch in batch] == [2, 2, 2, 2]
+        assert list(itertools.chain(*batch)) == order.indices(step).tolist()
+
+    training_worker.fit_a_line(alone / "line")
+    for name, config in configs.items():
+        tiny.train(config)
+        one, two = tiny.read_metrics(alone / name), tiny.read_metrics(pair / name)
+        assert len(tiny.losses(alone / name)) == 4
+        assert [row["step"] for row in one] == [row["step"] for row in two]
+        for first, second in zip(one, two, strict=True):
+            assert first.keys() == second.keys()
+            for key in first.keys() - NOT_COMPARED:
+                assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
+    assert tiny.losses(pair / "line") == pytest.approx(tiny.losses(alone / "line"), rel=1e-5)
+
+    training_worker.draw(tmp_path / "model", alone / "pictures")
+    expected = pictures_of(alone / "pictures")
+    assert len(expected) == 2 * len(training_worker.PROMPTS) + 1
+    assert pictures_of(pair / "pictures") == expected
+    with capsys.disabled():
+        print("two processes: " + "; ".join(lines))

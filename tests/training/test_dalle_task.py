@@ -1,0 +1,237 @@
+"""The decoder's loss: what is dropped, shuffled and replaced, and what is counted."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.captions import PAD_TOKEN_ID
+from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.models.dalle import Dalle, DalleLogits
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig, text_loss
+from tests.reference import tiny
+
+LENGTH, TEXT_LENGTH, BATCH = 4, 8, 200
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> TextToImagePipeline:
+    return tiny.build_pipeline()
+
+
+def make_tokens(samples: int, *, seed: int = 0) -> TokenDataset:
+    """Every sample has its own tokens: cell c of view v of sample s tells all three."""
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, 250, (2 * samples, TEXT_LENGTH), generator=generator)
+    text[:, 5:] = PAD_TOKEN_ID
+    image = torch.randint(0, 36, (samples, 3, LENGTH), generator=generator)
+    return TokenDataset(image.int(), text.int(), torch.arange(0, 2 * samples + 1, 2))
+
+
+def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **settings: float) -> DalleTask:
+    return DalleTask(
+        make_tokens(samples),
+        make_tokens(7, seed=1),
+        DalleTaskConfig(**({"caption_dropout_probability": 0.0} | settings)),
+        sample_weights=None,
+        pipeline=pipeline,
+        fixed_prompts=("a red disc", "a blue box"),
+    )
+
+
+class Spy(nn.Module):
+    """Remembers what it is given; predicts the uniform distribution."""
+
+    def __init__(self, dalle: Dalle) -> None:
+        super().__init__()
+        self.sizes = dalle.config.vocab_size, dalle.config.codebook_size
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, text: Tensor, image: Tensor, *, image_order: Tensor) -> DalleLogits:
+        self.calls.append((text, image, image_order))
+        vocab, codebook = self.sizes
+        batch = len(text)
+        return DalleLogits(
+            torch.zeros(batch, TEXT_LENGTH, vocab), torch.zeros(batch, LENGTH, codebook)
+        )
+
+
+def run(task: DalleTask, *, progress: float = 0.0) -> tuple[dict[str, Tensor], Any, Any]:
+    """Sends one batch through the loss; returns the batch, what the model saw, and the results."""
+    generator = torch.Generator().manual_seed(5)
+    sample_ids = torch.randint(0, task.num_samples, (BATCH,), generator=generator)
+    batch = task.make_batch(sample_ids, torch.rand(BATCH, task.num_draws, generator=generator))
+    spy = Spy(task.pipeline.dalle)
+    results = task.loss(spy, batch, progress=progress, generator=generator)
+    return batch | {"ids": sample_ids}, spy.calls[0], results
+
+
+def test_a_uniform_model_scores_the_uniform_baselines(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline, text_loss_weight=0.25)
+    _, _, (loss, metrics) = run(task)
+    assert float(metrics["image_nats"]) == pytest.approx(math.log(36), abs=1e-5)
+    assert float(metrics["text_nats"]) == pytest.approx(
+        math.log(pipeline.captions.vocab_size), abs=1e-5
+    )
+    assert task.baselines["baseline/image_uniform_nats"] == pytest.approx(math.log(36))
+    expected = metrics["image_nats"] + 0.25 * metrics["text_nats"]
+    torch.testing.assert_close(loss, expected)
+
+
+def test_the_unigram_baselines_are_entropies_of_the_training_set(
+    pipeline: TextToImagePipeline,
+) -> None:
+    task = build_task(pipeline)
+
+    def entropy(tokens: list[int]) -> float:
+        counts = Counter(tokens)
+        return -sum(n / len(tokens) * math.log(n / len(tokens)) for n in counts.values())
+
+    image = task.train.image_token_ids[:, 0].flatten().tolist()
+    text = [token for token in task.train.text_token_ids.flatten().tolist() if token]
+    assert task.baselines["baseline/image_unigram_nats"] == pytest.approx(entropy(image))
+    assert task.baselines["baseline/text_unigram_nats"] == pytest.approx(entropy(text))
+    vocab_size = pipeline.dalle.config.vocab_size
+    assert task.baselines["baseline/text_uniform_nats"] == pytest.approx(math.log(vocab_size))
+
+
+def test_without_augmentation_the_model_sees_the_pictures_as_they_are(
+    pipeline: TextToImagePipeline,
+) -> None:
+    batch, (text, image, order), _ = run(build_task(pipeline))
+    task = build_task(pipeline)
+    assert torch.equal(image, task.train.image_token_ids[batch["ids"], 0].long())
+    assert torch.equal(order, torch.arange(LENGTH).expand(BATCH, -1))
+    own = task.train.text_token_ids.reshape(50, 2, TEXT_LENGTH)[batch["ids"]]
+    is_first, is_second = (text == own[:, 0]).all(1), (text == own[:, 1]).all(1)
+    assert (is_first | is_second).all()
+    # The first of n captions is chosen with probability 1 / sqrt(n).
+    assert float(is_first.float().mean()) == pytest.approx(0.5**0.5, abs=0.1)
+
+
+def test_a_dropped_caption_is_hidden_and_not_counted(pipeline: TextToImagePipeline) -> None:
+    batch, (text, _, _), (_, metrics) = run(build_task(pipeline, caption_dropout_probability=0.25))
+    hidden = (text == PAD_TOKEN_ID).all(dim=1)
+    assert 0.15 < hidden.float().mean() < 0.35
+    assert torch.equal(text[~hidden], batch["text_token_ids"][~hidden])
+    share = float((~hidden).float().mean())
+    assert float(metrics["text_nats"]) == pytest.approx(
+        share * math.log(pipeline.captions.vocab_size), rel=1e-5
+    )
+
+
+def test_random_order_is_a_permutation_and_the_targets_go_along(
+    pipeline: TextToImagePipeline,
+) -> None:
+    task = build_task(pipeline, random_order_probability=0.5)
+    batch, (_, image, order), _ = run(task)
+    assert torch.equal(order.sort(dim=1).values, torch.arange(LENGTH).expand(BATCH, -1))
+    shuffled = (order != torch.arange(LENGTH)).any(dim=1)
+    assert 0.35 < shuffled.float().mean() < 0.6  # one in 24 permutations changes nothing
+    assert len({tuple(row) for row in order.tolist()}) == math.factorial(LENGTH)
+    raster = torch.empty_like(image).scatter(1, order, image)
+    assert torch.equal(raster, batch["image_token_ids"])
+
+    class Knows(nn.Module):
+        """Puts all its mass on the token of the cell that it is asked for."""
+
+        def forward(self, text: Tensor, image: Tensor, *, image_order: Tensor) -> DalleLogits:
+            targets = batch["image_token_ids"].gather(1, image_order)
+            sure = nn.functional.one_hot(targets, 36) * 100.0
+            return DalleLogits(torch.zeros(BATCH, TEXT_LENGTH, 300), sure)
+
+    del batch["ids"]
+    generator = torch.Generator()
+    _, metrics = task.loss(Knows(), batch, progress=0.0, generator=generator)
+    assert float(metrics["image_nats"]) < 1e-6
+
+
+def test_token_noise_changes_inputs_and_never_targets(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline, token_noise_probability=0.5)
+    batch, (_, image, _), _ = run(task)
+    changed = image != batch["image_token_ids"]
+    # Each sample draws its share below a half; a stranger may have the same token.
+    assert float(changed.float().mean()) == pytest.approx(0.25 * 35 / 36, abs=0.06)
+    counts = Counter(changed.sum(dim=1).tolist())
+    assert counts[0] > BATCH * 0.75**LENGTH  # more than if all samples had the same share
+    for cell in range(LENGTH):  # a replacement is another picture's token of the same cell
+        known = set(task.train.image_token_ids[:, 0, cell].tolist())
+        assert set(image[changed[:, cell], cell].tolist()) <= known
+
+
+def test_shifted_views_and_all_other_noise_end_in_time(pipeline: TextToImagePipeline) -> None:
+    task = build_task(
+        pipeline,
+        shifted_view_probability=1.0,
+        token_noise_probability=0.5,
+        random_order_probability=1.0,
+        augmentation_ends_at=0.6,
+    )
+    batch, _, _ = run(task, progress=0.59)
+    views = task.train.image_token_ids[batch["ids"]].long()  # (batch, views, cells)
+    counts = (views == batch["view_token_ids"][:, None]).all(dim=2).float().mean(dim=0)
+    assert (counts > 0.2).all()  # every view is used
+    batch, (_, image, order), _ = run(task, progress=0.6)
+    assert torch.equal(image, task.train.image_token_ids[batch["ids"], 0].long())
+    assert torch.equal(order, torch.arange(LENGTH).expand(BATCH, -1))
+
+
+def test_a_sample_is_the_same_whatever_stands_beside_it(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline, shifted_view_probability=0.5)
+    draws = torch.rand(6, task.num_draws)
+    ids = torch.tensor([3, 1, 4, 1, 5, 9])
+    whole = task.make_batch(ids, draws)
+    part = task.make_batch(ids[2:4], draws[2:4])
+    for name, value in part.items():
+        assert torch.equal(value, whole[name][2:4]), name
+
+
+def test_the_text_loss_is_a_mean_over_captions_of_means_over_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 4, 7, generator=generator)
+    tokens = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 6, 0, 0]])
+    counted = torch.tensor([True, True, False])
+    first = nn.functional.cross_entropy(logits[0], tokens[0])
+    second = nn.functional.cross_entropy(logits[1, :1], tokens[1, :1])
+    expected = (first + second) / 3  # hidden captions count as zero
+    torch.testing.assert_close(text_loss(logits, tokens, is_counted=counted), expected)
+
+
+def test_held_out_figures_agree_with_a_plain_computation(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline)
+    figures = task.evaluate(pipeline.dalle)
+
+    def plain(data: TokenDataset, *, null: bool) -> float:
+        total = 0.0
+        for sample in range(len(data)):
+            text = data.text_token_ids[2 * sample].long()[None]
+            image = data.image_token_ids[sample, :1].long()
+            logits = pipeline.dalle(torch.zeros_like(text) if null else text, image).image[0]
+            probabilities = logits.detach().softmax(-1)
+            for cell in range(LENGTH):
+                total -= math.log(float(probabilities[cell, image[0, cell]]))
+        return total / len(data) / LENGTH
+
+    given, null = plain(task.held_out, null=False), plain(task.held_out, null=True)
+    train = plain(task.train, null=False)
+    assert figures["validation/image_nats"] == pytest.approx(given, abs=1e-4)
+    assert figures["validation/image_nats_null_caption"] == pytest.approx(null, abs=1e-4)
+    assert figures["validation/caption_gain_nats"] == pytest.approx(null - given, abs=1e-4)
+    assert figures["validation/train_image_nats"] == pytest.approx(train, abs=1e-4)
+    assert figures["validation/memorisation_gap_nats"] == pytest.approx(given - train, abs=1e-4)
+    assert abs(null - given) > 1e-3  # this model does read its caption
+    assert figures.keys() > task.baselines.keys()
+
+
+def test_the_sample_grid_is_always_the_same(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline)
+    (first,), (second,) = (task.draw_pictures(pipeline.dalle) for _ in range(2))
+    assert first.captions == ["a red disc", "a blue box"]
+    assert [image.tobytes() for image in first.images] == [
+        image.tobytes() for image in second.images
+    ]
+    assert first.images[0].tobytes() != first.images[1].tobytes()

@@ -1,0 +1,161 @@
+"""Optimizers against their papers' formulas, and the average of the weights."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.training.checkpoint import (
+    flatten_optimizer_state,
+    restore_optimizer_state,
+)
+from dalle_mini_impl.training.muon import Float32Muon
+from dalle_mini_impl.training.optimizer import (
+    MovingAverage,
+    build_optimizers,
+    keep_memory_formats,
+)
+
+OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+
+
+def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
+    wanted = {id(parameter) for parameter in parameters}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+
+
+def test_only_matrices_decay_and_every_weight_is_trained(
+    build_dalle: Callable[..., Dalle],
+) -> None:
+    model = build_dalle()
+    (adamw,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    decaying, others = adamw.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {group["initial_lr"] for group in adamw.param_groups} == {0.01}
+    matrices = {
+        name
+        for name, parameter in model.named_parameters()
+        if name.startswith("blocks.") and parameter.ndim == 2
+    }
+    assert matrices
+    assert names_of(model, decaying["params"]) == matrices | {"text_head.weight"}
+    everything = decaying["params"] + others["params"]
+    assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
+
+
+def test_muon_takes_the_hidden_matrices_alone(build_dalle: Callable[..., Dalle]) -> None:
+    model = build_dalle()
+    adamw, muon = build_optimizers(model, kind="muon", **OPTIONS)  # type: ignore[arg-type]
+    hidden = [parameter for group in muon.param_groups for parameter in group["params"]]
+    assert hidden
+    assert all(name.startswith("blocks.") for name in names_of(model, hidden))
+    assert all(parameter.ndim == 2 for parameter in hidden)
+    rest = [parameter for group in adamw.param_groups for parameter in group["params"]]
+    assert names_of(model, hidden) | names_of(model, rest) == set(dict(model.named_parameters()))
+    assert not names_of(model, hidden) & names_of(model, rest)
+    assert {group["initial_lr"] for group in muon.param_groups} == {0.01}
+
+
+def test_adamw_follows_the_paper() -> None:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Linear(3, 2)
+    weights = [model.weight.detach().double(), model.bias.detach().double()]
+    moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
+    (optimizer,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    for step in range(1, 5):
+        for index, parameter in enumerate((model.weight, model.bias)):
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.grad = gradient
+            first, second = moments[index]
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.95 * second + 0.05 * gradient**2
+            moments[index] = (first, second)
+            decay = 0.1 if index == 0 else 0.0
+            unbiased = (first / (1 - 0.9**step)) / ((second / (1 - 0.95**step)).sqrt() + 1e-8)
+            weights[index] = weights[index] * (1 - 0.01 * decay) - 0.01 * unbiased
+        optimizer.step()
+    torch.testing.assert_close(model.weight.double(), weights[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(model.bias.double(), weights[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
+def test_float32_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
+    results = []
+    for build in (
+        lambda w: Float32Muon([w], lr=0.02, weight_decay=0.1),
+        lambda w: torch.optim.Muon([w], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ):
+        weight = nn.Parameter(start.clone())
+        optimizer = build(weight)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        results.append(weight.detach() - start)
+    ours, theirs = results
+    # torch's iterates in bf16, with 8 bits of precision.
+    assert float((ours - theirs).norm() / theirs.norm()) < 0.02
+
+
+def test_restored_moments_lie_in_memory_as_the_weights_do() -> None:
+    """Fused AdamW on a CPU would pair the wrong elements without a word."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(4, 3, 3, 3, generator=generator) for _ in range(4)]
+    torch.manual_seed(0)
+    model = nn.Conv2d(3, 4, 3, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    start = model.weight.detach().clone()
+
+    def steps(optimizer: torch.optim.Optimizer, some: list[Tensor]) -> None:
+        for gradient in some:
+            model.weight.grad = gradient.to(memory_format=torch.channels_last)
+            optimizer.step()
+
+    (straight,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    steps(straight, gradients)
+    expected = model.weight.detach().clone()
+
+    model.weight.data.copy_(start)
+    (first,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    steps(first, gradients[:2])
+    tensors, rest = flatten_optimizer_state(first)
+    as_in_a_file = {name: value.contiguous() for name, value in tensors.items()}
+    (second,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    restore_optimizer_state(second, as_in_a_file, rest)
+    keep_memory_formats(second)
+    assert second.state[model.weight]["exp_avg"].stride() == model.weight.stride()
+    steps(second, gradients[2:])
+    assert torch.equal(model.weight, expected)
+
+
+def test_the_average_follows_its_formula_and_swaps_back() -> None:
+    model = nn.BatchNorm1d(2)  # with a buffer of whole numbers
+    average = MovingAverage(model, decay=0.9)
+    expected = model.weight.detach().double()
+    for step in range(12):
+        with torch.no_grad():
+            model.weight.add_(torch.tensor([1.0, -2.0]))
+            model.num_batches_tracked.add_(3)  # type: ignore[operator]
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model.weight.detach()
+        average.update(model, step=step)
+    torch.testing.assert_close(average.weights["weight"].double(), expected, atol=1e-5, rtol=0)
+    assert average.weights["num_batches_tracked"] == 36
+
+    trained = {name: value.clone() for name, value in model.state_dict().items()}
+    averaged = {name: value.clone() for name, value in average.weights.items()}
+    average.swap(model)
+    assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
+    average.swap(model)
+    assert all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
+    assert all(torch.equal(value, averaged[name]) for name, value in average.weights.items())
+
+    other = MovingAverage(nn.BatchNorm1d(2), decay=0.9)
+    other.load(averaged)
+    averaged["weight"].add_(1)  # a copy was taken
+    assert torch.equal(other.weights["weight"], average.weights["weight"])
+    with pytest.raises(KeyError):
+        other.load({})

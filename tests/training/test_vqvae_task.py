@@ -1,0 +1,119 @@
+"""The tokenizer's task: batches, schedules of the quantizers, and figures on held-out pictures."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from tests.reference import tiny
+from vqvae import VQVAE
+from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
+
+
+def pictures(count: int) -> Tensor:
+    arrays = [np.array(tiny.draw_picture(number)) for number in range(count)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+def build_task(vqvae: VQVAE, **settings: float) -> VQVAETask:
+    return VQVAETask(
+        pictures(20),
+        pictures(70)[64:],
+        VQVAETaskConfig(**settings),  # type: ignore[arg-type]
+        sample_weights=None,
+        vqvae=vqvae,
+    )
+
+
+def test_a_batch_is_the_pictures_in_minus_one_to_one() -> None:
+    task = build_task(tiny.build_vqvae())
+    ids = torch.tensor([4, 0, 4])
+    pixels = task.make_batch(ids, torch.rand(3, task.num_draws))["pixels"]
+    torch.testing.assert_close((pixels + 1) * 127.5, task.train[ids].float(), atol=1e-4, rtol=0)
+    assert pixels.min() == -1
+    assert pixels.max() == 1
+
+
+def test_shifts_reach_both_ends_and_no_further() -> None:
+    task = build_task(tiny.build_vqvae(), max_shift=2)
+    ids = torch.zeros(2, dtype=torch.long)
+    ends = torch.tensor([[0.0, 0.5], [0.9999, 0.5]])  # two up; two down; not sideways
+    up, down = task.make_batch(ids, ends)["pixels"]
+    true = task.train[0].float() / 127.5 - 1
+    torch.testing.assert_close(up[:, :-2], true[:, 2:])
+    torch.testing.assert_close(down[:, 2:], true[:, :-2])
+
+
+def test_the_loss_is_reconstruction_plus_the_quantizers_own() -> None:
+    vqvae = tiny.build_vqvae(quantizer="vq").train()
+    task = build_task(vqvae, wavelet_weight=0.0)
+    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_draws))
+    generator = torch.Generator().manual_seed(0)
+    loss, metrics = task.loss(vqvae, batch, progress=0.0, generator=generator)
+    expected = metrics["reconstruction_loss"] + 0.25 * metrics["commitment_loss"]
+    torch.testing.assert_close(loss.detach(), expected)
+    assert {"psnr_db", "batch_codebook_perplexity", "dead_codes"} <= metrics.keys()
+    assert all(not value.requires_grad for value in metrics.values())
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in vqvae.parameters())
+
+
+def test_gumbel_cools_down_and_its_kl_rises() -> None:
+    vqvae = tiny.build_vqvae(quantizer="gumbel").train()
+    assert isinstance(vqvae.quantizer, GumbelQuantizer)
+    task = build_task(vqvae, gumbel_kl_weight=0.5)
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
+    found = []
+    for progress in (0.0, 0.4, 0.8, 1.0):
+        task.loss(vqvae, batch, progress=progress, generator=torch.Generator())
+        found.append((float(vqvae.quantizer.temperature), vqvae.quantizer.kl_weight))
+    temperatures, weights = zip(*found, strict=True)
+    middle = (1 + 1 / 16) / 2
+    assert temperatures == pytest.approx((1.0, middle, 1 / 16, 1 / 16))
+    assert weights == pytest.approx((0.0, 0.5 * 0.5 * (1 - math.cos(0.8 * math.pi)), 0.5, 0.5))
+
+
+def test_codes_are_not_restarted_at_the_end() -> None:
+    vqvae = tiny.build_vqvae(quantizer="vq").train()
+    assert isinstance(vqvae.quantizer, VectorQuantizer)
+    task = build_task(vqvae)
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
+    found = []
+    for progress in (0.0, 0.79, 0.8, 1.0):
+        task.loss(vqvae, batch, progress=progress, generator=torch.Generator())
+        found.append(vqvae.quantizer.freeze_restarts)
+    assert found == [False, False, True, True]
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
+def test_held_out_figures_agree_with_a_plain_computation(quantizer: str) -> None:
+    vqvae = tiny.build_vqvae(quantizer=quantizer)
+    task = build_task(vqvae)
+    figures = task.evaluate(vqvae)
+    ids, errors = [], []
+    for image in task.held_out:
+        pixels = image[None].float() / 127.5 - 1
+        tokens = vqvae.encode_to_token_ids(pixels)
+        ids += tokens.flatten().tolist()
+        error = (vqvae.decode_from_token_ids(tokens) - pixels).square().mean()
+        errors.append(10 * math.log10(4 / float(error)))
+    assert figures["validation/psnr_db"] == pytest.approx(sum(errors) / len(errors), abs=1e-3)
+    shares = [ids.count(token) / len(ids) for token in set(ids)]
+    perplexity = math.exp(-sum(share * math.log(share) for share in shares))
+    assert figures["validation/codebook_perplexity"] == pytest.approx(perplexity, rel=1e-4)
+    usage = len(set(ids)) / vqvae.codebook_size
+    assert figures["validation/codebook_usage"] == pytest.approx(usage)
+    assert ("validation/hard_soft_gap_db" in figures) == (quantizer == "gumbel")
+
+
+def test_reconstructions_stand_beside_their_originals() -> None:
+    vqvae = tiny.build_vqvae()
+    task = build_task(vqvae)
+    (grid,) = task.draw_pictures(vqvae)
+    assert grid.captions == ["original", "reconstruction"] * len(task.held_out)
+    first, last = (np.array(grid.images[index]) for index in (0, -2))
+    assert np.array_equal(first, task.held_out[0].permute(1, 2, 0).numpy())
+    assert np.array_equal(last, task.held_out[-1].permute(1, 2, 0).numpy())
