@@ -35,7 +35,8 @@ pipeline_tag: text-to-image
 
 Draws pictures of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes a picture of
 {rows} x {columns} tokens out of {codes} codes; a causal Transformer (`dalle/`, {millions:.1f} M
-parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab} tokens).
+parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab}
+different ones).
 
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
