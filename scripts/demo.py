@@ -29,17 +29,22 @@ def main(arguments: Sequence[str]) -> None:
     if not (data / "metadata.jsonl").is_file():
         announce("drawing the Twemoji data set")
         prepare_emoji(data, size=64)
-    sources = ["--data.source", str(data), "--resume", "latest"]
+
+    def shared(run: Path) -> list[str]:
+        started_before = any((run / "checkpoints").glob("step-*"))
+        resume = ["--resume", "latest"] if started_before else []
+        return ["--data.source", str(data), "--output_dir", str(run), *resume]
+
     if not (vqvae / "model" / "config.json").is_file():
         announce("training the image tokenizer")
-        preset = ["--config", str(options.configs / "vqvae.yaml"), "--output_dir", str(vqvae)]
-        config, resume = load_config(VQVAERunConfig, [*preset, *sources], description="")
+        preset = ["--config", str(options.configs / "vqvae.yaml")]
+        config, resume = load_config(VQVAERunConfig, [*preset, *shared(vqvae)], description="")
         train_vqvae(config, resume=resume, show=announce)
     if not (dalle / "model" / "model_index.json").is_file():
         announce("training the decoder")
-        preset = ["--config", str(options.configs / "dalle.yaml"), "--output_dir", str(dalle)]
-        preset += ["--vqvae_dir", str(vqvae / "model")]
-        settings, resume = load_config(DalleRunConfig, [*preset, *sources], description="")
+        preset = ["--config", str(options.configs / "dalle.yaml")]
+        preset += ["--vqvae_dir", str(vqvae / "model"), *shared(dalle)]
+        settings, resume = load_config(DalleRunConfig, preset, description="")
         train_dalle(settings, resume=resume, show=announce)
     announce("drawing pictures")
     for line in draw_demo(dalle / "model", data, out):

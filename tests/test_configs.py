@@ -1,0 +1,89 @@
+"""Every preset loads, builds its model and survives being saved."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dalle_mini_impl.config import load_config, read_config
+from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.training.dalle_run import DalleRunConfig
+from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from vqvae import VQVAE
+
+REPOSITORY = Path(__file__).parents[1]
+PRESETS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+
+def class_of(path: Path) -> type[VQVAERunConfig] | type[DalleRunConfig]:
+    is_decoder = "vqvae_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert path.name.startswith("dalle" if is_decoder else "vqvae")
+    return DalleRunConfig if is_decoder else VQVAERunConfig
+
+
+def tokenizers() -> dict[str, VQVAERunConfig]:
+    """Tokenizer presets by the model folder that they write."""
+    configs = [
+        read_config(VQVAERunConfig, path) for path in PRESETS if path.name.startswith("vqvae")
+    ]
+    return {f"{config.output_dir}/model": config for config in configs}
+
+
+def test_there_are_presets() -> None:
+    assert {"demo", "emoji64"} <= {path.parent.name for path in PRESETS}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_preset_loads_builds_and_survives_being_saved(path: Path, tmp_path: Path) -> None:
+    config_class = class_of(path)
+    config = read_config(config_class, path)
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(config_class, tmp_path / "config.yaml") == config
+    with torch.device("meta"):
+        if isinstance(config, VQVAERunConfig):
+            model: torch.nn.Module = VQVAE(config.vqvae)
+        else:
+            assert config.vqvae_dir in tokenizers(), "no preset makes this tokenizer"
+            tokenizer = tokenizers()[config.vqvae_dir].vqvae
+            assert config.data == tokenizers()[config.vqvae_dir].data
+            assert config.text.vocab_size >= MIN_VOCAB_SIZE
+            model = Dalle(
+                DalleConfig(
+                    decoder=config.decoder,
+                    vocab_size=config.text.vocab_size,
+                    text_length=config.text.text_length,
+                    codebook_levels=tokenizer.codebook_levels,
+                    image_grid_size=tokenizer.image_grid_size,
+                )
+            )
+    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+
+
+def test_overrides_win_over_the_preset() -> None:
+    path = REPOSITORY / "configs" / "demo" / "dalle.yaml"
+    arguments = ["--config", str(path), "--training.max_minutes", "60", "--resume", "latest"]
+    arguments += ["--data.balance_by", "null", "--fixed_prompts", '["a cat", "고양이"]']
+    config, resume = load_config(DalleRunConfig, arguments, description="")
+    preset = read_config(DalleRunConfig, path)
+    assert resume == "latest"
+    assert config.training.max_minutes == 60
+    assert config.data.balance_by is None
+    assert config.fixed_prompts == ("a cat", "고양이")
+    assert config.decoder == preset.decoder
+    assert config.training.learning_rate == preset.training.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("", "colour"), ("training", "learning_rat"), ("task", "wavelet_weight")]
+)
+def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None:
+    preset = yaml.safe_load((REPOSITORY / "configs/demo/dalle.yaml").read_text(encoding="utf-8"))
+    (preset.setdefault(section, {}) if section else preset)[key] = 1
+    (tmp_path / "odd.yaml").write_text(yaml.safe_dump(preset))
+    with pytest.raises(UserError, match=key) as caught:
+        read_config(DalleRunConfig, tmp_path / "odd.yaml")
+    assert "\n" not in str(caught.value)

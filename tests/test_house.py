@@ -1,0 +1,150 @@
+"""The house is as the README and CONTRIBUTING say."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+TEXTS = [REPOSITORY / "README.md", REPOSITORY / "README.ko.md", *REPOSITORY.glob("docs/guide*.md")]
+PACKAGES = ("dalle_mini_impl", "vqvae")
+MAX_SCRIPT_LINES = 70
+
+
+def tracked_files() -> list[str]:
+    """Files of the repository; of the folder where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        return [name for name in result.stdout.splitlines() if (REPOSITORY / name).is_file()]
+    return [
+        path.relative_to(REPOSITORY).as_posix() for path in REPOSITORY.rglob("*") if path.is_file()
+    ]
+
+
+FILES = tracked_files()
+SCRIPTS = [name for name in FILES if re.fullmatch(r"scripts/\w+\.py", name)]
+MODULES = [name for name in FILES if name.endswith(".py") and name.split("/")[0] in PACKAGES]
+
+
+def fenced_code(text: str) -> str:
+    return "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+
+
+def test_the_map_names_every_file_and_no_other() -> None:
+    wanted = {
+        name
+        for name in [*SCRIPTS, *MODULES]
+        if not name.endswith("__init__.py") and (REPOSITORY / name).stat().st_size
+    }
+    pattern = r"^((?:scripts|dalle_mini_impl|vqvae)/[\w/]+\.py)\s"
+    named = re.findall(pattern, fenced_code(README), re.MULTILINE)
+    assert set(named) - wanted == set(), "the map names files that are not there"
+    assert wanted - set(named) == set(), "files that the map in README.md does not name"
+    assert len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)
+def test_every_make_target_in_a_text_exists(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    spans = "\n".join([fenced_code(text), *re.findall(r"`([^`\n]+)`", text)])
+    for line in re.findall(r"\bmake((?: +(?!-)[\w-]+)+)", spans):
+        assert set(line.split()) <= targets, f"make{line}"
+
+
+def commands_in(path: Path) -> list[list[str]]:
+    """The arguments of each `python scripts/...` or `torchrun ... scripts/...` in a text."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    spans = [*fenced_code(text).splitlines(), *re.findall(r"`([^`\n]+)`", text)]
+    found = [re.search(r"scripts/\w+\.py\b.*", span) for span in spans if " scripts/" in span]
+    commands = (match[0] for match in found if match)
+    return [shlex.split(command.split(" #")[0].split(" &&")[0]) for command in commands]
+
+
+COMMANDS = sorted({tuple(command) for path in TEXTS for command in commands_in(path)})
+
+
+def test_the_readme_shows_commands() -> None:
+    assert {"scripts/train_vqvae.py", "scripts/train_dalle.py", "scripts/generate.py"} <= {
+        command[0] for command in COMMANDS
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) -> None:
+    from dalle_mini_impl.config import load_config
+    from dalle_mini_impl.training.dalle_run import DalleRunConfig
+    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+
+    script, *arguments = command
+    assert script in SCRIPTS
+    assert arguments[:1] != ["--config"] or (REPOSITORY / arguments[1]).is_file()
+    runs = {"scripts/train_vqvae.py": VQVAERunConfig, "scripts/train_dalle.py": DalleRunConfig}
+    if script in runs and "--config" in arguments:
+        load_config(runs[script], arguments, description="")  # type: ignore[type-var]
+        return
+    source = (REPOSITORY / script).read_text(encoding="utf-8")
+    if script in runs:
+        source += "--config --resume"
+        fields = {f"--{name}" for run in runs.values() for name in run.__dataclass_fields__}
+        source += " ".join(fields)
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag = argument.split("=")[0].split(".")[0]
+            assert flag in source, f"{script} has no {flag}"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_short(name: str) -> None:
+    assert len((REPOSITORY / name).read_text(encoding="utf-8").splitlines()) <= MAX_SCRIPT_LINES
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_library_never_prints(name: str) -> None:
+    tree = ast.parse((REPOSITORY / name).read_text(encoding="utf-8"))
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    assert "print" not in {call.id for call in calls if isinstance(call, ast.Name)}
+
+
+def test_modules_that_check_shapes_evaluate_their_annotations() -> None:
+    for name in MODULES:
+        text = (REPOSITORY / name).read_text(encoding="utf-8")
+        assert "jaxtyping" not in text or "from __future__ import annotations" not in text, name
+
+
+def test_help_comes_without_the_heavy_libraries() -> None:
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['scripts/generate.py', '--help']\n"
+        "try:\n"
+        "    runpy.run_path('scripts/generate.py', run_name='__main__')\n"
+        "except SystemExit as error:\n"
+        "    assert not error.code, error.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'wandb', 'numpy', 'PIL'}\n"
+        "print('loaded:', sorted(heavy & sys.modules.keys()))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "--prompt" in result.stdout
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_the_import_contracts_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    status = lint_imports(config_filename=str(REPOSITORY / "pyproject.toml"), no_cache=True)
+    assert status == EXIT_STATUS_SUCCESS, capsys.readouterr().out

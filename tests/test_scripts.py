@@ -1,0 +1,411 @@
+"""The scripts as a user meets them: their own folder, their mistakes, the files that come out."""
+
+import importlib.util
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.training.run import save_config
+from tests.reference import tiny
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def main_of(name: str) -> Callable[[Sequence[str]], None]:
+    """The `main` of a script, which is no module of any package."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+def run_here(name: str, *arguments: str | Path) -> int:
+    """Runs a script in this process; returns its exit code."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        run_script(main_of(name), [str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return 0
+
+
+def run_apart(name: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user does."""
+    return subprocess.run(
+        [sys.executable, f"scripts/{name}.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def no_handlers_left() -> Iterator[None]:
+    """A script sets logging up for its process; here the next test has other streams."""
+    before = list(logging.getLogger().handlers)
+    yield
+    logging.getLogger().handlers[:] = before
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "model"
+    tiny.build_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 pictures as a user has them: one broken, one caption empty, one of 5,000 characters."""
+    folder = tmp_path_factory.mktemp("own") / "my pictures"
+    (folder / "더 많은 그림").mkdir(parents=True)
+    for number in range(40):
+        parent = folder if number % 2 else folder / "더 많은 그림"
+        stem = f"그림 {number}" if number % 3 else f"a picture {number}"
+        tiny.draw_picture(number).save(parent / f"{stem}.png")
+        caption = tiny.CAPTIONS[number % len(tiny.CAPTIONS)]
+        if number == 8:
+            caption = ("a very long story about a purple disc " * 200)[:5000]
+        (parent / f"{stem}.txt").write_text("\n" if number == 10 else caption, encoding="utf-8")
+    broken = folder / "그림 7.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    return folder
+
+
+def presets(data: Path, out: Path) -> tuple[Path, Path]:
+    """Two tiny presets as YAML files."""
+    vqvae = tiny.vqvae_run(data, out / "vqvae", max_steps=3)
+    dalle = tiny.dalle_run(data, out / "vqvae" / "model", out / "dalle", max_steps=3)
+    out.mkdir(exist_ok=True)
+    for name, config in (("vqvae", vqvae), ("dalle", dalle)):
+        save_config(config, out / f"{name}.yaml")
+    return out / "vqvae.yaml", out / "dalle.yaml"
+
+
+def test_a_users_own_folder_goes_the_whole_road(
+    own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    vqvae, dalle = presets(own_folder, out)
+    assert run_here("train_vqvae", "--config", vqvae) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"skipped 그림 7\.png: .*damaged", shown)
+    assert "skipped 더 많은 그림/그림 10.png: no caption: 그림 10.txt is empty" in shown
+    assert len(re.findall(r"^skipped ", shown, re.MULTILINE)) == 2
+    assert re.search(r"^train: \d+ pictures from .*my pictures, 2 skipped$", shown, re.MULTILINE)
+    assert re.search(r"100 %  step 3  loss \d\.\d{4}  \d+ tokens/s  ", shown)
+    assert f"model folder: {out / 'vqvae' / 'model'}" in shown
+
+    assert run_here("train_dalle", "--config", dalle, "--training.max_steps", "2") == 0
+    shown = capsys.readouterr().out
+    assert "skipped 그림 7.png" in shown
+    train = re.search(r"^1 of (\d+) captions were longer than 8 tokens", shown, re.MULTILINE)
+    assert train is None or int(train[1]) > 2
+    assert re.search(r"^\d+ of \d+ captions were longer than 8 tokens", shown, re.MULTILINE)
+    counts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) pictures", shown, re.MULTILINE)]
+    assert sum(counts) == 38
+
+    arguments = ["--model", out / "dalle" / "model", "--prompt", "보라색 원", "--num-images", "2"]
+    assert run_here("generate", *arguments, "--out", out / "pictures") == 0
+    shown = capsys.readouterr().out
+    assert shown == f"pictures: {out / 'pictures'}\ngrid: {out / 'pictures' / 'grid.png'}\n"
+    names = sorted(path.name for path in (out / "pictures").iterdir())
+    assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid.png"]
+
+
+def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red disc\n\n  a blue box  \na red disc\n", encoding="utf-8")
+    common = ["--model", model_dir, "--out", out]
+    assert run_here("generate", *common, "--prompt", "an old one", "--num-images", "3") == 0
+    assert (
+        run_here(
+            "generate",
+            *common,
+            *("--prompts-file", prompts, "--num-images", "12", "--seed", "5"),
+            *("--guidance-scale", "1.5", "--top-k", "9"),
+        )
+        == 0
+    )
+    capsys.readouterr()
+    assert len(list(out.glob("0000-a-red-disc_*.png"))) == 12
+    assert len(list(out.glob("0001-a-blue-box_*.png"))) == 12
+    with Image.open(out / "0001-a-blue-box_16.png") as image:
+        assert image.size == (tiny.SIZE, tiny.SIZE)
+        facts = json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined]
+        pixels = image.tobytes()
+    assert facts["prompt"] == "a blue box"
+    assert facts["seed"] == 16
+    assert (facts["guidance_scale"], facts["top_k"], facts["temperature"]) == (1.5, 9, 1.0)
+    again = tmp_path / "again"
+    options = ["--seed", str(facts["seed"]), "--num-images", "1", "--top-k", str(facts["top_k"])]
+    arguments = ["--model", model_dir, "--out", again, "--prompt", facts["prompt"], *options]
+    assert run_here("generate", *arguments, "--guidance-scale", "1.5") == 0
+    with Image.open(again / "0000-a-blue-box_16.png") as image:
+        assert image.tobytes() == pixels
+    # Two rows of twelve, of which the eleventh is seed 15: not in the order of the file names.
+    with Image.open(out / "grid.png") as grid:
+        columns = grid.width // (grid.height // 2)
+        assert columns >= 8
+        step = (grid.width - 2) // 12
+        cell = grid.crop((2 + 10 * step, 2, 2 + 11 * step - 2, step))
+    with Image.open(out / "0000-a-red-disc_15.png") as image:
+        expected = image.resize((step - 2, step - 2), Image.Resampling.NEAREST)
+    assert cell.tobytes() == expected.tobytes()
+
+
+BASE = ("--data.source", "DATA", "--output_dir", "OUT")
+BAD_INPUT = {
+    "unknown key": ("train_vqvae", [*BASE, "--vqvae.colour", "3"], ["vqvae.colour", "--help"]),
+    "unknown key in a file": ("train_vqvae", [*BASE, "--config", "ODD"], ["vqvae", "colour"]),
+    "no such preset": ("train_vqvae", ["--config", "NONE"], ["config", "NONE"]),
+    "a preset that is no YAML": ("train_dalle", ["--config", "PICTURE"], ["config"]),
+    "nothing at all": ("train_dalle", [], ["data.source", "vqvae_dir", "output_dir"]),
+    "no value": ("train_vqvae", [*BASE, "--training.max_steps"], ["training.max_steps"]),
+    "a word for a number": (
+        "train_vqvae",
+        [*BASE, "--training.max_steps", "many"],
+        ["training.max_steps", "many", "int"],
+    ),
+    "missing folder": (
+        "train_vqvae",
+        ["--data.source", "NONE", "--output_dir", "OUT"],
+        ["data.source", "no folder or file", "NONE"],
+    ),
+    "no captions": (
+        "train_vqvae",
+        ["--data.source", "BARE", "--output_dir", "OUT"],
+        ["data.source", "no captioned pictures found", "x.txt beside each x.jpg"],
+    ),
+    "image size": (
+        "train_vqvae",
+        [*BASE, "--vqvae.image_size", "63"],
+        ["image_size: got 63, wanted a multiple of 8"],
+    ),
+    "batch size": (
+        "train_vqvae",
+        ["--config", "VQVAE", "--training.gradient_accumulation_steps", "3"],
+        ["training.global_batch_size: got 8, wanted a multiple of 3"],
+    ),
+    "no tokenizer": ("train_dalle", ["--config", "DALLE"], ["vqvae_dir", "train_vqvae.py wrote"]),
+    "resume from nowhere": (
+        "train_vqvae",
+        ["--config", "VQVAE", "--resume", "NONE"],
+        ["NONE", "no such folder"],
+    ),
+    "prompt of spaces": (
+        "generate",
+        ["--model", "MODEL", "--prompt", "   "],
+        ["prompt: got '   ', wanted some text"],
+    ),
+    "no prompt": ("generate", ["--model", "MODEL"], ["--prompt TEXT or --prompts-file FILE"]),
+    "no model": ("generate", ["--prompt", "x"], ["--model", "--help"]),
+    "no model folder": (
+        "generate",
+        ["--model", "DATA", "--prompt", "x"],
+        ["model: DATA is no model folder", "train_dalle.py wrote"],
+    ),
+    "seed": ("generate", ["--model", "MODEL", "--prompt", "x", "--seed", "-1"], ["seed: got -1"]),
+    "no pictures": (
+        "generate",
+        ["--model", "MODEL", "--prompt", "x", "--num-images", "0"],
+        ["num_images: got 0, wanted at least 1"],
+    ),
+    "top-p": (
+        "generate",
+        ["--model", "MODEL", "--prompt", "x", "--top-p", "2"],
+        ["top_p: got 2.0, wanted above 0 and up to 1"],
+    ),
+    "a word for a count": (
+        "generate",
+        ["--model", "MODEL", "--prompt", "x", "--top-k", "many"],
+        ["--top-k", "many"],
+    ),
+    "prompts file": (
+        "generate",
+        ["--model", "MODEL", "--prompts-file", "NONE"],
+        ["prompts-file: NONE: No such file"],
+    ),
+    "prompts file that is a picture": (
+        "generate",
+        ["--model", "MODEL", "--prompts-file", "PICTURE"],
+        ["prompts-file: PICTURE: not UTF-8"],
+    ),
+    "out is a file": (
+        "generate",
+        ["--model", "MODEL", "--prompt", "x", "--out", "PICTURE"],
+        ["out: PICTURE: File exists; wanted a folder"],
+    ),
+    "output_dir is a file": (
+        "train_vqvae",
+        ["--data.source", "DATA", "--output_dir", "PICTURE"],
+        ["output_dir: PICTURE: File exists; wanted a folder"],
+    ),
+    "unknown option of the demo": ("demo", ["--fast"], ["--fast", "--help"]),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path) -> dict[str, str]:
+    """What the capital words in `BAD_INPUT` stand for."""
+    folder = tmp_path_factory.mktemp("bad")
+    bare = folder / "bare"
+    bare.mkdir()
+    for number in range(12):
+        tiny.draw_picture(number).save(bare / f"{number}.png")
+    (folder / "odd.yaml").write_text("vqvae:\n  colour: 3\n")
+    vqvae, dalle = presets(data, folder / "runs")
+    return {
+        "DATA": str(data),
+        "BARE": str(bare),
+        "MODEL": str(model_dir),
+        "OUT": str(folder / "out"),
+        "NONE": str(folder / "none"),
+        "PICTURE": str(bare / "0.png"),
+        "ODD": str(folder / "odd.yaml"),
+        "VQVAE": str(vqvae),
+        "DALLE": str(dalle),
+    }
+
+
+def filled(text: str, places: dict[str, str]) -> str:
+    for word, path in places.items():
+        text = re.sub(rf"\b{word}\b", lambda _, path=path: path, text)
+    return text
+
+
+def assert_one_line(error: str, wanted: Sequence[str], places: dict[str, str]) -> None:
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+    for part in wanted:
+        assert filled(part, places) in error
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_is_one_line_that_says_what_to_change(
+    case: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, arguments, wanted = BAD_INPUT[case]
+    assert run_here(name, *(places.get(word, word) for word in arguments)) == 2
+    assert_one_line(capsys.readouterr().err, wanted, places)
+
+
+def test_a_damaged_model_is_one_line(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    weights = folder / "dalle" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run_here("generate", "--model", folder, "--prompt", "x") == 2
+    error = capsys.readouterr().err
+    assert_one_line(error, [f"model: {folder} does not load"], {})
+
+
+@pytest.mark.parametrize("case", ["unknown key", "no model folder", "no model"])
+def test_bad_input_leaves_a_real_process_with_code_2(case: str, places: dict[str, str]) -> None:
+    name, arguments, wanted = BAD_INPUT[case]
+    result = run_apart(name, *(places.get(word, word) for word in arguments))
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert_one_line(result.stderr, wanted, places)
+
+
+def test_a_stopped_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as exit_:
+        run_script(stopped, [])
+    assert exit_.value.code == 130
+    assert "--resume latest" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_in_a_new_process(data: Path, tmp_path: Path) -> None:
+    import signal
+    import time
+
+    straight, stopped = (
+        tiny.vqvae_run(
+            data, tmp_path / name, max_steps=400, log_every_steps=1, checkpoint_every_steps=5
+        )
+        for name in ("straight", "stopped")
+    )
+    for config, name in ((straight, "straight"), (stopped, "stopped")):
+        save_config(config, tmp_path / f"{name}.yaml")
+    assert run_apart("train_vqvae", "--config", tmp_path / "straight.yaml").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "scripts/train_vqvae.py", "--config", tmp_path / "stopped.yaml"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+    )
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step-0000001*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    result = run_apart("train_vqvae", "--config", tmp_path / "stopped.yaml", "--resume", "latest")
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step" in result.stdout
+    one, two = (
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("straight", "stopped")
+    )
+    assert one == two
+    assert tiny.losses(tmp_path / "straight") == tiny.losses(tmp_path / "stopped")
+
+
+@pytest.mark.slow
+def test_the_demo_picks_up_where_it_was(tmp_path: Path) -> None:
+    """`scripts/demo.py` with budgets of seconds: every step, then nothing twice."""
+    presets_dir = tmp_path / "presets"
+    presets_dir.mkdir()
+    for name in ("vqvae", "dalle"):
+        text = (REPOSITORY / "configs" / "demo" / f"{name}.yaml").read_text()
+        text = re.sub(r"max_minutes: .*", "max_minutes: 0.05", text)
+        (presets_dir / f"{name}.yaml").write_text(text)
+    arguments = ["--out", tmp_path / "demo", "--configs", presets_dir]
+    first = run_apart("demo", *arguments)
+    assert first.returncode == 0, first.stderr
+    assert "Traceback" not in first.stderr
+    for name in ("prompts.png", "prompts_ko.png", "held_out.png"):
+        assert (tmp_path / "demo" / name).is_file()
+        assert name in first.stdout
+    assert "right skin tone" in first.stdout
+    again = run_apart("demo", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "training" not in again.stdout
+    assert (
+        again.stdout.splitlines()[-1].split("]")[1] == first.stdout.splitlines()[-1].split("]")[1]
+    )
