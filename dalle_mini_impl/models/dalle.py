@@ -169,7 +169,7 @@ class DigitTable(nn.Module):
 
     def table(self) -> Float[Tensor, "codebook_size width"]:
         """Add the shared rows to each token's own row."""
-        table = self.rows
+        table: Tensor = self.rows
         for index, rows in enumerate(self.digit_rows):
             # Not rows[digits]: the backward pass of indexing is eight times slower on CPUs.
             table = table + F.embedding(self.get_buffer(f"digits_{index}"), rows)
