@@ -395,6 +395,7 @@ def test_nothing_and_garbage_show_no_caption() -> None:
         assert not any(all(facts_hold(claims, seen)) for claims in facts)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     "image",
     [
