@@ -122,6 +122,9 @@ class EmojiIndex:
 def emoji_index() -> EmojiIndex:
     """The index of the installed `emoji` package, built once.
 
+    Returns:
+        Names and groups of all emoji.
+
     Raises:
         UserError: the packages that hold the names are not installed.
     """

@@ -124,6 +124,9 @@ def _to_pixels(image: Image.Image | NDArray[np.uint8]) -> Map:
 def _explain_pixels(pixels: Map) -> tuple[NDArray[np.int64], Map]:
     """Explains each pixel as background mixed with the best palette colour.
 
+    Args:
+        pixels: RGB values, (height, width, 3).
+
     Returns:
         The index of the palette colour, `_FAINT` for ink that is none, -1 for background; and the
         share of the colour in the mix.
@@ -195,6 +198,9 @@ def _read_colour(pixels: Map, strength: float, colour: int) -> str:
         pixels: core pixels of a region (count, 3).
         strength: the share of ink in them.
         colour: the index of the palette colour that explains them best, or `_FAINT`.
+
+    Returns:
+        A palette colour's name, or "unknown".
     """
     if colour == _FAINT or strength < MIN_STRENGTH:
         return "unknown"
