@@ -44,9 +44,17 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         main(arguments)
+        _leave_process_group()
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         sys.stderr.write("stopped; --resume latest continues from the last checkpoint\n")
         raise SystemExit(130) from None
+
+
+def _leave_process_group() -> None:
+    """End what Accelerate started, if this script loaded torch at all."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

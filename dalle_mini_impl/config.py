@@ -35,6 +35,8 @@ def load_config(
     parser.add_class_arguments(config_class, as_positional=False)
     try:
         parsed = parser.instantiate(parser.parse_args(list(arguments)))
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"config: {_one_line(error)}; wanted a YAML file in UTF-8") from None
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(f"{_one_line(error)}; --help lists all options") from None
     values: dict[str, Any] = vars(parsed)

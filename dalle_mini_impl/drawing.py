@@ -85,7 +85,6 @@ def draw_to_folder(
     grid = out / "grid.png"
     if processes.is_main_process:
         _write_grid(grid, written, columns=num_images)
-    processes.end_training()
     return grid if processes.is_main_process else None
 
 

@@ -33,7 +33,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=300,
         check=False,
     )
 
@@ -62,6 +62,30 @@ def pictures_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("prompts", [("a red disc",), ("a red disc", "a blue box", "파란 상자")])
+def test_the_script_draws_the_same_on_two_processes(
+    tmp_path: Path, prompts: tuple[str, ...]
+) -> None:
+    tiny.build_pipeline().save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--num-images", "3", "--seed", "2"]
+    options += [part for prompt in prompts for part in ("--prompt", prompt)]
+    script = REPOSITORY / "scripts" / "generate.py"
+    two = torchrun(script, *options, "--out", tmp_path / "two")
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("grid: ") == 1  # of the first process alone
+    one = subprocess.run(
+        [sys.executable, script, *options, "--out", tmp_path / "one"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert one.returncode == 0
+    expected = pictures_of(tmp_path / "one")
+    assert len(expected) == 3 * len(prompts) + 1
+    assert pictures_of(tmp_path / "two") == expected
+
+
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tiny.write_data(tmp_path / "data")
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")

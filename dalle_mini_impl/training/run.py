@@ -76,7 +76,6 @@ def run_task(
     finally:
         tracker.close()
     accelerator.wait_for_everyone()
-    accelerator.end_training()
     show(f"model folder: {folder}")
     return folder
 

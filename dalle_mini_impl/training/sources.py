@@ -124,8 +124,9 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> Acceler
     """
     if mixed_precision == "auto":
         mixed_precision = "bf16" if has_fast_bf16() else "no"
-    # An earlier run in this process may have had another precision, or ended its process group.
-    AcceleratorState._reset_state(reset_partial_state=True)
+    # An earlier run in this process may have had another precision. The process group stays: to
+    # end it and to start another under the same torchrun hangs.
+    AcceleratorState._reset_state()
     # Accelerate joins processes without a GPU only when it is told that it must do without.
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision

@@ -6,6 +6,7 @@ Argument: a folder with `vqvae.yaml` and `dalle.yaml`, and `model/` beside it; r
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ if __name__ == "__main__":  # a dependency installs a package `tests` of its own
     sys.modules["tests"] = types.ModuleType("tests")
     sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
 
+from dalle_mini_impl.cli import run_script
 from dalle_mini_impl.config import read_config
 from dalle_mini_impl.drawing import draw_to_folder
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
@@ -45,9 +47,9 @@ def draw(model: Path, out: Path) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> None:
     """Does all of it and writes `seen-<rank>.json`."""
-    folder = Path(sys.argv[1])
+    folder = Path(arguments[0])
     torch.set_num_threads(1)
     task = fit_a_line(folder / "line")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main, sys.argv[1:])
