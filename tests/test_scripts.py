@@ -329,7 +329,7 @@ def test_a_damaged_model_is_one_line(
     assert_one_line(error, [f"model: {folder} does not load"], {})
 
 
-@pytest.mark.parametrize("case", ["unknown key", "no model folder", "no model"])
+@pytest.mark.parametrize("case", ["unknown key", "no captions", "no model folder", "no model"])
 def test_bad_input_leaves_a_real_process_with_code_2(case: str, places: dict[str, str]) -> None:
     name, arguments, wanted = BAD_INPUT[case]
     result = run_apart(name, *(places.get(word, word) for word in arguments))

@@ -182,7 +182,6 @@ def open_pairs(
         UserError: Nothing there, no captioned pictures, a broken metadata line, no such split.
     """
     listing = _list_source(source, text_columns, image_column)
-    _warn_about_skipped(source, listing.skipped)
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
         raise UserError(
@@ -191,6 +190,7 @@ def open_pairs(
             f"tars with key.jpg and key.txt, parquet files with columns {image_column} and text, "
             f"a Hub data set user/name{'. Skipped: ' + first if first else ''}"
         )
+    _warn_about_skipped(source, listing.skipped)
     chosen = choose_split(source, listing.pairs, split)
     return Pairs(chosen, listing.skipped, listing.pictures)
 
