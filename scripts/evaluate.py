@@ -6,12 +6,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Measure a model on held-out emoji.")
+    parser = OneLineParser(description="Measure a model on held-out emoji.")
     parser.add_argument("--model", required=True, help="model folder that train_dalle.py wrote")
     parser.add_argument("--data", type=Path, default=Path("out/demo/data"), help="emoji folder")
     parser.add_argument(

@@ -265,6 +265,8 @@ BAD_INPUT = {
         ["--data.source", "DATA", "--output_dir", "PICTURE"],
         ["output_dir: PICTURE: File exists; wanted a folder"],
     ),
+    "a model to measure": ("evaluate", ["--model", "DATA"], ["model: DATA is no model folder"]),
+    "unknown option": ("evaluate", ["--model", "MODEL", "--fast"], ["--fast", "--help"]),
     "unknown option of the demo": ("demo", ["--fast"], ["--fast", "--help"]),
 }
 

@@ -146,8 +146,10 @@ def test_random_order_is_a_permutation_and_the_targets_go_along(
 
     del batch["ids"]
     generator = torch.Generator()
-    _, metrics = task.loss(Knows(), batch, progress=0.0, generator=generator)
-    assert float(metrics["image_nats"]) < 1e-6
+    for noise in (0.0, 1.0):  # noise is for the inputs alone
+        task = build_task(pipeline, random_order_probability=0.5, token_noise_probability=noise)
+        _, metrics = task.loss(Knows(), batch, progress=0.0, generator=generator)
+        assert float(metrics["image_nats"]) < 1e-6
 
 
 def test_token_noise_changes_inputs_and_never_targets(pipeline: TextToImagePipeline) -> None:
