@@ -13,7 +13,6 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pydoclint dalle_mini_impl vqvae
 	$(BIN)/lint-imports
 
 test: $(VENV)/.dev

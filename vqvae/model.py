@@ -142,6 +142,9 @@ class VQVAE(nn.Module):
         """Hash config and weights: equal fingerprints mean equal tokens for equal images.
 
         What a quantizer keeps for its training alone (moving averages, a temperature) is left out.
+
+        Returns:
+            16 hexadecimal digits.
         """
         digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
         for name, tensor in sorted(self.state_dict().items()):
