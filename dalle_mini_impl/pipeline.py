@@ -242,7 +242,7 @@ class TextToImagePipeline:
         if not (folder / INDEX_NAME).is_file():
             raise UserError(
                 f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
-                "wanted the folder that train_dalle.py wrote, for example out/demo/model"
+                "wanted the folder that train_dalle.py wrote, for example out/demo/dalle/model"
             )
         try:
             index = _read_json(folder / INDEX_NAME)

@@ -1,43 +1,43 @@
-"""Write a set of the shapes world: python scripts/prepare_shapes.py --out data/shapes32."""
+"""Write a set of the shapes world: python scripts/prepare_shapes.py --out out/shapes/data."""
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.data.shapes import KINDS
-from dalle_mini_impl.data.shapes_captions import prepare_shapes
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.cli import OneLineParser, run_script
 
 
-def main() -> int:
-    """Read the flags, write the data set, print its counts; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Write pictures of shapes with captions and facts."
-    )
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    from dalle_mini_impl.data.shapes import KINDS
+
+    parser = OneLineParser(description="Write pictures of shapes with captions and facts.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, default=32, help="side in pixels (default: 32)")
     parser.add_argument("--train", type=int, default=20_000, help="pictures (default: 20000)")
     parser.add_argument("--test", type=int, default=1_000, help="pictures (default: 1000)")
     parser.add_argument("--test-compose", type=int, default=1_000, help="pictures (default: 1000)")
     parser.add_argument(
-        "--kinds", default=",".join(KINDS), help=f"comma-separated, of {', '.join(KINDS)}"
+        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="of scene (default: all)"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the data set and print its counts."""
+    options = parse(arguments)
+    from dalle_mini_impl.data.shapes_captions import prepare_shapes
+
     counts = {
-        "train": arguments.train,
-        "test": arguments.test,
-        "test_compose": arguments.test_compose,
+        "train": options.train,
+        "test": options.test,
+        "test_compose": options.test_compose,
     }
-    kinds = [kind.strip() for kind in arguments.kinds.split(",")]
-    try:
-        total = prepare_shapes(arguments.out, counts=counts, image_size=arguments.size, kinds=kinds)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"{arguments.out}: {total} pictures of {arguments.size} x {arguments.size}")
+    total = prepare_shapes(options.out, counts=counts, image_size=options.size, kinds=options.kinds)
+    print(f"{options.out}: {total} pictures of {options.size} x {options.size}")
     print("  per split: " + ", ".join(f"{split} {count}" for split, count in counts.items()))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main, sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import json
 import random
-import runpy
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -459,16 +459,15 @@ def test_bad_folders_and_counts_are_refused(tmp_path: Path) -> None:
         prepare_shapes(tmp_path, counts={"val": 1})
 
 
-def test_script_writes_a_folder_and_shows_errors_as_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def run(*flags: str) -> int:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--out", str(tmp_path / "set"), *flags])
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return int(stopped.value.code or 0)
+def test_script_writes_a_folder_and_shows_errors_as_one_line(tmp_path: Path) -> None:
+    def run(*flags: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT), "--out", str(tmp_path / "set"), *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
 
-    assert run("--train", "3", "--test", "2", "--test-compose", "1", "--kinds", "single") == 0
-    assert "6 pictures of 32 x 32" in capsys.readouterr().out
-    assert run("--kinds", "double") == 2
-    assert capsys.readouterr().err.startswith("error: kinds: got ('double',)")
+    done = run("--train", "3", "--test", "2", "--test-compose", "1", "--kinds", "single")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "6 pictures of 32 x 32" in done.stdout
+    refused = run("--kinds", "double")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: argument --kinds: invalid choice: 'double'")
+    assert refused.stderr.count("\n") == 1

@@ -1,0 +1,48 @@
+"""The whole road in three minutes: a model learns the shapes world and draws what it is told."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+REPOSITORY = Path(__file__).parents[1]
+MAX_TRAINING_MINUTES = 3.0
+
+
+def run(script: str, *arguments: str | Path) -> str:
+    """Runs a script as a user would; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, f"scripts/{script}.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_three_minutes_of_training_draw_captions_and_new_combinations_right(tmp_path: Path) -> None:
+    presets = {name: REPOSITORY / f"configs/shapes/{name}.yaml" for name in ("vqvae", "dalle")}
+    minutes = [
+        yaml.safe_load(path.read_text())["training"]["max_minutes"] for path in presets.values()
+    ]
+    assert sum(minutes) <= MAX_TRAINING_MINUTES
+    data = tmp_path / "data"
+    run("prepare_shapes", "--out", data, "--kinds", "single")
+    for name, preset in presets.items():
+        shared = ["--data.source", data, "--output_dir", tmp_path / name]
+        tokenizer = ["--vqvae_dir", tmp_path / "vqvae/model"] if name == "dalle" else []
+        run(f"train_{name}", "--config", preset, *shared, *tokenizer, "--tracking.mode=disabled")
+    printed = run("evaluate_shapes", "--model", tmp_path / "dalle/model")
+    reports = {report["split"]: report for report in map(json.loads, printed.splitlines())}
+    assert set(reports) == {"test", "test_compose"}
+    assert reports["test"]["accuracy"] >= 0.9
+    assert reports["test_compose"]["accuracy"] >= 0.6
+    for report in reports.values():
+        assert report["accuracy_of_shuffled"] < 0.05  # the checker does not say yes to everything
