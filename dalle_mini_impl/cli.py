@@ -49,7 +49,9 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        sys.stderr.write("stopped; --resume latest continues from the last checkpoint\n")
+        sys.stderr.write(
+            "stopped; a training run goes on from its last checkpoint with --resume latest\n"
+        )
         raise SystemExit(130) from None
 
 

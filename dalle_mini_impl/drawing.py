@@ -10,8 +10,10 @@ from PIL import Image
 
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
+from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.sources import build_accelerator
 
 PROMPTS_AT_A_TIME = 64
@@ -52,9 +54,10 @@ def draw_to_folder(
     if not every_prompt:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
     unique = list(dict.fromkeys(every_prompt))  # the same prompt twice would be the same pictures
-    _make_folder(out)
+    use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
+    make_folder(out, field="out")
     processes = build_accelerator("no")  # float32: the last bits decide which picture it is
     pipeline.to(processes.device)
     settings = {
@@ -95,13 +98,6 @@ def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int)
         with Image.open(picture) as image:
             images.append(image.convert("RGB"))
     make_grid(images, columns=columns, captions=[prompt for _, prompt in written]).save(path)
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out: {out}: {error.strerror}; wanted a folder") from None
 
 
 def _read_prompts(path: Path) -> list[str]:

@@ -57,7 +57,8 @@ class PipelineOutput:
     prompts: list[str]
     """The prompt of each picture."""
     seeds: list[int]
-    """The seed of each picture: with its prompt and the settings it makes the picture again."""
+    """The seed of each picture: with its prompt, the settings and no other candidates it makes the
+    picture again."""
     scores: list[float]
     """log p(image | prompt) - log p(image) of each picture in nats; 0 where it was not needed."""
 
@@ -122,7 +123,8 @@ class TextToImagePipeline:
         """Draw pictures.
 
         Image k of every prompt has seed ``seed + k``, so that it is the same picture whatever else
-        is drawn in the same call.
+        is drawn in the same call. With candidates, it is the best of the ``num_candidates`` seeds
+        from ``seed + k * num_candidates`` on.
 
         Args:
             prompt: One prompt, or several.
@@ -254,6 +256,9 @@ class TextToImagePipeline:
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
             config = _read_json(folder / "dalle" / "config.json")
+            _require_fields(config, DalleConfig)
+            _require_fields(config["decoder"], DecoderConfig)
+            _require_fields(index["sampling"], SamplingConfig)
             for name in ("image_grid_size", "codebook_levels"):
                 config[name] = tuple(config[name])
             config["decoder"] = DecoderConfig(**config["decoder"])
@@ -289,6 +294,13 @@ class TextToImagePipeline:
             return dataclasses.replace(self.settings, **overrides)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def _require_fields(values: dict[str, Any], config: type[DataclassInstance]) -> None:
+    """Refuse a stored config with other fields: a default in place of one is another model."""
+    odd = sorted(values.keys() ^ {field.name for field in dataclasses.fields(config)})
+    if odd:
+        raise UserError(f"{config.__name__}: unknown or missing fields: {', '.join(odd)}")
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

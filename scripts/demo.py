@@ -23,6 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     from dalle_mini_impl.data.emoji import prepare_emoji
     from dalle_mini_impl.evaluation.demo import draw_demo
     from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+    from dalle_mini_impl.training.precision import use_fast_float32
     from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
 
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         settings, resume = load_config(DalleRunConfig, preset, description="")
         train_dalle(settings, resume=resume, show=announce)
     announce("drawing pictures")
+    use_fast_float32()  # as training did: a later run of this script alone draws the same pictures
     for line in draw_demo(dalle / "model", data, out):
         announce(line)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.errors import UserError
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -28,12 +29,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print the figures as JSON."""
     options = parse(arguments)
+    if options.out and options.out.suffix.lower() != ".png":
+        raise UserError(f"out: got {options.out}, wanted a file name that ends in .png")
     from dalle_mini_impl.evaluation.demo import held_out_sheet
     from dalle_mini_impl.evaluation.emoji import evaluate_emoji
+    from dalle_mini_impl.folders import make_folder
     from dalle_mini_impl.pipeline import TextToImagePipeline
     from dalle_mini_impl.training.precision import use_fast_float32
 
     use_fast_float32()
+    if options.out:
+        make_folder(options.out.parent, field="out")
     overrides = {name: getattr(options, name) for name in ("guidance_scale", "temperature")}
     figures, grid = evaluate_emoji(
         TextToImagePipeline.from_pretrained(options.model),

@@ -35,10 +35,13 @@ def main(arguments: Sequence[str]) -> None:
     """Print the shares of right drawings as JSON, one line per split."""
     options = parse(arguments)
     from dalle_mini_impl.evaluation.shapes_accuracy import drawings_sheet, evaluate_shapes
+    from dalle_mini_impl.folders import make_folder
     from dalle_mini_impl.pipeline import TextToImagePipeline
     from dalle_mini_impl.training.precision import use_fast_float32
 
     use_fast_float32()
+    if options.out:
+        make_folder(options.out, field="out")
     pipeline = TextToImagePipeline.from_pretrained(options.model)
     overrides = {name: getattr(options, name) for name in ("guidance_scale", "temperature")}
     for split in SPLITS:
@@ -54,7 +57,6 @@ def main(arguments: Sequence[str]) -> None:
         figures = {"accuracy": report.accuracy, "accuracy_of_shuffled": report.shuffled_accuracy}
         print(json.dumps({"split": split, **figures, "facts": report.fact_accuracies}))
         if options.out:
-            options.out.mkdir(parents=True, exist_ok=True)
             drawings_sheet(report, NUM_SHOWN).save(options.out / f"{split}.png")
 
 

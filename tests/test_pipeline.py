@@ -116,6 +116,12 @@ def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop_json(path: Path, section: str, key: str) -> None:
+    values = json.loads(path.read_text())
+    del values[section][key]
+    path.write_text(json.dumps(values))
+
+
 def flip_a_byte(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 255
@@ -130,6 +136,8 @@ def flip_a_byte(path: Path) -> None:
         (lambda f: (f / "model_index.json").write_text("[]"), "wanted an object"),
         (lambda f: change_json(f / "model_index.json", format_version=2), "got 2, wanted 1"),
         (lambda f: change_json(f / "model_index.json", sampling={"top_q": 1}), "top_q"),
+        (lambda f: drop_json(f / "model_index.json", "sampling", "top_k"), "missing fields: top_k"),
+        (lambda f: drop_json(f / "dalle/config.json", "decoder", "positions"), "fields: positions"),
         (lambda f: (f / "dalle/config.json").unlink(), "does not load.*No such file"),
         (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
         (lambda f: change_json(f / "dalle/config.json", text_length=9), "does not load"),

@@ -206,6 +206,16 @@ BAD_INPUT = {
         [*BASE, "--vqvae.image_size", "63"],
         ["image_size: got 63, wanted a multiple of 8"],
     ),
+    "image size for the loss": (
+        "train_vqvae",
+        [*BASE, "--vqvae.image_size", "36", "--vqvae.channels", "[64]"],
+        ["vqvae.image_size: got 36, wanted a multiple of 8 for the wavelet loss"],
+    ),
+    "output among the data": (
+        "train_vqvae",
+        ["--data.source", "DATA", "--output_dir", "INSIDE"],
+        ["output_dir: INSIDE lies inside data.source DATA"],
+    ),
     "batch size": (
         "train_vqvae",
         ["--config", "VQVAE", "--training.gradient_accumulation_steps", "3"],
@@ -266,6 +276,16 @@ BAD_INPUT = {
         ["output_dir: PICTURE: File exists; wanted a folder"],
     ),
     "a model to measure": ("evaluate", ["--model", "DATA"], ["model: DATA is no model folder"]),
+    "data that are no emoji": (
+        "evaluate",
+        ["--model", "MODEL", "--data", "DATA"],
+        ["data: DATA/metadata.jsonl has no held-out grid cells"],
+    ),
+    "a sheet that is no picture": (
+        "evaluate",
+        ["--model", "MODEL", "--data", "DATA", "--out", "OUT"],
+        ["out: got OUT, wanted a file name that ends in .png"],
+    ),
     "unknown option": ("evaluate", ["--model", "MODEL", "--fast"], ["--fast", "--help"]),
     "unknown option of the demo": ("demo", ["--fast"], ["--fast", "--help"]),
 }
@@ -283,6 +303,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     vqvae, dalle = presets(data, folder / "runs")
     return {
         "DATA": str(data),
+        "INSIDE": str(data / "below" / "run"),
         "BARE": str(bare),
         "MODEL": str(model_dir),
         "OUT": str(folder / "out"),

@@ -12,6 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 SSIM_WINDOW = 7
+WAVELET_LEVELS = 3
+WAVELET_MULTIPLE = 2**WAVELET_LEVELS  # of image sides
 SSIM_SIGMA = 1.5
 SSIM_SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 LOGIT_LAPLACE_EPS = 0.1
@@ -52,7 +54,7 @@ def haar_wavelet_loss(
     reconstruction: Float[Tensor, "batch channels height width"],
     pixels: Float[Tensor, "batch channels height width"],
     *,
-    levels: int = 3,
+    levels: int = WAVELET_LEVELS,
 ) -> Float[Tensor, ""]:
     """Compare the detail coefficients of an orthonormal Haar transform by L1.
 

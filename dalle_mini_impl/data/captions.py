@@ -7,6 +7,7 @@ korea"), and get a leading space, so that a first word equals the same word furt
 The only special token is `<pad>`, id 0; a caption of nothing but pads is the null caption.
 """
 
+import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -153,6 +154,11 @@ class CaptionEncoder:
     def null_text_token_ids(self) -> Int64[Tensor, " text_length"]:
         """Returns the null caption for guidance and caption dropout: nothing but pads."""
         return torch.full((self.text_length,), PAD_TOKEN_ID)
+
+    def fingerprint(self) -> str:
+        """Hash the vocabulary: equal fingerprints mean equal tokens for equal captions."""
+        rules = self.tokenizer.backend_tokenizer.to_str()
+        return hashlib.sha256(f"{self.text_length} {rules}".encode()).hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes a folder in the format of transformers; `model_max_length` is `text_length`.

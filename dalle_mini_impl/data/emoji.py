@@ -25,6 +25,7 @@ from dalle_mini_impl.data.emoji_captions import EmojiFacts, describe
 from dalle_mini_impl.data.emoji_splits import GENDERS, TONES, split_of, without_leaks
 from dalle_mini_impl.data.emoji_styles import STYLES, Render, on_white, pictures
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.folders import make_folder
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +113,8 @@ def prepare_emoji(
     Raises:
         UserError: bad size, unknown style, missing package, or `out` is a file.
     """
-    _check(out, size, styles)
-    out.mkdir(parents=True, exist_ok=True)
+    _check(size, styles)
+    make_folder(out, field="out")
     metadata = out / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
     for style in STYLES:  # of an earlier run
@@ -163,7 +164,9 @@ def grid_roles(
     """
     grids: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for row in rows:
-        if row["style"] == style and row["role"] and row["gender"] and len(row["skin_tones"]) == 1:
+        if row.get("style") != style or not row.get("role") or not row.get("gender"):
+            continue
+        if len(row["skin_tones"]) == 1:
             grids.setdefault(row["role"], {})[row["gender"], row["skin_tones"][0]] = row
     return {
         role: cells
@@ -172,14 +175,12 @@ def grid_roles(
     }
 
 
-def _check(out: Path, size: int, styles: Sequence[str]) -> None:
+def _check(size: int, styles: Sequence[str]) -> None:
     if size < 8:
         raise UserError(f"size: got {size}, want at least 8 pixels")
     unknown = [style for style in styles if style not in STYLES]
     if unknown or not styles or len(set(styles)) != len(styles):
         raise UserError(f"styles: got {list(styles)}, want different ones of {sorted(STYLES)}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: {out} is a file, want a folder")
 
 
 def _write_style(

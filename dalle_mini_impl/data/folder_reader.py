@@ -53,7 +53,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
             captions = collect_captions(fields, text_columns)
             if not captions:
                 listing.skip(name, no_caption_reason(fields, text_columns))
-            elif not (root / name).is_file():
+            elif not os.path.isfile(root / name):  # unlike Path.is_file, never raises
                 listing.skip(name, "the picture file is missing")
             else:
                 pair = _pair_of(name, captions, fields, text_columns, root)
@@ -159,8 +159,8 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
 
 
 def _check_file(path: Path, root: Path) -> None:
-    if not is_unicode(path.name):
-        raise ValueError("its file name is not valid Unicode")
+    if not is_unicode(str(path)):
+        raise ValueError("its path is not valid Unicode")
     if path.is_symlink() and not is_inside(path, root):
         raise ValueError(f"{path.name} is a link that leads out of the folder")
     if not path.is_file():

@@ -274,6 +274,8 @@ def _text_height(num_lines: int) -> int:
 def _wrap(text: str, width: int) -> str:
     """Breaks a caption into lines of at most `width` pixels; what does not fit ends in "..."."""
     font = _font()
+    # A letter is wider than a pixel: what is cut here would not fit anyway.
+    text = text[: width * (_CAPTION_MAX_LINES + 1)]
     drawable = text.encode("latin-1", "replace").decode("latin-1")
     lines = [""]
     for word in drawable.split():

@@ -11,7 +11,6 @@ where they are and are decoded one at a time by `images.decode_image`.
 """
 
 import json
-import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -53,7 +52,6 @@ from dalle_mini_impl.errors import UserError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
 _HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
@@ -190,7 +188,6 @@ def open_pairs(
             f"tars with key.jpg and key.txt, parquet files with columns {image_column} and text, "
             f"a Hub data set user/name{'. Skipped: ' + first if first else ''}"
         )
-    _warn_about_skipped(source, listing.skipped)
     chosen = choose_split(source, listing.pairs, split)
     return Pairs(chosen, listing.skipped, listing.pictures)
 
@@ -226,14 +223,6 @@ def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -
     if not listing.pairs and any(folder.rglob("*.parquet")):
         return read_parquet(folder, text_columns=text_columns, image_column=image_column)
     return listing
-
-
-def _warn_about_skipped(source: str, skipped: Sequence[SkippedRecord]) -> None:
-    if not skipped:
-        return
-    shown = "; ".join(f"{record.path}: {record.reason}" for record in skipped[:_MAX_LISTED])
-    more = f"; and {len(skipped) - _MAX_LISTED} more" if len(skipped) > _MAX_LISTED else ""
-    logger.warning("%s: skipped %d records: %s%s", source, len(skipped), shown, more)
 
 
 def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
@@ -301,7 +290,8 @@ def load_all_pixels(
                 kept.append(index)
             else:
                 bad.append(problem)
-            if len(bad) > max_bad_fraction * total or len(bad) == total:
+            # One broken picture may be a large share of a small split.
+            if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
                 raise UserError(_too_many_bad(bad, index + 1, total, max_bad_fraction))
             if progress is not None:
                 progress(index + 1, total)

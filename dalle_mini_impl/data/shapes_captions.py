@@ -18,6 +18,7 @@ from dalle_mini_impl.data.shapes import (
 )
 from dalle_mini_impl.data.shapes_facts import Fact, ObjectPattern
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.folders import make_folder
 
 _NUMBERS = ("no", "one", "two", "three", "four")
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -155,8 +156,7 @@ def prepare_shapes(
     """
     if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
         raise UserError(f"counts: got {dict(counts)!r}, want counts >= 0 of {SPLITS}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"out: got the file {out}, want a folder")
+    make_folder(out, field="out")
     metadata = out / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
     lines = []

@@ -12,6 +12,7 @@ from dalle_mini_impl.errors import UserError
 
 HELD_OUT_FRACTION = 0.05
 MIN_PAIRS_TO_HOLD_OUT = 10
+MIN_HELD_OUT = 2
 TRAIN = "train"
 VALIDATION = ("val", "validation")
 
@@ -70,7 +71,7 @@ def held_out_split(
 
     Returns:
         Indices kept and indices held out. Below 10 pairs nothing is held out, from 10 on at least
-        one is.
+        two are: one may be broken.
 
     Raises:
         ValueError: `fraction` outside [0, 1).
@@ -82,5 +83,5 @@ def held_out_split(
     digests = [hashlib.sha1(f"{seed}:{path}".encode()).digest()[:8] for path in paths]
     draws = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
     held_out = {index for index, draw in enumerate(draws) if draw < fraction}
-    held_out = held_out or {min(range(len(draws)), key=draws.__getitem__)}
+    held_out |= set(sorted(range(len(draws)), key=draws.__getitem__)[:MIN_HELD_OUT])
     return [index for index in range(len(paths)) if index not in held_out], sorted(held_out)

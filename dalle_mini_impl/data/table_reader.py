@@ -1,5 +1,6 @@
 """Parquet files and Hub data sets, through Hugging Face `datasets`; pictures stay encoded bytes."""
 
+import glob
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
     for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
         first_part = file.relative_to(path).parts[0] if path.is_dir() else file.name
         match = _SPLIT_IN_NAME.match(first_part) or _SPLIT_IN_NAME.match(file.name)
-        files[match.group(1) if match else "train"].append(str(file))
+        files[match.group(1) if match else "train"].append(glob.escape(str(file)))
     try:
         tables = load_dataset("parquet", data_files=dict(files))
     except Exception as error:  # datasets and pyarrow raise many types for a damaged file
@@ -150,10 +151,10 @@ def _check_columns(
 
 def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
     """Columns that are numbers, text, or lists of them: nothing that a library would decode."""
-    from datasets import ClassLabel, List, Value
+    from datasets import ClassLabel, LargeList, List, Value
 
     def is_plain(feature: Any) -> bool:
-        if isinstance(feature, List):
+        if isinstance(feature, List | LargeList):
             return is_plain(feature.feature)
         return isinstance(feature, ClassLabel) or (
             isinstance(feature, Value) and "binary" not in feature.dtype

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
+from dalle_mini_impl.errors import UserError
 from vqvae.model import VQVAE
 
 logger = logging.getLogger(__name__)
@@ -125,6 +126,9 @@ def build_token_dataset(
 
     Returns:
         The token data set.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     key = _fingerprint(pairs, pixels, vqvae, captions, (num_views, max_shift))
     path = cache_dir / f"tokens-{key}.safetensors"
@@ -145,10 +149,14 @@ def build_token_dataset(
     )
     if captions.num_truncated:
         show(captions.truncation_report())
-    cache_dir.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(vars(dataset), unfinished)
-    unfinished.replace(path)  # whole or not at all
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        save_file(vars(dataset), unfinished)
+        unfinished.replace(path)  # whole or not at all
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"output_dir: cannot write {path}: {error}") from None
     return dataset
 
 
@@ -162,11 +170,11 @@ def _encode_views(
     for view in range(num_views):
         shape = (len(pixels), 2)
         offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
-        moved = pixels if view == 0 else shift_images(pixels, offsets)
-        ids = [
-            vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1).flatten(1).int().cpu()
-            for part in moved.split(ENCODE_BATCH_SIZE)
-        ]
+        ids = []
+        for rows in torch.arange(len(pixels)).split(ENCODE_BATCH_SIZE):
+            part = pixels[rows] if view == 0 else shift_images(pixels[rows], offsets[rows])
+            part_ids = vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1)
+            ids.append(part_ids.flatten(1).int().cpu())
         views.append(torch.cat(ids))
     return torch.stack(views, dim=1)
 
@@ -179,8 +187,8 @@ def _fingerprint(
     settings: tuple[int, ...],
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
-    digest.update(pixels.contiguous().numpy().tobytes())
-    digest.update(captions.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(pixels.contiguous().numpy())
+    digest.update(captions.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]
     digest.update(json.dumps([captions.text_length, settings, texts]).encode())
     return digest.hexdigest()[:16]

@@ -74,13 +74,6 @@ def _encode(pipeline: TextToImagePipeline, pixels: Tensor) -> Int[Tensor, "sampl
 def _image_nats(pipeline: TextToImagePipeline, token_ids: Tensor, captions: list[str]) -> float:
     """Average -log p(image | caption) over pictures and tokens."""
     device = pipeline.dalle.text_head.weight.device
-    text = pipeline.captions.encode(captions)
-    total = 0.0
-    for start in range(0, len(captions), BATCH_SIZE):
-        part = slice(start, start + BATCH_SIZE)
-        total -= float(
-            image_log_likelihood(
-                pipeline.dalle, text[part].to(device), token_ids[part].to(device)
-            ).sum()
-        )
-    return total / token_ids.numel()
+    text = pipeline.captions.encode(captions).to(device)
+    total = image_log_likelihood(pipeline.dalle, text, token_ids.to(device)).sum()
+    return -float(total) / token_ids.numel()

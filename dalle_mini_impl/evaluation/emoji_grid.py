@@ -68,8 +68,14 @@ def evaluate_grid(
     metadata = data_dir / "metadata.jsonl"
     if not metadata.is_file():
         raise UserError(f"data: no {metadata}; wanted the folder that prepare_emoji.py wrote")
-    rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines()]
-    roles = grid_roles(rows)
+    try:
+        lines = metadata.read_text(encoding="utf-8").splitlines()
+        roles = grid_roles([json.loads(line) for line in lines if line.strip()])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"data: {metadata}: {type(error).__name__}: {error}; "
+            "wanted the folder that prepare_emoji.py wrote"
+        ) from None
     cells = [
         (role, cell, row)
         for role, grid in roles.items()

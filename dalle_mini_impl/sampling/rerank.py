@@ -3,8 +3,10 @@
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 
 
 @torch.inference_mode()
@@ -47,9 +49,16 @@ def image_log_likelihood(
     Returns:
         Natural logarithms, summed over the picture's tokens.
     """
-    logits = model(text_token_ids, image_token_ids).image.float()
-    chosen = logits.log_softmax(-1).gather(2, image_token_ids.unsqueeze(2))
-    return chosen.sum(dim=(1, 2))
+    sums = []
+    for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
+        text, image = (
+            ids[start : start + ROWS_PER_BATCH] for ids in (text_token_ids, image_token_ids)
+        )
+        # Always as many rows: a picture's score must not depend on what is scored beside it.
+        padding = (0, 0, 0, ROWS_PER_BATCH - len(text))
+        logits = model(F.pad(text, padding), F.pad(image, padding)).image[: len(text)].float()
+        sums.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).sum(dim=(1, 2)))
+    return torch.cat(sums)
 
 
 def best_of(scores: Float[Tensor, " batch"], *, num_candidates: int) -> Int[Tensor, " groups"]:

@@ -174,6 +174,7 @@ def _prepare(
         tokens["held_out"],
         config.task,
         sample_weights=train.weights(config.data.balance_by),
+        identity=f"{vqvae.fingerprint()}-{captions.fingerprint()}",
         pipeline=pipeline,
         fixed_prompts=prompts,
     )

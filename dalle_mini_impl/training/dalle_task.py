@@ -56,6 +56,7 @@ class DalleTask:
         config: DalleTaskConfig,
         *,
         sample_weights: Tensor | None,
+        identity: str,
         pipeline: TextToImagePipeline,
         fixed_prompts: tuple[str, ...],
     ) -> None:
@@ -66,11 +67,12 @@ class DalleTask:
             held_out: Samples that are only measured.
             config: Loss weights and augmentation.
             sample_weights: How often each sample is wanted, or None.
+            identity: Hash of the tokens that the decoder learns.
             pipeline: Draws the sample grid with the model in training.
             fixed_prompts: Prompts of the sample grid.
         """
         self.train, self.held_out, self.config = train, held_out, config
-        self.sample_weights = sample_weights
+        self.sample_weights, self.identity = sample_weights, identity
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
         self.num_samples = len(train)
         self.image_length = train.image_token_ids.shape[-1]
@@ -139,7 +141,11 @@ class DalleTask:
         image_nats = F.cross_entropy(logits.image.flatten(0, 1), targets.flatten())
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
         loss = image_nats + self.config.text_loss_weight * text_nats
-        return loss, {"image_nats": image_nats.detach(), "text_nats": text_nats.detach()}
+        share_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
+        return loss, {
+            "image_nats": image_nats.detach(),
+            "text_nats": text_nats.detach() / share_counted,  # hidden captions count as zero in it
+        }
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -68,6 +68,8 @@ class Task(Protocol):
     """Uniform random numbers that one sample of a batch uses."""
     tokens_per_sample: int
     """Tokens that one sample makes; the loop reports tokens per second."""
+    identity: str
+    """What the model's tokens mean: a checkpoint of another identity is of no use."""
     sample_weights: Tensor | None
     """How often each sample is wanted relative to the others, or None for equal shares."""
 
@@ -107,11 +109,8 @@ class RunState:
     skipped_in_all: int = 0
 
     def progress(self, config: TrainingConfig) -> float:
-        """Share of the budget used, in [0, 1]: of the steps or of the minutes, the larger."""
-        share = self.step / config.max_steps
-        if config.max_minutes is not None:
-            share = max(share, self.elapsed_seconds / (60 * config.max_minutes))
-        return min(1.0, share)
+        """Share of the budget used, in [0, 1]."""
+        return config.progress(self.step, self.elapsed_seconds / 60)
 
 
 class Trainer:
@@ -124,8 +123,8 @@ class Trainer:
         config: TrainingConfig,
         *,
         accelerator: Accelerator,
-        tracker: Tracker,
         output_dir: Path,
+        tracker: Tracker | None = None,
     ) -> None:
         """Prepare a run at step 0.
 
@@ -134,8 +133,8 @@ class Trainer:
             task: Its data and loss.
             config: Budget, optimizer and intervals.
             accelerator: Processes, device and precision.
-            tracker: Where metrics and pictures go.
             output_dir: Checkpoints go to ``output_dir / "checkpoints"``.
+            tracker: Where metrics and pictures go; nowhere when None.
 
         Raises:
             UserError: If the global batch does not divide among processes and accumulation.
@@ -147,7 +146,8 @@ class Trainer:
                 f"{parts} ({accelerator.num_processes} processes x "
                 f"{config.gradient_accumulation_steps} gradient_accumulation_steps)"
             )
-        self.config, self.task, self.tracker = config, task, tracker
+        self.config, self.task = config, task
+        self.tracker = tracker or Tracker(None, None)
         self.accelerator = accelerator
         self.checkpoint_dir = output_dir / "checkpoints"
         self.model = model.to(accelerator.device)
@@ -286,7 +286,11 @@ class Trainer:
         """Write a checkpoint of the current step."""
         if self.accelerator.is_main_process:
             tensors = {"model": self.model.state_dict()}
-            state: dict[str, Any] = {**vars(self.state), "run_id": self.tracker.run_id}
+            state: dict[str, Any] = {
+                **vars(self.state),
+                "run_id": self.tracker.run_id,
+                "identity": self.task.identity,
+            }
             if self.average is not None:
                 tensors["average"] = self.average.weights
             for index, optimizer in enumerate(self.optimizers):
@@ -302,15 +306,25 @@ class Trainer:
             checkpoint: Of a run with the same config.
 
         Raises:
-            UserError: If it is of another model or another optimizer.
+            UserError: If it is of another model, another optimizer, or other tokens.
         """
+        if checkpoint.state.get("identity") != self.task.identity:
+            raise UserError(
+                f"resume: {checkpoint.path} was trained on other tokens: the image tokenizer, the "
+                "pictures or the captions have changed since; wanted them as they were, or another "
+                "output_dir"
+            )
         try:
             self.model.load_state_dict(checkpoint.tensors["model"])
             if self.average is not None:
                 self.average.load(checkpoint.tensors["average"])
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
+                # torch would put the saved run's learning rate in place of this config's.
+                options = [dict(group) for group in optimizer.param_groups]
                 restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
+                for group, own in zip(optimizer.param_groups, options, strict=True):
+                    group.update(own)
                 keep_memory_formats(optimizer)
             names = vars(self.state).keys()
             self.state = RunState(**{name: checkpoint.state[name] for name in names})

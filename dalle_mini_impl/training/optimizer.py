@@ -92,7 +92,7 @@ def keep_memory_formats(optimizer: torch.optim.Optimizer) -> None:
 
 
 class MovingAverage:
-    """Exponential moving average of a model's parameters and buffers."""
+    """Exponential moving average of a model's parameters; buffers are kept as they are."""
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         """Start from the model's current weights.
@@ -113,8 +113,9 @@ class MovingAverage:
             step: Optimizer updates done so far.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = {name for name, _ in model.named_parameters()}
         for name, value in _averaged(model).items():
-            if value.is_floating_point():
+            if name in parameters:
                 self.weights[name].lerp_(value, 1 - decay)
             else:
                 self.weights[name].copy_(value)

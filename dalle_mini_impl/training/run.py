@@ -7,9 +7,11 @@ from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from torch import nn
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint, refuse_used_folder
 from dalle_mini_impl.training.tracking import open_tracker
 
@@ -44,9 +46,15 @@ def run_task(
     """
     output_dir, is_main = Path(config.output_dir), accelerator.is_main_process
     checkpoint = find_checkpoint(output_dir, resume)
+    trainer = Trainer(model, task, config.training, accelerator=accelerator, output_dir=output_dir)
+    show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    if checkpoint:
+        show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
+        trainer.restore(checkpoint)
+    # Only now: a resume that does not fit leaves the records of the run as they are.
     if is_main:
         save_config(config, output_dir / "config.yaml")
-    tracker = open_tracker(
+    trainer.tracker = open_tracker(
         config.tracking,
         output_dir=output_dir,
         run_config=dataclasses.asdict(config),
@@ -56,25 +64,19 @@ def run_task(
     )
     folder = output_dir / "model"
     try:
-        show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
-        trainer = Trainer(
-            model,
-            task,
-            config.training,
-            accelerator=accelerator,
-            tracker=tracker,
-            output_dir=output_dir,
-        )
-        if checkpoint:
-            show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
-            trainer.restore(checkpoint)
         trainer.train(show=show)
         trainer.use_average()
         if is_main:
-            save_pretrained(folder)
-            tracker.log_artifact(folder, name="model", type="model")
+            try:
+                save_pretrained(folder)
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"output_dir: cannot write {folder}: {error}; the last checkpoint is whole, "
+                    "--resume latest goes on from it"
+                ) from None
+            trainer.tracker.log_artifact(folder, name="model", type="model")
     finally:
-        tracker.close()
+        trainer.tracker.close()
     accelerator.wait_for_everyone()
     show(f"model folder: {folder}")
     return folder
@@ -84,17 +86,20 @@ def claim_output_dir(config: Any, resume: str | None) -> None:
     """Make a run's folder, or say why it cannot be used, before any time is spent on data.
 
     Args:
-        config: A dataclass with ``output_dir``.
+        config: A dataclass with ``output_dir`` and ``data``.
         resume: None, ``latest`` or a checkpoint folder.
 
     Raises:
-        UserError: If the folder is no folder, or a fresh run would write over an older one.
+        UserError: If nothing can be written there, it lies among the data, or a fresh run would
+            write over an older one.
     """
-    output_dir = Path(config.output_dir)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"output_dir: {output_dir}: {error.strerror}; wanted a folder") from None
+    output_dir, source = Path(config.output_dir), Path(config.data.source)
+    if source.is_dir() and output_dir.resolve().is_relative_to(source.resolve()):
+        raise UserError(
+            f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
+            "pictures would become data; wanted a folder outside"
+        )
+    make_folder(output_dir, field="output_dir")
     if resume is None:
         refuse_used_folder(output_dir)
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+DEFAULT_MAX_STEPS = 10_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -13,10 +15,10 @@ class TrainingConfig:
         ValueError: If a value is out of range.
     """
 
-    max_steps: int = 10_000
-    """Optimizer updates after which the run ends."""
+    max_steps: int | None = None
+    """Optimizer updates after which the run ends; 10,000 if max_minutes is not given either."""
     max_minutes: float | None = None
-    """Wall-clock minutes after which the run ends, if that comes first."""
+    """Wall-clock minutes after which the run ends. Of two limits, the first to come ends it."""
     global_batch_size: int = 64
     """Samples per optimizer update, over all processes and accumulation."""
     gradient_accumulation_steps: int = 1
@@ -55,7 +57,6 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
         for name in (
-            "max_steps",
             "global_batch_size",
             "gradient_accumulation_steps",
             "log_every_steps",
@@ -66,6 +67,7 @@ class TrainingConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("weight_decay", "warmup_steps", "gradient_clip_norm"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0")
+        self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "0 to below 1")
@@ -77,6 +79,23 @@ class TrainingConfig:
             self.sample_every_steps % self.evaluate_every_steps == 0,
             f"a multiple of evaluate_every_steps ({self.evaluate_every_steps})",
         )
+
+    def progress(self, step: int, minutes: float) -> float:
+        """Tell how much of the budget is used.
+
+        Args:
+            step: Optimizer updates done.
+            minutes: Wall-clock minutes used.
+
+        Returns:
+            The larger share of the two limits, in [0, 1].
+        """
+        shares = []
+        if self.max_minutes is not None:
+            shares.append(minutes / self.max_minutes)
+        if self.max_steps is not None or self.max_minutes is None:
+            shares.append(step / (self.max_steps or DEFAULT_MAX_STEPS))
+        return min(1.0, max(shares))
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:

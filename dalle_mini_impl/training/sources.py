@@ -4,11 +4,13 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -127,9 +129,13 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> Acceler
     # An earlier run in this process may have had another precision. The process group stays: to
     # end it and to start another under the same torchrun hangs.
     AcceleratorState._reset_state()
-    # Accelerate joins processes without a GPU only when it is told that it must do without.
+    # Accelerate joins processes without a GPU only when it is told that it must do without; of
+    # Apple's GPUs it would not know that they have no float64.
     accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(), mixed_precision=mixed_precision
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=mixed_precision,
+        # One process alone tokenizes and evaluates, while the others wait.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
     )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:

@@ -17,11 +17,16 @@ from dalle_mini_impl.training.sources import (
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
+from vqvae.losses import SSIM_WINDOW, WAVELET_MULTIPLE
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAERunConfig:
-    """Options of ``train_vqvae.py``."""
+    """Options of ``train_vqvae.py``.
+
+    Raises:
+        ValueError: If the pictures' size does not fit the loss.
+    """
 
     data: DataConfig
     """Pictures to learn from; captions are not read."""
@@ -35,6 +40,20 @@ class VQVAERunConfig:
     """Budget and optimizer."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
+
+    def __post_init__(self) -> None:
+        """Refuse pictures that the loss cannot take."""
+        size = self.vqvae.image_size
+        if self.task.wavelet_weight and size % WAVELET_MULTIPLE:
+            raise ValueError(
+                f"vqvae.image_size: got {size}, wanted a multiple of {WAVELET_MULTIPLE} for the "
+                "wavelet loss; or set task.wavelet_weight to 0"
+            )
+        if self.task.ms_ssim_weight and size < SSIM_WINDOW:
+            raise ValueError(
+                f"vqvae.image_size: got {size}, wanted at least {SSIM_WINDOW} for MS-SSIM; "
+                "or set task.ms_ssim_weight to 0"
+            )
 
 
 def train_vqvae(

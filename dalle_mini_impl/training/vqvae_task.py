@@ -51,10 +51,14 @@ class VQVAETaskConfig:
         for name, value in vars(self).items():
             if value < 0:
                 raise ValueError(f"task.{name}: got {value}, wanted at least 0")
+        if self.gumbel_final_temperature == 0:
+            raise ValueError("task.gumbel_final_temperature: got 0, wanted above 0")
 
 
 class VQVAETask:
     """Images as bytes in memory, and the tokenizer's loss on them."""
+
+    identity = ""  # pixels mean the same everywhere
 
     def __init__(
         self,

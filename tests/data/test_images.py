@@ -254,6 +254,13 @@ def test_grid_captions_are_drawn_under_doubled_pictures() -> None:
     assert gap.min() == 255, "a caption runs into its neighbour"
 
 
+@pytest.mark.timeout(20)
+def test_a_caption_without_spaces_is_cut_at_once() -> None:
+    image = Image.new("RGB", (16, 16))
+    long, longer = (make_grid([image], columns=1, captions=["x" * n]) for n in (1_000, 2_000_000))
+    assert longer.tobytes() == long.tobytes()
+
+
 def test_grid_refuses_wrong_counts() -> None:
     picture = Image.new("RGB", (4, 4))
     with pytest.raises(ValueError, match="2 captions, wanted 1"):

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import os
 import pickle
 import tarfile
@@ -118,9 +117,7 @@ def test_one_picture_in_two_splits_is_an_error(tmp_path: Path) -> None:
         open_pairs(str(tmp_path))
 
 
-def test_unusable_records_are_skipped_with_reasons(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
     bad_captions: list[Any] = [None, "", " \n", [], [None, ""], 7, {"a": 1}, "\ud800"]
     rows: list[Any] = [{"file_name": "good.png", "text": "good"}]
     rows += [{"file_name": f"bad{i}.png", "text": text} for i, text in enumerate(bad_captions)]
@@ -128,8 +125,7 @@ def test_unusable_records_are_skipped_with_reasons(
     write_metadata(tmp_path, [json.dumps(row) for row in rows])
     for row in rows[:-1]:
         (tmp_path / row["file_name"]).write_bytes(picture())
-    with caplog.at_level(logging.WARNING):
-        pairs = open_pairs(str(tmp_path))
+    pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["good.png"]
     found = reasons(pairs)
     assert len(found) == 10
@@ -137,10 +133,6 @@ def test_unusable_records_are_skipped_with_reasons(
     assert "none of the fields text, text_ko" in found["absent.png"]
     assert "label" in found["absent.png"]
     assert "missing" in found["missing.png"]
-    [message] = [record.getMessage() for record in caplog.records]
-    assert "skipped 10 records: bad0.png" in message
-    assert message.endswith("and 5 more")
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -236,6 +228,22 @@ def test_sidecar_folder_keeps_equal_names_apart(tmp_path: Path) -> None:
     assert pairs[0].captions == ("one of the cats", "a pet")
     assert pairs[1].captions == ("one of the dogs", "a pet")
     assert pairs.read_image(1) == picture(2)
+
+
+def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    os.mkdir(odd)
+    for folder in (odd, str(tmp_path)):
+        Path(folder, "a.png").write_bytes(picture())
+        Path(folder, "a.txt").write_text("a picture")
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["a.png"]
+    assert list(reasons(pairs).values()) == ["its path is not valid Unicode"]
+    long = {"file_name": "z" * 5000 + ".png", "text": "names and captions exchanged"}
+    write_metadata(tmp_path, [{"file_name": "a.png", "text": "x"}, long])
+    pairs = open_pairs(str(tmp_path))
+    assert keys(pairs) == ["a.png"]
+    assert list(reasons(pairs).values()) == ["the picture file is missing"]
 
 
 def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
@@ -511,6 +519,21 @@ def test_parquet_with_plain_bytes_and_other_column_names(tmp_path: Path) -> None
 
 
 @pytest.mark.usefixtures("cache")
+def test_parquet_with_large_lists_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    folder = tmp_path / "pics [2024] *"
+    folder.mkdir()
+    texts = pa.array([["a", "b"]], pa.large_list(pa.string()))
+    table = pa.table({"image": [picture(3)], "texts": texts})
+    pyarrow.parquet.write_table(table, folder / "x.parquet")
+    pairs = open_pairs(str(folder))
+    assert pairs[0].captions == ("a", "b")
+    assert pairs.read_image(0) == picture(3)
+
+
+@pytest.mark.usefixtures("cache")
 def test_parquet_file_names_tell_the_splits(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00002.parquet", [image_row(0, "a"), image_row(1, "b")])
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [image_row(2, "c")])
@@ -611,8 +634,9 @@ def test_held_out_pairs_stay_when_the_set_grows(num: int, extra: int, seed: int)
     paths = [f"{i}.png" for i in range(num + extra)]
     kept, held_out = held_out_split(paths[:num], seed=seed, fraction=0.2)
     assert sorted(kept + held_out) == list(range(num))
+    assert len(held_out) >= (2 if num >= 10 else 0)
     assert bool(held_out) == (num >= 10)
-    if len(held_out) > 1:
+    if len(held_out) > 2:  # no more than fell below the share
         assert set(held_out) <= set(held_out_split(paths, seed=seed, fraction=0.2)[1])
 
 

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from dalle_mini_impl.data.emoji import grid_roles
-from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.demo import held_out_sheet
+from dalle_mini_impl.evaluation.emoji import evaluate_emoji
 from dalle_mini_impl.evaluation.emoji_grid import Cell, evaluate_grid, judge_drawings
 from tests.reference import tiny
 
@@ -110,6 +111,29 @@ def test_a_model_is_judged_on_the_held_out_cells_alone(tmp_path: Path) -> None:
     assert korean.captions[0].endswith("이모지")
 
 
+@pytest.mark.parametrize("language", ["en", "ko"])
+def test_all_figures_of_a_model(tmp_path: Path, language: str) -> None:
+    data = write_grid_data(tmp_path / "data", held_out=True)
+    pipeline = tiny.build_pipeline()
+    figures, grid = evaluate_emoji(pipeline, data, language=language, num_candidates=2)
+    assert figures["num_cells"] == grid.num_cells == 4
+    assert figures["grid_accuracy"] == grid.grid_accuracy
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for name, split in (("held_out", "test_compose"), ("train", "train")):
+        nats = []
+        for row in rows:
+            if row["split"] != split:
+                continue
+            with Image.open(data / row["file_name"]) as image:
+                pixels = image_to_pixels(image.convert("RGB"))
+            with torch.no_grad():
+                image_ids = pipeline.vqvae.encode_to_token_ids(pixels[None]).flatten(1)
+                logits = pipeline.dalle(pipeline.captions.encode([row["text"]]), image_ids).image
+            nats.append(torch.nn.functional.cross_entropy(logits[0], image_ids[0]))
+        expected = float(torch.stack(nats).mean())
+        assert figures[f"{name}_image_nats_per_token"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_folder_without_a_grid_is_named(tmp_path: Path) -> None:
     pipeline = tiny.build_pipeline()
     with pytest.raises(UserError, match=r"data: no .*metadata.jsonl; wanted the folder"):
@@ -117,3 +141,7 @@ def test_a_folder_without_a_grid_is_named(tmp_path: Path) -> None:
     data = write_grid_data(tmp_path / "data", held_out=False)
     with pytest.raises(UserError, match="no held-out grid cells"):
         evaluate_grid(pipeline, data)
+    for line in ("{", "[]", '{"style": "twemoji", "role": "cook", "gender": "man"}'):
+        (data / "metadata.jsonl").write_text(line)
+        with pytest.raises(UserError, match=r"data: .*; wanted the folder that prepare_emoji.py"):
+            evaluate_grid(pipeline, data)

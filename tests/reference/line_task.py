@@ -20,6 +20,7 @@ class LineTask:
     num_samples = 16
     num_draws = 1
     tokens_per_sample = 7
+    identity = "line"
     sample_weights = None
 
     def __init__(

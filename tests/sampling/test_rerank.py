@@ -10,7 +10,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.sampling.generate import (
+    ROWS_PER_BATCH,
+    SamplingConfig,
+    generate_image_token_ids,
+)
 from dalle_mini_impl.sampling.rerank import best_of, caption_gain, image_log_likelihood
 
 BuildDalle = Callable[..., Dalle]
@@ -34,6 +38,16 @@ def test_gain_is_a_difference_of_likelihoods(build_dalle: BuildDalle) -> None:
     torch.testing.assert_close(gain, given - free)
     assert gain[0].abs() > 0.1
     assert gain[1] == 0  # the null caption gains nothing
+
+
+def test_a_score_does_not_depend_on_what_is_scored_beside_it(build_dalle: BuildDalle) -> None:
+    model = build_dalle()
+    generator = torch.Generator().manual_seed(0)
+    text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=generator)
+    image = torch.randint(0, 12, (ROWS_PER_BATCH + 5, 12), generator=generator)
+    together = caption_gain(model, text, image)
+    alone = [caption_gain(model, text[i : i + 1], image[i : i + 1]) for i in range(len(text))]
+    assert torch.equal(torch.cat(alone), together)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -38,6 +38,7 @@ def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **settings: 
         make_tokens(7, seed=1),
         DalleTaskConfig(**({"caption_dropout_probability": 0.0} | settings)),
         sample_weights=None,
+        identity="made up",
         pipeline=pipeline,
         fixed_prompts=("a red disc", "a blue box"),
     )

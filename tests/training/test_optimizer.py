@@ -132,18 +132,20 @@ def test_restored_moments_lie_in_memory_as_the_weights_do() -> None:
 
 
 def test_the_average_follows_its_formula_and_swaps_back() -> None:
-    model = nn.BatchNorm1d(2)  # with a buffer of whole numbers
+    model = nn.BatchNorm1d(2)  # with buffers, which are not averaged
     average = MovingAverage(model, decay=0.9)
     expected = model.weight.detach().double()
     for step in range(12):
         with torch.no_grad():
             model.weight.add_(torch.tensor([1.0, -2.0]))
             model.num_batches_tracked.add_(3)  # type: ignore[operator]
+            model.running_mean.add_(1.0)  # type: ignore[union-attr, operator]
         decay = min(0.9, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model.weight.detach()
         average.update(model, step=step)
     torch.testing.assert_close(average.weights["weight"].double(), expected, atol=1e-5, rtol=0)
     assert average.weights["num_batches_tracked"] == 36
+    assert average.weights["running_mean"].tolist() == [12.0, 12.0]
 
     trained = {name: value.clone() for name, value in model.state_dict().items()}
     averaged = {name: value.clone() for name, value in average.weights.items()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.run import save_config
@@ -136,6 +137,37 @@ def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
     assert "no checkpoint" in caplog.text
     assert "starting at step 0" in caplog.text
     assert next(row["step"] for row in tiny.read_metrics(tmp_path / "run")) == 1
+
+
+def test_a_resumed_run_takes_the_learning_rate_of_its_config(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    ends = {}
+    for rate in (0.0, 1e-2):
+        shutil.rmtree(out, ignore_errors=True)
+        options: dict[str, Any] = {"optimizer": "muon", "weight_decay": 0.0, "warmup_steps": 0}
+        tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=3, **options))
+        before = load_file(out / "model" / "dalle" / "model.safetensors")
+        options["learning_rate"] = rate or 1e-12
+        tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=6, **options), resume="latest")
+        after = load_file(out / "model" / "dalle" / "model.safetensors")
+        ends[rate] = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert ends[0.0] < 1e-6
+    assert ends[1e-2] > 1e-3
+
+
+def test_a_decoder_does_not_go_on_with_other_tokens(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=3))
+    kept = {path: path.read_bytes() for path in (out / "config.yaml", out / "metrics.jsonl")}
+    tiny.train(tiny.vqvae_run(data, tmp_path / "other", max_steps=3, seed=1))
+    other = tiny.dalle_run(data, tmp_path / "other" / "model", out, max_steps=6)
+    with pytest.raises(UserError, match=r"resume: .* was trained on other tokens"):
+        tiny.train(other, resume="latest")
+    assert {path: path.read_bytes() for path in kept} == kept  # refused without a trace
 
 
 def test_a_finished_run_resumes_to_its_end_again(data: Path, tmp_path: Path) -> None:

@@ -41,8 +41,26 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
 
 
 @pytest.mark.parametrize(
+    ("limits", "steps_done", "minutes_used", "expected"),
+    [
+        ({}, 2_500, 1e9, 0.25),  # 10,000 steps where nothing is said
+        ({"max_steps": 50}, 10, 1e9, 0.2),
+        ({"max_minutes": 8.0}, 10**9, 2.0, 0.25),  # no hidden limit of steps
+        ({"max_minutes": 8.0, "max_steps": 100}, 50, 2.0, 0.5),
+        ({"max_minutes": 8.0, "max_steps": 100}, 10, 6.0, 0.75),
+        ({"max_minutes": 8.0}, 0, 9.0, 1.0),
+    ],
+)
+def test_progress_is_the_larger_share_of_the_limits_that_are_set(
+    limits: dict[str, Any], steps_done: int, minutes_used: float, expected: float
+) -> None:
+    assert TrainingConfig(**limits).progress(steps_done, minutes_used) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
     ("build", "message"),
     [
+        (lambda: VQVAETaskConfig(gumbel_final_temperature=0.0), "gumbel_final_temperature: got 0"),
         (lambda: DataConfig(source="x", max_bad_fraction=1.5), "data.max_bad_fraction: got 1.5"),
         (lambda: TextConfig(text_length=0), "text.text_length: got 0"),
         (lambda: DalleTaskConfig(text_loss_weight=-0.1), "task.text_loss_weight: got -0.1"),
