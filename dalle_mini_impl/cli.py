@@ -7,7 +7,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.errors import StoppedError, UserError
+
+GO_ON = "the same command goes on, a training script's with --resume latest"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -48,10 +50,11 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
         raise SystemExit(2) from None
+    except StoppedError as stop:
+        sys.stderr.write(f"{stop}; {GO_ON}\n")
+        raise SystemExit(128 + stop.signal) from None
     except KeyboardInterrupt:
-        sys.stderr.write(
-            "stopped; a training run goes on from its last checkpoint with --resume latest\n"
-        )
+        sys.stderr.write(f"stopped; {GO_ON}\n")
         raise SystemExit(130) from None
 
 

@@ -1,4 +1,4 @@
-"""The one exception that scripts show as a single line instead of a traceback."""
+"""The exceptions that scripts show as a single line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,17 @@ class UserError(ValueError):
 
     The message names the field, the value got and the value wanted.
     """
+
+
+class StoppedError(Exception):
+    """A run that was asked to stop has stopped, and nothing is lost."""
+
+    def __init__(self, step: int, signal: int) -> None:
+        """Remember where and why.
+
+        Args:
+            step: Optimizer updates done, all of them in the checkpoint.
+            signal: Number of the signal that asked.
+        """
+        super().__init__(f"stopped after step {step}, with a checkpoint")
+        self.step, self.signal = step, signal

@@ -296,7 +296,7 @@ class TextToImagePipeline:
             raise UserError(str(error)) from None
 
 
-def _require_fields(values: dict[str, Any], config: type[DataclassInstance]) -> None:
+def _require_fields(values: dict[str, Any], config: Any) -> None:
     """Refuse a stored config with other fields: a default in place of one is another model."""
     odd = sorted(values.keys() ^ {field.name for field in dataclasses.fields(config)})
     if odd:

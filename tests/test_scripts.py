@@ -372,37 +372,51 @@ def test_a_stopped_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_in_a_new_process(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_a_stopped_run_goes_on_in_a_new_process(data: Path, tmp_path: Path, name: str) -> None:
     import signal
     import time
 
+    number = signal.Signals[name]
     straight, stopped = (
         tiny.vqvae_run(
-            data, tmp_path / name, max_steps=400, log_every_steps=1, checkpoint_every_steps=5
+            data, tmp_path / run, max_steps=400, log_every_steps=1, checkpoint_every_steps=5
         )
-        for name in ("straight", "stopped")
+        for run in ("straight", "stopped")
     )
-    for config, name in ((straight, "straight"), (stopped, "stopped")):
-        save_config(config, tmp_path / f"{name}.yaml")
+    for config, run in ((straight, "straight"), (stopped, "stopped")):
+        save_config(config, tmp_path / f"{run}.yaml")
     assert run_apart("train_vqvae", "--config", tmp_path / "straight.yaml").returncode == 0
     process = subprocess.Popen(
         [sys.executable, "scripts/train_vqvae.py", "--config", tmp_path / "stopped.yaml"],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         cwd=REPOSITORY,
         stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     checkpoints = tmp_path / "stopped" / "checkpoints"
     deadline = time.monotonic() + 240
     while not list(checkpoints.glob("step-0000001*")) and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        newest = max(path.name for path in checkpoints.glob("step-*"))
+        step = int(newest.removeprefix("step-"))
+        assert f"stopped after step {step}, with a checkpoint" in error
+        assert "--resume latest" in error
+        logged = [row["step"] for row in tiny.read_metrics(tmp_path / "stopped")]
+        assert max(logged) == step < 400
     result = run_apart("train_vqvae", "--config", tmp_path / "stopped.yaml", "--resume", "latest")
     assert result.returncode == 0, result.stderr
     assert "resuming at step" in result.stdout
     one, two = (
-        (tmp_path / name / "model" / "model.safetensors").read_bytes()
-        for name in ("straight", "stopped")
+        (tmp_path / run / "model" / "model.safetensors").read_bytes()
+        for run in ("straight", "stopped")
     )
     assert one == two
     assert tiny.losses(tmp_path / "straight") == tiny.losses(tmp_path / "stopped")

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle_mini_impl.data.order import SampleOrder, step_generator
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.errors import StoppedError, UserError
 from dalle_mini_impl.training.checkpoint import (
     Checkpoint,
     flatten_optimizer_state,
@@ -41,6 +41,7 @@ from dalle_mini_impl.training.optimizer import (
 from dalle_mini_impl.training.progress import ProgressLine
 from dalle_mini_impl.training.schedule import learning_rate_factor
 from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.stopping import StopRequest
 from dalle_mini_impl.training.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ class Trainer:
 
         Raises:
             UserError: If the loss stays non-finite.
+            StoppedError: If a signal asked for it; a checkpoint of the last step was written.
         """
         config, state = self.config, self.state
         progress_line = ProgressLine(
@@ -188,7 +190,10 @@ class Trainer:
         meter = _Meter()
         # One thread only: a second team of threads beside the training's took a fifth of its speed.
         loader_threads = partial(torch.set_num_threads, 1)
-        with ThreadPoolExecutor(max_workers=1, initializer=loader_threads) as loader:
+        with (
+            ThreadPoolExecutor(max_workers=1, initializer=loader_threads) as loader,
+            StopRequest() as request,
+        ):
             pending = self._prefetch(loader, state.step)
             while state.progress(config) < 1.0:
                 with meter.waiting():
@@ -199,14 +204,18 @@ class Trainer:
                 state.elapsed_seconds = self._agreed(time.perf_counter() - started)
                 meter.add(metrics, samples=config.global_batch_size)
                 done = state.progress(config) >= 1.0
+                stop_signal = 0 if done else self._largest(request.signal)
                 if done or state.step % config.log_every_steps == 0:
                     values = meter.read(self.accelerator, self.task.tokens_per_sample)
                     self.tracker.log({**values, "progress": state.progress(config)}, state.step)
                     progress_line.update(state.step, state.progress(config), values)
                 if done or state.step % config.evaluate_every_steps == 0:
                     self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
-                if done or state.step % config.checkpoint_every_steps == 0:
+                if done or stop_signal or state.step % config.checkpoint_every_steps == 0:
                     self.save()
+                if stop_signal:
+                    progress_line.close()
+                    raise StoppedError(state.step, stop_signal)
         progress_line.close()
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -247,7 +256,7 @@ class Trainer:
         """Step the optimizers, unless any process met a non-finite number."""
         state = self.state
         finite = torch.isfinite(gradient_norm) & torch.isfinite(loss)
-        if self._worst(~finite):
+        if self._largest(int(not finite)):
             state.skipped_in_a_row += 1
             state.skipped_in_all += 1
             logger.warning("step %d: loss or gradient not finite; no update", state.step)
@@ -370,12 +379,12 @@ class Trainer:
         torch.distributed.broadcast(clock, src=0)
         return float(clock)
 
-    def _worst(self, flag: Tensor) -> bool:
-        """Return True if the flag is set on any process."""
+    def _largest(self, number: int) -> int:
+        """Agree with the other processes on the largest of their numbers."""
         if self.accelerator.num_processes == 1:
-            return bool(flag)
-        flags = self.accelerator.gather(flag.reshape(1).int().to(self.accelerator.device))
-        return bool(flags.any())
+            return number
+        own = torch.tensor([number], device=self.accelerator.device)
+        return int(self.accelerator.gather(own).max())
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:

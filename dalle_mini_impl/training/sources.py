@@ -129,10 +129,11 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> Acceler
     # An earlier run in this process may have had another precision. The process group stays: to
     # end it and to start another under the same torchrun hangs.
     AcceleratorState._reset_state()
-    # Accelerate joins processes without a GPU only when it is told that it must do without; of
-    # Apple's GPUs it would not know that they have no float64.
+    # Accelerate joins processes without a GPU only when it is told that it must do without. Apple's
+    # GPUs count as none: they have no float64.
+    gpu = torch.accelerator.current_accelerator(check_available=True)
     accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(),
+        cpu=gpu is None or gpu.type == "mps",
         mixed_precision=mixed_precision,
         # One process alone tokenizes and evaluates, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],

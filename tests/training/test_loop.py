@@ -179,7 +179,8 @@ def test_a_fresh_folder_is_not_refused(tmp_path: Path) -> None:
 def test_a_world_that_is_not_complete_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # so that none joins
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)  # none joins
     with pytest.raises(UserError, match="WORLD_SIZE: got 2 from the launcher, but 1 found"):
         build_accelerator("no")
 
