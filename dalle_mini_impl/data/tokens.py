@@ -187,7 +187,7 @@ def _fingerprint(
     settings: tuple[int, ...],
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
-    digest.update(pixels.contiguous().numpy())
+    digest.update(pixels.contiguous().numpy().data)
     digest.update(captions.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]
     digest.update(json.dumps([captions.text_length, settings, texts]).encode())

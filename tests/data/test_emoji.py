@@ -293,7 +293,7 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
 
 def test_out_may_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match=r"out: .* is a file"):
+    with pytest.raises(UserError, match=r"out: .*File exists; wanted a folder"):
         prepare_emoji(tmp_path / "out")
 
 
