@@ -240,7 +240,8 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     assert keys(pairs) == ["a.png"]
     assert list(reasons(pairs).values()) == ["its path is not valid Unicode"]
     long = {"file_name": "z" * 5000 + ".png", "text": "names and captions exchanged"}
-    write_metadata(tmp_path, [json.dumps({"file_name": "a.png", "text": "x"}), json.dumps(long)])
+    rows = [{"file_name": "a.png", "text": "x"}, long]
+    write_metadata(tmp_path, [json.dumps(row) for row in rows])
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
     assert list(reasons(pairs).values()) == ["the picture file is missing"]
