@@ -451,7 +451,7 @@ def test_prepared_folder_holds_pictures_of_their_facts(tmp_path: Path) -> None:
 def test_bad_folders_and_counts_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="out: .*File exists; wanted a folder"):
+    with pytest.raises(UserError, match=r"out: .*File exists; wanted a folder"):
         prepare_shapes(file, counts={"train": 1})
     with pytest.raises(UserError, match="counts: got"):
         prepare_shapes(tmp_path, counts={"train": -1})
