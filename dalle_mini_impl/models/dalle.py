@@ -304,6 +304,42 @@ class Dalle(nn.Module):
             hidden_states = block(hidden_states, rotation=rotation, cache=cache.layer(index))
         return F.linear(self.output_norm(hidden_states[:, -1]), self.image_head.table())
 
+    def decode_window(
+        self,
+        image_token_ids: Int[Tensor, "batch window"],
+        cache: KeyValueCache,
+        *,
+        first_steps: Int[Tensor, " batch"],
+    ) -> Float[Tensor, "batch window codebook_size"]:
+        """Predict, in raster order, what follows each of several drawn or guessed tokens.
+
+        Every row stands at a step of its own. What the cache holds from that step on is written
+        anew, so that guesses can be taken back by reading the right tokens later.
+
+        Args:
+            image_token_ids: Tokens of consecutive grid cells.
+            cache: Holds the caption and every earlier image token of each row.
+            first_steps: Grid cell of each row's first token. No window may reach beyond the last
+                cell but one: after the last cell nothing is predicted.
+
+        Returns:
+            Logits of the token of the next cell after each one.
+        """
+        window = torch.arange(image_token_ids.shape[1], device=image_token_ids.device)
+        cells = first_steps.unsqueeze(1) + window  # (batch, window)
+        hidden_states = self.embed_image(image_token_ids, cells, cells + 1)
+        rotation = self.rotation(cells, num_text_positions=0)
+        positions = cells + self.config.text_length + 1  # text_start stands before the caption
+        mask = cache.mask_at(positions)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(
+                hidden_states,
+                rotation=rotation,
+                attention_mask=mask,
+                cache=cache.layer_at(index, positions),
+            )
+        return F.linear(self.output_norm(hidden_states), self.image_head.table())
+
     def embed_text(
         self,
         text_token_ids: Int[Tensor, "batch text_length"],

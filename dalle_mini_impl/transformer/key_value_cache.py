@@ -1,7 +1,7 @@
 """Keys and values of the positions already seen, so that each new token costs one position."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -44,6 +44,37 @@ class KeyValueCache:
         """Return the part of one layer."""
         return LayerView(self, index)
 
+    def layer_at(self, index: int, positions: Int[Tensor, "batch length"]) -> "LayerAt":
+        """Return the part of one layer, to be written at given positions of each row.
+
+        What is returned by its ``append`` has the cache's full length at every call, whatever was
+        written, and no number of it is known to Python: a step that attends through it under
+        ``mask_at`` can be compiled or recorded once and run at every position, and rows need not
+        be equally long.
+
+        Args:
+            index: Of the layer.
+            positions: Where the new keys and values of each row go.
+
+        Returns:
+            The part, as attention wants it.
+        """
+        return LayerAt(self.keys[index], self.values[index], positions)
+
+    def mask_at(
+        self, positions: Int[Tensor, "batch length"]
+    ) -> Bool[Tensor, "batch 1 length max_length"]:
+        """Let each position see what stands in its row up to itself.
+
+        Args:
+            positions: Of the queries.
+
+        Returns:
+            True = may attend.
+        """
+        stored = torch.arange(self.keys.shape[3], device=positions.device)
+        return (stored <= positions.unsqueeze(-1)).unsqueeze(1)
+
     def append(
         self,
         layer: int,
@@ -83,3 +114,19 @@ class LayerView:
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values and return all stored so far."""
         return self._cache.append(self._index, keys, values)
+
+
+class LayerAt:
+    """One layer's part of a cache, written at positions that tensors hold."""
+
+    def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
+        """Remember the layer's tensors and the positions."""
+        self._keys, self._values = keys, values
+        self._positions = positions
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values; return the whole layer, later positions included."""
+        index = self._positions[:, None, :, None].expand_as(keys)
+        self._keys.scatter_(2, index, keys)
+        self._values.scatter_(2, index, values)
+        return self._keys, self._values

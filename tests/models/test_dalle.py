@@ -94,6 +94,32 @@ def test_cached_logits_equal_uncached(build_dalle: BuildDalle, positions: str) -
 
 @pytest.mark.parametrize("positions", POSITIONS)
 @torch.inference_mode()
+def test_windows_at_a_step_of_each_rows_own_equal_uncached(
+    build_dalle: BuildDalle, positions: str
+) -> None:
+    model = build_dalle(positions=positions)
+    text, image = inputs(model)
+    expected = model(text, image).image
+    last = model.config.image_length - 1
+    cache = model.new_cache(BATCH)
+    model.prefill(text, cache)
+    steps, seen = torch.zeros(BATCH, dtype=torch.long), []
+    windows = [3, 1, 2, 3]
+    for advance, window in zip([1, 0, 1, 0], windows, strict=True):
+        tokens = torch.stack([image[row, step:][:window] for row, step in enumerate(steps)])
+        guessed = tokens.clone()
+        guessed[:, 1:] = (guessed[:, 1:] + 1) % model.config.codebook_size
+        model.decode_window(guessed, cache, first_steps=steps)  # wrong guesses leave no trace
+        got = model.decode_window(tokens, cache, first_steps=steps)
+        for row, step in enumerate(steps):
+            assert gap(got[row], expected[row, step + 1 : step + 1 + window]) <= TOLERANCE
+        seen.append(steps.clone())
+        steps = (steps + advance + torch.arange(BATCH) % 2).clamp_max(last - max(windows))
+    assert (torch.stack(seen)[1:, 0] != torch.stack(seen)[1:, 1]).any()
+
+
+@pytest.mark.parametrize("positions", POSITIONS)
+@torch.inference_mode()
 def test_the_identity_order_is_raster(build_dalle: BuildDalle, positions: str) -> None:
     model = build_dalle(positions=positions)
     text, image = inputs(model)
