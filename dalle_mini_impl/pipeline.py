@@ -20,8 +20,9 @@ from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import pixels_to_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
-from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.sampling.generate import generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import best_of, caption_gain
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.model import VQVAE
 
 INDEX_NAME = "model_index.json"

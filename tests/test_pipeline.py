@@ -11,7 +11,7 @@ from PIL import Image
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import MAX_SEED, TextToImagePipeline
-from dalle_mini_impl.sampling.generate import SamplingConfig
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from tests.reference import tiny
 
 

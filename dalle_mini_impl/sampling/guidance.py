@@ -13,7 +13,7 @@ def guide(
     conditional_logits: Float[Tensor, "batch vocab"],
     unconditional_logits: Float[Tensor, "batch vocab"],
     *,
-    guidance_scale: float,
+    guidance_scale: float | Float[Tensor, "1"],
 ) -> Float[Tensor, "batch vocab"]:
     """Push the next token towards the caption.
 
@@ -23,7 +23,8 @@ def guide(
     Args:
         conditional_logits: Given the caption, in nats, not normalised.
         unconditional_logits: Given the null caption, for the same positions.
-        guidance_scale: Dimensionless, at least 0; 1.0 is off.
+        guidance_scale: Dimensionless, at least 0; 1.0 is off. A tensor is not checked: to look
+            at it would make the device wait.
 
     Returns:
         A new tensor.
@@ -33,7 +34,7 @@ def guide(
 
     Source: Ho & Salimans 2022, arXiv:2207.12598 (their w equals guidance_scale - 1).
     """
-    if not 0 <= guidance_scale < math.inf:
+    if not isinstance(guidance_scale, Tensor) and not 0 <= guidance_scale < math.inf:
         raise ValueError(f"guidance_scale: got {guidance_scale}, wanted at least 0 (1.0 = off)")
     return unconditional_logits + guidance_scale * (conditional_logits - unconditional_logits)
 

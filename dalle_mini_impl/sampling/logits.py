@@ -54,27 +54,45 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
 
 
 def gumbel_noise(
-    seeds: Int[Tensor, " batch"], *, num_steps: int, vocab_size: int
-) -> Float[Tensor, "steps batch vocab"]:
-    """Draw all the noise of each picture from that picture's seed alone.
+    seeds: Int[Tensor, " batch"], *, step: Int[Tensor, "1"] | int, vocab_size: int
+) -> Float[Tensor, "batch vocab"]:
+    """Draw the noise of one token of each picture from that picture's seed and the step alone.
 
     Adding Gumbel noise to logits and taking the largest draws from their softmax, so these numbers
-    decide a picture whatever is drawn beside it.
+    decide a picture whatever is drawn beside it. They are a function, not a stream: the same on
+    every device, in any order, and without a Python loop over pictures.
 
     Args:
         seeds: One per picture, in [0, 2 ** 63).
-        num_steps: Tokens per picture.
+        step: Index of the token, below 2 ** 31; a tensor where Python must not know it.
         vocab_size: Number of different tokens.
 
     Returns:
-        Standard Gumbel noise, float32, on the CPU.
+        Standard Gumbel noise, float32, between -2.9 and 16.7.
 
-    Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030, section 2.
+    Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030, section 2. The bits are squares32 of
+        Widynski 2020, arXiv:2004.06278; the seeds are scattered by splitmix64 (Steele et al. 2014).
     """
-    noise = torch.empty(num_steps, len(seeds), vocab_size)
-    for row, seed in enumerate(seeds.tolist()):
-        generator = torch.Generator().manual_seed(seed)
-        uniform = torch.rand(num_steps, vocab_size, generator=generator)
-        # float32 uniforms can be exactly 0, whose logarithm is not finite.
-        noise[:, row] = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
-    return noise
+    key = (_scatter(seeds) | 1).unsqueeze(1)
+    counter = step * vocab_size + torch.arange(vocab_size, device=seeds.device)
+    weyl = counter * key  # int64 products wrap around, which is what the source wants
+    bits = weyl
+    for increment in (weyl, weyl + key, weyl, weyl + key):
+        bits = bits * bits + increment
+        bits = (bits << 32) | _shifted(bits, 32)
+    # 23 bits and a half: exact in float32, and never 0 or 1, whose noise would not be finite.
+    uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) / 2**23
+    return -(-uniform.log()).log()
+
+
+def _scatter(seeds: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
+    """Turn successive seeds into numbers that share no pattern (splitmix64)."""
+    mixed = seeds - 0x61C8864680B583EB
+    mixed = (mixed ^ _shifted(mixed, 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ _shifted(mixed, 27)) * -0x6B2FB644ECCEEE15
+    return mixed ^ _shifted(mixed, 31)
+
+
+def _shifted(numbers: Int[Tensor, "*shape"], places: int) -> Int[Tensor, "*shape"]:
+    """Shift to the right as if the numbers had no sign."""
+    return (numbers >> places) & ((1 << (64 - places)) - 1)

@@ -11,7 +11,7 @@ from dalle_mini_impl.data.tokens import build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.generate import SamplingConfig
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task

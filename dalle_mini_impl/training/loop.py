@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import compile_regions
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -153,6 +154,8 @@ class Trainer:
         self.checkpoint_dir = output_dir / "checkpoints"
         self.model = model.to(accelerator.device)
         self.wrapped = accelerator.prepare_model(self.model)
+        if config.compile:  # evaluation and drawing, whose shapes vary, go through self.model
+            self.wrapped = compile_regions(self.wrapped, dynamic=False)
         self.optimizers = build_optimizers(
             self.model,
             kind=config.optimizer,

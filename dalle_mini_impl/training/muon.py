@@ -1,8 +1,8 @@
-"""Muon in float32, for hardware that does not multiply bf16.
+"""Muon with all matrices of one shape in one product, in bf16 where the hardware multiplies it.
 
-``torch.optim.Muon`` orthogonalises in bf16. Where bf16 is emulated that took longer than the
-forward and backward pass together; float32 products of stacked matrices take a tenth of a step.
-The update is the same, and so is the state.
+``torch.optim.Muon`` takes the matrices one by one, and always in bf16. Where bf16 is emulated that
+took longer than the forward and backward pass together, and a GPU spends its time starting
+kernels. The update is the same, and so is the state.
 
 Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the update's
 size as in Liu et al. 2025, arXiv:2502.16982, section 2.2.
@@ -42,7 +42,7 @@ def orthogonalize(
     return current.mT if is_tall else current
 
 
-class Float32Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalised, for hidden matrices only."""
 
     def __init__(
@@ -52,6 +52,7 @@ class Float32Muon(torch.optim.Optimizer):
         lr: float,
         weight_decay: float,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Take the matrices.
 
@@ -60,8 +61,10 @@ class Float32Muon(torch.optim.Optimizer):
             lr: Learning rate; updates are scaled to the size of AdamW's.
             weight_decay: Decoupled decay per unit of learning rate.
             momentum: Share of the momentum kept at each step.
+            dtype: Of the products that orthogonalise; weights and momentum keep their own.
         """
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -77,20 +80,18 @@ class Float32Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                updates = orthogonalize(
-                    torch.stack([self._momentum(p, group["momentum"]) for p in parameters])
-                )
+                ahead = torch.stack(self._momentum(parameters, group["momentum"]))
+                updates = orthogonalize(ahead.to(self._dtype)).to(ahead.dtype)
                 scale = group["lr"] * 0.2 * max(shape) ** 0.5
-                for parameter, update in zip(parameters, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-scale)
+                torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(parameters, updates.unbind(), alpha=-scale)
 
-    def _momentum(self, parameter: nn.Parameter, momentum: float) -> Tensor:
+    def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
         """Update the momentum and look one step ahead of it."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, buffer = parameter.grad, state["momentum_buffer"]
-        assert gradient is not None  # the caller passes over the others
-        buffer.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum)
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        gradients = [parameter.grad for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, buffers, momentum))

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.training.muon import Float32Muon
+from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.precision import has_fast_bf16
 
 
@@ -58,16 +58,8 @@ def build_optimizers(
     )
     optimizers: list[torch.optim.Optimizer] = [adamw]
     if hidden:
-        muon: torch.optim.Optimizer
-        if has_fast_bf16():
-            muon = torch.optim.Muon(
-                hidden,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        else:
-            muon = Float32Muon(hidden, lr=learning_rate, weight_decay=weight_decay)
+        dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
+        muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, dtype=dtype)
         optimizers.append(muon)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -113,12 +105,12 @@ class MovingAverage:
             step: Optimizer updates done so far.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
-        parameters = {name for name, _ in model.named_parameters()}
-        for name, value in _averaged(model).items():
-            if name in parameters:
-                self.weights[name].lerp_(value, 1 - decay)
-            else:
-                self.weights[name].copy_(value)
+        now, parameters = _averaged(model), dict(model.named_parameters())
+        others = now.keys() - parameters.keys()
+        own, theirs = ([each[name] for name in parameters] for each in (self.weights, now))
+        torch._foreach_lerp_(own, theirs, 1 - decay)
+        for name in others:
+            self.weights[name].copy_(now[name])
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
         """Continue with weights that were saved.

@@ -43,6 +43,8 @@ class TrainingConfig:
     """Decay per update of the averaged weights that are kept; 0 keeps the last weights."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 autocast: ``auto`` uses it where the hardware multiplies bf16."""
+    compile: bool = False
+    """Compile the model's training pass (torch.compile): a minute at the start, less per step."""
     log_every_steps: int = 20
     """Updates between two log lines."""
     evaluate_every_steps: int = 500

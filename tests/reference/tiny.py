@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.generate import SamplingConfig
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
 from dalle_mini_impl.training.settings import TrainingConfig

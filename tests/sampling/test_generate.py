@@ -11,9 +11,10 @@ from torch import Tensor
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import (
     ROWS_PER_BATCH,
-    SamplingConfig,
     generate_image_token_ids,
 )
+from dalle_mini_impl.sampling.logits import gumbel_noise
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
 
 BuildDalle = Callable[..., Dalle]
 
@@ -55,8 +56,6 @@ def slow_draw(
     Returns the tokens, the logits given the caption and given nothing, and the caption's gain.
     """
     num_steps, vocab_size = model.config.image_length, model.config.codebook_size
-    generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(num_steps, vocab_size, generator=generator).double()
     image = torch.zeros(1, num_steps, dtype=torch.long)
     given, free, gain = [], [], 0.0
     for step in range(num_steps):
@@ -64,7 +63,7 @@ def slow_draw(
         null = model(torch.zeros_like(text)[None], image).image[0, step].double()
         scale = slow_scale(settings, step, num_steps)
         guided = (scale * conditional + (1 - scale) * null) / settings.temperature
-        noise = -torch.log(-torch.log(uniform[step]))
+        noise = gumbel_noise(torch.tensor([seed]), step=step, vocab_size=vocab_size)[0].double()
         token = max(slow_allowed(guided, settings), key=lambda k: float(guided[k] + noise[k]))
         image[0, step] = token
         given.append(conditional)

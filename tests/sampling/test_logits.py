@@ -74,7 +74,53 @@ def test_negative_counts_are_refused() -> None:
 
 
 def noise_of(*seeds: int, num_steps: int = 4, vocab_size: int = 5) -> Tensor:
-    return gumbel_noise(torch.tensor(seeds), num_steps=num_steps, vocab_size=vocab_size)
+    """(steps, pictures, tokens)."""
+    return torch.stack(
+        [
+            gumbel_noise(torch.tensor(seeds), step=step, vocab_size=vocab_size)
+            for step in range(num_steps)
+        ]
+    )
+
+
+def squares32(counter: int, key: int) -> int:
+    """The source's listing, in whole numbers."""
+
+    def turned(x: int) -> int:
+        return (x >> 32 | x << 32) % 2**64
+
+    x = y = counter * key % 2**64
+    z = (y + key) % 2**64
+    for added in (y, z, y):
+        x = turned((x * x + added) % 2**64)
+    return (x * x + z) % 2**64 >> 32
+
+
+def splitmix64(state: int) -> int:
+    z = (state + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    return z ^ z >> 31
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345, 2**63 - 1])
+def test_noise_is_made_of_the_published_bits(seed: int) -> None:
+    key = splitmix64(seed) | 1
+    noise = noise_of(seed, num_steps=3, vocab_size=7)
+    for step in range(3):
+        for token in range(7):
+            uniform = ((squares32(step * 7 + token, key) >> 9) + 0.5) / 2**23
+            expected = -math.log(-math.log(uniform))
+            assert float(noise[step, 0, token]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_a_step_may_be_a_tensor() -> None:
+    seeds = torch.tensor([1, 2])
+    for step in (0, 3):
+        assert torch.equal(
+            gumbel_noise(seeds, step=torch.tensor([step]), vocab_size=9),
+            gumbel_noise(seeds, step=step, vocab_size=9),
+        )
 
 
 def test_noise_of_a_seed_does_not_depend_on_its_neighbours() -> None:

@@ -11,7 +11,7 @@ from dalle_mini_impl.training.checkpoint import (
     flatten_optimizer_state,
     restore_optimizer_state,
 )
-from dalle_mini_impl.training.muon import Float32Muon
+from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.optimizer import (
     MovingAverage,
     build_optimizers,
@@ -81,13 +81,13 @@ def test_adamw_follows_the_paper() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
-def test_float32_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
+def test_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
     results = []
     for build in (
-        lambda w: Float32Muon([w], lr=0.02, weight_decay=0.1),
+        lambda w: Muon([w], lr=0.02, weight_decay=0.1),
         lambda w: torch.optim.Muon([w], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     ):
         weight = nn.Parameter(start.clone())

@@ -1,0 +1,108 @@
+"""How the next token of every picture is chosen from the logits: settings, guidance, noise."""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.sampling.guidance import GuidanceSchedule, guide, scale_at
+from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How tokens are drawn.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    guidance_scale: float = 3.0
+    """Strength of classifier-free guidance; 1.0 is off."""
+    guidance_schedule: GuidanceSchedule = "cosine"
+    """The same guidance for every token, or rising along the picture."""
+    temperature: float = 1.0
+    """Divides the guided logits; below 1 plays safe."""
+    top_k: int = 0
+    """Draw among this many likeliest tokens; 0 means all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that hold this probability mass."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that define no distribution."""
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, wanted a number from 0")
+        if self.guidance_schedule not in get_args(GuidanceSchedule):
+            raise ValueError(
+                f"guidance_schedule: got {self.guidance_schedule!r}, "
+                f"wanted one of {', '.join(get_args(GuidanceSchedule))}"
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: got {self.temperature}, wanted a number above 0")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: got {self.top_k}, wanted a count, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: got {self.top_p}, wanted above 0 and up to 1")
+
+
+class TokenChoice:
+    """The pictures of one batch so far, and the rule for their next token.
+
+    Steps are tensors, so that one recording of a step serves all of them.
+    """
+
+    def __init__(
+        self, config: DalleConfig, *, seeds: Int[Tensor, " batch"], settings: SamplingConfig
+    ) -> None:
+        """Start with empty pictures.
+
+        Args:
+            config: Of the decoder.
+            seeds: One per picture; everything here lives on their device.
+            settings: Guidance and filters.
+        """
+        self.seeds, self.settings = seeds, settings
+        self.num_steps, self.codebook_size = config.image_length, config.codebook_size
+        self.is_guided = settings.guidance_scale != 1.0
+        self.tokens = torch.zeros(len(seeds), self.num_steps, dtype=torch.long, device=seeds.device)
+        self.gain = torch.zeros(len(seeds), device=seeds.device)
+        scales = [
+            scale_at(
+                step,
+                self.num_steps,
+                guidance_scale=settings.guidance_scale,
+                schedule=settings.guidance_schedule,
+            )
+            for step in range(self.num_steps)
+        ]
+        self._scales = torch.tensor(scales, device=seeds.device)
+
+    def for_each_row(self, values: Int[Tensor, "batch *rest"]) -> Int[Tensor, "rows *rest"]:
+        """Repeat what belongs to a picture for its null row, if there is one."""
+        return torch.cat([values, values]) if self.is_guided else values
+
+    def choose(self, logits: Float[Tensor, "rows vocab"], step: Int[Tensor, "1"]) -> None:
+        """Choose one token of every picture and note what the caption gained by it.
+
+        Args:
+            logits: Of the conditional rows and, with guidance, of the null rows after them.
+            step: Index of the token.
+        """
+        logits = logits.float()
+        conditional, null = logits[: len(self.seeds)], logits[len(self.seeds) :]
+        wanted = conditional
+        if self.is_guided:
+            wanted = guide(conditional, null, guidance_scale=self._scales.index_select(0, step))
+        settings = self.settings
+        wanted = keep_top_k(wanted / settings.temperature, settings.top_k)
+        wanted = keep_top_p(wanted, settings.top_p)
+        noise = gumbel_noise(self.seeds, step=step, vocab_size=self.codebook_size)
+        chosen = (wanted + noise).argmax(dim=-1, keepdim=True)
+        self.tokens.index_copy_(1, step, chosen)
+        if self.is_guided:
+            gained = conditional.log_softmax(-1) - null.log_softmax(-1)
+            self.gain += gained.gather(1, chosen).squeeze(1)

@@ -1,0 +1,46 @@
+"""Drawing on a GPU by a replayed recording: the same pictures as on the CPU."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        SamplingConfig(guidance_scale=1.0),
+        SamplingConfig(guidance_scale=3.0, guidance_schedule="cosine", top_k=5),
+        SamplingConfig(guidance_scale=2.0, guidance_schedule="constant", top_p=0.8),
+    ],
+)
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_replayed_step_draws_what_the_cpu_draws(
+    build_dalle: Callable[..., Dalle], settings: SamplingConfig, num_rows: int
+) -> None:
+    text = torch.randint(1, 11, (num_rows, 5), generator=torch.Generator().manual_seed(0))
+    seeds = torch.arange(num_rows)
+    on_cpu = draw_rows(build_dalle(), text, seeds=seeds, settings=settings)
+    model = build_dalle().cuda()
+    on_gpu = draw_rows(model, text.cuda(), seeds=seeds, settings=settings)
+    assert torch.equal(on_gpu.image_token_ids.cpu(), on_cpu.image_token_ids)
+    torch.testing.assert_close(on_gpu.caption_gain.cpu(), on_cpu.caption_gain, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("num_cells", [1, 2, 3, 4])
+def test_short_pictures_need_no_recording(
+    build_dalle: Callable[..., Dalle], num_cells: int
+) -> None:
+    sizes = {"image_grid_size": (1, num_cells)}
+    text, seeds = torch.ones(2, 5, dtype=torch.long), torch.arange(2)
+    settings = SamplingConfig(guidance_scale=2.0)
+    on_cpu = draw_rows(build_dalle(**sizes), text, seeds=seeds, settings=settings)
+    model = build_dalle(**sizes).cuda()
+    on_gpu = draw_rows(model, text.cuda(), seeds=seeds, settings=settings)
+    assert torch.equal(on_gpu.image_token_ids.cpu(), on_cpu.image_token_ids)
