@@ -349,7 +349,7 @@ class Dalle(nn.Module):
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         tokens = tokens + self.text_positions.weight
-        start = repeat(self.text_start, "hidden -> batch 1 hidden", batch=len(tokens))
+        start = self.text_start.expand(len(tokens), 1, -1)
         last = tokens[:, -1:] + self.target_positions(first_cell).unsqueeze(1)
         return torch.cat([start, tokens[:, :-1], last], dim=1)
 

@@ -19,7 +19,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import compile_regions
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -155,7 +154,10 @@ class Trainer:
         self.model = model.to(accelerator.device)
         self.wrapped = accelerator.prepare_model(self.model)
         if config.compile:  # evaluation and drawing, whose shapes vary, go through self.model
-            self.wrapped = compile_regions(self.wrapped, dynamic=False)
+            # CUDA graphs keep gradients where the next micro-batch would write over them.
+            graphs = accelerator.num_processes == config.gradient_accumulation_steps == 1
+            mode = "reduce-overhead" if graphs else "default"
+            self.wrapped = torch.compile(self.wrapped, dynamic=False, mode=mode)
         self.optimizers = build_optimizers(
             self.model,
             kind=config.optimizer,
@@ -228,6 +230,7 @@ class Trainer:
         torch.manual_seed(self._seed(DROPOUT_PURPOSE))
         generator = self._generator(NOISE_PURPOSE)
         self.wrapped.train()
+        torch.compiler.cudagraph_mark_step_begin()  # for a compiled model; else it does nothing
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             on_device = {name: value.to(accelerator.device) for name, value in batch.items()}
