@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.ceilings import count_flops
+from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.ours import GUIDANCE_SCALE, build_pipeline, build_trainer, trainer_step
 from benchmarks.timing import Job, Precision, require_falling
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
@@ -283,6 +283,12 @@ def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     precision: Precision = "bfloat16" if has_fast_bf16() else "float32"
     step = trainer_step(build_trainer(dalle, task, batch=run.batch, precision=precision))
     require_falling([step() for _ in range(5)])
+    flops = count_flops(step) + attention_flops(
+        layers=run.decoder.num_layers,
+        width=run.decoder.hidden_size,
+        length=config.sequence_length,
+        rows=run.batch,
+    )
 
     def train() -> None:
         first = [pairs.read_image(index) for index in range(min(run.batch, len(pairs)))]
@@ -295,6 +301,7 @@ def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     return Job(
         run=train,
         items=run.batch * epochs,
+        flops=flops * epochs,
         note=f"{size} px, {width} wide, {layers} layers, batch {run.batch}, {precision}",
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from benchmarks import ours, ours_pictures, peers
+from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.data import DallePytorchFolder
 from benchmarks.pictures import write_pictures
 from benchmarks.settings import Settings
@@ -137,8 +138,12 @@ def peer_training(folder: Path, vae: dict[str, Any], dalle: dict[str, Any]) -> J
     batches = endless()
     first = next(batches)
     require_falling([step(first) for _ in range(3)])
+    flops = count_flops(lambda: step(first)) + attention_flops(
+        layers=dalle["depth"], width=dalle["dim"], length=model.total_seq_len, rows=BATCH
+    )
     return Job(
         run=lambda: [step(images) for images in itertools.islice(batches, STEPS_PER_CALL)],
         items=BATCH * STEPS_PER_CALL,
+        flops=flops * STEPS_PER_CALL,
         note=f"{vae['image_size']} px, {dalle['dim']} wide, {dalle['depth']} layers",
     )
