@@ -1,6 +1,7 @@
 """The benchmarks measure what they say. No peer is needed here, and nothing is timed."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -55,10 +56,15 @@ def test_rounds_interleave_and_everyone_goes_first() -> None:
 def test_costs_are_per_item_and_medians_are_middle_values() -> None:
     assert timing.median([5.0, 1.0, 3.0]) == 3.0
     assert timing.median([4.0, 1.0]) == 2.5
-    [result] = contest(Contestant(name="a", build=lambda: Job(run=sum_up, items=4, flops=8.0)))
-    assert result.flops == 2.0
-    assert min(result.costs) > 0
-    assert all(load is None or load >= 0 for load in result.others)
+    one, four = contest(
+        Contestant(name="one", build=lambda: Job(run=lambda: time.sleep(0.05))),
+        Contestant(name="four", build=lambda: Job(run=lambda: time.sleep(0.05), items=4, flops=8)),
+    )
+    assert four.flops == 2.0
+    # A sleep never ends early: 0.05 s for one item, and for four far less than half of it each.
+    assert min(one.costs) >= 0.05
+    assert 0.0125 <= min(four.costs) < 0.025
+    assert all(load is None or load >= 0 for load in one.others)
 
 
 def sum_up() -> int:
@@ -96,11 +102,12 @@ def test_each_contestant_runs_with_its_own_matrix_products() -> None:
     seen: list[str] = []
 
     def build() -> Job:
+        seen.append(torch.get_float32_matmul_precision())
         return Job(run=lambda: seen.append(torch.get_float32_matmul_precision()))
 
     names = ("highest", "high")
     contest(*(Contestant(name=name, build=build, matmul=name) for name in names), rounds=2)
-    assert seen == ["highest", "high", "high", "highest"]
+    assert seen == ["highest", "high", "highest", "high", "high", "highest"]
 
 
 @pytest.mark.parametrize("losses", [[2.0, 2.0], [2.0, float("nan")], [float("inf"), 1.0]])
