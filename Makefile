@@ -1,10 +1,13 @@
-# make demo | make check test | make test-slow | make format
+# make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
+BENCH_VENV ?= .venv-bench
+BENCH_OUT ?= out/bench
+PARTS ?= all
 
-.PHONY: demo check test test-slow format clean
+.PHONY: demo check test test-slow format bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py --out $(OUT)
@@ -25,8 +28,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+bench: $(BENCH_VENV)/.bench
+	$(BENCH_VENV)/bin/python -m benchmarks --parts $(PARTS) --out $(BENCH_OUT)
+
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(BENCH_VENV) out
 
 $(VENV)/.demo: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
@@ -37,3 +43,10 @@ $(VENV)/.dev: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements-dev.txt -e '.[demo-data,dev]'
 	touch $@ $(VENV)/.demo
+
+# dalle-pytorch has a dependency that no longer builds; benchmarks/peers.py stubs what its import misses.
+$(BENCH_VENV)/.bench: pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(BENCH_VENV)
+	$(BENCH_VENV)/bin/pip install -q -r requirements-dev.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/pip install -q --no-deps dalle-pytorch==1.6.6
+	touch $@

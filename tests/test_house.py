@@ -30,6 +30,7 @@ def tracked_files() -> list[str]:
 FILES = tracked_files()
 SCRIPTS = [name for name in FILES if re.fullmatch(r"scripts/\w+\.py", name)]
 MODULES = [name for name in FILES if name.endswith(".py") and name.split("/")[0] in PACKAGES]
+BENCHMARKS = [name for name in FILES if re.fullmatch(r"benchmarks/\w+\.py", name)]
 
 
 def fenced_code(text: str) -> str:
@@ -37,8 +38,8 @@ def fenced_code(text: str) -> str:
 
 
 def test_the_map_names_every_file_and_no_other() -> None:
-    wanted = {*SCRIPTS, *MODULES}
-    pattern = r"^((?:scripts|dalle_mini_impl|vqvae)/[\w/]+\.py)\s"
+    wanted = {*SCRIPTS, *MODULES, *BENCHMARKS}
+    pattern = r"^((?:scripts|benchmarks|dalle_mini_impl|vqvae)/[\w/]+\.py)\s"
     named = re.findall(pattern, fenced_code(README), re.MULTILINE)
     assert set(named) - wanted == set(), "the map names files that are not there"
     assert wanted - set(named) == set(), "files that the map in README.md does not name"
@@ -50,7 +51,7 @@ def test_every_make_target_in_a_text_exists(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
     spans = "\n".join([fenced_code(text), *re.findall(r"`([^`\n]+)`", text)])
-    for line in re.findall(r"\bmake((?: +(?!-)[\w-]+)+)", spans):
+    for line in re.findall(r"\bmake((?: +(?!-|\w+=)[\w-]+)+)", spans):
         assert set(line.split()) <= targets, f"make{line}"
 
 

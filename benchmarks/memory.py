@@ -1,0 +1,107 @@
+"""Peak memory of training, each contestant in a fresh process.
+
+python -m benchmarks.memory NAME SIZE PRECISION prints the GiB of one contestant.
+"""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks import ours, train
+from benchmarks.settings import Settings
+from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
+from benchmarks.timing import Precision, Result
+
+SIZES = {size.name: size for size in (SMALL, MEDIUM, TOY)}
+GIB = 2**30
+BYTES_PER_WEIGHT = 16  # itself, its gradient and AdamW's two moments, all float32
+MOST_SECONDS = 1800.0
+
+
+def run(settings: Settings, size: Size) -> list[Result]:
+    """Compare the peak memory of a training process, Python and torch included.
+
+    Args:
+        settings: Of the run.
+        size: Of the decoder.
+
+    Returns:
+        Rows in GiB.
+    """
+    floor = BYTES_PER_WEIGHT * sum(w.numel() for w in ours.build_decoder(size).parameters()) / GIB
+    results = []
+    for precision in settings.precisions():
+        for one in train.contestants(size, precision, with_compiled=False):
+            result = Result(
+                work=f"peak memory, train {size.name} at batch {size.batch}, {precision}",
+                contestant=one.name,
+                is_ours=one.is_ours,
+                unit="GiB",
+                floor=floor,
+            )
+            try:
+                result.costs = [measure(one.name, size, precision)]
+            except (ValueError, subprocess.TimeoutExpired) as error:
+                result.failure = f"failed: {error}"
+            print(f"  {result.work} | {one.name}: {result.costs or result.failure}")
+            results.append(result)
+    return results
+
+
+def measure(name: str, size: Size, precision: Precision) -> float:
+    """Train for a few steps in a fresh process.
+
+    Args:
+        name: Of a contestant of `train.contestants`.
+        size: Of the decoder.
+        precision: Of the training.
+
+    Returns:
+        Peak memory in GiB.
+
+    Raises:
+        ValueError: If the process failed; with the last line of what it said.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", name, size.name]
+    done = subprocess.run(
+        [*command, precision], capture_output=True, text=True, timeout=MOST_SECONDS, check=False
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise ValueError(lines[-1][:300])
+    return float(done.stdout.split()[-1])
+
+
+def peak_gib() -> float:
+    """Read this process's largest resident size so far, in GiB.
+
+    Not from ``getrusage`` where it can be helped: Linux hands a new program the peak of the one
+    that started it.
+
+    Returns:
+        GiB.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        [line] = [row for row in status.read_text().splitlines() if row.startswith("VmHWM")]
+        return int(line.split()[1]) * 1024 / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def main(name: str, size: str, precision: Precision) -> None:
+    """Train one contestant and print the peak."""
+    every = train.contestants(SIZES[size], precision, with_compiled=False)
+    [one] = [contestant for contestant in every if contestant.name == name]
+    torch.set_float32_matmul_precision(one.matmul)
+    job = one.build()
+    for _ in range(2):
+        job.run()
+    print(peak_gib())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3])  # type: ignore[arg-type]

@@ -1,0 +1,200 @@
+"""This project's decoder in every comparison; with ours_pictures.py all that calls the package.
+
+It takes the road that users take (the trainer's own step, `generate_image_token_ids`, the default
+config), so that whatever makes the package faster shows without a change here.
+"""
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.ceilings import attention_flops, bytes_of, count_flops
+from benchmarks.sizes import Size, random_pairs
+from benchmarks.timing import Job, Precision, require_falling
+from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.loop import Task, Trainer
+from dalle_mini_impl.training.precision import use_fast_float32
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import build_accelerator
+from vqvae import VQVAE, VQVAEConfig
+
+COLDEST = 1e-6  # a temperature at which the likeliest token is always drawn
+# By how much a drawn token may be less likely than the best one of an uncached pass, in nats.
+TOLERATED_NATS: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1}
+GUIDANCE_SCALE = 3.0
+
+
+def matmul_setting() -> str:
+    """Name the matrix product that training and drawing choose for themselves on this machine."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        use_fast_float32()
+        return torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def build_decoder(size: Size) -> Dalle:
+    """Build a decoder of a size, with plain image tokens as peers have and without dropout."""
+    decoder = DecoderConfig(
+        hidden_size=size.width,
+        num_layers=size.layers,
+        num_heads=size.heads,
+        dropout_probability=0.0,
+    )
+    config = DalleConfig(
+        decoder=decoder,
+        vocab_size=size.vocab,
+        text_length=size.text_length,
+        codebook_levels=(size.codebook,),
+        image_grid_size=(size.grid, size.grid),
+    )
+    return Dalle(config)
+
+
+def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
+    """Put a decoder into a pipeline with a caption tokenizer that knows bytes alone."""
+    tokenizer = train_text_tokenizer(["a red heart", "pizza"], vocab_size=300)
+    captions = CaptionEncoder(tokenizer, dalle.config.text_length)
+    return TextToImagePipeline(dalle=dalle, vqvae=vqvae, captions=captions)
+
+
+def build_trainer(model: nn.Module, task: Task, *, batch: int, precision: Precision) -> Trainer:
+    """Build the trainer of a run that never ends and never saves."""
+    config = TrainingConfig(
+        max_steps=10**9, global_batch_size=batch, learning_rate=3e-4, warmup_steps=0
+    )
+    accelerator = build_accelerator("bf16" if precision == "bfloat16" else "no")
+    folder = Path(tempfile.gettempdir())  # for checkpoints, which are never written
+    return Trainer(model, task, config, accelerator=accelerator, output_dir=folder)
+
+
+def trainer_step(trainer: Trainer) -> Callable[[], float]:
+    """Make the trainer's own step callable: batch, loss, gradients, clipping, update."""
+
+    def step() -> float:
+        metrics = trainer._step(trainer._batches(trainer.state.step))
+        trainer.state.step += 1
+        return float(metrics["loss"])
+
+    return step
+
+
+def decoder_training(size: Size, precision: Precision, *, verify_steps: int = 3) -> Job:
+    """Train a decoder on made-up tokens.
+
+    Args:
+        size: Of the decoder and its batch.
+        precision: Float32, or bf16 as `mixed_precision` gives it.
+        verify_steps: Steps over which the loss must fall.
+
+    Returns:
+        One training step; items are tokens.
+    """
+    torch.manual_seed(0)
+    text, image = random_pairs(size)
+    tokens = TokenDataset(
+        image_token_ids=image[:, None].int(),
+        text_token_ids=text.int(),
+        caption_offsets=torch.arange(size.batch + 1),
+    )
+    trainer = build_trainer(
+        dalle := build_decoder(size),
+        _decoder_task(dalle, tokens),
+        batch=size.batch,
+        precision=precision,
+    )
+    step = trainer_step(trainer)
+    flops = count_flops(step) + attention_flops(
+        layers=size.layers, width=size.width, length=size.length, rows=size.batch
+    )
+    require_falling([step() for _ in range(verify_steps)])
+    return Job(run=step, items=size.tokens, flops=flops)
+
+
+def _decoder_task(dalle: Dalle, tokens: TokenDataset) -> DalleTask:
+    config = dalle.config
+    side = config.image_grid_size[0]
+    vqvae = VQVAE(
+        VQVAEConfig(
+            image_size=side * 2,
+            patch_size=2,
+            channels=(8,),
+            quantizer="vq",
+            vq_codebook_size=config.codebook_size,
+        )
+    )
+    return DalleTask(
+        tokens,
+        tokens,
+        DalleTaskConfig(),
+        sample_weights=None,
+        identity="",
+        pipeline=build_pipeline(dalle, vqvae),
+        fixed_prompts=(),
+    )
+
+
+def decoder_sampler(size: Size, precision: Precision) -> Callable[..., Job]:
+    """Prepare the drawing of pictures' tokens, and prove that its cache does not change them.
+
+    Args:
+        size: Of the decoder.
+        precision: Float32 gives the same pictures everywhere; bf16 weights are half as large.
+
+    Returns:
+        A function of ``batch`` and ``guided`` that returns the job; items are pictures.
+    """
+    torch.manual_seed(0)
+    model = build_decoder(size).eval()
+    with torch.no_grad():
+        model.image_head.rows.normal_(std=0.02)  # fresh heads are zero, and all tokens alike
+    reduced = model.to(torch.bfloat16) if precision == "bfloat16" else model
+    require_cache_is_exact(reduced, size, tolerated_nats=TOLERATED_NATS[precision])
+    weights: list[Tensor] = [model.image_head.rows]
+    weights += [part.weight for part in model.blocks.modules() if isinstance(part, nn.Linear)]
+
+    def job(*, batch: int, guided: bool) -> Job:
+        text, _ = random_pairs(size, batch=batch)
+        scale = GUIDANCE_SCALE if guided else 1.0
+        settings = SamplingConfig(guidance_scale=scale, guidance_schedule="constant")
+        return Job(
+            run=lambda: generate_image_token_ids(
+                reduced, text, seeds=torch.arange(batch), settings=settings
+            ),
+            items=batch,
+            flops=2.0 * sum(map(torch.numel, weights)) * batch * (1 + guided) * size.image_length,
+            bytes=bytes_of(*weights) * size.image_length,
+        )
+
+    return job
+
+
+def require_cache_is_exact(model: Dalle, size: Size, *, tolerated_nats: float) -> None:
+    """Compare cached drawing with one uncached pass over the drawn tokens.
+
+    Args:
+        model: In evaluation mode.
+        size: Its size.
+        tolerated_nats: How much less likely than the likeliest token a drawn one may be.
+
+    Raises:
+        ValueError: If cached drawing, told to take the likeliest token, took another.
+    """
+    text, _ = random_pairs(size, batch=2)
+    settings = SamplingConfig(guidance_scale=1.0, temperature=COLDEST)
+    drawn = generate_image_token_ids(model, text, seeds=torch.arange(2), settings=settings)
+    tokens = drawn.image_token_ids
+    with torch.inference_mode():
+        logits = model(text, tokens).image.float()
+    gap = (logits.max(-1).values - logits.gather(2, tokens.unsqueeze(2)).squeeze(2)).max()
+    if tokens.shape[1] != size.image_length or not gap <= tolerated_nats:
+        raise ValueError(f"cached and uncached drawing differ by {gap:.2g} nats")

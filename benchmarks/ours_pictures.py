@@ -1,0 +1,337 @@
+"""This project's tokenizer, reader and whole runs in every comparison; see ours.py."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.ceilings import attention_flops, count_flops
+from benchmarks.ours import GUIDANCE_SCALE, build_pipeline, build_trainer, trainer_step
+from benchmarks.timing import Job, Precision, require_falling
+from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
+from dalle_mini_impl.data.pairs import load_all_pixels, open_pairs
+from dalle_mini_impl.data.tokens import build_token_dataset
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
+from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.optimizer import build_optimizers
+from dalle_mini_impl.training.precision import has_fast_bf16
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from vqvae import VQVAE, VQVAEConfig
+from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
+
+
+def tokenizer(image_size: int) -> VQVAE:
+    """Build the default image tokenizer for pictures of a size, laid out as training does."""
+    vqvae = VQVAE(VQVAEConfig(image_size=image_size))
+    return vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def tokenizer_job(
+    work: Literal["encode", "decode", "train"], pixels: Tensor, precision: Precision
+) -> Job:
+    """Encode, decode or train the default image tokenizer.
+
+    Args:
+        work: Which of the three.
+        pixels: Pictures in [-1, 1].
+        precision: bf16 is autocast, as in training.
+
+    Returns:
+        One batch; items are pictures.
+    """
+    torch.manual_seed(0)
+    vqvae = tokenizer(pixels.shape[-1])
+    run: Callable[[], object]
+    if work == "train":
+        as_bytes = ((pixels + 1) * 127.5).to(torch.uint8)
+        config = VQVAETaskConfig()
+        task = VQVAETask(as_bytes, as_bytes, config, sample_weights=None, vqvae=vqvae)
+        step = trainer_step(build_trainer(vqvae, task, batch=len(pixels), precision=precision))
+        require_falling([step() for _ in range(5)])
+        run = step
+    else:
+        vqvae.eval()
+        token_ids = vqvae.encode_to_token_ids(pixels)
+        if vqvae.decode_from_token_ids(token_ids).shape != pixels.shape:
+            raise ValueError("the tokenizer returns pictures of another size")
+
+        def run() -> object:
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+                if work == "encode":
+                    return vqvae.encode_to_token_ids(pixels)
+                return vqvae.decode_from_token_ids(token_ids)
+
+    return Job(run=run, items=len(pixels), flops=count_flops(run, with_batched=True))
+
+
+def gumbel_training(
+    encoder: nn.Module,
+    decoder: nn.Module,
+    codebook: Tensor,
+    images: Tensor,
+    precision: Precision,
+    *,
+    first_loss: tuple[float, float] | None = None,
+) -> Job:
+    """Train a discrete VAE with our Gumbel quantizer between networks that are given.
+
+    The mathematics is that of DALLE-pytorch's DiscreteVAE by default: squared error, temperature
+    0.9, no KL term.
+
+    Args:
+        encoder: Images to logits over the codes.
+        decoder: Codes to images.
+        codebook: Rows to start from, (codes, width).
+        images: In [-1, 1].
+        precision: bf16 is autocast.
+        first_loss: What the first step's loss must be, and by which share it may differ.
+
+    Returns:
+        One training step; items are pictures.
+
+    Raises:
+        ValueError: If the loss is another one, or does not fall.
+    """
+    codes, width = codebook.shape
+    quantizer = GumbelQuantizer(codebook_size=codes, code_dim=width, kl_weight=0.0)
+    quantizer.codebook.data.copy_(codebook)
+    quantizer.temperature.fill_(0.9)
+    model = nn.Sequential(encoder, quantizer, decoder)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    pixels = images.contiguous(memory_format=torch.channels_last)
+    [optimizer] = build_optimizers(
+        model, kind="adamw", learning_rate=3e-4, weight_decay=0.0, betas=(0.9, 0.99)
+    )
+
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            rebuilt = decoder(quantizer(encoder(pixels)).quantized_latents)
+            loss = F.mse_loss(rebuilt.float(), pixels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())
+
+    losses = [step() for _ in range(5)]
+    if first_loss and abs(losses[0] / first_loss[0] - 1) > first_loss[1]:
+        raise ValueError(f"the first loss is {losses[0]:.4f}, the peer's {first_loss[0]:.4f}")
+    require_falling(losses)
+    flops = count_flops(step, with_batched=True)
+    return Job(run=step, items=len(images), flops=flops)
+
+
+def code_lookup(vectors: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    """Find the nearest code of each vector, by cosine.
+
+    Args:
+        vectors: (count, width), of any length.
+        codebook: (codes, width), rows of length 1.
+
+    Returns:
+        A function that returns the indices, (count,).
+    """
+    quantizer = VectorQuantizer(codebook_size=len(codebook), code_dim=codebook.shape[1]).eval()
+    quantizer.codebook.copy_(codebook)
+    latents = vectors.T.reshape(1, codebook.shape[1], 1, len(vectors))
+    return lambda: quantizer.encode(latents).flatten()
+
+
+def write_model(folder: Path, decoder: DecoderConfig | None = None) -> None:
+    """Write a model folder of the demo's size with random weights.
+
+    Args:
+        folder: Where to.
+        decoder: Another size.
+    """
+    torch.manual_seed(0)
+    vqvae = VQVAE(VQVAEConfig())
+    config = DalleConfig(
+        decoder=decoder or DecoderConfig(hidden_size=256, num_layers=4, num_heads=4),
+        vocab_size=2048,
+        text_length=16,
+        codebook_levels=vqvae.codebook_levels,
+        image_grid_size=vqvae.image_grid_size,
+    )
+    dalle = Dalle(config)
+    with torch.no_grad():
+        dalle.image_head.rows.normal_(std=0.02)
+    pipeline = build_pipeline(dalle, vqvae)
+    pipeline.settings = dataclasses.replace(pipeline.settings, guidance_scale=GUIDANCE_SCALE)
+    pipeline.save_pretrained(folder)
+
+
+def read_pictures(folder: Path, image_size: int) -> int:
+    """Open a folder of captioned pictures and decode all of them, as training begins.
+
+    Args:
+        folder: Holds ``x.jpg`` beside ``x.txt``.
+        image_size: Side of the square pictures in pixels.
+
+    Returns:
+        Number of pictures read.
+    """
+    pixels, kept, _ = load_all_pixels(open_pairs(str(folder)), image_size=image_size)
+    return len(kept) if len(pixels) == len(kept) else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeRun:
+    """What decides the cost of a whole training run."""
+
+    vqvae: VQVAEConfig
+    decoder: DecoderConfig
+    text: TextConfig
+    batch: int
+
+
+def default_run() -> WholeRun:
+    """Take what ``train_vqvae.py`` and ``train_dalle.py`` do unless told otherwise."""
+    return WholeRun(
+        vqvae=VQVAEConfig(),
+        decoder=DecoderConfig(),
+        text=TextConfig(),
+        batch=TrainingConfig().global_batch_size,
+    )
+
+
+def toy_run() -> WholeRun:
+    """Take the smallest sizes, to see that everything runs."""
+    return WholeRun(
+        vqvae=VQVAEConfig(image_size=32, channels=(8, 16)),
+        decoder=DecoderConfig(hidden_size=32, num_layers=1, num_heads=2),
+        text=TextConfig(vocab_size=300, text_length=8),
+        batch=4,
+    )
+
+
+def matched_run(vae: dict[str, Any], dalle: dict[str, Any], *, batch: int) -> WholeRun:
+    """Take DALLE-pytorch's sizes: pictures, tokens, vocabularies, width, depth, heads, batch.
+
+    Args:
+        vae: Arguments of its ``DiscreteVAE``; ours has the same grid and number of codes.
+        dalle: Arguments of its ``DALLE``.
+        batch: Pictures per step.
+
+    Returns:
+        A run of ours.
+    """
+    return WholeRun(
+        vqvae=VQVAEConfig(
+            image_size=vae["image_size"], quantizer="vq", vq_codebook_size=vae["num_tokens"]
+        ),
+        decoder=DecoderConfig(
+            hidden_size=dalle["dim"], num_layers=dalle["depth"], num_heads=dalle["heads"]
+        ),
+        text=TextConfig(vocab_size=dalle["num_text_tokens"], text_length=dalle["text_seq_len"]),
+        batch=batch,
+    )
+
+
+def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
+    """Train from a folder: as many steps as epochs, and one batch of it read and tokenized.
+
+    So each picture is read and tokenized once per ``epochs`` steps that it takes part in.
+
+    Args:
+        folder: Pictures with captions.
+        run: Sizes.
+        epochs: Steps per batch that is read.
+
+    Returns:
+        The job; items are pictures that went through a step.
+    """
+    torch.manual_seed(0)
+    vqvae = VQVAE(run.vqvae).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+    config = DalleConfig(
+        decoder=run.decoder,
+        vocab_size=run.text.vocab_size,
+        text_length=run.text.text_length,
+        codebook_levels=vqvae.codebook_levels,
+        image_grid_size=vqvae.image_grid_size,
+    )
+    pipeline = build_pipeline(dalle := Dalle(config), vqvae)
+    pairs = open_pairs(str(folder))
+    pixels, kept, _ = load_all_pixels(pairs, image_size=run.vqvae.image_size)
+    tokens = build_token_dataset(
+        [pairs[index] for index in kept],
+        pixels,
+        vqvae=vqvae,
+        captions=pipeline.captions,
+        num_views=1,
+        max_shift=0,
+        cache_dir=folder.parent / "tokens",
+    )
+    task = DalleTask(
+        tokens,
+        tokens,
+        DalleTaskConfig(),
+        sample_weights=None,
+        identity="",
+        pipeline=pipeline,
+        fixed_prompts=(),
+    )
+    precision: Precision = "bfloat16" if has_fast_bf16() else "float32"
+    step = trainer_step(build_trainer(dalle, task, batch=run.batch, precision=precision))
+    require_falling([step() for _ in range(5)])
+    flops = count_flops(step) + attention_flops(
+        layers=run.decoder.num_layers,
+        width=run.decoder.hidden_size,
+        length=config.sequence_length,
+        rows=run.batch,
+    )
+
+    def train() -> None:
+        first = [pairs.read_image(index) for index in range(min(run.batch, len(pairs)))]
+        batch = torch.stack([read_square(data, run.vqvae.image_size) for data in first])
+        vqvae.encode_to_token_ids(batch)
+        for _ in range(epochs):
+            step()
+
+    size, width, layers = run.vqvae.image_size, run.decoder.hidden_size, run.decoder.num_layers
+    return Job(
+        run=train,
+        items=run.batch * epochs,
+        flops=flops * epochs,
+        note=f"{size} px, {width} wide, {layers} layers, batch {run.batch}, {precision}",
+    )
+
+
+def read_square(data: bytes, size: int) -> Tensor:
+    """Decode one picture file as the reader does, to pixels in [-1, 1]."""
+    image = decode_image(data, source="", min_side=2 * size)
+    return image_to_pixels(resize_and_crop(image, size))
+
+
+def data_wait(folder: Path, out: Path, *, steps: int) -> float:
+    """Run ``train_dalle`` by default for some steps and read what it says of itself.
+
+    Args:
+        folder: Pictures with captions.
+        out: For the run; made here.
+        steps: Optimizer updates.
+
+    Returns:
+        Share of the time in which the loop waited for data, in [0, 1].
+    """
+    VQVAE(VQVAEConfig()).save_pretrained(out / "vqvae")
+    config = DalleRunConfig(
+        data=DataConfig(source=str(folder)),
+        vqvae_dir=str(out / "vqvae"),
+        output_dir=str(out / "dalle"),
+        training=TrainingConfig(max_steps=steps, log_every_steps=steps),
+        tracking=TrackingConfig(mode="disabled"),
+    )
+    train_dalle(config)
+    lines = (out / "dalle" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return next(row[key] for row in rows for key in row if key == "train/data_wait_fraction")

@@ -1,0 +1,49 @@
+"""The parts of a run, by name. Their modules load only when they run."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from benchmarks.settings import Settings
+from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
+from benchmarks.timing import Result
+
+
+def _plain(module: str) -> Callable[[Settings], list[Result]]:
+    return lambda settings: import_module(f"benchmarks.{module}").run(settings)
+
+
+def _sized(module: str, size: Size) -> Callable[[Settings], list[Result]]:
+    return lambda settings: import_module(f"benchmarks.{module}").run(
+        settings, TOY if settings.quick else size
+    )
+
+
+PARTS: dict[str, Callable[[Settings], list[Result]]] = {
+    "startup": _plain("startup"),
+    "lookup": _plain("lookup"),
+    "data": _plain("data"),
+    "tokenizer": _plain("tokenizer"),
+    "memory": _sized("memory", MEDIUM),
+    "train_small": _sized("train", SMALL),
+    "train_medium": _sized("train", MEDIUM),
+    "users": _plain("users"),
+    "sample": _sized("sample", MEDIUM),
+}
+
+
+def choose_parts(words: Sequence[str]) -> list[str]:
+    """Find the parts that a user asked for.
+
+    Args:
+        words: Names or beginnings of names ("train" means both sizes), or "all".
+
+    Returns:
+        Names, in the order in which they run.
+
+    Raises:
+        ValueError: If a word fits no part.
+    """
+    for word in words:
+        if word != "all" and not any(name.startswith(word) for name in PARTS):
+            raise ValueError(f"parts: got {word!r}, wanted all, or some of {', '.join(PARTS)}")
+    return [name for name in PARTS if any(word == "all" or name.startswith(word) for word in words)]

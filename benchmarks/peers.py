@@ -1,0 +1,274 @@
+"""Other programs of the same kind, each at its own settings and at its best.
+
+DALLE-pytorch 1.6.6 can no longer be installed with its dependencies: youtokentome's source
+distribution fails to build (lucidrains/DALLE-pytorch issue 457). ``make bench`` installs it without
+them, and `STUBS` stands in for the three that its import needs and no benchmark calls.
+"""
+
+import importlib.metadata
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.ceilings import attention_flops, count_flops
+from benchmarks.sizes import Size, random_pairs
+from benchmarks.timing import Job, NotMeasuredError, Precision, require_falling
+
+# Module -> names that dalle_pytorch 1.6.6 imports from it. OmegaConf and taming serve pretrained
+# VQGANs; pkg_resources, which setuptools has dropped, serves its version number.
+STUBS: dict[str, tuple[str, ...]] = {
+    "omegaconf": ("OmegaConf",),
+    "taming": (),
+    "taming.models": (),
+    "taming.models.vqgan": ("VQModel", "GumbelVQ"),
+    "pkg_resources": ("get_distribution",),
+}
+PACKAGES = ("dalle-pytorch", "x-transformers", "transformers", "vector-quantize-pytorch", "torch")
+DALLE, X_TRANSFORMERS, LLAMA, GPT2 = "DALLE-pytorch", "x-transformers", "HF Llama", "HF GPT-2"
+DECODERS = (DALLE, X_TRANSFORMERS, LLAMA, GPT2)
+
+
+class Stub:
+    """Stands for a class or function of a package that is not there."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        """Refuse to be used.
+
+        Args:
+            *_: Anything.
+            **__: Anything.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("a stubbed import was used")
+
+
+def import_dalle_pytorch() -> Any:
+    """Import DALLE-pytorch, with stubs for what is missing.
+
+    Returns:
+        The module ``dalle_pytorch``.
+
+    Raises:
+        NotMeasuredError: If it is not installed.
+    """
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        raise NotMeasuredError("dalle-pytorch is not installed; make bench installs it")
+    for name in missing_modules():
+        module = types.ModuleType(name)
+        vars(module).update({attribute: Stub for attribute in STUBS[name]})
+        sys.modules[name] = module
+    import dalle_pytorch
+
+    return dalle_pytorch
+
+
+def missing_modules() -> list[str]:
+    """Name the modules that are stubbed on this machine, or would be."""
+    missing: list[str] = []
+    for name in STUBS:
+        if name in sys.modules:
+            found = sys.modules[name].__spec__ is not None  # a stub has none
+        else:
+            parent = name.rpartition(".")[0]
+            found = parent not in missing and importlib.util.find_spec(name) is not None
+        if not found:
+            missing.append(name)
+    return missing
+
+
+def versions() -> dict[str, str]:
+    """Tell which version of each peer is installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A peer's decoder and how it computes its loss."""
+
+    model: nn.Module
+    loss: Callable[[nn.Module], Tensor]
+    """Of the model (or of what torch.compile makes of it), on the pairs of its size."""
+    optimizer: torch.optim.Optimizer
+    """Fused AdamW, the same for all."""
+
+
+def build_decoder(name: str, size: Size) -> Decoder:
+    """Build a peer's decoder of a size.
+
+    Args:
+        name: One of `DECODERS`.
+        size: Widths and lengths; image tokens are given, so no pixels are encoded.
+
+    Returns:
+        The decoder, ready to train.
+    """
+    torch.manual_seed(0)
+    text, image = random_pairs(size)
+    if name == DALLE:
+        model = build_dalle(size)
+
+        def loss(net: nn.Module) -> Tensor:
+            return net(text, image, return_loss=True)
+    else:
+        model = build_language_model(name, size)
+        targets = torch.cat([text, image + size.vocab], dim=1)
+        inputs = F.pad(targets[:, :-1], (1, 0))  # as many positions as the others
+
+        def loss(net: nn.Module) -> Tensor:
+            output = net(inputs)
+            logits = output if isinstance(output, Tensor) else output.logits
+            return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), fused=True)
+    return Decoder(model, loss, optimizer)
+
+
+def build_dalle(size: Size, **changes: Any) -> Any:
+    """Build DALLE-pytorch's decoder with its class defaults (rotary, token shift, GEGLU).
+
+    Args:
+        size: Widths and lengths.
+        **changes: Of its arguments.
+
+    Returns:
+        A ``DALLE`` whose discrete VAE is as small as can be.
+    """
+    dalle_pytorch = import_dalle_pytorch()
+    vae = dalle_pytorch.DiscreteVAE(
+        image_size=size.grid * 8,
+        num_layers=3,
+        num_tokens=size.codebook,
+        codebook_dim=16,
+        hidden_dim=16,
+    )
+    arguments = {
+        "dim": size.width,
+        "depth": size.layers,
+        "heads": size.heads,
+        "dim_head": size.head_dim,
+        "num_text_tokens": size.vocab,
+        "text_seq_len": size.text_length,
+    }
+    return dalle_pytorch.DALLE(vae=vae, **{**arguments, **changes})
+
+
+def build_language_model(name: str, size: Size) -> Any:
+    """Build a decoder over one vocabulary of caption tokens followed by image tokens.
+
+    Args:
+        name: One of `DECODERS` but DALLE-pytorch.
+        size: Widths and lengths.
+
+    Returns:
+        The model, without dropout, with torch's fused attention.
+    """
+    vocab = size.vocab + size.codebook
+    try:
+        import transformers
+        import x_transformers
+    except ImportError as error:
+        raise NotMeasuredError(f"{error.name} is not installed") from None
+    if name == X_TRANSFORMERS:
+        layers = x_transformers.Decoder(
+            dim=size.width,
+            depth=size.layers,
+            heads=size.heads,
+            attn_dim_head=size.head_dim,
+            attn_flash=True,
+            rotary_pos_emb=True,
+        )
+        return x_transformers.TransformerWrapper(
+            num_tokens=vocab, max_seq_len=size.length, attn_layers=layers
+        )
+    options: dict[str, Any] = {
+        "attn_implementation": "sdpa",
+        "bos_token_id": None,
+        "eos_token_id": None,  # every picture is drawn to its end
+        "pad_token_id": None,
+    }
+    if name == LLAMA:
+        config: Any = transformers.LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=size.width,
+            intermediate_size=size.intermediate,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.heads,
+            max_position_embeddings=size.length,
+            **options,
+        )
+        return transformers.LlamaForCausalLM(config)
+    config = transformers.GPT2Config(
+        vocab_size=vocab,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
+        n_positions=size.length,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **options,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+def decoder_training(
+    decoder: Decoder, size: Size, precision: Precision, *, compiled: bool, verify_steps: int = 3
+) -> Job:
+    """Train a peer's decoder on made-up tokens.
+
+    Args:
+        decoder: As `build_decoder` makes it.
+        size: Its size.
+        precision: bf16 is autocast.
+        compiled: Through ``torch.compile``.
+        verify_steps: Steps over which the loss must fall.
+
+    Returns:
+        One training step; items are tokens.
+    """
+    flops = count_flops(_training_step(decoder, decoder.model, precision)) + attention_flops(
+        layers=size.layers, width=size.width, length=size.length, rows=size.batch
+    )
+    net: Any = torch.compile(decoder.model) if compiled else decoder.model
+    step = _training_step(decoder, net, precision)
+    require_falling([step() for _ in range(verify_steps)])
+    return Job(run=step, items=size.tokens, flops=flops)
+
+
+def _training_step(decoder: Decoder, net: nn.Module, precision: Precision) -> Callable[[], float]:
+    def step() -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            loss = decoder.loss(net)
+        loss.backward()
+        nn.utils.clip_grad_norm_(decoder.model.parameters(), 1.0)
+        decoder.optimizer.step()
+        decoder.optimizer.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def linear_weights(model: nn.Module) -> list[Tensor]:
+    """Collect the matrices that every token passes through, of all modules but an image VAE."""
+    return [
+        part.weight
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and "vae" not in name.split(".")
+    ]

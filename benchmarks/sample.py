@@ -1,0 +1,261 @@
+"""Drawing pictures' tokens: seconds a picture, with and without guidance, at several batches.
+
+DALLE-pytorch's own switches do not do what they say, verified on release 1.6.6:
+- `use_cache=True` is dropped when `cond_scale` is 1 (dalle_pytorch.py, `forward_with_cond_scale`
+  calls itself without the cache), so that every token goes through the whole sequence;
+- with guidance and cache, the null pass works on a shallow copy of the conditional cache: both
+  write into the same token-shift queues, and the guided logits are wrong.
+"Cache mended" passes the cache on, the one line that the first needs. Its guided row is as shipped.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import ours, peers
+from benchmarks.ceilings import bytes_of
+from benchmarks.settings import Settings
+from benchmarks.sizes import Size, random_pairs
+from benchmarks.timing import Contestant, Job, Precision, Result, interleave
+
+MOST_ROUNDS = {1: 9, 4: 9, 16: 2, 64: 1}  # of each batch: a round of many pictures takes minutes
+VERIFIED_ROWS = 2  # pictures drawn before timing
+
+
+def run(settings: Settings, size: Size) -> list[Result]:
+    """Compare drawing at every batch, first without and then with guidance.
+
+    Args:
+        settings: Of the run.
+        size: Of the decoder.
+
+    Returns:
+        Rows in seconds per picture.
+    """
+    makers = Makers(size, tuple(settings.precisions()))
+    results = []
+    for batch in list(MOST_ROUNDS)[:2] if settings.quick else MOST_ROUNDS:
+        for guided in (False, True):
+            results += interleave(
+                f"draw {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",
+                [
+                    one
+                    for one in makers.contestants(batch, guided=guided)
+                    if not (settings.quick and "compiled" in one.name)
+                ],
+                unit="s",
+                rounds=min(settings.rounds, MOST_ROUNDS[batch]),
+            )
+    return results
+
+
+class Makers:
+    """The models of all contestants, each built when it is first wanted."""
+
+    def __init__(self, size: Size, precisions: tuple[Precision, ...]) -> None:
+        """Prepare to build.
+
+        Args:
+            size: Of the decoders.
+            precisions: Wanted ones.
+        """
+        self.size, self.precisions = size, precisions
+        self.own = functools.cache(functools.partial(ours.decoder_sampler, size))
+        self.llama = functools.cache(lambda: peers.build_language_model(peers.LLAMA, size).eval())
+        self.llama_bf16 = functools.cache(
+            lambda: peers.build_language_model(peers.LLAMA, size).eval().to(torch.bfloat16)
+        )
+        self.x_transformers = functools.cache(
+            lambda: peers.build_language_model(peers.X_TRANSFORMERS, size).eval()
+        )
+        self.dalle = functools.cache(lambda: peers.build_dalle(size).eval())
+
+    def contestants(self, batch: int, *, guided: bool) -> Iterator[Contestant]:
+        """Name the rows of one table.
+
+        Args:
+            batch: Pictures drawn at once.
+            guided: With guidance.
+
+        Yields:
+            Contestants.
+        """
+        for precision in self.precisions:
+            yield Contestant(
+                name=f"ours, {precision}",
+                build=functools.partial(self._own_job, precision, batch, guided),
+                is_ours=True,
+                precision=precision,
+                matmul=ours.matmul_setting(),
+            )
+            llama = self.llama if precision == "float32" else self.llama_bf16
+            ways = {"dynamic cache": "highest"}
+            if precision == "float32":
+                ways['dynamic cache, matmul "medium"'] = "medium"
+            if batch == 1 and not guided:  # compiling pays most where a step does least
+                ways["static cache, compiled"] = "medium"
+            for words, matmul in ways.items():
+                yield Contestant(
+                    name=f"{peers.LLAMA}, {precision}, {words}",
+                    build=functools.partial(
+                        llama_job, llama, self.size, batch, guided, "compiled" in words
+                    ),
+                    precision=precision,
+                    matmul=matmul,
+                )
+        if not guided:
+            yield Contestant(
+                name="x-transformers, float32",
+                build=functools.partial(x_transformers_job, self.x_transformers, self.size, batch),
+                matmul="medium",
+            )
+        yield from self._dalle(batch, guided=guided)
+
+    def _own_job(self, precision: Precision, batch: int, guided: bool) -> Job:
+        return self.own(precision)(batch=batch, guided=guided)
+
+    def _dalle(self, batch: int, *, guided: bool) -> Iterator[Contestant]:
+        if guided:
+            words = {"cache, as shipped": {"use_cache": True, "cond_scale": 3.0}}
+        else:
+            words = {"cache mended": {"use_cache": True}}
+            if batch == 1:
+                words["as shipped"] = {}
+        for name, options in words.items():
+            yield Contestant(
+                name=f"{peers.DALLE}, {name}",
+                build=functools.partial(
+                    dalle_job, self.dalle, self.size, batch, options, mended="mended" in name
+                ),
+                matmul="medium" if "mended" in name else "highest",
+                rounds=1 if name == "as shipped" else None,
+            )
+
+
+def llama_job(
+    model: Callable[[], Any], size: Size, batch: int, guided: bool, compiled: bool
+) -> Job:
+    """Draw with ``generate`` of transformers.
+
+    Args:
+        model: Builds or returns the model.
+        size: Its size.
+        batch: Pictures.
+        guided: With ``guidance_scale=3``, whose null prompt is a caption of zeros.
+        compiled: Static cache and the compilation that ``generate`` keeps for GPUs.
+
+    Returns:
+        The job; items are pictures.
+    """
+    from transformers import CompileConfig, GenerationConfig
+
+    net = model()
+    text, _ = random_pairs(size, batch=batch)
+    config = GenerationConfig(
+        max_new_tokens=size.image_length,
+        min_new_tokens=size.image_length,
+        do_sample=True,
+        top_k=0,
+        pad_token_id=0,
+        cache_implementation="static" if compiled else None,
+    )
+    if compiled:
+        config.compile_config = CompileConfig(fullgraph=False, mode="default")
+        config.compile_config._compile_all_devices = True
+    if guided:
+        config.guidance_scale = ours.GUIDANCE_SCALE
+
+    def draw(prompts: Tensor) -> Tensor:
+        null = {"negative_prompt_ids": torch.zeros_like(prompts)} if guided else {}
+        attended = torch.ones_like(prompts)
+        return net.generate(prompts, attention_mask=attended, generation_config=config, **null)[
+            :, size.text_length :
+        ]
+
+    return _verified(draw, text, net, size, passes=1 + guided)
+
+
+def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
+    """Draw with x-transformers' wrapper and its cache.
+
+    Args:
+        model: Builds or returns the model.
+        size: Its size.
+        batch: Pictures.
+
+    Returns:
+        The job; items are pictures.
+    """
+    from x_transformers import AutoregressiveWrapper
+
+    wrapper = AutoregressiveWrapper(model())
+    text, _ = random_pairs(size, batch=batch)
+
+    def draw(prompts: Tensor) -> Tensor:
+        return wrapper.generate(
+            prompts, size.image_length, cache_kv=True, filter_logits_fn=lambda logits: logits
+        )
+
+    return _verified(draw, text, wrapper, size)
+
+
+def dalle_job(
+    model: Callable[[], Any], size: Size, batch: int, options: dict[str, Any], *, mended: bool
+) -> Job:
+    """Draw with DALLE-pytorch; its tiny discrete VAE's decoding is part of it.
+
+    Args:
+        model: Builds or returns the model.
+        size: Its size.
+        batch: Pictures.
+        options: Of ``generate_images``.
+        mended: Whether the cache is passed on without guidance.
+
+    Returns:
+        The job; items are pictures.
+    """
+    net = model()
+    text, _ = random_pairs(size, batch=batch)
+
+    def pass_cache_on(*arguments: Any, cond_scale: float = 1.0, **others: Any) -> Tensor:
+        del cond_scale
+        return net(*arguments, **others)
+
+    def draw(prompts: Tensor) -> Tensor:
+        if mended:
+            net.forward_with_cond_scale = pass_cache_on
+        try:
+            # A copy, since guidance writes zeros into the caller's captions.
+            images = net.generate_images(prompts.clone(), **options)
+        finally:
+            vars(net).pop("forward_with_cond_scale", None)
+        return images[:, 0, ::8, ::8].flatten(1)  # one number per token
+
+    # Without a cache a picture takes a minute, and what returns it is the same code: not checked.
+    guided = options.get("cond_scale", 1.0) != 1.0
+    return _verified(draw, text, net, size, passes=1 + guided, verify=bool(options))
+
+
+def _verified(
+    draw: Callable[[Tensor], Tensor],
+    text: Tensor,
+    net: torch.nn.Module,
+    size: Size,
+    *,
+    passes: int = 1,
+    verify: bool = True,
+) -> Job:
+    """Prove that every token is drawn, and count what one call must compute and read."""
+    some = text[:VERIFIED_ROWS]
+    if verify and (shape := draw(some).shape) != (len(some), size.image_length):
+        raise ValueError(f"drew {tuple(shape)}, wanted {len(some)} x {size.image_length}")
+    weights = peers.linear_weights(net)
+    return Job(
+        run=lambda: draw(text),
+        items=len(text),
+        flops=2.0 * sum(map(torch.numel, weights)) * len(text) * passes * size.image_length,
+        bytes=bytes_of(*weights) * size.image_length,
+    )

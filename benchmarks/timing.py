@@ -1,0 +1,227 @@
+"""Interleaved timing: every round runs every contestant once, in turning order.
+
+A busy or throttled minute then hits all contestants alike, and ratios of medians hold although
+absolute figures move. How much of the machine other programs used meanwhile stands beside each
+figure. Nothing is timed that was not verified first.
+"""
+
+import gc
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+SHORTEST_SECONDS = 0.2  # of a timed block; quicker calls are repeated until it is full
+Precision = Literal["float32", "bfloat16"]
+
+
+class NotMeasuredError(Exception):
+    """A contestant cannot take part here, and that is no fault of it; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Verified work, ready to be timed."""
+
+    run: Callable[[], object]
+    """One call; what it returns is dropped."""
+    items: float = 1.0
+    """What one call makes: tokens, images, 1 for a whole process."""
+    flops: float = 0.0
+    """Arithmetic of one call that matrix products or convolutions must do."""
+    bytes: float = 0.0
+    """Memory that one call must read."""
+    note: str = ""
+    """What the reader of the figure must know."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """One row of a comparison."""
+
+    name: str
+    build: Callable[[], Job]
+    """Makes the job and proves that it does the work; raises if it does not."""
+    is_ours: bool = False
+    precision: Precision = "float32"
+    """Decides which ceiling bounds it."""
+    matmul: str = "highest"
+    """For ``torch.set_float32_matmul_precision`` while it is built and runs."""
+    rounds: int | None = None
+    """Fewer rounds than the others, for work that takes minutes."""
+
+
+@dataclass(kw_only=True)
+class Result:
+    """What became of a contestant; costs are per item."""
+
+    work: str
+    contestant: str
+    is_ours: bool
+    unit: str
+    """``tokens/s`` and the like, or ``s`` and ``GiB``, where less is better."""
+    costs: list[float] = field(default_factory=list)
+    """Of each round: seconds per item, or GiB."""
+    others: list[float | None] = field(default_factory=list)
+    """Processor cores that other programs used during each round; None where it is not known."""
+    flops: float = 0.0
+    """Per item."""
+    bytes: float = 0.0
+    """Per item."""
+    precision: Precision = "float32"
+    floor: float | None = None
+    """Least cost that is possible, where it is known without a ceiling."""
+    build_seconds: float = 0.0
+    """Building, verifying and compiling."""
+    failure: str = ""
+    note: str = ""
+
+
+def interleave(
+    work: str,
+    contestants: Sequence[Contestant],
+    *,
+    unit: str,
+    rounds: int,
+    show: Callable[[str], None] = print,
+) -> list[Result]:
+    """Build, verify and time all contestants of one comparison.
+
+    Args:
+        work: What is compared, the heading of the table.
+        contestants: Rows of the table.
+        unit: Of the figure shown; see `Result.unit`.
+        rounds: Timed blocks per contestant.
+        show: Receives a line per contestant.
+
+    Returns:
+        One result per contestant, in order; those that failed say so.
+    """
+    results = [
+        Result(
+            work=work,
+            contestant=one.name,
+            is_ours=one.is_ours,
+            unit=unit,
+            precision=one.precision,
+        )
+        for one in contestants
+    ]
+    jobs = [_build(one, result) for one, result in zip(contestants, results, strict=True)]
+    for round_number in range(rounds):
+        for index in turning_order(len(contestants), round_number):
+            one, job, result = contestants[index], jobs[index], results[index]
+            if job is not None and round_number < (one.rounds or rounds):
+                _time(one, job, result)
+    for result in results:
+        cost = f"{median(result.costs):.4g} s an item" if result.costs else result.failure
+        show(f"  {work} | {result.contestant}: {cost}")
+    return results
+
+
+def turning_order(count: int, round_number: int) -> list[int]:
+    """Let another contestant begin in each round, and turn the order round in every other one.
+
+    Args:
+        count: Number of contestants.
+        round_number: From 0.
+
+    Returns:
+        Their indices in the order of that round.
+    """
+    order = [(start + round_number // 2) % count for start in range(count)]
+    return order[::-1] if round_number % 2 else order
+
+
+def _build(one: Contestant, result: Result) -> Job | None:
+    started = time.perf_counter()
+    try:
+        torch.set_float32_matmul_precision(one.matmul)
+        job = one.build()
+    except NotMeasuredError as reason:
+        result.failure = f"not measured: {reason}"
+        return None
+    except Exception as error:  # one that fails must not take the others with it
+        result.failure = failure_text(error)
+        return None
+    result.build_seconds = time.perf_counter() - started
+    result.flops, result.bytes = job.flops / job.items, job.bytes / job.items
+    result.note = job.note
+    return job
+
+
+def _time(one: Contestant, job: Job, result: Result) -> None:
+    if result.failure:
+        return
+    gc.collect()
+    torch.set_float32_matmul_precision(one.matmul)
+    load, calls, started = OtherLoad(), 0, time.perf_counter()
+    try:
+        while calls == 0 or time.perf_counter() - started < SHORTEST_SECONDS:
+            job.run()
+            calls += 1
+    except Exception as error:
+        result.failure = failure_text(error)
+        return
+    result.costs.append((time.perf_counter() - started) / (calls * job.items))
+    result.others.append(load.cores())
+
+
+def failure_text(error: Exception) -> str:
+    """Say in one line why a contestant dropped out."""
+    return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def median(values: Sequence[float]) -> float:
+    """Middle value; the mean of the two middle ones if their number is even."""
+    return statistics.median(values)
+
+
+def require_falling(losses: Sequence[float]) -> None:
+    """Refuse training that does not train.
+
+    Args:
+        losses: Of successive steps on the same data.
+
+    Raises:
+        ValueError: If one is not finite or the last is not below the first.
+    """
+    if not all(math.isfinite(loss) for loss in losses) or losses[-1] >= losses[0]:
+        shown = ", ".join(f"{loss:.4f}" for loss in losses)
+        raise ValueError(f"the loss does not fall: {shown}")
+
+
+class OtherLoad:
+    """How busy other processes keep the machine, from /proc/stat; Linux only."""
+
+    def __init__(self) -> None:
+        """Start to watch."""
+        self._busy, self._own, self._started = _busy_seconds(), _own_seconds(), time.perf_counter()
+
+    def cores(self) -> float | None:
+        """Average number of cores that others used since the start, or None if not known."""
+        busy, seconds = _busy_seconds(), time.perf_counter() - self._started
+        if busy is None or self._busy is None:
+            return None
+        return max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / seconds
+
+
+def _busy_seconds() -> float | None:
+    try:
+        fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _idle, _wait, interrupts, soft, stolen = (int(f) for f in fields[:8])
+    ticks = user + nice + system + interrupts + soft + stolen
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -1,0 +1,81 @@
+"""Training steps of a decoder: made-up tokens, so that nothing but the step is timed."""
+
+import functools
+from collections.abc import Iterator
+
+from benchmarks import ours, peers
+from benchmarks.settings import Settings
+from benchmarks.sizes import Size
+from benchmarks.timing import Contestant, Job, Precision, Result, interleave
+
+# Peers' names in the table, and how they run: (words, compiled, float32 matrix product).
+WAYS = (
+    ("as shipped", False, "highest"),
+    ('matmul "medium"', False, "medium"),
+    ('compiled, matmul "medium"', True, "medium"),
+)
+
+
+def run(settings: Settings, size: Size) -> list[Result]:
+    """Compare one training step in each precision.
+
+    Args:
+        settings: Of the run.
+        size: Of the decoder.
+
+    Returns:
+        Rows in tokens per second.
+    """
+    results = []
+    for precision in settings.precisions():
+        results += interleave(
+            f"train {size.name}, {precision}",
+            list(contestants(size, precision, with_compiled=not settings.quick)),
+            unit="tokens/s",
+            rounds=settings.rounds,
+        )
+    return results
+
+
+def contestants(
+    size: Size, precision: Precision, *, with_compiled: bool = True
+) -> Iterator[Contestant]:
+    """Name the rows of a table: ours, and every peer in every way it can run.
+
+    Args:
+        size: Of the decoder.
+        precision: Float32, or bf16 autocast, where the float32 product does not matter.
+        with_compiled: Whether peers are also compiled, which takes a minute each.
+
+    Yields:
+        Contestants.
+    """
+    yield Contestant(
+        name="ours",
+        build=lambda: ours.decoder_training(size, precision),
+        is_ours=True,
+        precision=precision,
+        matmul=ours.matmul_setting(),
+    )
+    for name in peers.DECODERS:
+        base = functools.cache(functools.partial(peers.build_decoder, name, size))
+        for words, compiled, matmul in WAYS:
+            if precision == "bfloat16" and not compiled and matmul != "highest":
+                continue
+            if compiled and not with_compiled:
+                continue
+            yield Contestant(
+                name=f"{name}, {words}",
+                build=functools.partial(_job, base, size, precision, compiled),
+                precision=precision,
+                matmul=matmul,
+            )
+
+
+def _job(
+    base: "functools._lru_cache_wrapper[peers.Decoder]",
+    size: Size,
+    precision: Precision,
+    compiled: bool,
+) -> Job:
+    return peers.decoder_training(base(), size, precision, compiled=compiled)

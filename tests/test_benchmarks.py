@@ -1,0 +1,289 @@
+"""The benchmarks measure what they say. No peer is needed here, and nothing is timed."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import ours, ours_pictures, peers, timing
+from benchmarks.ceilings import attention_flops, count_flops, measure_ceilings, share_of_ceiling
+from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
+from benchmarks.memory import peak_gib
+from benchmarks.parts import PARTS, choose_parts
+from benchmarks.pictures import write_pictures
+from benchmarks.report import number, render
+from benchmarks.settings import Settings
+from benchmarks.sizes import MEDIUM, TOY, random_pairs
+from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
+from benchmarks.tokenizer import pictures
+
+CEILINGS = {"float32": 100.0, "bfloat16": 400.0, "memory": 10.0}
+
+
+@pytest.fixture(autouse=True)
+def quick_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call per timed block, and torch's flags as they were."""
+    monkeypatch.setattr(timing, "SHORTEST_SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def same_flags():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def contest(*contestants: Contestant, rounds: int = 4, unit: str = "images/s") -> list[Result]:
+    return interleave("work", contestants, unit=unit, rounds=rounds, show=lambda line: None)
+
+
+def test_rounds_interleave_and_everyone_goes_first() -> None:
+    calls: list[str] = []
+    rows = [
+        Contestant(name=name, build=lambda name=name: Job(run=lambda: calls.append(name)))
+        for name in "abc"
+    ]
+    results = contest(*rows, rounds=6)
+    rounds = [calls[start : start + 3] for start in range(0, 18, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert {one[0] for one in rounds} == {"a", "b", "c"}
+    assert [len(result.costs) for result in results] == [6, 6, 6]
+
+
+def test_costs_are_per_item_and_medians_are_middle_values() -> None:
+    assert timing.median([5.0, 1.0, 3.0]) == 3.0
+    assert timing.median([4.0, 1.0]) == 2.5
+    one, four = contest(
+        Contestant(name="one", build=lambda: Job(run=lambda: time.sleep(0.05))),
+        Contestant(name="four", build=lambda: Job(run=lambda: time.sleep(0.05), items=4, flops=8)),
+    )
+    assert four.flops == 2.0
+    # A sleep never ends early: 0.05 s for one item, and for four far less than half of it each.
+    assert min(one.costs) >= 0.05
+    assert 0.0125 <= min(four.costs) < 0.025
+    assert all(load is None or load >= 0 for load in one.others)
+
+
+def sum_up() -> int:
+    return sum(range(1000))
+
+
+def test_a_contestant_that_fails_says_why_and_the_others_go_on() -> None:
+    def broken() -> Job:
+        raise RuntimeError("no such\noperator")
+
+    def missing() -> Job:
+        raise NotMeasuredError("not installed")
+
+    def late() -> None:
+        raise ValueError("too late")
+
+    results = contest(
+        Contestant(name="broken", build=broken),
+        Contestant(name="missing", build=missing),
+        Contestant(name="late", build=lambda: Job(run=late)),
+        Contestant(name="fine", build=lambda: Job(run=sum_up), rounds=1),
+    )
+    assert [result.failure for result in results] == [
+        "failed: RuntimeError: no such operator",
+        "not measured: not installed",
+        "failed: ValueError: too late",
+        "",
+    ]
+    assert [len(result.costs) for result in results] == [0, 0, 0, 1]
+    text = render(results, CEILINGS, {})
+    assert "| broken | failed: RuntimeError: no such operator |" in text
+
+
+def test_each_contestant_runs_with_its_own_matrix_products() -> None:
+    seen: list[str] = []
+
+    def build() -> Job:
+        seen.append(torch.get_float32_matmul_precision())
+        return Job(run=lambda: seen.append(torch.get_float32_matmul_precision()))
+
+    names = ("highest", "high")
+    contest(*(Contestant(name=name, build=build, matmul=name) for name in names), rounds=2)
+    assert seen == ["highest", "high", "highest", "high", "high", "highest"]
+
+
+@pytest.mark.parametrize("losses", [[2.0, 2.0], [2.0, float("nan")], [float("inf"), 1.0]])
+def test_training_that_does_not_train_is_refused(losses: list[float]) -> None:
+    timing.require_falling([3.0, 3.5, 2.9])
+    with pytest.raises(ValueError, match="the loss does not fall"):
+        timing.require_falling(losses)
+
+
+def test_ceilings_are_positive_and_shares_follow_the_tighter_one() -> None:
+    assert all(rate > 0 for rate in measure_ceilings(side=64).values())
+    result = Result(work="w", contestant="c", is_ours=True, unit="s", costs=[2.0], flops=100.0)
+    assert share_of_ceiling(result, CEILINGS) == 0.5  # 1 s of arithmetic in 2 s
+    result.bytes = 15.0
+    assert share_of_ceiling(result, CEILINGS) == 0.75  # 1.5 s of reading
+    result.precision, result.bytes = "bfloat16", 0.0
+    assert share_of_ceiling(result, CEILINGS) == 0.125
+    result.floor = 1.0
+    assert share_of_ceiling(result, CEILINGS) == 0.5
+    result.floor, result.flops = None, 0.0
+    assert share_of_ceiling(result, CEILINGS) is None
+
+
+def test_flops_count_products_and_leave_attention_to_its_formula() -> None:
+    linear, rows = nn.Linear(5, 7, bias=False), torch.randn(3, 5)
+    assert count_flops(lambda: linear(rows)) == 2 * 3 * 5 * 7
+    batched = torch.randn(2, 3, 4)
+    assert count_flops(lambda: batched @ batched.mT) == 0
+    assert count_flops(lambda: batched @ batched.mT, with_batched=True) == 2 * 2 * 3 * 4 * 3
+    # Two products of T x T x width, each 2 operations, and twice as much backward.
+    expected = 3 * 2 * 2 * 10 * 10 * 8
+    assert attention_flops(layers=1, width=8, length=10, rows=1) == expected
+
+
+def test_the_table_shows_rates_ratios_and_shares() -> None:
+    own = Result(
+        work="train", contestant="ours", is_ours=True, unit="tokens/s", costs=[0.01, 0.02, 0.03],
+        others=[0.1, None, 0.3], flops=1.0,
+    )  # fmt: skip
+    peer = Result(
+        work="train", contestant="a | b", is_ours=False, unit="tokens/s", costs=[0.05],
+        others=[None], build_seconds=63.0, note="as shipped",
+    )  # fmt: skip
+    lines = render([own, peer], CEILINGS, {"date": "today"}).splitlines()
+    assert "- date: today" in lines
+    assert "| **ours** | 50.0 | 33.3 to 100 | 1.00 | 50 % | 0.30 |  |" in lines
+    row = "| a / b | 20.0 | 20.0 to 20.0 | 2.50 |  | not known | as shipped; 63 s to build, "
+    assert row + "compile and verify |" in lines
+    own.unit = peer.unit = "ms"
+    assert "| **ours** | 20.0 | 10.0 to 30.0 |" in render([own, peer], CEILINGS, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(12345.6, "12,346"), (45.678, "45.7"), (4.5678, "4.57"), (0.045678, "0.0457"), (0.5, "0.5")],
+)
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert number(value) == text
+
+
+def test_parts_are_chosen_by_the_beginnings_of_their_names() -> None:
+    assert choose_parts(["all"]) == list(PARTS)
+    assert choose_parts(["train"]) == ["train_small", "train_medium"]
+    assert choose_parts(["sample", "lookup"]) == ["lookup", "sample"]
+    with pytest.raises(ValueError, match="got 'speed', wanted all"):
+        choose_parts(["speed"])
+
+
+def test_stubs_are_named_whether_or_not_they_are_in_place() -> None:
+    before = peers.missing_modules()
+    assert set(before) <= set(peers.STUBS)
+    with pytest.raises(RuntimeError, match="stubbed import"):
+        peers.Stub()
+    assert set(peers.versions()) == set(peers.PACKAGES)
+
+
+def test_sizes_are_those_of_the_comparison() -> None:
+    assert (MEDIUM.length, MEDIUM.tokens, MEDIUM.head_dim) == (320, 2560, 64)
+    text, image = random_pairs(TOY)
+    assert text.min() >= 1, "a pad among the captions would spare our side work"
+    assert text.shape == (TOY.batch, TOY.text_length)
+    assert image.shape == (TOY.batch, TOY.image_length)
+    assert ours.build_decoder(TOY).config.sequence_length == TOY.length
+    assert list(Settings(rounds=1, quick=True, bf16=False).precisions()) == ["float32"]
+
+
+def test_our_decoder_trains() -> None:
+    job = ours.decoder_training(TOY, "float32")
+    assert job.items == TOY.tokens
+    # At least six operations per weight of the blocks and token that goes through them.
+    blocks = ours.build_decoder(TOY).blocks.parameters()
+    assert job.flops > 6 * sum(w.numel() for w in blocks if w.ndim == 2) * TOY.tokens
+    job.run()
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_our_decoder_draws(guided: bool) -> None:
+    job = ours.decoder_sampler(TOY, "float32")(batch=2, guided=guided)
+    drawn = job.run()
+    assert drawn.image_token_ids.shape == (2, TOY.image_length)  # type: ignore[attr-defined]
+    assert job.bytes > 0
+
+
+def test_drawing_that_its_cache_changes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ours.build_decoder(TOY).eval()
+    with torch.no_grad():
+        model.image_head.rows.normal_(std=0.1)
+    ours.require_cache_is_exact(model, TOY, tolerated_nats=1e-3)
+    right = type(model).decode_one
+
+    def forgetful(self, image_token_ids, cache, **cells):
+        return right(self, image_token_ids * 0, cache, **cells)
+
+    monkeypatch.setattr(type(model), "decode_one", forgetful)
+    with pytest.raises(ValueError, match="cached and uncached drawing differ"):
+        ours.require_cache_is_exact(model, TOY, tolerated_nats=1e-3)
+
+
+@pytest.mark.parametrize("work", ["encode", "decode", "train"])
+def test_our_tokenizer_works(work: str) -> None:
+    job = ours_pictures.tokenizer_job(work, pictures(2, 32), "float32")  # type: ignore[arg-type]
+    assert job.flops > 0
+    job.run()
+
+
+def test_our_gumbel_quantizer_trains_between_given_networks() -> None:
+    torch.manual_seed(0)
+    encoder, decoder = nn.Conv2d(3, 16, 4, 4), nn.ConvTranspose2d(8, 3, 4, 4)
+    parts = (encoder, decoder, torch.randn(16, 8), pictures(2, 16), "float32")
+    job = ours_pictures.gumbel_training(*parts)  # type: ignore[arg-type]
+    assert job.items == 2
+    with pytest.raises(ValueError, match="the peer's 99"):
+        ours_pictures.gumbel_training(*parts, first_loss=(99.0, 0.05))  # type: ignore[arg-type]
+
+
+def test_our_look_up_finds_the_nearest_codes() -> None:
+    vectors = torch.randn(50, 8)
+    codebook = nn.functional.normalize(torch.randn(20, 8), dim=1)
+    found = ours_pictures.code_lookup(vectors, codebook)()
+    assert found.tolist() == (vectors @ codebook.T).argmax(dim=1).tolist()
+
+
+def test_all_readers_read_every_picture(tmp_path: Path) -> None:
+    write_pictures(tmp_path, 5, side=32)
+    assert ours_pictures.read_pictures(tmp_path, 16) == 5
+    assert read_as_peer(tmp_path, 0) == decode_only(tmp_path) == 5
+    pixels = DallePytorchFolder(tmp_path, side=16)[0]
+    assert pixels.shape == (3, 16, 16)
+    assert 0 <= pixels.min() <= pixels.max() <= 1
+    assert (tmp_path / "3.txt").read_text() != (tmp_path / "4.txt").read_text()
+
+
+def test_whole_training_reads_tokenizes_and_trains(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", 6, side=32)
+    run = ours_pictures.toy_run()
+    job = ours_pictures.whole_training(tmp_path / "pictures", run, epochs=2)
+    assert job.items == 2 * run.batch
+    job.run()
+    vae = {"image_size": 32, "num_tokens": 64}
+    dalle = {"dim": 32, "depth": 2, "heads": 2, "num_text_tokens": 300, "text_seq_len": 16}
+    matched = ours_pictures.matched_run(vae, dalle, batch=4)
+    assert (matched.vqvae.image_grid_size, matched.vqvae.codebook_size) == ((4, 4), 64)
+
+
+def test_the_model_folder_draws(tmp_path: Path) -> None:
+    from dalle_mini_impl.models.dalle import DecoderConfig
+    from dalle_mini_impl.pipeline import TextToImagePipeline
+
+    decoder = DecoderConfig(hidden_size=32, num_layers=1, num_heads=2)
+    ours_pictures.write_model(tmp_path, decoder)
+    drawn = TextToImagePipeline.from_pretrained(tmp_path)("red heart")
+    assert drawn.images[0].size == (64, 64)
+    assert json.loads((tmp_path / "model_index.json").read_text())
+
+
+def test_peak_memory_grows_and_never_shrinks() -> None:
+    before = peak_gib()
+    torch.ones(2**26).sum()  # a quarter of a GiB
+    assert peak_gib() >= before > 0.01
