@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -150,7 +151,7 @@ def sample(bandwidth: float) -> Iterator[Row]:
     """Time whole pictures of 256 tokens in bf16, beside the time to read weights and cache."""
     cases = [(name, rows, 1.0) for name in list(DECODERS)[:3] for rows in (1, 16, 64, 256)]
     cases += [(name, 1, 3.0) for name in list(DECODERS)[:3]]
-    cases += [(list(DECODERS)[0], 16, 3.0), (list(DECODERS)[0], 256, 3.0)]
+    cases += [(next(iter(DECODERS)), rows, 3.0) for rows in (16, 256)]
     for name in list(DECODERS)[:3]:
         model = build_decoder(name).to(torch.bfloat16).eval()
         for _, rows, scale in (case for case in cases if case[0] == name):
@@ -168,12 +169,12 @@ def _sample(model: Dalle, name: str, rows: int, scale: float, bandwidth: float) 
         lambda: draw_rows(model, text, seeds=seeds, settings=settings), warm_up=1, repeats=3
     )
     num_tokens = model.config.image_length
-    read = sum(p.nbytes for p in model.blocks.parameters()) + model.image_head.rows.nbytes
+    weights = sum(p.nbytes for p in model.blocks.parameters()) + model.image_head.rows.nbytes
     sizes = model.config.decoder
     guided_rows = rows * (2 if scale != 1 else 1)
     mean_length = TEXT_LENGTH + 1 + num_tokens / 2
-    read += 2 * 2 * sizes.num_layers * sizes.hidden_size * mean_length * guided_rows
-    floor = num_tokens * read / bandwidth
+    cache = 2 * 2 * sizes.num_layers * sizes.hidden_size * mean_length * guided_rows
+    floor = num_tokens * (weights + cache) / bandwidth
     return {
         "work": "sample",
         "model": name,
@@ -213,8 +214,8 @@ def tokenize() -> Iterator[Row]:
 
         token_ids = vqvae.encode_to_token_ids(pixels)
         works: dict[str, Callable[[], object]] = {
-            "encode": lambda vqvae=vqvae, pixels=pixels: vqvae.encode_to_token_ids(pixels),
-            "decode": lambda vqvae=vqvae, ids=token_ids: vqvae.decode_from_token_ids(ids),
+            "encode": partial(vqvae.encode_to_token_ids, pixels),
+            "decode": partial(vqvae.decode_from_token_ids, token_ids),
             "train": step,
         }
         for work, run in works.items():

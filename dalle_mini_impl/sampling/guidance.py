@@ -13,7 +13,7 @@ def guide(
     conditional_logits: Float[Tensor, "batch vocab"],
     unconditional_logits: Float[Tensor, "batch vocab"],
     *,
-    guidance_scale: float | Float[Tensor, "1"],
+    guidance_scale: float | Float[Tensor, "#batch 1"],
 ) -> Float[Tensor, "batch vocab"]:
     """Push the next token towards the caption.
 

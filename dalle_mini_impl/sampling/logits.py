@@ -54,7 +54,7 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
 
 
 def gumbel_noise(
-    seeds: Int[Tensor, " batch"], *, step: Int[Tensor, "1"] | int, vocab_size: int
+    seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "#batch 1"] | int, vocab_size: int
 ) -> Float[Tensor, "batch vocab"]:
     """Draw the noise of one token of each picture from that picture's seed and the step alone.
 
@@ -64,7 +64,7 @@ def gumbel_noise(
 
     Args:
         seeds: One per picture, in [0, 2 ** 63).
-        step: Index of the token, below 2 ** 31; a tensor where Python must not know it.
+        steps: Index of the token, below 2 ** 31: one for all, or one for each picture.
         vocab_size: Number of different tokens.
 
     Returns:
@@ -74,7 +74,7 @@ def gumbel_noise(
         Widynski 2020, arXiv:2004.06278; the seeds are scattered by splitmix64 (Steele et al. 2014).
     """
     key = (_scatter(seeds) | 1).unsqueeze(1)
-    counter = step * vocab_size + torch.arange(vocab_size, device=seeds.device)
+    counter = steps * vocab_size + torch.arange(vocab_size, device=seeds.device)
     weyl = counter * key  # int64 products wrap around, which is what the source wants
     bits = weyl
     for increment in (weyl, weyl + key, weyl, weyl + key):

@@ -92,17 +92,38 @@ class TokenChoice:
             logits: Of the conditional rows and, with guidance, of the null rows after them.
             step: Index of the token.
         """
-        logits = logits.float()
-        conditional, null = logits[: len(self.seeds)], logits[len(self.seeds) :]
-        wanted = conditional
+        steps = step.expand(len(self.seeds), 1)
+        chosen, gained = self.pick(logits.unsqueeze(1), steps)
+        self.tokens.index_copy_(1, step, chosen)
+        self.gain += gained.squeeze(1)
+
+    def pick(
+        self, logits: Float[Tensor, "rows window vocab"], steps: Int[Tensor, "batch window"]
+    ) -> tuple[Int[Tensor, "batch window"], Float[Tensor, "batch window"]]:
+        """Say which tokens these logits choose at these steps, and note nothing.
+
+        Args:
+            logits: Of the conditional rows and, with guidance, of the null rows after them.
+            steps: Index of each token.
+
+        Returns:
+            The tokens, and what the caption gained by each, in nats.
+        """
+        num_pictures, window = steps.shape
+        logits = logits.float().flatten(0, 1)
+        conditional, null = logits[: steps.numel()], logits[steps.numel() :]
+        wanted, flat_steps = conditional, steps.reshape(-1, 1)
         if self.is_guided:
-            wanted = guide(conditional, null, guidance_scale=self._scales.index_select(0, step))
+            scales = self._scales.index_select(0, flat_steps.squeeze(1)).unsqueeze(1)
+            wanted = guide(conditional, null, guidance_scale=scales)
         settings = self.settings
         wanted = keep_top_k(wanted / settings.temperature, settings.top_k)
         wanted = keep_top_p(wanted, settings.top_p)
-        noise = gumbel_noise(self.seeds, step=step, vocab_size=self.codebook_size)
+        seeds = self.seeds.repeat_interleave(window)
+        noise = gumbel_noise(seeds, steps=flat_steps, vocab_size=self.codebook_size)
         chosen = (wanted + noise).argmax(dim=-1, keepdim=True)
-        self.tokens.index_copy_(1, step, chosen)
+        gained = torch.zeros_like(chosen, dtype=torch.float32)
         if self.is_guided:
-            gained = conditional.log_softmax(-1) - null.log_softmax(-1)
-            self.gain += gained.gather(1, chosen).squeeze(1)
+            gains = conditional.log_softmax(-1) - null.log_softmax(-1)
+            gained = gains.gather(1, chosen)
+        return chosen.view(num_pictures, window), gained.view(num_pictures, window)

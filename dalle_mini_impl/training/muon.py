@@ -75,7 +75,7 @@ class Muon(torch.optim.Optimizer):
         """
         del closure
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
@@ -86,12 +86,12 @@ class Muon(torch.optim.Optimizer):
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates.unbind(), alpha=-scale)
 
-    def _momentum(self, parameters: list[nn.Parameter], momentum: float) -> list[Tensor]:
+    def _momentum(self, parameters: list[Tensor], momentum: float) -> list[Tensor]:
         """Update the momentum and look one step ahead of it."""
         for parameter in parameters:
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
-        gradients = [parameter.grad for parameter in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]  # the caller saw to it
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         return list(torch._foreach_lerp(gradients, buffers, momentum))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import (
-    ROWS_PER_BATCH,
+    DrawnTokens,
+    draw_rows,
     generate_image_token_ids,
 )
 from dalle_mini_impl.sampling.logits import gumbel_noise
@@ -63,7 +64,7 @@ def slow_draw(
         null = model(torch.zeros_like(text)[None], image).image[0, step].double()
         scale = slow_scale(settings, step, num_steps)
         guided = (scale * conditional + (1 - scale) * null) / settings.temperature
-        noise = gumbel_noise(torch.tensor([seed]), step=step, vocab_size=vocab_size)[0].double()
+        noise = gumbel_noise(torch.tensor([seed]), steps=step, vocab_size=vocab_size)[0].double()
         token = max(slow_allowed(guided, settings), key=lambda k: float(guided[k] + noise[k]))
         image[0, step] = token
         given.append(conditional)
@@ -105,43 +106,34 @@ def test_tokens_and_logits_equal_a_slow_loop_without_cache(
     model = build_dalle()
     text, seeds = captions(model, 3), torch.tensor([11, 12, 13])
     seen = record_logits(model, monkeypatch)
-    drawn = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
+    drawn = draw_rows(model, text, seeds=seeds, settings=settings)
     logits = torch.stack(seen, dim=1)  # (rows, steps, codebook)
     is_guided = settings.guidance_scale != 1.0
-    assert len(logits) == ROWS_PER_BATCH * (2 if is_guided else 1)
+    assert len(logits) == 3 * (2 if is_guided else 1)
     for row in range(3):
         tokens, given, free, gain = slow_draw(model, text[row], int(seeds[row]), settings)
         assert drawn.image_token_ids[row].tolist() == tokens
         assert (logits[row] - given).abs().max() <= 1e-5
         if is_guided:
-            assert (logits[ROWS_PER_BATCH + row] - free).abs().max() <= 1e-5
+            assert (logits[3 + row] - free).abs().max() <= 1e-5
             assert float(drawn.caption_gain[row]) == pytest.approx(gain, abs=1e-3)
         else:
             assert drawn.caption_gain[row] == 0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_a_batch_of_n_is_n_batches_of_one(
-    build_dalle: BuildDalle, guidance_scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scale: float) -> None:
     # Wide enough that matrix products of other row counts do round differently.
     model = build_dalle(hidden_size=192, num_heads=3, codebook_levels=(8, 5, 5))
     settings = SamplingConfig(guidance_scale=guidance_scale)
-    seen = record_logits(model, monkeypatch)
 
-    def draw(text: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens, gains and, of each picture, the logits of its caption's rows."""
-        seen.clear()
-        drawn = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
-        steps = model.config.image_length
-        logits = [torch.stack(seen[start : start + steps]) for start in range(0, len(seen), steps)]
-        own_rows = torch.cat([part[:, :ROWS_PER_BATCH] for part in logits], dim=1)
-        return *drawn, own_rows[:, : len(seeds)].transpose(0, 1)
+    def draw(text: Tensor, seeds: Tensor) -> DrawnTokens:
+        return generate_image_token_ids(model, text, seeds=seeds, settings=settings)
 
     text, seeds = captions(model, 20), torch.arange(100, 120)
     alone = [draw(text[i : i + 1], seeds[i : i + 1]) for i in range(20)]
-    expected = tuple(torch.cat(parts) for parts in zip(*alone, strict=True))
-    assert len(expected[0].unique(dim=0)) == 20
+    tokens, gains = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    assert len(tokens.unique(dim=0)) == 20
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     for picks in (
         torch.arange(1),
@@ -152,8 +144,19 @@ def test_a_batch_of_n_is_n_batches_of_one(
         shuffled,
         torch.tensor([7] * 18),
     ):
-        for together, singly in zip(draw(text[picks], seeds[picks]), expected, strict=True):
-            assert torch.equal(together, singly[picks])
+        together = draw(text[picks], seeds[picks])
+        assert torch.equal(together.image_token_ids, tokens[picks])
+        torch.testing.assert_close(together.caption_gain, gains[picks], atol=1e-4, rtol=0)
+
+
+def test_the_plain_way_draws_the_same(build_dalle: BuildDalle) -> None:
+    model = build_dalle()
+    text, seeds = captions(model, 20), torch.arange(20)
+    for settings in SETTINGS:
+        plain = draw_rows(model, text, seeds=seeds, settings=settings)
+        drawn = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
+        assert torch.equal(drawn.image_token_ids, plain.image_token_ids)
+        torch.testing.assert_close(drawn.caption_gain, plain.caption_gain, atol=1e-3, rtol=0)
 
 
 def test_an_empty_batch_is_empty(build_dalle: BuildDalle) -> None:
