@@ -20,6 +20,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0, help="of every picture")
     parser.add_argument("--language", choices=("en", "ko"), default="en", help="of the captions")
+    parser.add_argument("--style", default="twemoji", help="whose pictures are wanted")
     parser.add_argument("--guidance-scale", type=float, help="strength of the caption; 1 = off")
     parser.add_argument("--temperature", type=float, help="below 1 plays safe")
     parser.add_argument("--out", type=Path, help="PNG of the drawings beside the true pictures")
@@ -47,6 +48,7 @@ def main(arguments: Sequence[str]) -> None:
         num_candidates=options.num_candidates,
         seed=options.seed,
         language=options.language,
+        style=options.style,
         **{name: value for name, value in overrides.items() if value is not None},
     )
     print(json.dumps(figures, indent=2))

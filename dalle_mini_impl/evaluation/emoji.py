@@ -46,6 +46,7 @@ def evaluate_emoji(
         "grid_accuracy": grid.grid_accuracy,
         "gender_accuracy": grid.gender_accuracy,
         "tone_accuracy": grid.tone_accuracy,
+        "style_accuracy": grid.style_accuracy,
         "held_out_image_nats_per_token": held_out_nats,
         "train_image_nats_per_token": train_nats,
         **vars(copying),

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +22,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
 Cell = tuple[str, str]  # gender, skin tone
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class GridReport:
     """Share whose nearest cell has the right gender; chance 1/3."""
     tone_accuracy: float
     """Share whose nearest cell has the right skin tone; chance 1/5."""
+    style_accuracy: float
+    """Share nearest to the true picture in the wanted style, of all styles that drew the emoji; 1
+    where there is one style only."""
     captions: list[str]
     drawn: list[Image.Image]
     true: list[Image.Image]
@@ -47,6 +51,7 @@ def evaluate_grid(
     num_candidates: int = 1,
     seed: int = 0,
     language: str = "en",
+    style: str = "twemoji",
     **settings: Any,
 ) -> GridReport:
     """Draw every held-out cell once and find the nearest true picture.
@@ -57,6 +62,7 @@ def evaluate_grid(
         num_candidates: Pictures drawn for each one that is judged, chosen by caption gain.
         seed: Of each picture.
         language: Captions of the cells: ``en`` or ``ko``.
+        style: Whose pictures are wanted; captions name every style but twemoji.
         **settings: Fields of ``SamplingConfig``.
 
     Returns:
@@ -70,7 +76,8 @@ def evaluate_grid(
         raise UserError(f"data: no {metadata}; wanted the folder that prepare_emoji.py wrote")
     try:
         lines = metadata.read_text(encoding="utf-8").splitlines()
-        roles = grid_roles([json.loads(line) for line in lines if line.strip()])
+        rows = [json.loads(line) for line in lines if line.strip()]
+        roles = grid_roles(rows, style=style)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
@@ -83,7 +90,9 @@ def evaluate_grid(
         if row["split"] == "test_compose"
     ]
     if not cells:
-        raise UserError(f"data: {metadata} has no held-out grid cells (split test_compose)")
+        raise UserError(
+            f"data: {metadata} has no held-out grid cells (split test_compose) in {style}"
+        )
     captions = [row["text" if language == "en" else "text_ko"] for _, _, row in cells]
     drawn = pipeline(captions, seed=seed, num_candidates=num_candidates, **settings).images
 
@@ -95,7 +104,24 @@ def evaluate_grid(
     places = [(role, cell) for role, cell, _ in cells]
     shares = judge_drawings(drawn, places, truth)
     true = [truth[role][cell] for role, cell in places]
-    return GridReport(len(cells), *shares, captions, drawn, true)
+    in_all_styles = [
+        {other["style"]: data_dir / other["file_name"] for other in rows if _same(other, row)}
+        for _, _, row in cells
+    ]
+    right_style = sum(
+        _nearest(
+            image_to_pixels(image),
+            {name: image_to_pixels(_read(path, size)) for name, path in files.items()},
+        )
+        == style
+        for image, files in zip(drawn, in_all_styles, strict=True)
+    )
+    return GridReport(len(cells), *shares, right_style / len(cells), captions, drawn, true)
+
+
+def _same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Say whether two rows show the same emoji, in whatever style."""
+    return row["hexcode"] == other["hexcode"]
 
 
 def judge_drawings(
@@ -124,9 +150,9 @@ def judge_drawings(
     return cell_share, gender_share, tone_share
 
 
-def _nearest(pixels: Float[Tensor, "3 height width"], truth: Mapping[Cell, Tensor]) -> Cell:
-    """Return gender and tone of the true picture with the smallest squared error."""
-    return min(truth, key=lambda cell: float((truth[cell] - pixels).square().mean()))
+def _nearest(pixels: Float[Tensor, "3 height width"], truth: Mapping[Key, Tensor]) -> Key:
+    """Return the name of the true picture with the smallest squared error."""
+    return min(truth, key=lambda name: float((truth[name] - pixels).square().mean()))
 
 
 def _read(path: Path, size: int) -> Image.Image:

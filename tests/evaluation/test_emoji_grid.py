@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dalle_mini_impl.data.emoji import grid_roles
 from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images
@@ -109,6 +109,30 @@ def test_a_model_is_judged_on_the_held_out_cells_alone(tmp_path: Path) -> None:
     assert held_out_sheet(report).width > 4 * tiny.SIZE
     korean = evaluate_grid(pipeline, data, language="ko")
     assert korean.captions[0].endswith("이모지")
+
+
+def test_a_drawing_is_judged_by_its_style_too(tmp_path: Path) -> None:
+    data = write_grid_data(tmp_path / "data", held_out=True)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for row in list(rows):
+        with Image.open(data / row["file_name"]) as image:
+            ImageOps.invert(image.convert("RGB")).save(data / f"noto-{row['file_name']}")
+        other = {"file_name": f"noto-{row['file_name']}", "style": "noto"}
+        rows.append({**row, **other, "text": f"{row['text']}, noto style"})
+    (data / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    pipeline = tiny.build_pipeline()
+    shares = []
+    for style, prefix in (("twemoji", ""), ("noto", "noto-")):
+        report = evaluate_grid(pipeline, data, seed=1, style=style)
+        assert all(text.endswith(", noto style") == bool(prefix) for text in report.captions)
+        right = 0
+        for drawn, true in zip(report.drawn, report.true, strict=True):
+            wanted, other = image_to_pixels(true), -image_to_pixels(true)  # inverted
+            pixels = image_to_pixels(drawn)
+            right += bool((wanted - pixels).norm() < (other - pixels).norm())
+        assert report.style_accuracy == right / 4
+        shares.append(report.style_accuracy)
+    assert shares != [1, 1]
 
 
 @pytest.mark.parametrize("language", ["en", "ko"])
