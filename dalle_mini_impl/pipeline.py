@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.model import VQVAE
 
 INDEX_NAME = "model_index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HASHED_FILES = ("dalle/model.safetensors", "text_tokenizer/tokenizer.json")
 MODEL_CARD = """\
 ---
 library_name: dalle_mini_impl
@@ -224,6 +226,7 @@ class TextToImagePipeline:
             "pipeline": type(self).__name__,
             "sampling": dataclasses.asdict(self.settings),
             "vqvae_fingerprint": self.vqvae.fingerprint(),
+            "sha256": file_hashes(folder),
         }
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
         _write_json(folder / INDEX_NAME, index)  # last: a folder without it is not finished
@@ -251,8 +254,10 @@ class TextToImagePipeline:
             index = _read_json(folder / INDEX_NAME)
             if index.get("format_version") != FORMAT_VERSION:
                 raise UserError(
-                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}"
+                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}, "
+                    "with the field sha256; train_dalle.py --resume latest writes the folder anew"
                 )
+            _check_hashes(index.get("sha256"), folder)
             vqvae = VQVAE.from_pretrained(folder / "vqvae")
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
@@ -295,6 +300,27 @@ class TextToImagePipeline:
             return dataclasses.replace(self.settings, **overrides)
         except ValueError as error:
             raise UserError(str(error)) from None
+
+
+def file_hashes(folder: str | Path) -> dict[str, str]:
+    """Hash the files of a model folder whose damage would not show.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        What ``sha256`` in its ``model_index.json`` holds: digests by file.
+    """
+    contents = {name: (Path(folder) / name).read_bytes() for name in HASHED_FILES}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _check_hashes(wanted: Any, folder: Path) -> None:
+    if not isinstance(wanted, dict) or wanted.keys() != set(HASHED_FILES):
+        raise UserError(f"sha256: got {wanted!r}, wanted digests of {', '.join(HASHED_FILES)}")
+    for name, digest in file_hashes(folder).items():
+        if wanted[name] != digest:
+            raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
 
 
 def _require_fields(values: dict[str, Any], config: Any) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save, save_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import MAX_SEED, TextToImagePipeline
+from dalle_mini_impl.pipeline import HASHED_FILES, MAX_SEED, TextToImagePipeline, file_hashes
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from tests.reference import tiny
 
@@ -128,13 +129,42 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def rewrite(path: Path, content: bytes) -> None:
+    """Change one of the hashed files and its hash too."""
+    path.write_bytes(content)
+    change_json(path.parents[1] / "model_index.json", sha256=file_hashes(path.parents[1]))
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "dalle" / "model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+
+
+def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
+    path = own_copy / "dalle" / "model.safetensors"
+    weights = {name: value.bfloat16() for name, value in load_file(path).items()}
+    rewrite(path, save(weights))
+    loaded = TextToImagePipeline.from_pretrained(own_copy).dalle.state_dict()
+    for name, value in weights.items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], value.float())
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda f: (f / "model_index.json").unlink(), "is no model folder"),
         (lambda f: (f / "model_index.json").write_text("{"), "does not load"),
         (lambda f: (f / "model_index.json").write_text("[]"), "wanted an object"),
-        (lambda f: change_json(f / "model_index.json", format_version=2), "got 2, wanted 1"),
+        (
+            lambda f: change_json(f / "model_index.json", format_version=1),
+            "got 1, wanted 2, .*sha256",
+        ),
+        (lambda f: drop_json(f / "model_index.json", "sha256", HASHED_FILES[0]), "sha256: got {"),
+        (lambda f: change_json(f / "model_index.json", sha256=None), "sha256: got None"),
+        (lambda f: flip_a_byte(f / HASHED_FILES[0]), "dalle/model.safetensors: not what was wri"),
+        (lambda f: flip_a_byte(f / HASHED_FILES[1]), "text_tokenizer/tokenizer.json: not what"),
+        (spoil_weights, "dalle/model.safetensors: not what was written"),
         (lambda f: change_json(f / "model_index.json", sampling={"top_q": 1}), "top_q"),
         (lambda f: drop_json(f / "model_index.json", "sampling", "top_k"), "missing fields: top_k"),
         (lambda f: drop_json(f / "dalle/config.json", "decoder", "positions"), "fields: positions"),
@@ -142,10 +172,10 @@ def flip_a_byte(path: Path) -> None:
         (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
         (lambda f: change_json(f / "dalle/config.json", text_length=9), "does not load"),
         (lambda f: change_json(f / "dalle/config.json", codebook_levels=None), "does not load"),
-        (lambda f: (f / "dalle/model.safetensors").write_bytes(b"\x10"), "does not load"),
+        (lambda f: rewrite(f / HASHED_FILES[0], b"\x10"), "does not load: Error"),
         (lambda f: (f / "vqvae/model.safetensors").unlink(), "no model.safetensors there"),
         (lambda f: flip_a_byte(f / "vqvae/model.safetensors"), "vqvae: not the image tokenizer"),
-        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "no text tokenizer"),
+        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "No such file.*tokenizer.json"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(
