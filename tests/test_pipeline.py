@@ -1,5 +1,6 @@
 """The pipeline: the same picture for the same prompt and seed, and nothing loads by half."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -113,6 +114,29 @@ def test_what_cannot_be_drawn_is_refused(
         pipeline(prompt, **options)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (None, {}, "prompt: got 'None', wanted some text"),
+        ([None], {}, "prompt: got 'None', wanted some text"),
+        (7, {}, "prompt: got '7', wanted some text"),
+        ([], {}, "prompt: got none, wanted some text"),
+        ("a disc", {"seed": "x"}, "seed: got 'x', wanted 0 to"),
+        ("a disc", {"seed": None}, "seed: got None, wanted 0 to"),
+        ("a disc", {"num_images": 1.5}, "num_images: got 1.5, wanted at least 1"),
+        ("a disc", {"temperature": None}, "temperature: got None, wanted a number"),
+        ("a disc", {"top_k": 2.5}, "top_k: got 2.5, wanted a whole number"),
+        ("a disc", {"guidance_schedule": None}, "guidance_schedule: got None, wanted one of"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_has_another_type_is_refused(
+    pipeline: TextToImagePipeline, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(prompt, **options)
+
+
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -167,6 +191,18 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
         (spoil_weights, "dalle/model.safetensors: not what was written"),
         (lambda f: change_json(f / "model_index.json", sampling={"top_q": 1}), "top_q"),
         (lambda f: drop_json(f / "model_index.json", "sampling", "top_k"), "missing fields: top_k"),
+        (lambda f: change_json(f / "model_index.json", sampling=None), "SamplingConfig: got None"),
+        (
+            lambda f: change_json(
+                f / "model_index.json",
+                sampling={**dataclasses.asdict(SamplingConfig()), "temperature": "hot"},
+            ),
+            "temperature: got 'hot', wanted a number",
+        ),
+        (
+            lambda f: change_json(f / "dalle/config.json", decoder=None),
+            "DecoderConfig: got None, wanted an object",
+        ),
         (lambda f: drop_json(f / "dalle/config.json", "decoder", "positions"), "fields: positions"),
         (lambda f: (f / "dalle/config.json").unlink(), "does not load.*No such file"),
         (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
