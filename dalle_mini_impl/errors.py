@@ -9,14 +9,16 @@ class UserError(ValueError):
 
 
 class StoppedError(Exception):
-    """A run that was asked to stop has stopped, and nothing is lost."""
+    """A run that was asked to stop has stopped, with all that was worth keeping."""
 
-    def __init__(self, step: int, signal: int) -> None:
+    def __init__(self, step: int, signal: int, *, saved: bool = True) -> None:
         """Remember where and why.
 
         Args:
             step: Optimizer updates done, all of them in the checkpoint.
             signal: Number of the signal that asked.
+            saved: Whether there is a checkpoint of that step.
         """
-        super().__init__(f"stopped after step {step}, with a checkpoint")
+        kept = ", with a checkpoint" if saved else "; it was not finite: no checkpoint of it"
+        super().__init__(f"stopped after step {step}{kept}")
         self.step, self.signal = step, signal

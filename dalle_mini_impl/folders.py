@@ -1,9 +1,14 @@
-"""Output folders: made, and proved writable, before any work is done for them."""
+"""Output folders: made, proved writable and kept for one run, before work is done for them."""
 
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from dalle_mini_impl.errors import UserError
+
+LOCK_NAME = ".run.lock"
 
 
 def make_folder(folder: Path, *, field: str) -> None:
@@ -24,3 +29,32 @@ def make_folder(folder: Path, *, field: str) -> None:
         raise UserError(
             f"{field}: {folder}: {error.strerror}; wanted a folder that can be written to"
         ) from None
+
+
+@contextmanager
+def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
+    """Keep every other run out of a folder; the system forgets the lock of a killed process.
+
+    Args:
+        folder: Can be written to.
+        field: Name of the option that gave it, for the message.
+
+    Raises:
+        UserError: If another run holds it.
+    """
+    if sys.platform == "win32":  # has no flock
+        yield
+        return
+    import fcntl
+
+    with (folder / LOCK_NAME).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{field}: {folder} is in use by another run; wait for its end, or take another "
+                f"{field}"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield

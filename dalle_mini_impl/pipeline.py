@@ -5,9 +5,11 @@
 """
 
 import dataclasses
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.model import VQVAE
 
 INDEX_NAME = "model_index.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HASHED_FILES = ("dalle/model.safetensors", "text_tokenizer/tokenizer.json")
 MODEL_CARD = """\
 ---
 library_name: dalle_mini_impl
@@ -141,7 +144,8 @@ class TextToImagePipeline:
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
+        prompts: list[Any] = [prompt] if is_one else list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
         per_prompt = num_images * num_candidates
         settings = self._settings(overrides)
@@ -181,15 +185,17 @@ class TextToImagePipeline:
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
         """
+        if not prompts:
+            raise UserError("prompt: got none, wanted some text")
         for text in prompts:
-            if not text.strip():
-                raise UserError(f"prompt: got {text[:20]!r}, wanted some text")
+            if not isinstance(text, str) or not text.strip():
+                raise UserError(f"prompt: got {str(text)[:20]!r}, wanted some text")
         for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
-            if count < 1:
-                raise UserError(f"{name}: got {count}, wanted at least 1")
+            if not isinstance(count, Integral) or count < 1:
+                raise UserError(f"{name}: got {count!r}, wanted at least 1")
         per_prompt = num_images * num_candidates
-        if not 0 <= seed <= MAX_SEED - per_prompt:
-            raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
+        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - per_prompt:
+            raise UserError(f"seed: got {seed!r}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
 
     def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
         """Turn rows of image tokens into pictures.
@@ -224,6 +230,7 @@ class TextToImagePipeline:
             "pipeline": type(self).__name__,
             "sampling": dataclasses.asdict(self.settings),
             "vqvae_fingerprint": self.vqvae.fingerprint(),
+            "sha256": file_hashes(folder),
         }
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
         _write_json(folder / INDEX_NAME, index)  # last: a folder without it is not finished
@@ -251,8 +258,10 @@ class TextToImagePipeline:
             index = _read_json(folder / INDEX_NAME)
             if index.get("format_version") != FORMAT_VERSION:
                 raise UserError(
-                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}"
+                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}, "
+                    "with the field sha256; train_dalle.py --resume latest writes the folder anew"
                 )
+            _check_hashes(index.get("sha256"), folder)
             vqvae = VQVAE.from_pretrained(folder / "vqvae")
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
@@ -260,6 +269,8 @@ class TextToImagePipeline:
             _require_fields(config, DalleConfig)
             _require_fields(config["decoder"], DecoderConfig)
             _require_fields(index["sampling"], SamplingConfig)
+            _require_numbers(index["sampling"])
+            settings = SamplingConfig(**index["sampling"])
             for name in ("image_grid_size", "codebook_levels"):
                 config[name] = tuple(config[name])
             config["decoder"] = DecoderConfig(**config["decoder"])
@@ -269,7 +280,7 @@ class TextToImagePipeline:
                 dalle=dalle,
                 vqvae=vqvae,
                 captions=CaptionEncoder.from_pretrained(folder / "text_tokenizer"),
-                settings=SamplingConfig(**index["sampling"]),
+                settings=settings,
             )
         except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
             reason = " ".join(str(error).split())
@@ -291,14 +302,47 @@ class TextToImagePipeline:
             raise UserError(
                 f"{unknown[0]}: unknown setting, wanted one of {', '.join(sorted(known))}"
             )
+        _require_numbers(overrides)
         try:
             return dataclasses.replace(self.settings, **overrides)
         except ValueError as error:
             raise UserError(str(error)) from None
 
 
-def _require_fields(values: dict[str, Any], config: Any) -> None:
+def file_hashes(folder: str | Path) -> dict[str, str]:
+    """Hash the files of a model folder whose damage would not show.
+
+    Args:
+        folder: A model folder.
+
+    Returns:
+        What ``sha256`` in its ``model_index.json`` holds: digests by file.
+    """
+    contents = {name: (Path(folder) / name).read_bytes() for name in HASHED_FILES}
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _check_hashes(wanted: Any, folder: Path) -> None:
+    if not isinstance(wanted, dict) or wanted.keys() != set(HASHED_FILES):
+        raise UserError(f"sha256: got {wanted!r}, wanted digests of {', '.join(HASHED_FILES)}")
+    for name, digest in file_hashes(folder).items():
+        if wanted[name] != digest:
+            raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
+
+
+def _require_numbers(settings: dict[str, Any]) -> None:
+    """Refuse sampling settings that cannot be compared with their limits."""
+    for field in dataclasses.fields(SamplingConfig):
+        value = settings.get(field.name, field.default)
+        kind, wanted = (Real, "a number") if field.type is float else (Integral, "a whole number")
+        if field.type in (float, int) and not isinstance(value, kind):
+            raise UserError(f"{field.name}: got {value!r}, wanted {wanted}")
+
+
+def _require_fields(values: Any, config: Any) -> None:
     """Refuse a stored config with other fields: a default in place of one is another model."""
+    if not isinstance(values, dict):
+        raise UserError(f"{config.__name__}: got {values!r}, wanted an object")
     odd = sorted(values.keys() ^ {field.name for field in dataclasses.fields(config)})
     if odd:
         raise UserError(f"{config.__name__}: unknown or missing fields: {', '.join(odd)}")

@@ -1,5 +1,6 @@
 """The pipeline: the same picture for the same prompt and seed, and nothing loads by half."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save, save_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import MAX_SEED, TextToImagePipeline
+from dalle_mini_impl.pipeline import HASHED_FILES, MAX_SEED, TextToImagePipeline, file_hashes
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from tests.reference import tiny
 
@@ -112,6 +114,29 @@ def test_what_cannot_be_drawn_is_refused(
         pipeline(prompt, **options)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        (None, {}, "prompt: got 'None', wanted some text"),
+        ([None], {}, "prompt: got 'None', wanted some text"),
+        (7, {}, "prompt: got '7', wanted some text"),
+        ([], {}, "prompt: got none, wanted some text"),
+        ("a disc", {"seed": "x"}, "seed: got 'x', wanted 0 to"),
+        ("a disc", {"seed": None}, "seed: got None, wanted 0 to"),
+        ("a disc", {"num_images": 1.5}, "num_images: got 1.5, wanted at least 1"),
+        ("a disc", {"temperature": None}, "temperature: got None, wanted a number"),
+        ("a disc", {"top_k": 2.5}, "top_k: got 2.5, wanted a whole number"),
+        ("a disc", {"guidance_schedule": None}, "guidance_schedule: got None, wanted one of"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_what_has_another_type_is_refused(
+    pipeline: TextToImagePipeline, prompt: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        pipeline(prompt, **options)
+
+
 def change_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
@@ -128,24 +153,65 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def rewrite(path: Path, content: bytes) -> None:
+    """Change one of the hashed files and its hash too."""
+    path.write_bytes(content)
+    change_json(path.parents[1] / "model_index.json", sha256=file_hashes(path.parents[1]))
+
+
+def spoil_weights(folder: Path) -> None:
+    path = folder / "dalle" / "model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path)
+
+
+def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
+    path = own_copy / "dalle" / "model.safetensors"
+    weights = {name: value.bfloat16() for name, value in load_file(path).items()}
+    rewrite(path, save(weights))
+    loaded = TextToImagePipeline.from_pretrained(own_copy).dalle.state_dict()
+    for name, value in weights.items():
+        assert loaded[name].dtype == torch.float32
+        assert torch.equal(loaded[name], value.float())
+
+
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
         (lambda f: (f / "model_index.json").unlink(), "is no model folder"),
         (lambda f: (f / "model_index.json").write_text("{"), "does not load"),
         (lambda f: (f / "model_index.json").write_text("[]"), "wanted an object"),
-        (lambda f: change_json(f / "model_index.json", format_version=2), "got 2, wanted 1"),
+        (
+            lambda f: change_json(f / "model_index.json", format_version=1),
+            "got 1, wanted 2, .*sha256",
+        ),
+        (lambda f: drop_json(f / "model_index.json", "sha256", HASHED_FILES[0]), "sha256: got {"),
+        (lambda f: change_json(f / "model_index.json", sha256=None), "sha256: got None"),
+        (lambda f: flip_a_byte(f / HASHED_FILES[0]), "dalle/model.safetensors: not what was wri"),
+        (lambda f: flip_a_byte(f / HASHED_FILES[1]), "text_tokenizer/tokenizer.json: not what"),
+        (spoil_weights, "dalle/model.safetensors: not what was written"),
         (lambda f: change_json(f / "model_index.json", sampling={"top_q": 1}), "top_q"),
         (lambda f: drop_json(f / "model_index.json", "sampling", "top_k"), "missing fields: top_k"),
+        (lambda f: change_json(f / "model_index.json", sampling=None), "SamplingConfig: got None"),
+        (
+            lambda f: change_json(
+                f / "model_index.json",
+                sampling={**dataclasses.asdict(SamplingConfig()), "temperature": "hot"},
+            ),
+            "temperature: got 'hot', wanted a number",
+        ),
+        (
+            lambda f: change_json(f / "dalle/config.json", decoder=None),
+            "DecoderConfig: got None, wanted an object",
+        ),
         (lambda f: drop_json(f / "dalle/config.json", "decoder", "positions"), "fields: positions"),
         (lambda f: (f / "dalle/config.json").unlink(), "does not load.*No such file"),
         (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
         (lambda f: change_json(f / "dalle/config.json", text_length=9), "does not load"),
         (lambda f: change_json(f / "dalle/config.json", codebook_levels=None), "does not load"),
-        (lambda f: (f / "dalle/model.safetensors").write_bytes(b"\x10"), "does not load"),
+        (lambda f: rewrite(f / HASHED_FILES[0], b"\x10"), "does not load: Error"),
         (lambda f: (f / "vqvae/model.safetensors").unlink(), "no model.safetensors there"),
         (lambda f: flip_a_byte(f / "vqvae/model.safetensors"), "vqvae: not the image tokenizer"),
-        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "no text tokenizer"),
+        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "No such file.*tokenizer.json"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(

@@ -164,6 +164,20 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
     return None
 
 
+def checkpoint_before(root: Path, step: int) -> Path | None:
+    """Find the newest checkpoint of a step below ``step``, without reading it all.
+
+    Args:
+        root: Folder that holds the checkpoints of one run; may be missing.
+        step: A number of optimizer updates.
+
+    Returns:
+        Its folder, or None where there is none.
+    """
+    folders = (path for found, path in _step_folders(root) if found < step)
+    return next(filter(_looks_whole, folders), None)
+
+
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split the state of any torch optimizer into tensors and a rest that JSON can hold.
 

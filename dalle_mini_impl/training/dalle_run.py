@@ -106,7 +106,12 @@ def train_dalle(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    claim_output_dir(config, resume)
+    with claim_output_dir(config, resume):
+        return _train(config, resume, show)
+
+
+def _train(config: DalleRunConfig, resume: str | None, show: Callable[[str], None]) -> Path:
+    """Do it, in a folder that is this run's own."""
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)

@@ -27,6 +27,7 @@ from dalle_mini_impl.data.order import SampleOrder, step_generator
 from dalle_mini_impl.errors import StoppedError, UserError
 from dalle_mini_impl.training.checkpoint import (
     Checkpoint,
+    checkpoint_before,
     flatten_optimizer_state,
     load_checkpoint,
     newest_checkpoint,
@@ -200,6 +201,7 @@ class Trainer:
             StopRequest() as request,
         ):
             pending = self._prefetch(loader, state.step)
+            is_due = False
             while state.progress(config) < 1.0:
                 with meter.waiting():
                     batches = pending.result()
@@ -216,11 +218,13 @@ class Trainer:
                     progress_line.update(state.step, state.progress(config), values)
                 if done or state.step % config.evaluate_every_steps == 0:
                     self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
-                if done or stop_signal or state.step % config.checkpoint_every_steps == 0:
-                    self.save()
+                is_due |= done or stop_signal > 0 or state.step % config.checkpoint_every_steps == 0
+                # A step that was skipped may be the first of many: its checkpoint waits.
+                if is_due and not state.skipped_in_a_row:
+                    is_due = not self.save()
                 if stop_signal:
                     progress_line.close()
-                    raise StoppedError(state.step, stop_signal)
+                    raise StoppedError(state.step, stop_signal, saved=not is_due)
         progress_line.close()
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -267,10 +271,14 @@ class Trainer:
             state.skipped_in_all += 1
             logger.warning("step %d: loss or gradient not finite; no update", state.step)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                # A checkpoint of the first of these steps holds the weights that failed in all.
+                first = state.step + 1 - MAX_SKIPPED_IN_A_ROW
+                good = checkpoint_before(self.checkpoint_dir, first)
+                remedy = f"pass --resume {good}" if good else "start anew in another output_dir"
                 raise UserError(
                     f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up "
                     f"to step {state.step}; lower training.learning_rate (now "
-                    f"{self.config.learning_rate}) and resume from the last checkpoint"
+                    f"{self.config.learning_rate}) and {remedy}"
                 )
         else:
             state.skipped_in_a_row = 0
@@ -297,8 +305,13 @@ class Trainer:
             self.average.swap(self.model)
         self.accelerator.wait_for_everyone()
 
-    def save(self) -> None:
-        """Write a checkpoint of the current step."""
+    def save(self) -> bool:
+        """Write a checkpoint of the current step, unless it would hold non-finite numbers.
+
+        Returns:
+            False on the main process if nothing was written.
+        """
+        saved = True
         if self.accelerator.is_main_process:
             tensors = {"model": self.model.state_dict()}
             state: dict[str, Any] = {
@@ -311,8 +324,17 @@ class Trainer:
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 tensors[name], state[name] = flatten_optimizer_state(optimizer)
-            save_checkpoint(self.checkpoint_dir, self.state.step, tensors=tensors, state=state)
+            saved = all(
+                bool(value.isfinite().all())
+                for group in tensors.values()
+                for value in group.values()
+            )
+            if saved:
+                save_checkpoint(self.checkpoint_dir, self.state.step, tensors=tensors, state=state)
+            else:
+                logger.warning("step %d: weights not finite; no checkpoint", self.state.step)
         self.accelerator.wait_for_everyone()
+        return saved
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint.
@@ -341,7 +363,7 @@ class Trainer:
                 for group, own in zip(optimizer.param_groups, options, strict=True):
                     group.update(own)
                 keep_memory_formats(optimizer)
-            names = vars(self.state).keys()
+            names = vars(self.state).keys() - {"skipped_in_a_row"}  # a new count, a new chance
             self.state = RunState(**{name: checkpoint.state[name] for name in names})
         except (RuntimeError, KeyError, ValueError) as error:
             reason = " ".join(str(error).split())

@@ -1,7 +1,9 @@
 """What every run does around the loop: tracker, resume, the resolved config, the final folder."""
 
 import dataclasses
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.folders import locked_folder, make_folder
 from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint, refuse_used_folder
 from dalle_mini_impl.training.tracking import open_tracker
 
@@ -82,16 +84,17 @@ def run_task(
     return folder
 
 
-def claim_output_dir(config: Any, resume: str | None) -> None:
-    """Make a run's folder, or say why it cannot be used, before any time is spent on data.
+@contextmanager
+def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
+    """Make a run's folder and keep it for this run, before any time is spent on data.
 
     Args:
         config: A dataclass with ``output_dir`` and ``data``.
         resume: None, ``latest`` or a checkpoint folder.
 
     Raises:
-        UserError: If nothing can be written there, it lies among the data, or a fresh run would
-            write over an older one.
+        UserError: If nothing can be written there, it lies among the data, another run is at work
+            in it, or a fresh run would write over an older one.
     """
     output_dir, source = Path(config.output_dir), Path(config.data.source)
     if source.is_dir() and output_dir.resolve().is_relative_to(source.resolve()):
@@ -102,6 +105,12 @@ def claim_output_dir(config: Any, resume: str | None) -> None:
     make_folder(output_dir, field="output_dir")
     if resume is None:
         refuse_used_folder(output_dir)
+    # The processes of one run share its folder. Accelerate is not up yet to say which one this is.
+    if int(os.environ.get("RANK", "0")):
+        yield
+    else:
+        with locked_folder(output_dir, field="output_dir"):
+            yield
 
 
 def save_config(config: Any, path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.order import SampleOrder
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.checkpoint import load_checkpoint
 from dalle_mini_impl.training.loop import Task, Trainer, refuse_used_folder
 from dalle_mini_impl.training.progress import ProgressLine
 from dalle_mini_impl.training.sources import build_accelerator
@@ -67,6 +68,65 @@ def test_ten_steps_in_a_row_that_are_not_finite_end_the_run(tmp_path: Path) -> N
 
     task = LineTask(spoiled={step: "loss" for step in range(20) if step % 10 != 9})
     build_trainer(task, tmp_path / "nine").train()  # never ten in a row
+
+
+def folders_of(out: Path) -> list[str]:
+    return sorted(path.name for path in (out / "checkpoints").glob("*"))
+
+
+def test_a_step_that_was_skipped_is_not_kept(tmp_path: Path) -> None:
+    # Steps 3 to 6 are skipped: the checkpoint of step 4 waits until one is finite again.
+    task = LineTask(spoiled=dict.fromkeys(range(3, 7), "loss"), max_steps=10)
+    build_trainer(task, tmp_path, checkpoint_every_steps=4).train()
+    assert folders_of(tmp_path) == ["step-00000008", "step-00000010"]
+
+    trainer = build_trainer(LineTask(), tmp_path)
+    restored = load_checkpoint(tmp_path / "checkpoints" / "step-00000008")
+    restored.state["skipped_in_a_row"] = 9  # as older versions wrote it
+    trainer.restore(restored)
+    assert (trainer.state.skipped_in_all, trainer.state.skipped_in_a_row) == (4, 0)
+
+
+def test_a_run_that_went_wrong_names_the_checkpoint_before(tmp_path: Path) -> None:
+    task = LineTask(spoiled=dict.fromkeys(range(4, 20), "loss"))
+    trainer = build_trainer(task, tmp_path, checkpoint_every_steps=1)
+    # That of step 4 holds the weights whose loss is not finite.
+    good = re.escape(str(tmp_path / "checkpoints" / "step-00000003"))
+    with pytest.raises(UserError, match=f"up to step 13; .*pass --resume {good}$"):
+        trainer.train()
+    assert folders_of(tmp_path) == ["step-00000003", "step-00000004"]
+
+    task = LineTask(spoiled=dict.fromkeys(range(20), "loss"))
+    with pytest.raises(UserError, match=r"\(now 0.05\) and start anew in another output_dir$"):
+        build_trainer(task, tmp_path / "none", checkpoint_every_steps=1).train()
+    assert folders_of(tmp_path / "none") == []
+
+
+def test_weights_that_are_not_finite_are_not_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer(LineTask(), tmp_path)
+    with torch.no_grad():
+        trainer.model.weight.fill_(float("inf"))
+    assert not trainer.save()
+    assert folders_of(tmp_path) == []
+    assert "weights not finite; no checkpoint" in caplog.text
+
+
+def test_a_rate_that_is_far_too_high_can_be_mended(tmp_path: Path) -> None:
+    build_trainer(LineTask(max_steps=6), tmp_path, checkpoint_every_steps=2).train()
+    wild = build_trainer(
+        LineTask(max_steps=40), tmp_path, checkpoint_every_steps=1, learning_rate=1e30
+    )
+    wild.restore(load_checkpoint(tmp_path / "checkpoints" / "step-00000006"))
+    with pytest.raises(UserError, match="not finite 10 steps in a row") as caught:
+        wild.train()
+    good = Path(str(caught.value).rsplit("--resume ", 1)[1])
+    sane = build_trainer(LineTask(max_steps=20), tmp_path)
+    sane.restore(load_checkpoint(good))
+    sane.train()
+    assert sane.state.step == 20
+    assert all(value.abs().max() < 10 for value in sane.model.state_dict().values())
 
 
 def test_a_budget_in_minutes_ends_the_run_and_its_schedule(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.run import claim_output_dir, save_config
 from tests.reference import tiny
 
 EVERYTHING_RANDOM = {
@@ -126,6 +128,46 @@ def test_accumulated_micro_batches_are_one_batch(
     assert len(set(whole)) == len(halves) == 8
     assert halves[::2] == pytest.approx(whole[::2], abs=1e-6, rel=0)
     assert halves[1::2] == pytest.approx(whole[1::2], rel=1e-4)
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dalle_mini_impl.folders import locked_folder
+
+with locked_folder(Path(sys.argv[1]), field="output_dir"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_runs_do_not_share_a_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    config = tiny.vqvae_run(data, out, max_steps=1)
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        for resume in (None, "latest"):
+            with pytest.raises(UserError, match=r"output_dir: .*run is in use by another run"):
+                tiny.train(config, resume=resume)
+        with monkeypatch.context() as patch:  # other processes of a run share its folder
+            patch.setenv("RANK", "1")
+            with claim_output_dir(config, None):
+                pass
+    finally:
+        other.kill()
+        other.wait()
+    tiny.train(config)  # a killed process holds nothing
+    tiny.train(config, resume="latest")
 
 
 def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
