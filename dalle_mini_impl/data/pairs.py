@@ -202,7 +202,8 @@ def _list_source(source: str, text_columns: Sequence[str], image_column: str) ->
         return read_parquet(path, text_columns=text_columns, image_column=image_column)
     if path.exists():
         raise UserError(f"{source} is no folder, .tar or .parquet file")
-    if _HUB_NAME.match(source) and not path.parent.is_dir():
+    is_file_name = path.suffix.lower() in (".tar", ".parquet", ".jsonl")
+    if _HUB_NAME.match(source) and not path.parent.exists() and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
     raise UserError(f"no folder or file {source}")
 

@@ -587,6 +587,8 @@ def test_a_relative_path_is_not_taken_for_a_hub_name(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^no folder or file data/none$"):
         open_pairs("data/none")
+    with pytest.raises(UserError, match=r"^no folder or file dada/none\.tar$"):
+        open_pairs("dada/none.tar")
 
 
 def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,8 +597,20 @@ def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="no folder or file nobody/nothing here, and the Hugging"):
+    with pytest.raises(UserError, match="which the Hub did not give: "):
         open_pairs("nobody/nothing")
+
+
+def test_a_hub_name_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    message = "^no folder or file my/photos here; taken as the name of .*cannot be reached"
+    with pytest.raises(UserError, match=message):
+        open_pairs("my/photos")
 
 
 # Splits
