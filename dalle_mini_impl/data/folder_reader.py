@@ -8,6 +8,7 @@ from typing import Any
 
 from dalle_mini_impl.data.records import (
     MAX_TEXT_BYTES,
+    OTHER_PICTURE_SUFFIXES,
     PICTURE_SUFFIXES,
     Listing,
     RawPair,
@@ -17,6 +18,7 @@ from dalle_mini_impl.data.records import (
     leads_outside,
     lines_of_captions,
     no_caption_reason,
+    other_format_reason,
 )
 from dalle_mini_impl.errors import UserError
 
@@ -152,10 +154,17 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
             continue
         listing.pairs.append(RawPair(key, captions, attributes={}, split=None, file=str(path)))
     stems = {Path(name).stem for name in pictures}
+    others = {
+        Path(name).stem: name
+        for name in names
+        if Path(name).suffix.lower() in OTHER_PICTURE_SUFFIXES
+    }
     for stem, name in texts.items():
         if stem not in stems:
             key = (parent / name).relative_to(root).as_posix()
-            listing.skip(key, "no picture of the same name beside this text")
+            other = others.get(stem)
+            reason = "no picture of the same name beside this text"
+            listing.skip(key, reason if other is None else other_format_reason(other))
 
 
 def _check_file(path: Path, root: Path) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OTHER_PICTURE_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".svg")
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 WHOLE_FILE = -1
@@ -121,6 +122,18 @@ def lines_of_captions(data: bytes) -> tuple[str, ...]:
         raise ValueError(f"its caption is not UTF-8 text (byte {error.start})") from error
     lines = [collapse(line) for line in text.split("\n")]
     return tuple(dict.fromkeys(line for line in lines if line))
+
+
+def other_format_reason(name: str) -> str:
+    """Says why a picture file of another format is left out.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The reason, naming the formats that are read.
+    """
+    return f"{name} is there, but its format is not one of {', '.join(PICTURE_SUFFIXES)}"
 
 
 def collapse(text: str) -> str:

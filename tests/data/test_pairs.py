@@ -261,6 +261,8 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
     (root / "._mac.txt").write_text("x")
     (root / "readme.txt").write_text("no picture")
+    (root / "x.gif").write_bytes(picture(format="GIF"))
+    (root / "x.txt").write_text("moves")
     (root / "out.png").symlink_to(tmp_path / "secret.txt")
     (root / "out.txt").write_text("x")
     pairs = open_pairs(str(root))
@@ -274,6 +276,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
         "out.png": "out.png is a link that leads out of the folder",
         "spy.png": "spy.txt is a link that leads out of the folder",
         "readme.txt": "no picture of the same name beside this text",
+        "x.txt": "x.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
 
 
@@ -306,13 +309,18 @@ def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
 
 def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
     members = {"./sub/a.b.png": picture(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
-    write_tar(tmp_path / "x.tar", members | {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'})
+    members |= {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'}
+    members |= {"e.gif": picture(format="GIF"), "e.txt": b"moves"}
+    write_tar(tmp_path / "x.tar", members)
     pairs = open_pairs(str(tmp_path / "x.tar"))
     assert [(pair.path, pair.captions) for pair in pairs] == [
         ("x.tar!sub/a.b.png", ("one", "two")),
         ("x.tar!d.png", ("k",)),
     ]
-    assert reasons(pairs) == {"x.tar!c": "no picture for this key"}
+    assert reasons(pairs) == {
+        "x.tar!c": "no picture for this key",
+        "x.tar!e": "e.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
+    }
 
 
 class Bomb:
