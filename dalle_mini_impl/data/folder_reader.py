@@ -13,6 +13,7 @@ from dalle_mini_impl.data.records import (
     Listing,
     RawPair,
     collect_captions,
+    encoding_remedy,
     is_inside,
     is_unicode,
     leads_outside,
@@ -78,6 +79,10 @@ def _picture_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{place}: file_name is {name!r}, wanted the name of a picture file")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: no file is named {name!r}{encoding_remedy()}") from None
     if leads_outside(name) or not is_inside(root / name, root):
         raise UserError(f"{place}: file_name {name!r} leads out of the folder {root}")
     return name
@@ -169,7 +174,7 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
 
 def _check_file(path: Path, root: Path) -> None:
     if not is_unicode(str(path)):
-        raise ValueError("its path is not valid Unicode")
+        raise ValueError(f"its path is not valid Unicode{encoding_remedy()}")
     if path.is_symlink() and not is_inside(path, root):
         raise ValueError(f"{path.name} is a link that leads out of the folder")
     if not path.is_file():

@@ -183,10 +183,10 @@ def open_pairs(
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
         raise UserError(
-            f"no captioned pictures found in {source}, expected one of: a folder with "
-            f"{METADATA_NAME} (file_name, text), a folder with x.txt beside each x.jpg, WebDataset "
-            f"tars with key.jpg and key.txt, parquet files with columns {image_column} and text, "
-            f"a Hub data set user/name{'. Skipped: ' + first if first else ''}"
+            f"no captioned pictures found in {source}{f' ({first})' if first else ''}, expected "
+            f"one of: a folder with {METADATA_NAME} (file_name, text), a folder with x.txt beside "
+            "each x.jpg, WebDataset tars with key.jpg and key.txt, parquet files with columns "
+            f"{image_column} and text, a Hub data set user/name"
         )
     chosen = choose_split(source, listing.pairs, split)
     return Pairs(chosen, listing.skipped, listing.pictures)

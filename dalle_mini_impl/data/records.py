@@ -5,6 +5,7 @@ bytes lie, and its captions. No picture is opened at that point.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -175,6 +176,18 @@ def printable(text: str) -> str:
     """
     escape = "unicode_escape"
     return "".join(c if c.isprintable() else c.encode(escape).decode("ascii") for c in text)
+
+
+def encoding_remedy() -> str:
+    """Tells what to change where the system's encoding cannot hold every file name.
+
+    Returns:
+        The end of a reason; empty where the encoding is UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower() == "utf-8":
+        return ""
+    return f" in this system's encoding, {encoding}; set PYTHONUTF8=1"
 
 
 def leads_outside(name: str) -> bool:

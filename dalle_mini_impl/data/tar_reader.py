@@ -77,7 +77,7 @@ def read_tar(tar_path: Path, *, shown_name: str, text_columns: Sequence[str]) ->
 def _read_members(
     file: BinaryIO, file_size: int, shown_name: str, samples: dict[str, _Sample], listing: Listing
 ) -> None:
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
         last_offset = -1
         for member in archive:
             if member.offset <= last_offset or member.size < 0:

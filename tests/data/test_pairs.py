@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -245,6 +247,41 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
     assert list(reasons(pairs).values()) == ["the picture file is missing"]
+
+
+def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
+    for name in ("beside", "metadata"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "그림.png").write_bytes(picture())
+    (tmp_path / "beside" / "그림.txt").write_text("x")
+    write_metadata(tmp_path / "metadata", [{"file_name": "그림.png", "text": "x"}])
+    write_tar(tmp_path / "x.tar", {"그림.png": picture(), "그림.txt": b"x"})
+    code = (
+        "import sys\n"
+        "from dalle_mini_impl.data.pairs import open_pairs\n"
+        "for source in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(ascii([pair.path for pair in open_pairs(source)]))\n"
+        "    except ValueError as error:\n"
+        "        print(ascii(str(error)))\n"
+    )
+    names = ("beside", "metadata", "x.tar")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
+        env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    beside, metadata, tar = result.stdout.splitlines()
+    assert "not valid Unicode in this system's encoding, ascii; set PYTHONUTF8=1" in beside
+    assert beside.index("PYTHONUTF8=1") < beside.index("expected one of")
+    assert "metadata.jsonl, line 1: no file is named" in metadata
+    assert "set PYTHONUTF8=1" in metadata
+    assert tar == ascii(["x.tar!그림.png"])
 
 
 def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
@@ -582,7 +619,7 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no captioned pictures found in .*, expected one of: "):
         open_pairs(str(tmp_path))
     (tmp_path / "a.png").write_bytes(picture())
-    with pytest.raises(UserError, match=r"Skipped: a\.png: no file a\.txt beside it"):
+    with pytest.raises(UserError, match=r"\(a\.png: no file a\.txt beside it"):
         open_pairs(str(tmp_path))
     with pytest.raises(UserError, match=r"a\.png is no folder, \.tar or \.parquet file"):
         open_pairs(str(tmp_path / "a.png"))
