@@ -9,6 +9,7 @@ from pathlib import Path
 from dalle_mini_impl.errors import UserError
 
 LOCK_NAME = ".run.lock"
+_MARKER = ".written_by"
 
 
 def make_folder(folder: Path, *, field: str) -> None:
@@ -58,3 +59,36 @@ def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         yield
+
+
+@contextmanager
+def data_set_folder(folder: Path, *, field: str, writer: str) -> Iterator[None]:
+    """Keep a folder for the files of one program, so that nobody else's are overwritten.
+
+    A hidden file names the program, from the start on: an interrupted one may begin anew.
+
+    Args:
+        folder: Made if missing, with its parents.
+        field: Name of the option that gave it, for the message.
+        writer: Name of the program that fills it.
+
+    Yields:
+        Once, to the code that writes; its input and output errors become one line.
+
+    Raises:
+        UserError: If it holds files that `writer` did not write, or cannot be written to.
+    """
+    make_folder(folder, field=field)
+    marker = folder / _MARKER
+    try:
+        if not marker.is_file() or marker.read_text(encoding="utf-8") != writer:
+            # Hidden files are left alone anyway, such as those of a file manager.
+            if any(not path.name.startswith(".") for path in folder.iterdir()):
+                raise UserError(
+                    f"{field}: {folder} holds files that {writer} did not write; wanted a new or "
+                    "empty folder"
+                )
+            marker.write_text(writer, encoding="utf-8")
+        yield
+    except OSError as error:
+        raise UserError(f"{field}: writing {folder} failed: {error}") from None

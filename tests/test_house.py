@@ -5,9 +5,12 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 REPOSITORY = Path(__file__).parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -153,3 +156,22 @@ def test_the_import_contracts_hold() -> None:
     )
     assert result.returncode == 0, result.stdout
     assert re.search(r"[1-9]\d* kept, 0 broken", result.stdout)
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.14"])
+def test_each_pin_is_one_that_its_python_takes(python: str) -> None:
+    lines = (REPOSITORY / "requirements-dev.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line.split("#")[0]) for line in lines if line.split("#")[0].strip()]
+    chosen = {
+        pin.name: pin
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    }
+    assert set(chosen) == {pin.name for pin in pins}
+    for name, pin in chosen.items():
+        try:
+            installed = metadata(name)
+        except PackageNotFoundError:
+            continue
+        if pin.specifier.contains(installed["Version"], prereleases=True):
+            assert SpecifierSet(installed["Requires-Python"] or "").contains(f"{python}.99"), name

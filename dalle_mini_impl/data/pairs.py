@@ -183,10 +183,10 @@ def open_pairs(
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
         raise UserError(
-            f"no captioned pictures found in {source}, expected one of: a folder with "
-            f"{METADATA_NAME} (file_name, text), a folder with x.txt beside each x.jpg, WebDataset "
-            f"tars with key.jpg and key.txt, parquet files with columns {image_column} and text, "
-            f"a Hub data set user/name{'. Skipped: ' + first if first else ''}"
+            f"no captioned pictures found in {source}{f' ({first})' if first else ''}, expected "
+            f"one of: a folder with {METADATA_NAME} (file_name, text), a folder with x.txt beside "
+            "each x.jpg, WebDataset tars with key.jpg and key.txt, parquet files with columns "
+            f"{image_column} and text, a Hub data set user/name"
         )
     chosen = choose_split(source, listing.pairs, split)
     return Pairs(chosen, listing.skipped, listing.pictures)
@@ -202,7 +202,8 @@ def _list_source(source: str, text_columns: Sequence[str], image_column: str) ->
         return read_parquet(path, text_columns=text_columns, image_column=image_column)
     if path.exists():
         raise UserError(f"{source} is no folder, .tar or .parquet file")
-    if _HUB_NAME.match(source) and not path.parent.is_dir():
+    is_file_name = path.suffix.lower() in (".tar", ".parquet", ".jsonl")
+    if _HUB_NAME.match(source) and not path.parent.exists() and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
     raise UserError(f"no folder or file {source}")
 

@@ -5,6 +5,7 @@ bytes lie, and its captions. No picture is opened at that point.
 """
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OTHER_PICTURE_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".svg")
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 WHOLE_FILE = -1
@@ -123,6 +125,18 @@ def lines_of_captions(data: bytes) -> tuple[str, ...]:
     return tuple(dict.fromkeys(line for line in lines if line))
 
 
+def other_format_reason(name: str) -> str:
+    """Says why a picture file of another format is left out.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The reason, naming the formats that are read.
+    """
+    return f"{name} is there, but its format is not one of {', '.join(PICTURE_SUFFIXES)}"
+
+
 def collapse(text: str) -> str:
     """Turns every run of white space into one space and cuts both ends.
 
@@ -162,6 +176,18 @@ def printable(text: str) -> str:
     """
     escape = "unicode_escape"
     return "".join(c if c.isprintable() else c.encode(escape).decode("ascii") for c in text)
+
+
+def encoding_remedy() -> str:
+    """Tells what to change where the system's encoding cannot hold every file name.
+
+    Returns:
+        The end of a reason; empty where the encoding is UTF-8.
+    """
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower() == "utf-8":
+        return ""
+    return f" in this system's encoding, {encoding}; set PYTHONUTF8=1"
 
 
 def leads_outside(name: str) -> bool:

@@ -18,7 +18,7 @@ from dalle_mini_impl.data.shapes import (
 )
 from dalle_mini_impl.data.shapes_facts import Fact, ObjectPattern
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.folders import data_set_folder
 
 _NUMBERS = ("no", "one", "two", "three", "four")
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -140,7 +140,7 @@ def prepare_shapes(
     """Writes `out`/images/<split>/<seed>.png and `out`/metadata.jsonl.
 
     metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running again
-    overwrites.
+    overwrites, but never a folder that something else wrote.
 
     Args:
         out: folder to write; made where missing.
@@ -152,11 +152,17 @@ def prepare_shapes(
         The number of pictures.
 
     Raises:
-        UserError: bad size, kind, split or count, or `out` is a file.
+        UserError: bad size, kind, split or count, or `out` holds other files.
     """
     if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
         raise UserError(f"counts: got {dict(counts)!r}, want counts >= 0 of {SPLITS}")
-    make_folder(out, field="out")
+    with data_set_folder(out, field="out", writer="prepare_shapes"):
+        return _write_data_set(out, counts, image_size, kinds)
+
+
+def _write_data_set(
+    out: Path, counts: Mapping[str, int], image_size: int, kinds: Sequence[str]
+) -> int:
     metadata = out / "metadata.jsonl"
     metadata.unlink(missing_ok=True)
     lines = []

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 # The Hub's habit: train-00000-of-00004.parquet, or test/0000.parquet.
 _SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
 
+_HUB_SECONDS = 10
+
 
 def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) -> Listing:
     """Lists one parquet file, or all parquet files in a folder and below.
@@ -73,18 +75,32 @@ def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Li
     """
     from datasets import config, load_dataset
 
+    taken = f"no folder or file {name} here; taken as the name of a Hugging Face Hub data set"
+    if not config.HF_HUB_OFFLINE:
+        _check_hub_answers(taken)
     try:
         tables = load_dataset(name)
     except Exception as error:
-        raise UserError(
-            f"no folder or file {name} here, and the Hugging Face Hub did not give a data set of "
-            f"that name: {_last_cause(error)}"
-        ) from error
+        raise UserError(f"{taken}, which the Hub did not give: {_last_cause(error)}") from error
     # Pictures that are files in the download cache are allowed, files elsewhere are not.
     root = Path(config.HF_CACHE_HOME).resolve()
     return _list_tables(
         tables, source=name, root=root, text_columns=text_columns, image_column=image_column
     )
+
+
+def _check_hub_answers(taken: str) -> None:
+    """Asks once, without naming the data set; `datasets` itself tries for a minute or more."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception as error:  # its HTTP library, and so the type, has changed between versions
+        raise UserError(
+            f"{taken}, but the Hub cannot be reached ({error}); HF_HUB_OFFLINE=1 takes a data set "
+            "that was downloaded before"
+        ) from error
 
 
 def _last_cause(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from dalle_mini_impl.data.records import (
     MAX_PICTURE_BYTES,
     MAX_TEXT_BYTES,
+    OTHER_PICTURE_SUFFIXES,
     PICTURE_SUFFIXES,
     Listing,
     RawPair,
@@ -23,6 +24,7 @@ from dalle_mini_impl.data.records import (
     leads_outside,
     lines_of_captions,
     no_caption_reason,
+    other_format_reason,
 )
 
 _TEXT_SUFFIXES = (".txt", ".json")
@@ -39,6 +41,7 @@ class _Span:
 @dataclass
 class _Sample:
     picture: _Span | None = None
+    other_picture: str | None = None
     texts: dict[str, _Span] = field(default_factory=dict)
 
 
@@ -74,7 +77,7 @@ def read_tar(tar_path: Path, *, shown_name: str, text_columns: Sequence[str]) ->
 def _read_members(
     file: BinaryIO, file_size: int, shown_name: str, samples: dict[str, _Sample], listing: Listing
 ) -> None:
-    with tarfile.open(fileobj=file, mode="r:") as archive:
+    with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as archive:
         last_offset = -1
         for member in archive:
             if member.offset <= last_offset or member.size < 0:
@@ -93,13 +96,16 @@ def _add_member(member: tarfile.TarInfo, samples: dict[str, _Sample], file_size:
     """Adds a member to its sample; returns why not, or an empty string."""
     path = PurePosixPath(member.name)
     suffix = path.suffix.lower()
-    known = suffix in PICTURE_SUFFIXES or suffix in _TEXT_SUFFIXES
+    known = suffix in (*PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, *_TEXT_SUFFIXES)
     if member.isdir() or path.name.startswith(".") or not known:
         return ""
     reason = _refusal(member, suffix, file_size)
     if reason:
         return reason
     sample = samples.setdefault(str(path.with_suffix("")), _Sample())
+    if suffix in OTHER_PICTURE_SUFFIXES:
+        sample.other_picture = path.name
+        return ""
     span = _Span(str(path), member.offset_data, member.size)
     if suffix in _TEXT_SUFFIXES and suffix not in sample.texts:
         sample.texts[suffix] = span
@@ -133,7 +139,9 @@ def _add_sample(
     listing: Listing,
 ) -> None:
     if sample.picture is None:
-        listing.skip(f"{shown_name}!{key}", "no picture for this key")
+        other = sample.other_picture
+        reason = "no picture for this key" if other is None else other_format_reason(other)
+        listing.skip(f"{shown_name}!{key}", reason)
         return
     path = f"{shown_name}!{sample.picture.name}"
     try:

@@ -243,8 +243,6 @@ def test_prepare_writes_an_image_folder(tmp_path: Path) -> None:
     }
     npm_dir = write_3d_package(tmp_path / "npm", colours)
     out = tmp_path / "out"
-    (out / "images" / "noto").mkdir(parents=True)
-    (out / "images" / "noto" / "old.png").touch()
     report = prepare_emoji(out, size=16, styles=["fluent3d"], npm_dir=npm_dir)
     rows = {row["hexcode"]: row for row in read_rows(out)}
     assert set(rows) == {"2764", "1F355", "1F499", "1F44D-1F3FC", "1F44D-1F3FD"}
@@ -260,11 +258,15 @@ def test_prepare_writes_an_image_folder(tmp_path: Path) -> None:
     with Image.open(out / rows["1F44D-1F3FC"]["file_name"]) as picture:
         assert picture.getpixel((8, 8)) == (220, 190, 160)
     assert "Microsoft" in (out / "ATTRIBUTION.txt").read_text("utf-8")
-    assert {path.name for path in out.iterdir()} == {"images", "metadata.jsonl", "ATTRIBUTION.txt"}
+    visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert visible == {"images", "metadata.jsonl", "ATTRIBUTION.txt"}
     assert len(list(out.rglob("*.png"))) == 5
     before = (out / "metadata.jsonl").read_bytes()
+    (out / "images" / "noto").mkdir()
+    (out / "images" / "noto" / "old.png").touch()
     prepare_emoji(out, size=16, styles=["fluent3d"], npm_dir=npm_dir)
     assert (out / "metadata.jsonl").read_bytes() == before
+    assert len(list(out.rglob("*.png"))) == 5
 
 
 def test_an_interrupted_run_is_no_data_set(tmp_path: Path) -> None:
@@ -274,6 +276,8 @@ def test_an_interrupted_run_is_no_data_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="lacks @iconify-json/noto"):
         prepare_emoji(out, styles=["fluent3d", "noto"], npm_dir=npm_dir)
     assert not (out / "metadata.jsonl").exists()
+    prepare_emoji(out, styles=["fluent3d"], npm_dir=npm_dir)
+    assert [row["hexcode"] for row in read_rows(out)] == ["2764"]
 
 
 @pytest.mark.parametrize(
@@ -295,6 +299,23 @@ def test_out_may_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     with pytest.raises(UserError, match=r"out: .*File exists; wanted a folder"):
         prepare_emoji(tmp_path / "out")
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"out: .* holds files that prepare_emoji did not write"):
+        prepare_emoji(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["metadata.jsonl"]
+    assert (tmp_path / "metadata.jsonl").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
+    npm_dir = write_3d_package(tmp_path / "npm", {"2764": (255, 0, 0)})
+    prepare_emoji(tmp_path / "out", styles=["fluent3d"], npm_dir=npm_dir)
+    (tmp_path / "out" / "metadata.jsonl.tmp").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"out: writing .*out failed: .*No space left on device"):
+        prepare_emoji(tmp_path / "out", styles=["fluent3d"], npm_dir=npm_dir)
 
 
 def test_grid_roles_wants_all_cells_of_one_style() -> None:

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -247,6 +249,41 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     assert list(reasons(pairs).values()) == ["the picture file is missing"]
 
 
+def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
+    for name in ("beside", "metadata"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "그림.png").write_bytes(picture())
+    (tmp_path / "beside" / "그림.txt").write_text("x")
+    write_metadata(tmp_path / "metadata", [{"file_name": "그림.png", "text": "x"}])
+    write_tar(tmp_path / "x.tar", {"그림.png": picture(), "그림.txt": b"x"})
+    code = (
+        "import sys\n"
+        "from dalle_mini_impl.data.pairs import open_pairs\n"
+        "for source in sys.argv[1:]:\n"
+        "    try:\n"
+        "        print(ascii([pair.path for pair in open_pairs(source)]))\n"
+        "    except ValueError as error:\n"
+        "        print(ascii(str(error)))\n"
+    )
+    names = ("beside", "metadata", "x.tar")
+    result = subprocess.run(
+        [sys.executable, "-c", code, *(str(tmp_path / name) for name in names)],
+        env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": ""},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    beside, metadata, tar = result.stdout.splitlines()
+    assert "not valid Unicode in this system's encoding, ascii; set PYTHONUTF8=1" in beside
+    assert beside.index("PYTHONUTF8=1") < beside.index("expected one of")
+    assert "metadata.jsonl, line 1: no file is named" in metadata
+    assert "set PYTHONUTF8=1" in metadata
+    assert tar == ascii(["x.tar!그림.png"])
+
+
 def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
@@ -261,6 +298,8 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
     (root / "._mac.txt").write_text("x")
     (root / "readme.txt").write_text("no picture")
+    (root / "x.gif").write_bytes(picture(format="GIF"))
+    (root / "x.txt").write_text("moves")
     (root / "out.png").symlink_to(tmp_path / "secret.txt")
     (root / "out.txt").write_text("x")
     pairs = open_pairs(str(root))
@@ -274,6 +313,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
         "out.png": "out.png is a link that leads out of the folder",
         "spy.png": "spy.txt is a link that leads out of the folder",
         "readme.txt": "no picture of the same name beside this text",
+        "x.txt": "x.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
 
 
@@ -306,13 +346,18 @@ def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
 
 def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
     members = {"./sub/a.b.png": picture(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
-    write_tar(tmp_path / "x.tar", members | {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'})
+    members |= {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'}
+    members |= {"e.gif": picture(format="GIF"), "e.txt": b"moves"}
+    write_tar(tmp_path / "x.tar", members)
     pairs = open_pairs(str(tmp_path / "x.tar"))
     assert [(pair.path, pair.captions) for pair in pairs] == [
         ("x.tar!sub/a.b.png", ("one", "two")),
         ("x.tar!d.png", ("k",)),
     ]
-    assert reasons(pairs) == {"x.tar!c": "no picture for this key"}
+    assert reasons(pairs) == {
+        "x.tar!c": "no picture for this key",
+        "x.tar!e": "e.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
+    }
 
 
 class Bomb:
@@ -574,7 +619,7 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no captioned pictures found in .*, expected one of: "):
         open_pairs(str(tmp_path))
     (tmp_path / "a.png").write_bytes(picture())
-    with pytest.raises(UserError, match=r"Skipped: a\.png: no file a\.txt beside it"):
+    with pytest.raises(UserError, match=r"\(a\.png: no file a\.txt beside it"):
         open_pairs(str(tmp_path))
     with pytest.raises(UserError, match=r"a\.png is no folder, \.tar or \.parquet file"):
         open_pairs(str(tmp_path / "a.png"))
@@ -587,6 +632,8 @@ def test_a_relative_path_is_not_taken_for_a_hub_name(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"^no folder or file data/none$"):
         open_pairs("data/none")
+    with pytest.raises(UserError, match=r"^no folder or file dada/none\.tar$"):
+        open_pairs("dada/none.tar")
 
 
 def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -595,8 +642,20 @@ def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="no folder or file nobody/nothing here, and the Hugging"):
+    with pytest.raises(UserError, match="which the Hub did not give: "):
         open_pairs("nobody/nothing")
+
+
+def test_a_hub_name_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    message = "^no folder or file my/photos here; taken as the name of .*cannot be reached"
+    with pytest.raises(UserError, match=message):
+        open_pairs("my/photos")
 
 
 # Splits

@@ -431,10 +431,11 @@ def test_checker_reads_300_pictures_per_second() -> None:
 
 
 def test_prepared_folder_holds_pictures_of_their_facts(tmp_path: Path) -> None:
-    stale = tmp_path / "images" / "train" / "0000099.png"
-    stale.parent.mkdir(parents=True)
-    stale.touch()
     counts = {"train": 5, "test": 3, "test_compose": 2}
+    prepare_shapes(tmp_path, counts=counts)
+    stale = tmp_path / "images" / "train" / "0000099.png"
+    stale.touch()
+    (tmp_path / "metadata.jsonl").unlink()  # as an interrupted run leaves it
     assert prepare_shapes(tmp_path, counts=counts, image_size=40) == 10
     lines = (tmp_path / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -457,6 +458,14 @@ def test_bad_folders_and_counts_are_refused(tmp_path: Path) -> None:
         prepare_shapes(tmp_path, counts={"train": -1})
     with pytest.raises(UserError, match="counts: got"):
         prepare_shapes(tmp_path, counts={"val": 1})
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "metadata.jsonl").write_text("mine")
+    with pytest.raises(UserError, match=r"out: .* holds files that prepare_shapes did not write"):
+        prepare_shapes(tmp_path, counts={"train": 1})
+    assert [path.name for path in tmp_path.iterdir()] == ["metadata.jsonl"]
+    assert (tmp_path / "metadata.jsonl").read_text() == "mine"
 
 
 def test_script_writes_a_folder_and_shows_errors_as_one_line(tmp_path: Path) -> None:
