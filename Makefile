@@ -1,4 +1,4 @@
-# make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
+# make generate PROMPT="..." | make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,13 @@ OUT ?= out/demo
 BENCH_VENV ?= .venv-bench
 BENCH_OUT ?= out/bench
 PARTS ?= all
+MODEL ?= checkpoints/emoji-64
+PROMPT ?= a red heart, Noto style
 
-.PHONY: demo check test test-slow format bench clean
+.PHONY: generate demo check test test-slow format bench clean
+
+generate: $(VENV)/.demo
+	$(BIN)/python scripts/generate.py --model $(MODEL) --prompt "$(PROMPT)"
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py --out $(OUT)

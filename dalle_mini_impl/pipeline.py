@@ -212,24 +212,29 @@ class TextToImagePipeline:
             images += pixels_to_images(self.vqvae.decode_from_token_ids(grid))
         return images
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write a model folder that describes itself.
 
         Args:
             folder: Made if missing.
+            dtype: Of the stored weights: bfloat16 halves the folder. They are read back as float32.
         """
         folder = Path(folder)
-        self.vqvae.save_pretrained(folder / "vqvae")
+        self.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
         self.captions.save_pretrained(folder / "text_tokenizer")
         (folder / "dalle").mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in self.dalle.state_dict().items()}
+        weights = {
+            name: value.to(dtype).contiguous() for name, value in self.dalle.state_dict().items()
+        }
         save_file(weights, folder / "dalle" / "model.safetensors")
         _write_json(folder / "dalle" / "config.json", dataclasses.asdict(self.dalle.config))
         index = {
             "format_version": FORMAT_VERSION,
             "pipeline": type(self).__name__,
             "sampling": dataclasses.asdict(self.settings),
-            "vqvae_fingerprint": self.vqvae.fingerprint(),
+            "vqvae_fingerprint": VQVAE.from_pretrained(folder / "vqvae").fingerprint(),
             "sha256": file_hashes(folder),
         }
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")

@@ -154,15 +154,21 @@ class VQVAE(nn.Module):
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
 
         Args:
             folder: Made if missing.
+            dtype: Of the stored weights; they are read back as float32.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        weights = {
+            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in self.state_dict().items()
+        }
         save_file(weights, folder / WEIGHTS_NAME)
         config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

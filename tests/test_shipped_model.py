@@ -1,0 +1,54 @@
+"""The model that comes with the repository: it loads, is small, and knows its prompts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.data.images import image_to_pixels
+from dalle_mini_impl.pipeline import TextToImagePipeline
+
+FOLDER = Path(__file__).parents[1] / "checkpoints" / "emoji-64"
+
+
+@pytest.fixture(scope="module")
+def shipped() -> TextToImagePipeline:
+    return TextToImagePipeline.from_pretrained(FOLDER)
+
+
+def test_it_is_at_most_30_mb_of_bf16() -> None:
+    files = list(FOLDER.rglob("*.safetensors"))
+    assert len(files) == 2
+    assert sum(file.stat().st_size for file in files) <= 30e6
+
+
+def test_colours_are_drawn_in_both_languages(shipped: TextToImagePipeline) -> None:
+    prompts = ["red heart", "빨간색 하트", "blue heart", "파란색 하트, 노토 스타일"]
+    for prompt, image in zip(prompts, shipped(prompts, seed=0).images, strict=True):
+        red, _, blue = image_to_pixels(image)[:, 24:40, 24:40].mean(dim=(1, 2)).tolist()
+        is_red = prompt in prompts[:2]
+        assert (red - blue > 0.5) if is_red else (blue - red > 0.5), prompt
+
+
+def test_alone_and_beside_others_a_prompt_is_the_same_picture(
+    shipped: TextToImagePipeline,
+) -> None:
+    prompts = ["rocket, 3D fluent style", "pizza", "dog face, noto style"]
+    together = shipped(prompts, seed=7).images
+    for prompt, image in zip(prompts, together, strict=True):
+        assert shipped(prompt, seed=7).images[0].tobytes() == image.tobytes()
+
+
+def test_the_lists_of_prompts_are_of_one_length() -> None:
+    english, korean = (
+        (FOLDER / name).read_text(encoding="utf-8").splitlines()
+        for name in ("prompts.txt", "prompts_ko.txt")
+    )
+    assert len(english) == len(set(english)) == len(korean) == len(set(korean)) == 32
+
+
+def test_weights_are_stored_in_bf16() -> None:
+    from safetensors.torch import load_file
+
+    kinds = {value.dtype for value in load_file(FOLDER / "dalle" / "model.safetensors").values()}
+    assert kinds == {torch.bfloat16}
