@@ -9,6 +9,7 @@ the step.
 
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,7 @@ from dalle_mini_impl.training.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_REASON = 300
 DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
 
 
@@ -366,7 +368,8 @@ class Trainer:
             names = vars(self.state).keys() - {"skipped_in_a_row"}  # a new count, a new chance
             self.state = RunState(**{name: checkpoint.state[name] for name in names})
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            first = " ".join(str(error).splitlines()[:2])  # torch lists all that differs
+            reason = textwrap.shorten(first, MAX_REASON)
             raise UserError(
                 f"resume: {checkpoint.path} does not fit this config: {reason}; wanted the config "
                 "that the run was started with, or another output_dir"
