@@ -218,6 +218,8 @@ class Trainer:
                     values = meter.read(self.accelerator, self.task.tokens_per_sample)
                     self.tracker.log({**values, "progress": state.progress(config)}, state.step)
                     progress_line.update(state.step, state.progress(config), values)
+                else:
+                    progress_line.tick(state.step, state.progress(config))
                 if done or state.step % config.evaluate_every_steps == 0:
                     self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
                 is_due |= done or stop_signal > 0 or state.step % config.checkpoint_every_steps == 0
@@ -228,6 +230,10 @@ class Trainer:
                     progress_line.close()
                     raise StoppedError(state.step, stop_signal, saved=not is_due)
         progress_line.close()
+        minutes = state.elapsed_seconds / 60
+        if config.max_minutes is not None and minutes >= config.max_minutes:
+            speed = state.step / max(1e-9, state.elapsed_seconds)
+            show(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Make one optimizer update from this process's micro-batches."""
