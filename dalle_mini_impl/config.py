@@ -1,10 +1,12 @@
 """One way to a run's config: a YAML preset, then dotted overrides, checked field by field."""
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from dalle_mini_impl.errors import UserError
 
@@ -27,6 +29,8 @@ def load_config(
     Raises:
         UserError: If a key is unknown, a required field is missing, or a value does not fit.
     """
+    if not {"-h", "--help"}.isdisjoint(arguments):  # else the fields' docstrings only cost time
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(description=description, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML preset; see configs/*/*.yaml")
     parser.add_argument(
@@ -38,14 +42,18 @@ def load_config(
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(f"config: {_one_line(error)}; wanted a YAML file in UTF-8") from None
     except (ArgumentError, ValueError, TypeError) as error:
-        raise UserError(f"{_one_line(error)}; --help lists all options") from None
+        reason = _dotted(_readable(_one_line(error)), config_class)
+        raise UserError(
+            f"{_file_of(reason, arguments)}{reason}; --help lists all options"
+        ) from None
     values: dict[str, Any] = vars(parsed)
     resume = values.pop("resume")
     values.pop("config", None)
     try:
         return config_class(**values), resume
     except ValueError as error:
-        raise UserError(_one_line(error)) from None
+        reason = _one_line(error)
+        raise UserError(f"{_file_of(reason, arguments)}{reason}") from None
 
 
 def read_config(config_class: type[Config], path: str | Path) -> Config:
@@ -66,3 +74,41 @@ def read_config(config_class: type[Config], path: str | Path) -> Config:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _readable(reason: str) -> str:
+    """Say as our own messages do what jsonargparse says of a value or a key that does not fit."""
+    reason = re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"\1.\2: unknown key", reason)
+    match = re.fullmatch(
+        r'Parser key "(\S+)": (?:.* Subtypes: \[(.*?)\] Errors: .* Given value|'
+        r"Expected an? (.*)\. Got value): (.*)",
+        reason,
+    )
+    if not match:
+        return reason
+    key, types, kind, value = match.groups()
+    wanted = re.sub(r"<class '(\w+)'>", r"\1", types or kind).replace("typing.Literal", "one of ")
+    return f"{key}: got {value}, wanted {wanted.replace(', NoneType', ' or null')}"
+
+
+def _dotted(reason: str, config_class: type[Any]) -> str:
+    """Put its section before a field whose own dataclass does not know where it stands."""
+    name = re.split(r"\W", reason, maxsplit=1)[0]
+    for section in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(section.type) and name in {
+            field.name for field in dataclasses.fields(section.type)
+        }:
+            return f"{section.name}.{reason}"
+    return reason
+
+
+def _file_of(reason: str, arguments: Sequence[str]) -> str:
+    """Name the preset if the field at fault stands in it and not on the command line."""
+    field = re.split(r"[:\s]", reason, maxsplit=1)[0]
+    given = [part for argument in arguments for part in argument.split("=", 1)]
+    if "--config" not in given[:-1] or f"--{field}" in given:
+        return ""
+    path = Path(given[given.index("--config") + 1])
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    is_there = f"{field.rpartition('.')[2]}:" in text
+    return f"{path}: " if is_there or reason.startswith("Problems parsing") else ""

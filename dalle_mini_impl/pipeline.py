@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import pixels_to_images
@@ -26,6 +26,7 @@ from dalle_mini_impl.sampling.generate import generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.model import VQVAE
+from vqvae.weights import build_and_load
 
 INDEX_NAME = "model_index.json"
 FORMAT_VERSION = 2
@@ -279,8 +280,7 @@ class TextToImagePipeline:
             for name in ("image_grid_size", "codebook_levels"):
                 config[name] = tuple(config[name])
             config["decoder"] = DecoderConfig(**config["decoder"])
-            dalle = Dalle(DalleConfig(**config)).eval()
-            dalle.load_state_dict(load_file(folder / "dalle" / "model.safetensors"), strict=True)
+            dalle = _load_dalle(DalleConfig(**config), folder / "dalle" / "model.safetensors")
             return cls(
                 dalle=dalle,
                 vqvae=vqvae,
@@ -333,6 +333,20 @@ def _check_hashes(wanted: Any, folder: Path) -> None:
     for name, digest in file_hashes(folder).items():
         if wanted[name] != digest:
             raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
+
+
+def _load_dalle(config: DalleConfig, path: Path) -> Dalle:
+    return build_and_load(
+        lambda: Dalle(config),
+        path,
+        counts={"decoder.num_layers": config.decoder.num_layers},
+        sizes={
+            "decoder.hidden_size": config.decoder.hidden_size,
+            "vocab_size": config.vocab_size,
+            "text_length": config.text_length,
+            "image_grid_size": max(config.image_grid_size),
+        },
+    )
 
 
 def _require_numbers(settings: dict[str, Any]) -> None:

@@ -78,6 +78,51 @@ def test_overrides_win_over_the_preset() -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("vqvae.image_size", "63", "vqvae.image_size: got 63, wanted a multiple of 8"),
+        ("vqvae.channels", "[]", "vqvae.channels: got (), wanted one positive size per stage"),
+        ("vqvae.fsq_levels", "[1]", "vqvae.fsq_levels: got (1,), wanted levels of 2 or more"),
+        ("training.max_minutes", "abc", "training.max_minutes: got abc, wanted float or null;"),
+        ("training.betas", "[a, b]", "training.betas: got a, wanted float;"),
+        ("vqvae.quantizer", "lfq", "vqvae.quantizer: got lfq, wanted one of ['fsq', 'vq', 'gumb"),
+        ("training.seed", "-1", "training.seed: got -1, wanted 0 to"),
+    ],
+)
+def test_a_bad_value_is_named_by_its_dotted_path(
+    tmp_path: Path, option: str, value: str, message: str
+) -> None:
+    path = tmp_path / "preset.yaml"
+    base = ["--data.source", "x", "--output_dir", "y"]
+    with pytest.raises(UserError) as caught:
+        load_config(VQVAERunConfig, [*base, f"--{option}", value], description="")
+    assert str(caught.value).startswith(message)
+    section, name = option.split(".")
+    path.write_text(f"{section}:\n  {name}: {value}\n")
+    with pytest.raises(UserError) as caught:
+        load_config(VQVAERunConfig, [*base, "--config", str(path)], description="")
+    assert str(caught.value).startswith(f"{path}: {message}")
+    good = ["--config", str(REPOSITORY / "configs" / "demo" / "vqvae.yaml"), f"--{option}", value]
+    with pytest.raises(UserError) as caught:  # the file holds another value
+        load_config(VQVAERunConfig, good, description="")
+    assert str(caught.value).startswith(message)
+
+
+def test_a_preset_that_is_no_yaml_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text("vqvae: [\n")
+    with pytest.raises(UserError, match=rf"^{tmp_path}/bad.yaml: Problems parsing"):
+        read_config(VQVAERunConfig, tmp_path / "bad.yaml")
+
+
+def test_the_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(VQVAERunConfig, ["--help"], description="")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Peak learning rate. (type: float, default: 0.001)" in shown
+    assert "Residual blocks per encoder stage." in shown
+
+
+@pytest.mark.parametrize(
     ("section", "key"), [("", "colour"), ("training", "learning_rat"), ("task", "wavelet_weight")]
 )
 def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None:

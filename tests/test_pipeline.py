@@ -153,6 +153,11 @@ def flip_a_byte(path: Path) -> None:
     path.write_bytes(data)
 
 
+def change_size(folder: Path, **changes: int) -> None:
+    path = folder / "dalle" / "config.json"
+    change_json(path, decoder=json.loads(path.read_text())["decoder"] | changes)
+
+
 def rewrite(path: Path, content: bytes) -> None:
     """Change one of the hashed files and its hash too."""
     path.write_bytes(content)
@@ -199,6 +204,16 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
             ),
             "temperature: got 'hot', wanted a number",
         ),
+        (lambda f: change_size(f, num_layers=10**7), "decoder.num_layers: got 10000000, the file"),
+        (lambda f: change_size(f, hidden_size=10**8), "decoder.hidden_size: got 100000000, the fi"),
+        (
+            lambda f: change_json(f / "dalle/config.json", vocab_size=10**12),
+            "vocab_size: got 10000",
+        ),
+        (
+            lambda f: change_json(f / "dalle/config.json", image_grid_size=[10**9, 10**9]),
+            "image_grid_size: got 1000000000",
+        ),
         (
             lambda f: change_json(f / "dalle/config.json", decoder=None),
             "DecoderConfig: got None, wanted an object",
@@ -208,7 +223,10 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
         (lambda f: change_json(f / "dalle/config.json", colour=1), "colour"),
         (lambda f: change_json(f / "dalle/config.json", text_length=9), "does not load"),
         (lambda f: change_json(f / "dalle/config.json", codebook_levels=None), "does not load"),
-        (lambda f: rewrite(f / HASHED_FILES[0], b"\x10"), "does not load: Error"),
+        (
+            lambda f: rewrite(f / HASHED_FILES[0], b"\x10"),
+            "dalle/model.safetensors: not loaded: Error",
+        ),
         (lambda f: (f / "vqvae/model.safetensors").unlink(), "no model.safetensors there"),
         (lambda f: flip_a_byte(f / "vqvae/model.safetensors"), "vqvae: not the image tokenizer"),
         (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "No such file.*tokenizer.json"),

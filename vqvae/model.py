@@ -13,17 +13,18 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
 from vqvae.networks import Decoder, Encoder
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
+from vqvae.weights import build_and_load
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
+BLOCK_COUNTS = ("num_encoder_blocks", "num_decoder_blocks")
 
 
 class VQVAEOutput(NamedTuple):
@@ -190,13 +191,13 @@ class VQVAE(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"image tokenizer {folder}: no {name} there")
-        model = cls(_read_config(folder / CONFIG_NAME))
-        try:
-            model.load_state_dict(load_file(folder / WEIGHTS_NAME), strict=True)
-        except (SafetensorError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{folder / WEIGHTS_NAME}: not loaded: {reason}") from None
-        return model.eval()
+        config = _read_config(folder / CONFIG_NAME)
+        return build_and_load(
+            lambda: cls(config),
+            folder / WEIGHTS_NAME,
+            counts={name: getattr(config, name) for name in BLOCK_COUNTS},
+            sizes={"channels": max(config.channels), "patch_size": config.patch_size},
+        )
 
 
 def build_quantizer(

@@ -10,6 +10,7 @@ from dalle_mini_impl.evaluation.emoji_grid import GridReport, evaluate_grid
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
 NUM_HELD_OUT_SHOWN = 16
+README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two idle cores
 
 
 def draw_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
@@ -37,6 +38,26 @@ def draw_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         f"fixed prompts: {out / 'prompts.png'}",
         f"the same in Korean: {out / 'prompts_ko.png'}",
         f"unseen combinations beside the true pictures: {out / 'held_out.png'}",
+        *steps_report(model_dir.parent),
+    ]
+
+
+def steps_report(run_dir: Path) -> list[str]:
+    """Say so if the decoder trained for far fewer steps than the one behind the README's pictures.
+
+    Args:
+        run_dir: Folder of the decoder's run.
+
+    Returns:
+        One line, or none.
+    """
+    names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
+    steps = int(max(names, default="step-0").removeprefix("step-"))
+    if not 0 < steps < 0.8 * README_STEPS:
+        return []
+    return [
+        f"the README's pictures took about {README_STEPS} steps; this run made {steps}: close "
+        "other programs and run again in another folder, or raise max_minutes in the preset"
     ]
 
 

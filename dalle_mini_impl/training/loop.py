@@ -9,6 +9,7 @@ the step.
 
 import logging
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -48,6 +49,7 @@ from dalle_mini_impl.training.tracking import Tracker
 logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_REASON = 300
 DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
 
 
@@ -216,6 +218,8 @@ class Trainer:
                     values = meter.read(self.accelerator, self.task.tokens_per_sample)
                     self.tracker.log({**values, "progress": state.progress(config)}, state.step)
                     progress_line.update(state.step, state.progress(config), values)
+                else:
+                    progress_line.tick(state.step, state.progress(config))
                 if done or state.step % config.evaluate_every_steps == 0:
                     self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
                 is_due |= done or stop_signal > 0 or state.step % config.checkpoint_every_steps == 0
@@ -226,6 +230,10 @@ class Trainer:
                     progress_line.close()
                     raise StoppedError(state.step, stop_signal, saved=not is_due)
         progress_line.close()
+        minutes = state.elapsed_seconds / 60
+        if config.max_minutes is not None and minutes >= config.max_minutes:
+            speed = state.step / max(1e-9, state.elapsed_seconds)
+            show(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Make one optimizer update from this process's micro-batches."""
@@ -366,7 +374,8 @@ class Trainer:
             names = vars(self.state).keys() - {"skipped_in_a_row"}  # a new count, a new chance
             self.state = RunState(**{name: checkpoint.state[name] for name in names})
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = " ".join(str(error).split())
+            first = " ".join(str(error).splitlines()[:2])  # torch lists all that differs
+            reason = textwrap.shorten(first, MAX_REASON)
             raise UserError(
                 f"resume: {checkpoint.path} does not fit this config: {reason}; wanted the config "
                 "that the run was started with, or another output_dir"

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
 
+LONGEST_SILENCE_SECONDS = 30.0
+
 
 class ProgressLine:
     """Shows step, loss, speed and the time left, on the main process only."""
@@ -21,6 +23,7 @@ class ProgressLine:
         self._is_main = is_main
         self._show = show
         self._started, self._progress_at_start = time.monotonic(), progress
+        self._shown = self._started
         self._bar = tqdm(
             total=100.0,
             initial=100 * progress,
@@ -41,13 +44,28 @@ class ProgressLine:
         loss, speed = values["train/loss"], values["train/tokens_per_second"]
         text = f"step {step}  loss {loss:.4f}  {speed:.0f} tokens/s"
         if self._bar.disable:
-            seconds = time.monotonic() - self._started
-            left = seconds * (1 - progress) / max(1e-9, progress - self._progress_at_start)
-            times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
-            self._show(f"{100 * progress:3.0f} %  {text}  {times}")
+            self._show_line(text, progress)
             return
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(100 * progress - self._bar.n)
+
+    def tick(self, step: int, progress: float) -> None:
+        """Show a sign of life between two log intervals, where they are far apart.
+
+        Args:
+            step: Optimizer updates done.
+            progress: Share of the budget used, in [0, 1].
+        """
+        silent = time.monotonic() - self._shown
+        if self._is_main and self._bar.disable and silent >= LONGEST_SILENCE_SECONDS:
+            self._show_line(f"step {step}", progress)
+
+    def _show_line(self, text: str, progress: float) -> None:
+        self._shown = time.monotonic()
+        seconds = self._shown - self._started
+        left = seconds * (1 - progress) / max(1e-9, progress - self._progress_at_start)
+        times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
+        self._show(f"{100 * progress:3.0f} %  {text}  {times}")
 
     def close(self) -> None:
         """Leave the last line standing."""

@@ -135,8 +135,12 @@ def test_a_budget_in_minutes_ends_the_run_and_its_schedule(tmp_path: Path) -> No
     trainer = build_trainer(
         task, tmp_path, max_steps=100_000, max_minutes=minutes, decay_fraction=0.5
     )
+    lines: list[str] = []
     started = time.perf_counter()
-    trainer.train()
+    trainer.train(show=lines.append)
+    assert re.fullmatch(
+        rf"{trainer.state.step} steps in 0\.0 minutes \(\d+\.\d per second\)", lines[-1]
+    )
     assert time.perf_counter() - started < 60
     assert 2 <= len(task.progress) <= 76
     assert task.progress == sorted(task.progress)
@@ -181,6 +185,29 @@ def test_the_lines_know_the_time() -> None:
     assert int(spent[1]) == pytest.approx(4 * int(spent[0]), abs=4)  # a fifth is done
     assert 2 <= int(left[0]) <= 60
     assert int(left[1]) <= int(left[0])
+
+
+def test_a_slow_run_gives_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    progress_line = ProgressLine(True, lines.append, progress=0.0)
+    progress_line.tick(1, 0.1)
+    assert lines == []
+    start, later = time.monotonic(), 31.0
+    monkeypatch.setattr(time, "monotonic", lambda: start + later)
+    progress_line.tick(2, 0.25)
+    progress_line.tick(3, 0.3)  # at once after a line
+    assert [line.split("  ")[:2] for line in lines] == [[" 25 %", "step 2"]]
+    assert lines[0].endswith(" left")
+    later = 45.0
+    progress_line.update(4, 0.5, {"train/loss": 1.0, "train/tokens_per_second": 1.0})
+    later = 70.0
+    progress_line.tick(5, 0.6)
+    assert len(lines) == 2
+    later = 76.0
+    progress_line.tick(6, 0.7)
+    assert len(lines) == 3
+    ProgressLine(False, lines.append, progress=0.0).tick(1, 0.1)
+    assert len(lines) == 3
 
 
 def test_the_metrics_are_means_with_speeds_beside_them(tmp_path: Path) -> None:

@@ -192,6 +192,25 @@ def test_a_wrong_config_is_refused_by_name(
         VQVAE.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"num_encoder_blocks": 10_000_000}, "num_encoder_blocks: got 10000000, the file holds"),
+        ({"num_decoder_blocks": 10_000_000}, "num_decoder_blocks: got 10000000, the file holds"),
+        ({"channels": [8, 10_000_000]}, "channels: got 10000000, the file's tensors end at"),
+        ({"channels": [8, 10**30]}, "channels: got 1000000000000"),
+        ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,., wanted .9,."),
+    ],
+)
+def test_sizes_that_the_weights_cannot_have_are_refused_unbuilt(
+    build_vqvae: BuildVQVAE, changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    build_vqvae().save_pretrained(tmp_path)
+    damage_config(tmp_path, **changes)
+    with pytest.raises(ValueError, match=rf"model\.safetensors: not loaded: {reason}"):
+        VQVAE.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00"])
 def test_a_config_that_is_no_object_is_refused_by_name(
     build_vqvae: BuildVQVAE, content: bytes, tmp_path: Path
