@@ -117,6 +117,11 @@ def test_a_users_own_folder_goes_the_whole_road(
     assert re.search(r"^train: \d+ pictures from .*my pictures, 2 skipped$", shown, re.MULTILINE)
     assert re.search(r"100 %  step 3  loss \d\.\d{4}  \d+ tokens/s  ", shown)
     assert f"model folder: {out / 'vqvae' / 'model'}" in shown
+    listed = (out / "vqvae" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["path"] for line in listed} == {
+        "그림 7.png",
+        "더 많은 그림/그림 10.png",
+    }
 
     assert run_here("train_dalle", "--config", dalle, "--text.text_length", "32") == 0
     shown = capsys.readouterr().out

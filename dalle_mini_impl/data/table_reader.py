@@ -42,7 +42,7 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
     Raises:
         UserError: Not readable as parquet, or no such columns.
     """
-    from datasets import load_dataset
+    from datasets import config, load_dataset
 
     root = path.resolve() if path.is_dir() else path.resolve().parent
     files: dict[str, list[str]] = defaultdict(list)
@@ -53,7 +53,10 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
     try:
         tables = load_dataset("parquet", data_files=dict(files))
     except Exception as error:  # datasets and pyarrow raise many types for a damaged file
-        raise UserError(f"cannot read {path} as parquet: {_last_cause(error)}") from error
+        reason = _last_cause(error)
+        if isinstance(error, OSError) and error.errno is not None:
+            reason += f"; its cache is {config.HF_DATASETS_CACHE}, HF_HOME names another folder"
+        raise UserError(f"cannot read {path} as parquet: {reason}") from error
     return _list_tables(
         tables, source=str(path), root=root, text_columns=text_columns, image_column=image_column
     )

@@ -17,6 +17,7 @@ from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import (
+    SKIPPED_NAME,
     DataConfig,
     build_accelerator,
     load_pairs,
@@ -115,12 +116,13 @@ def _train(config: DalleRunConfig, resume: str | None, show: Callable[[str], Non
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)
+    skipped_file = Path(config.output_dir) / SKIPPED_NAME if accelerator.is_main_process else None
     try:
         vqvae = VQVAE.from_pretrained(config.vqvae_dir)
     except ValueError as error:
         raise UserError(f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote") from None
     with accelerator.main_process_first():  # the others find the main process's tokens
-        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), show)
+        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), skipped_file, show)
     return run_task(
         dalle,
         task,
@@ -133,12 +135,17 @@ def _train(config: DalleRunConfig, resume: str | None, show: Callable[[str], Non
 
 
 def _prepare(
-    config: DalleRunConfig, vqvae: VQVAE, show: Callable[[str], None]
+    config: DalleRunConfig,
+    vqvae: VQVAE,
+    skipped_file: Path | None,
+    show: Callable[[str], None],
 ) -> tuple[DalleTask, Dalle, TextToImagePipeline]:
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     size = vqvae.config.image_size
-    train = load_pairs(config.data, config.data.train_split, image_size=size, show=show)
-    held_out = load_pairs(config.data, config.data.validation_split, image_size=size, show=show)
+    train, held_out = (
+        load_pairs(config.data, split, image_size=size, skipped_file=skipped_file, show=show)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
     captions = CaptionEncoder(
         train_text_tokenizer(
             (text for pair in train.pairs for text in pair.captions),

@@ -1,10 +1,12 @@
 """Where a run's captioned pictures come from, and the processes and precision it runs on."""
 
+import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,10 +17,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from dalle_mini_impl.data.pairs import Pair, load_all_pixels, open_pairs
+from dalle_mini_impl.data.records import SkippedRecord
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.precision import has_fast_bf16
 
 MAX_LISTED = 5
+SKIPPED_NAME = "skipped.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,12 @@ class LoadedPairs:
 
 
 def load_pairs(
-    config: DataConfig, split: str, *, image_size: int, show: Callable[[str], None]
+    config: DataConfig,
+    split: str,
+    *,
+    image_size: int,
+    skipped_file: Path | None,
+    show: Callable[[str], None],
 ) -> LoadedPairs:
     """Read one split into memory and say what was left out.
 
@@ -87,6 +96,8 @@ def load_pairs(
         config: Source and limits.
         split: Which split.
         image_size: Side of the square pictures, in pixels.
+        skipped_file: Lists what was left out, a JSON object per line; the training split begins it
+            anew. None writes none.
         show: Receives one line per finding.
 
     Returns:
@@ -106,10 +117,24 @@ def load_pairs(
     skipped = [*(source.skipped if split == config.train_split else ()), *unreadable]
     for record in skipped[:MAX_LISTED]:
         show(f"skipped {record.path}: {record.reason}")
+    if skipped_file is not None:
+        _write_skipped(skipped, skipped_file, anew=split == config.train_split)
     if len(skipped) > MAX_LISTED:
-        show(f"skipped {len(skipped) - MAX_LISTED} more")
+        show(f"skipped {len(skipped) - MAX_LISTED} more; {skipped_file} lists all")
     show(f"{split}: {len(kept)} pictures from {config.source}, {len(skipped)} skipped")
     return LoadedPairs([source[index] for index in kept], pixels)
+
+
+def _write_skipped(skipped: Sequence[SkippedRecord], file: Path, *, anew: bool) -> None:
+    lines = [json.dumps(vars(record), ensure_ascii=False) + "\n" for record in skipped]
+    try:
+        if anew:
+            file.unlink(missing_ok=True)
+        if lines:
+            with file.open("a", encoding="utf-8") as opened:
+                opened.writelines(lines)
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {file}: {error}") from None
 
 
 def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> Accelerator:

@@ -10,6 +10,7 @@ from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import (
+    SKIPPED_NAME,
     DataConfig,
     build_accelerator,
     load_pairs,
@@ -84,9 +85,12 @@ def _train(config: VQVAERunConfig, resume: str | None, show: Callable[[str], Non
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)
+    skipped_file = Path(config.output_dir) / SKIPPED_NAME if accelerator.is_main_process else None
     size = config.vqvae.image_size
-    train = load_pairs(config.data, config.data.train_split, image_size=size, show=show)
-    held_out = load_pairs(config.data, config.data.validation_split, image_size=size, show=show)
+    train, held_out = (
+        load_pairs(config.data, split, image_size=size, skipped_file=skipped_file, show=show)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
     torch.manual_seed(config.training.seed)
     vqvae = VQVAE(config.vqvae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     task = VQVAETask(

@@ -610,6 +610,18 @@ def test_damaged_parquet_is_a_user_error(tmp_path: Path) -> None:
         open_pairs(str(tmp_path / "x.parquet"))
 
 
+def test_a_cache_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    write_parquet(tmp_path / "x.parquet", [image_row(0, "a")])
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "datasets")
+    with pytest.raises(UserError, match=r"its cache is .*file/datasets, HF_HOME names another"):
+        open_pairs(str(tmp_path / "x.parquet"))
+
+
 # What is not there
 
 
