@@ -213,9 +213,7 @@ class TextToImagePipeline:
             images += pixels_to_images(self.vqvae.decode_from_token_ids(grid))
         return images
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder that describes itself.
 
         Args:

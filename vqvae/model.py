@@ -155,9 +155,7 @@ class VQVAE(nn.Module):
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def save_pretrained(
-        self, folder: str | Path, *, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
 
         Args:
