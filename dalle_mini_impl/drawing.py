@@ -1,7 +1,7 @@
 """What ``generate.py`` does: prompts in, PNG files and one grid out, on any number of processes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ def draw_to_folder(
     model: str,
     *,
     prompts: Sequence[str],
-    prompts_file: Path | None,
     num_images: int,
     num_candidates: int,
     seed: int,
     out: Path,
     overrides: dict[str, Any],
+    show: Callable[[str], None] = lambda line: None,
 ) -> Path | None:
     """Draw every prompt's pictures and write them.
 
@@ -36,13 +36,13 @@ def draw_to_folder(
 
     Args:
         model: Model folder.
-        prompts: Prompts given by hand.
-        prompts_file: More prompts, one per line; empty lines are passed over.
+        prompts: What to draw; the same prompt twice is drawn once.
         num_images: Pictures per prompt.
         num_candidates: Pictures drawn for each one kept.
         seed: Of the first picture of each prompt.
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
+        show: Receives plain lines about the work, on the main process.
 
     Returns:
         The grid's path on the main process, None on the others.
@@ -50,10 +50,9 @@ def draw_to_folder(
     Raises:
         UserError: If there is no prompt, or an option is out of range.
     """
-    every_prompt = [*prompts, *(_read_prompts(prompts_file) if prompts_file else [])]
-    if not every_prompt:
+    if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
-    unique = list(dict.fromkeys(every_prompt))  # the same prompt twice would be the same pictures
+    unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same pictures
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
@@ -67,6 +66,8 @@ def draw_to_folder(
         **dataclasses.asdict(pipeline.settings),
         **overrides,
     }
+    show = show if processes.is_main_process else (lambda line: None)
+    show(f"drawing {len(unique) * num_images} pictures")
     written: list[tuple[str, str]] = []
     with processes.split_between_processes(list(enumerate(unique))) as mine:
         for start in range(0, len(mine), PROMPTS_AT_A_TIME):
@@ -84,6 +85,8 @@ def draw_to_folder(
                 path = out / picture_name(number, prompt, image_seed)
                 save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
                 written.append((str(path), prompt))
+            if len(mine) > PROMPTS_AT_A_TIME:
+                show(f"{len(written)} of {len(mine) * num_images} drawn")
     written = gather_object(written)  # in the order of the processes, which is that of the prompts
     grid = out / "grid.png"
     if processes.is_main_process:
@@ -100,7 +103,18 @@ def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int)
     make_grid(images, columns=columns, captions=[prompt for _, prompt in written]).save(path)
 
 
-def _read_prompts(path: Path) -> list[str]:
+def read_prompts(path: Path) -> list[str]:
+    """Read a text file with one prompt per line; empty lines are passed over.
+
+    Args:
+        path: In UTF-8.
+
+    Returns:
+        The prompts.
+
+    Raises:
+        UserError: If it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -29,19 +29,23 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Draw and write the pictures."""
     options = parse(arguments)
-    from dalle_mini_impl.drawing import draw_to_folder  # torch loads after the options fit
+    from dalle_mini_impl.drawing import (
+        draw_to_folder,
+        read_prompts,
+    )  # torch loads after the options fit
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}
+    more = read_prompts(options.prompts_file) if options.prompts_file else []
     grid = draw_to_folder(
         options.model,
-        prompts=options.prompt,
-        prompts_file=options.prompts_file,
+        prompts=[*options.prompt, *more],
         num_images=options.num_images,
         num_candidates=options.num_candidates,
         seed=options.seed,
         out=options.out,
         overrides={name: value for name, value in overrides.items() if value is not None},
+        show=print,
     )
     if grid is not None:
         print(f"pictures: {options.out}\ngrid: {grid}")

@@ -134,7 +134,11 @@ def test_a_users_own_folder_goes_the_whole_road(
     arguments = ["--model", out / "dalle" / "model", "--prompt", "보라색 원", "--num-images", "2"]
     assert run_here("generate", *arguments, "--out", out / "pictures") == 0
     shown = capsys.readouterr().out
-    assert shown == f"pictures: {out / 'pictures'}\ngrid: {out / 'pictures' / 'grid.png'}\n"
+    assert shown.splitlines() == [
+        "drawing 2 pictures",
+        f"pictures: {out / 'pictures'}",
+        f"grid: {out / 'pictures' / 'grid.png'}",
+    ]
     names = sorted(path.name for path in (out / "pictures").iterdir())
     assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid.png"]
 
@@ -181,6 +185,17 @@ def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
     with Image.open(out / "0000-a-red-disc_15.png") as image:
         expected = image.resize((step - 2, step - 2), Image.Resampling.NEAREST)
     assert cell.tobytes() == expected.tobytes()
+
+
+def test_many_prompts_show_how_far_they_are(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(f"disc {number}" for number in range(70)))
+    arguments = ["--model", model_dir, "--prompts-file", tmp_path / "prompts.txt"]
+    arguments += ["--num-images", "1", "--out", tmp_path / "pictures"]
+    assert run_here("generate", *arguments) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == ["drawing 70 pictures", "64 of 70 drawn", "70 of 70 drawn"]
 
 
 BASE = ("--data.source", "DATA", "--output_dir", "OUT")

@@ -38,7 +38,6 @@ def draw(model: Path, out: Path) -> None:
     draw_to_folder(
         str(model),
         prompts=PROMPTS,
-        prompts_file=None,
         num_images=2,
         num_candidates=2,
         seed=3,
