@@ -23,6 +23,7 @@ from torch import Tensor
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.waiting import show_now_and_then
 from vqvae.model import VQVAE
 
 logger = logging.getLogger(__name__)
@@ -143,7 +144,13 @@ def build_token_dataset(
     show(f"image and caption tokens: encoding {len(pixels)} images in {num_views} views")
     captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
-        image_token_ids=_encode_views(pixels, vqvae, num_views=num_views, max_shift=max_shift),
+        image_token_ids=_encode_views(
+            pixels,
+            vqvae,
+            num_views=num_views,
+            max_shift=max_shift,
+            progress=show_now_and_then(show, "image tokens: encoded"),
+        ),
         text_token_ids=captions.encode([text for pair in pairs for text in pair.captions]).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
@@ -162,7 +169,12 @@ def build_token_dataset(
 
 @torch.inference_mode()
 def _encode_views(
-    pixels: Tensor, vqvae: VQVAE, *, num_views: int, max_shift: int
+    pixels: Tensor,
+    vqvae: VQVAE,
+    *,
+    num_views: int,
+    max_shift: int,
+    progress: Callable[[int, int], None],
 ) -> Int[Tensor, "samples views image_length"]:
     device = next(vqvae.parameters()).device
     generator = torch.Generator().manual_seed(0)
@@ -175,6 +187,7 @@ def _encode_views(
             part = pixels[rows] if view == 0 else shift_images(pixels[rows], offsets[rows])
             part_ids = vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1)
             ids.append(part_ids.flatten(1).int().cpu())
+            progress(view * len(pixels) + int(rows[-1]) + 1, num_views * len(pixels))
         views.append(torch.cat(ids))
     return torch.stack(views, dim=1)
 

@@ -20,6 +20,7 @@ from dalle_mini_impl.data.pairs import Pair, load_all_pixels, open_pairs
 from dalle_mini_impl.data.records import SkippedRecord
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.precision import has_fast_bf16
+from dalle_mini_impl.waiting import show_now_and_then
 
 MAX_LISTED = 5
 SKIPPED_NAME = "skipped.jsonl"
@@ -109,7 +110,10 @@ def load_pairs(
     try:
         source = open_pairs(config.source, split=split)
         pixels, kept, unreadable = load_all_pixels(
-            source, image_size=image_size, max_bad_fraction=config.max_bad_fraction
+            source,
+            image_size=image_size,
+            max_bad_fraction=config.max_bad_fraction,
+            progress=show_now_and_then(show, f"{split}: pictures read"),
         )
     except UserError as error:
         raise UserError(f"data.source: {error}") from None

@@ -3,6 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
+from dalle_mini_impl import waiting
+from dalle_mini_impl.data.tokens import build_token_dataset
 from dalle_mini_impl.training.sources import DataConfig, load_pairs
 from tests.reference import tiny
 
@@ -32,3 +36,34 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
         (folder / f"{number}.txt").write_text("a picture")
     load("train")
     assert not file.exists()
+
+
+def test_long_reading_and_encoding_say_how_far_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "SECONDS_BETWEEN_LINES", 0.0)
+    folder, shown = tmp_path / "pictures", list[str]()
+    folder.mkdir()
+    for number in range(3):
+        tiny.draw_picture(number).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text("a picture")
+    config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
+    size = pipeline.vqvae.config.image_size
+    loaded = load_pairs(config, "train", image_size=size, skipped_file=None, show=shown.append)
+    assert shown[:2] == ["train: pictures read: 1 of 3", "train: pictures read: 2 of 3"]
+    build_token_dataset(
+        loaded.pairs,
+        loaded.pixels,
+        vqvae=pipeline.vqvae,
+        captions=pipeline.captions,
+        num_views=2,
+        max_shift=1,
+        cache_dir=tmp_path,
+        show=shown.append,
+    )
+    assert "image tokens: encoded: 3 of 6" in shown
+    assert "image tokens: encoded: 6 of 6" not in shown
+    shown.clear()
+    monkeypatch.setattr(waiting, "SECONDS_BETWEEN_LINES", 10.0)
+    load_pairs(config, "train", image_size=size, skipped_file=None, show=shown.append)
+    assert shown == [f"train: 3 pictures from {folder}, 0 skipped"]
