@@ -5,6 +5,7 @@ is read, only four formats are tried, and every failure becomes one `BadImageErr
 picture's name. Colour profiles are ignored; everything is taken as sRGB.
 """
 
+import functools
 import io
 from collections.abc import Sequence
 
@@ -32,6 +33,8 @@ _EXIF_TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _CAPTION_FONT_SIZE = 11  # pixels
+# With Hangul; Pillow finds them by name where each system keeps its fonts.
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "malgun.ttf", "AppleSDGothicNeo.ttc")
 _CAPTION_MAX_LINES = 4
 _LEGIBLE_SIDE = 96  # pixels; narrower pictures are doubled when captions go under them
 
@@ -214,7 +217,8 @@ def make_grid(
     """Lays pictures out in rows on white, with captions under them if given.
 
     With captions, pictures narrower than 96 pixels are doubled (nearest) until the text fits.
-    Pillow's built-in font knows Latin only: other letters (Hangul, ...) are drawn as "?".
+    Pillow's built-in font knows Latin only. Other letters are drawn in the first font of
+    `_WIDE_FONTS` that is installed, or as "?" where none is.
 
     Args:
         images: The pictures, row by row; sizes may differ.
@@ -249,12 +253,29 @@ def make_grid(
         x, y = padding + column * step_x, padding + row * step_y
         sheet.paste(picture, (x, y))
         if texts:
-            draw.multiline_text((x, y + height), texts[index], "black", font=_font(), spacing=1)
+            text = texts[index]
+            draw.multiline_text((x, y + height), text, "black", font=_font(text), spacing=1)
     return sheet
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size=_CAPTION_FONT_SIZE)
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font for a text: Pillow's own for Latin letters, else one that knows Hangul."""
+    own = ImageFont.load_default(size=_CAPTION_FONT_SIZE)
+    return own if _is_latin(text) else _wide_font() or own
+
+
+@functools.cache
+def _wide_font() -> ImageFont.FreeTypeFont | None:
+    for name in _WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, _CAPTION_FONT_SIZE)
+        except OSError:  # not installed
+            continue
+    return None
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(letter) < 256 for letter in text)
 
 
 def _double_until_legible(picture: Image.Image) -> Image.Image:
@@ -273,12 +294,13 @@ def _text_height(num_lines: int) -> int:
 
 def _wrap(text: str, width: int) -> str:
     """Breaks a caption into lines of at most `width` pixels; what does not fit ends in "..."."""
-    font = _font()
     # A letter is wider than a pixel: what is cut here would not fit anyway.
     text = text[: width * (_CAPTION_MAX_LINES + 1)]
-    drawable = text.encode("latin-1", "replace").decode("latin-1")
+    if _wide_font() is None:
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    font = _font(text)
     lines = [""]
-    for word in drawable.split():
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
             lines[-1] = longer
@@ -287,11 +309,10 @@ def _wrap(text: str, width: int) -> str:
     lines = [line for line in lines if line]
     if len(lines) > _CAPTION_MAX_LINES:
         lines = [*lines[: _CAPTION_MAX_LINES - 1], lines[_CAPTION_MAX_LINES - 1] + " ..."]
-    return "\n".join(_shorten(line, width) for line in lines)
+    return "\n".join(_shorten(line, width, font) for line in lines)
 
 
-def _shorten(line: str, width: int) -> str:
-    font = _font()
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(line) <= width:
         return line
     while line and font.getlength(line + "...") > width:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from dalle_mini_impl.data import images
 from dalle_mini_impl.data.images import (
     BadImageError,
     decode_image,
@@ -280,3 +281,19 @@ def test_sixteen_bit_colour_key() -> None:
 def test_to_rgb_keeps_rgb_as_it_is() -> None:
     image = noise(3, 3)
     assert to_rgb(image) is image
+
+
+def test_hangul_is_drawn_where_a_font_for_it_is_installed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def sheet(caption: str) -> bytes:
+        images._wide_font.cache_clear()
+        return make_grid([Image.new("RGB", (96, 96))], columns=1, captions=[caption]).tobytes()
+
+    monkeypatch.setattr(images, "_WIDE_FONTS", ("no-such-font.ttf",))
+    assert sheet("하트") == sheet("??")
+    monkeypatch.undo()
+    if images._wide_font() is None:
+        pytest.skip("no font with Hangul is installed")
+    assert sheet("하트") != sheet("사과")
+    images._wide_font.cache_clear()
