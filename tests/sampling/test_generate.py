@@ -16,6 +16,7 @@ from dalle_mini_impl.sampling.generate import (
 )
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]
 
@@ -27,25 +28,6 @@ def captions(model: Dalle, count: int) -> Tensor:
     text = torch.randint(1, model.config.vocab_size, shape, generator=generator)
     lengths = torch.randint(1, shape[1] + 1, (count, 1), generator=generator)
     return text.masked_fill(torch.arange(shape[1]) >= lengths, 0)
-
-
-def slow_scale(settings: SamplingConfig, step: int, num_steps: int) -> float:
-    if settings.guidance_schedule == "constant":
-        return settings.guidance_scale
-    progress = 0.5 - 0.5 * math.cos(math.pi * ((step + 1) / num_steps) ** 2)
-    return 1 + (settings.guidance_scale - 1) * progress
-
-
-def slow_allowed(logits: Tensor, settings: SamplingConfig) -> list[int]:
-    """Tokens that survive top-k and then top-p, found one by one from the likeliest down."""
-    ranked = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
-    ranked = ranked[: settings.top_k or None]
-    shares = logits[ranked].softmax(-1).tolist()
-    allowed: list[int] = []
-    for rank, token in enumerate(ranked):
-        if sum(shares[:rank]) < settings.top_p:
-            allowed.append(token)
-    return allowed
 
 
 @torch.inference_mode()

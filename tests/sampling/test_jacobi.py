@@ -13,6 +13,7 @@ from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import draw_rows
 from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]
 NUM_PICTURES = 8_000
@@ -34,19 +35,9 @@ def all_pictures(model: Dalle) -> Tensor:
     return torch.tensor(list(itertools.product(codes, repeat=model.config.image_length)))
 
 
-def slow_scale(settings: SamplingConfig, step: int, num_steps: int) -> float:
-    if settings.guidance_schedule == "constant":
-        return settings.guidance_scale
-    progress = 0.5 - 0.5 * math.cos(math.pi * ((step + 1) / num_steps) ** 2)
-    return 1 + (settings.guidance_scale - 1) * progress
-
-
 def slow_filter(logits: Tensor, settings: SamplingConfig) -> Tensor:
     """The distribution of one token, its likeliest ones taken one by one from the top."""
-    ranked = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
-    ranked = ranked[: settings.top_k or None]
-    shares = logits[ranked].softmax(-1).tolist()
-    allowed = [token for k, token in enumerate(ranked) if sum(shares[:k]) < settings.top_p]
+    allowed = slow_allowed(logits, settings)
     kept = torch.full_like(logits, -math.inf)
     kept[allowed] = logits[allowed]
     return kept.softmax(-1)
