@@ -216,12 +216,12 @@ def test_drawing_that_its_cache_changes_is_refused(monkeypatch: pytest.MonkeyPat
     with torch.no_grad():
         model.image_head.rows.normal_(std=0.1)
     ours.require_cache_is_exact(model, TOY, tolerated_nats=1e-3)
-    right = type(model).decode_one
+    right = type(model).decode_window
 
-    def forgetful(self, image_token_ids, cache, **cells):
-        return right(self, image_token_ids * 0, cache, **cells)
+    def forgetful(self, image_token_ids, cache, **steps):
+        return right(self, image_token_ids * 0, cache, **steps)
 
-    monkeypatch.setattr(type(model), "decode_one", forgetful)
+    monkeypatch.setattr(type(model), "decode_window", forgetful)
     with pytest.raises(ValueError, match="cached and uncached drawing differ"):
         ours.require_cache_is_exact(model, TOY, tolerated_nats=1e-3)
 
