@@ -242,7 +242,8 @@ class Trainer:
         torch.manual_seed(self._seed(DROPOUT_PURPOSE))
         generator = self._generator(NOISE_PURPOSE)
         self.wrapped.train()
-        torch.compiler.cudagraph_mark_step_begin()  # for a compiled model; else it does nothing
+        if config.compile:  # not otherwise: it loads the compiler
+            torch.compiler.cudagraph_mark_step_begin()
         totals: dict[str, Tensor] = {}
         for index, batch in enumerate(batches):
             on_device = {name: value.to(accelerator.device) for name, value in batch.items()}
