@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     task = fit_a_line(folder / "line")
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    print(f"process {rank} of {world_size}")
+    sys.stdout.write(f"process {rank} of {world_size}\n")  # one write: lines must not mix
+    sys.stdout.flush()
     (folder / f"seen-{rank}.json").write_text(json.dumps({"world": world_size, "ids": task.seen}))
     tiny.train(read_config(VQVAERunConfig, folder / "vqvae.yaml"))
     tiny.train(read_config(DalleRunConfig, folder / "dalle.yaml"))
