@@ -1,6 +1,7 @@
 """How a script starts and ends: quietly, or with one line that says what to change."""
 
 import argparse
+import gc
 import logging
 import os
 import sys
@@ -63,3 +64,6 @@ def _leave_process_group() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        # Wrapped models are cycles that hold the group: its threads must end before Python does,
+        # or one of them may abort the process (github.com/pytorch/pytorch/pull/179291).
+        gc.collect()
