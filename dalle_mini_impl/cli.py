@@ -1,7 +1,6 @@
 """How a script starts and ends: quietly, or with one line that says what to change."""
 
 import argparse
-import gc
 import logging
 import os
 import sys
@@ -60,10 +59,12 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
 
 
 def _leave_process_group() -> None:
-    """End what Accelerate started, if this script loaded torch at all."""
+    """End what Accelerate started between processes, and with it this one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-        # Wrapped models are cycles that hold the group: its threads must end before Python does,
-        # or one of them may abort the process (github.com/pytorch/pytorch/pull/179291).
-        gc.collect()
+        # The group's threads may outlive it, and abort a process whose Python has begun to end
+        # (github.com/pytorch/pytorch/pull/179291): all is written, so leave without that.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
