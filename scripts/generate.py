@@ -29,10 +29,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Draw and write the pictures."""
     options = parse(arguments)
-    from dalle_mini_impl.drawing import (
-        draw_to_folder,
-        read_prompts,
-    )  # torch loads after the options fit
+    # torch loads after the options fit
+    from dalle_mini_impl.drawing import draw_to_folder, read_prompts
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}

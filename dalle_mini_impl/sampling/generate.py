@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.jacobi import MAX_WINDOW, draw_by_jacobi
 from dalle_mini_impl.sampling.replay import replay_steps
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
@@ -89,12 +89,10 @@ def draw_rows(
     """
     seeds = seeds.to(text_token_ids.device)
     choice = TokenChoice(model.config, seeds=seeds, settings=settings)
-    if choice.is_guided:  # conditional rows first, null rows after them
-        null = torch.full_like(text_token_ids, PAD_TOKEN_ID)
-        text_token_ids = torch.cat([text_token_ids, null])
-    cache = model.new_cache(len(text_token_ids))
+    captions = choice.caption_rows(text_token_ids)
+    cache = model.new_cache(len(captions))
     steps = torch.arange(model.config.image_length, device=seeds.device).split(1)
-    choice.choose(model.prefill(text_token_ids, cache), steps[0])
+    choice.choose(model.prefill(captions, cache), steps[0])
     if text_token_ids.is_cuda:
         replay_steps(model, choice, cache)
     else:

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
 
 MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
@@ -63,10 +63,9 @@ def draw_by_jacobi(
         raise ValueError(f"window: got {window}, wanted at least 1 token")
     seeds = seeds.to(text_token_ids.device)
     choice = TokenChoice(model.config, seeds=seeds, settings=settings)
-    if choice.is_guided:  # conditional rows first, null rows after them
-        text_token_ids = torch.cat([text_token_ids, torch.full_like(text_token_ids, PAD_TOKEN_ID)])
-    cache = model.new_cache(len(text_token_ids))
-    logits = model.prefill(text_token_ids, cache)
+    captions = choice.caption_rows(text_token_ids)
+    cache = model.new_cache(len(captions))
+    logits = model.prefill(captions, cache)
     num_steps = choice.num_steps
     first_token, gained = choice.pick(logits.unsqueeze(1), torch.zeros_like(seeds).unsqueeze(1))
     guesses = first_token.repeat(1, num_steps)  # the token before is as good a guess as any

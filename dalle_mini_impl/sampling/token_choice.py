@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.sampling.guidance import GuidanceSchedule, guide, scale_at
 from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
 
@@ -80,6 +80,14 @@ class TokenChoice:
             for step in range(self.num_steps)
         ]
         self._scales = torch.tensor(scales, device=seeds.device)
+
+    def caption_rows(
+        self, text_token_ids: Int[Tensor, "batch text_length"]
+    ) -> Int[Tensor, "rows text_length"]:
+        """Return the captions and, with guidance, as many null captions after them."""
+        if not self.is_guided:
+            return text_token_ids
+        return torch.cat([text_token_ids, torch.full_like(text_token_ids, PAD_TOKEN_ID)])
 
     def for_each_row(self, values: Int[Tensor, "batch *rest"]) -> Int[Tensor, "rows *rest"]:
         """Repeat what belongs to a picture for its null row, if there is one."""
