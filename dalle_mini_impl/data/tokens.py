@@ -29,6 +29,7 @@ from vqvae.model import VQVAE
 logger = logging.getLogger(__name__)
 
 ENCODE_BATCH_SIZE = 64
+NUM_MAIN_CAPTIONS = 2  # of a picture; the first of its captions
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,10 @@ class TokenDataset:
     def captions_of(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
     ) -> Int[Tensor, "batch text_length"]:
-        """Choose one caption for each sample, the first ones more often.
+        """Choose one caption for each sample: half of the time one of the first two.
 
-        Of n captions those with index below i are chosen with probability sqrt(i / n): the main
-        captions of a source stand first, and a prompt is more often one of them.
+        The main captions of a source stand first, often in two languages, and a prompt is more
+        often one of them. The other half of the time every caption is as likely.
 
         Args:
             sample_ids: Which samples.
@@ -63,7 +64,10 @@ class TokenDataset:
             Caption tokens.
         """
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
-        chosen = start + ((end - start) * draws.square()).long()
+        count = end - start
+        main = (2 * draws * count.clamp(max=NUM_MAIN_CAPTIONS)).long()
+        any_of_all = ((2 * draws - 1) * count).long()
+        chosen = start + torch.where(draws < 0.5, main, any_of_all)
         return self.text_token_ids[chosen].long()
 
     def images_of(

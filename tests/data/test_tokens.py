@@ -131,10 +131,11 @@ def test_lookups_choose_by_their_draws() -> None:
         text_token_ids=torch.arange(6)[:, None].int(),
         caption_offsets=torch.tensor([0, 2, 3, 6]),
     )
-    ids = torch.tensor([0, 0, 1, 2, 2, 2])
-    # Captions are chosen by the square of the draw, so that the first ones come more often.
-    draws = torch.tensor([0.7, 0.71, 0.999, 0.57, 0.58, 0.999999])
-    assert dataset.captions_of(ids, draws).flatten().tolist() == [0, 1, 2, 3, 4, 5]
+    ids = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 2, 2])
+    # Half of the draws take one of the first two captions, half take any.
+    draws = torch.tensor([0.24, 0.26, 0.49, 0.999, 0.24, 0.26, 0.5, 0.67, 0.83, 0.84])
+    chosen = dataset.captions_of(ids, draws).flatten().tolist()
+    assert chosen == [0, 1, 2, 2, 3, 4, 3, 4, 4, 5]
     assert dataset.images_of(ids[:3], torch.tensor([0.0, 0.5, 0.49])).tolist() == [
         [0, 1],
         [2, 3],
