@@ -12,6 +12,7 @@ several cores; each recipe is run once. Results: `results.jsonl`, and a table at
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
 
     Args:
         emoji: Folder that prepare_emoji.py wrote.
-        out: Folder to write; its pictures are those of `emoji`.
+        out: Folder to write; its pictures are copies.
     """
     from dalle_mini_impl.data.emoji import grid_roles
     from dalle_mini_impl.data.emoji_splits import draw
@@ -113,9 +114,7 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
         row["split"] = "train" if row["split"] == "train" else "not used"
         if row["file_name"] in chosen:
             row["split"] = "test_compose"
-    out.mkdir(parents=True, exist_ok=True)
-    if not (out / "images").exists():
-        (out / "images").symlink_to((emoji / "images").resolve())
+    shutil.copytree(emoji / "images", out / "images", dirs_exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "metadata.jsonl").write_text(text, encoding="utf-8")
 
