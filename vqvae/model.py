@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
+from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.networks import Decoder, Encoder
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
 from vqvae.weights import build_and_load
@@ -189,12 +190,17 @@ class VQVAE(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"image tokenizer {folder}: no {name} there")
-        config = _read_config(folder / CONFIG_NAME)
+        config = _read_config(own_file(folder, CONFIG_NAME))
+        counts = {name: getattr(config, name) for name in BLOCK_COUNTS}
         return build_and_load(
             lambda: cls(config),
-            folder / WEIGHTS_NAME,
-            counts={name: getattr(config, name) for name in BLOCK_COUNTS},
-            sizes={"channels": max(config.channels), "patch_size": config.patch_size},
+            own_file(folder, WEIGHTS_NAME),
+            counts={**counts, "channels": len(config.channels)},
+            sizes={
+                "channels": max(config.channels),
+                "patch_size": config.patch_size,
+                "fsq_levels": len(config.fsq_levels) if config.quantizer == "fsq" else 0,
+            },
         )
 
 
@@ -217,23 +223,11 @@ def build_quantizer(
 
 
 def _read_config(path: Path) -> VQVAEConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, wanted an object")
+    values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version: got {version}, wanted {FORMAT_VERSION}")
-    known = {field.name for field in dataclasses.fields(VQVAEConfig)}
-    if values.keys() != known:
-        odd = sorted(values.keys() ^ known)
-        raise ValueError(f"{path}: unknown or missing keys: {', '.join(odd)}")
-    as_tuples: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
+        raise ValueError(f"{path}: format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
     try:
-        return VQVAEConfig(**as_tuples)
-    except (TypeError, ValueError) as error:
+        return build_config(VQVAEConfig, values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

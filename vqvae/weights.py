@@ -11,15 +11,21 @@ from torch import nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
+MAX_HEADER_BYTES = 1 << 20  # names and shapes of some ten thousand tensors
+# Weights may be kept shorter than they are used, and whole numbers as they are.
+STORED_TYPES = {"F32": torch.float32, "F16": torch.float32, "BF16": torch.float32,
+                "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
+                "BOOL": torch.bool}  # fmt: skip
 
-def build_and_load(
-    build: Callable[[], Model],
+
+def check_weights(
+    build: Callable[[], nn.Module],
     path: Path,
     *,
     counts: Mapping[str, int],
     sizes: Mapping[str, int],
-) -> Model:
-    """Build a model and load its weights, strictly, after the sizes are known to fit the file.
+) -> None:
+    """Compare a model with the header of a weights file, before memory is spent on either.
 
     A config that asks for ten million layers must not be believed: to build them takes hours.
 
@@ -29,16 +35,21 @@ def build_and_load(
         counts: Fields of the config, each with the least number of tensors that it stands for.
         sizes: Fields of the config, each with a length that some tensor must reach.
 
-    Returns:
-        The model in evaluation mode.
-
     Raises:
         ValueError: If the file is damaged or holds another model's weights.
     """
     try:
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+        if header_bytes > MAX_HEADER_BYTES:
+            raise ValueError(f"header: got {header_bytes} bytes, wanted up to {MAX_HEADER_BYTES}")
         with safe_open(path, framework="pt") as file:
-            stored = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        longest = max((size for shape in stored.values() for size in shape), default=0)
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            stored = {
+                name: (tuple(part.get_shape()), STORED_TYPES.get(part.get_dtype()))
+                for name, part in slices.items()
+            }
+        longest = max((size for shape, _ in stored.values() for size in shape), default=0)
         for name, count in counts.items():
             if count > len(stored):
                 raise ValueError(f"{name}: got {count}, the file holds {len(stored)} tensors")
@@ -46,14 +57,57 @@ def build_and_load(
             if size > longest:
                 raise ValueError(f"{name}: got {size}, the file's tensors end at {longest}")
         with torch.device("meta"):
-            wanted = {name: tuple(value.shape) for name, value in build().state_dict().items()}
+            state = build().state_dict()
+        wanted = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
         for name in sorted(stored.keys() | wanted.keys()):
             if stored.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"tensor {name}: got {stored.get(name)}, wanted {wanted.get(name)}"
-                )
-        model = build()
-        model.load_state_dict(load_file(path), strict=True)
+                got, want = (_shown(each.get(name)) for each in (stored, wanted))
+                raise ValueError(f"tensor {name[:80]}: got {got}, wanted {want}")
     except (SafetensorError, RuntimeError, OverflowError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: not loaded: {' '.join(str(error).split())}") from None
+        raise _not_loaded(path, error) from None
+
+
+def build_and_load(
+    build: Callable[[], Model],
+    path: Path,
+    *,
+    counts: Mapping[str, int],
+    sizes: Mapping[str, int],
+) -> Model:
+    """Build a model and load its weights, strictly, after ``check_weights``.
+
+    Args:
+        build: Makes the model of a config.
+        path: Its safetensors file.
+        counts: As ``check_weights``.
+        sizes: As ``check_weights``.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: If the file is damaged, holds another model's weights, or a number in it is not
+            finite.
+    """
+    check_weights(build, path, counts=counts, sizes=sizes)
+    try:
+        weights = load_file(path)
+        for name, value in weights.items():
+            if not torch.isfinite(value).all():
+                raise ValueError(f"tensor {name}: holds numbers that are not finite")
+        model = build()
+        model.load_state_dict(weights, strict=True)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise _not_loaded(path, error) from None
     return model.eval()
+
+
+def _shown(stored: tuple[tuple[int, ...], torch.dtype | None] | None) -> str:
+    if stored is None:
+        return "none"
+    shape, dtype = stored
+    return f"{str(shape)[:80]} of {str(dtype).removeprefix('torch.') if dtype else 'another type'}"
+
+
+def _not_loaded(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path}: not loaded: {' '.join(str(error).split())[:300]}")
