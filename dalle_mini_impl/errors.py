@@ -17,7 +17,8 @@ def without_secrets(text: str) -> str:
         The message without passwords in addresses, and without the values of environment variables
         whose names say that they are secret, such as ``WANDB_API_KEY`` and ``HF_TOKEN``.
     """
-    text = re.sub(r"(?<=://)[^/\s]+@", "***@", text)
+    # One slash where the address went through a Path.
+    text = re.sub(r"(\w\w:/{1,2})[^/\s]+@", r"\1***@", text)
     secrets = {
         value
         for name, value in os.environ.items()

@@ -26,7 +26,7 @@ from dalle_mini_impl.sampling.rerank import best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.model import VQVAE
-from vqvae.weights import build_and_load, check_weights
+from vqvae.weights import build_checked, load_weights
 
 INDEX_NAME = "model_index.json"
 INDEX_FIELDS = ("format_version", "pipeline", "sampling", "sha256", "vqvae_fingerprint")
@@ -370,12 +370,20 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
         "text_length": config.text_length,
         "image_grid_size": max(config.image_grid_size),
     }
+    width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
     # Before the hashes: a file of terabytes takes hours to read.
-    check_weights(lambda: Dalle(config), path, counts=counts, sizes=sizes)
+    dalle = build_checked(
+        lambda: Dalle(config),
+        path,
+        counts=counts,
+        sizes=sizes,
+        num_elements=config.decoder.num_layers * width**2
+        + width * (num_tokens + config.text_length + config.image_length),
+    )
     for name, digest in file_hashes(folder).items():
         if digests[name] != digest:
             raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
-    return build_and_load(lambda: Dalle(config), path, counts=counts, sizes=sizes)
+    return load_weights(dalle, path)
 
 
 def _require_numbers(settings: Mapping[str, Any]) -> None:

@@ -127,6 +127,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
         value = tuple(value) if fits else value
     elif wanted is float:
         fits, words = type(value) in (int, float), "a number"
+        value = float(value) if fits else value
     else:
         fits, words = type(value) is wanted, {int: "a whole number", str: "text"}[wanted]
     if not fits:

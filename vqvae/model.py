@@ -7,6 +7,7 @@ Mentzer et al. 2023 (arXiv:2309.15505).
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,7 @@ from vqvae.config import VQVAEConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.networks import Decoder, Encoder
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from vqvae.weights import build_and_load
+from vqvae.weights import build_checked, load_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -191,17 +192,20 @@ class VQVAE(nn.Module):
             if not (folder / name).is_file():
                 raise ValueError(f"image tokenizer {folder}: no {name} there")
         config = _read_config(own_file(folder, CONFIG_NAME))
+        path = own_file(folder, WEIGHTS_NAME)
         counts = {name: getattr(config, name) for name in BLOCK_COUNTS}
-        return build_and_load(
+        model = build_checked(
             lambda: cls(config),
-            own_file(folder, WEIGHTS_NAME),
+            path,
             counts={**counts, "channels": len(config.channels)},
             sizes={
                 "channels": max(config.channels),
                 "patch_size": config.patch_size,
                 "fsq_levels": len(config.fsq_levels) if config.quantizer == "fsq" else 0,
             },
+            num_elements=_least_elements(config),
         )
+        return load_weights(model, path)
 
 
 def build_quantizer(
@@ -220,6 +224,16 @@ def build_quantizer(
     if config.quantizer == "vq":
         return VectorQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
     return GumbelQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
+
+
+def _least_elements(config: VQVAEConfig) -> int:
+    """Count the weights that a tokenizer has at least: kernels of one cell, without biases."""
+    channels = config.channels
+    blocks = config.num_encoder_blocks + config.num_decoder_blocks
+    codebook = 0 if config.quantizer == "fsq" else config.vq_codebook_size * config.vq_code_dim
+    between = sum(one * other for one, other in itertools.pairwise(channels))
+    first = 3 * config.patch_size**2 * channels[0]
+    return first + between + blocks * sum(width**2 for width in channels) + codebook
 
 
 def _read_config(path: Path) -> VQVAEConfig:

@@ -226,15 +226,18 @@ class CaptionEncoder:
 def _read_tokenizer(path: Path) -> Tokenizer:
     """Parse a tokenizer's file once its patterns are known to be ours."""
     text = _read_text(path, max_bytes=MAX_TOKENIZER_BYTES)
-    ours = json.loads(_untrained().to_str())
-    if not set(_patterns(json.loads(text))) <= set(_patterns(ours)):
+    parsed, ours = json.loads(text), json.loads(_untrained().to_str())
+    # Before the library reads it: an id of a billion takes it a minute.
+    ids, added = parsed["model"]["vocab"].values(), parsed["added_tokens"]
+    if set(ids) != set(range(len(ids))) or any(type(each) is not int for each in ids):
+        raise ValueError("its token ids are not 0, 1, 2, ...")
+    if [(token["id"], token["content"]) for token in added] != [(PAD_TOKEN_ID, PAD_TOKEN)]:
+        raise ValueError(f"its special tokens are not {PAD_TOKEN} alone")
+    if not set(_patterns(parsed)) <= set(_patterns(ours)):
         raise ValueError("it splits text by other patterns than those of this project")
     tokenizer = Tokenizer.from_str(text)
     if _rules(json.loads(tokenizer.to_str())) != _rules(ours):
         raise ValueError("it splits text by other rules than those of this project")
-    vocabulary = tokenizer.get_vocab()
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError("its token ids are not 0, 1, 2, ...")
     return tokenizer
 
 

@@ -112,7 +112,7 @@ def free_port() -> int:
 def start(model: Path, port: int, folder: Path) -> "subprocess.Popen[str]":
     environment = {
         **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "TMPDIR": str(folder),
         "GRADIO_SHARE": "True",

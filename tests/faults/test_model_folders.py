@@ -185,8 +185,11 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "text_length 10^9": (changed(CONFIG, text_length=10**9), "text_length: got 1000000000"),
     "grid 10^9": (changed(CONFIG, image_grid_size=[10**9] * 2), "image_grid_size: got 10000"),
     "grid of three": (changed(CONFIG, image_grid_size=[2, 2, 2]), "wanted 2 whole numbers"),
-    "one level of 10^9": (changed(CONFIG, codebook_levels=[10**9]), "got .*wanted .*10000000"),
-    "levels beyond 64 bits": (changed(CONFIG, codebook_levels=[2**62] * 3), "not loaded: "),
+    "one level of 10^9": (
+        changed(CONFIG, codebook_levels=[10**9]),
+        "asks for 16.* numbers, the file holds",
+    ),
+    "levels beyond 64 bits": (changed(CONFIG, codebook_levels=[2**62] * 3), "asks for 1"),
     "20,000 levels": (changed(CONFIG, codebook_levels=[1] * 20_000), "codebook_levels: got 20000"),
     "no levels": (changed(CONFIG, codebook_levels=[]), "codebook_levels: got "),
     "a number of 400 digits": (changed(CONFIG, vocab_size=10**400), "vocab_size: got 1000"),
@@ -242,7 +245,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "vqvae image 10^9": (changed(VQVAE_CONFIG, image_size=8 * 10**9), "not the image tokenizer"),
     "vqvae 10^9 codes": (
         changed(VQVAE_CONFIG, quantizer="vq", vq_codebook_size=10**9),
-        "tensor .*: got .*, wanted ",
+        "asks for 4.* numbers, the file holds",
     ),
     "vqvae levels 10^9": (changed(VQVAE_CONFIG, fsq_levels=[10**9] * 3), "not "),
     "vqvae 20,000 levels": (changed(VQVAE_CONFIG, fsq_levels=[2] * 20_000), "fsq_levels: got 20"),
@@ -332,7 +335,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     "infinity": (one(lambda value: value / 0), "holds numbers that are not finite"),
     "the image tokenizer's": (
         lambda f: written(DALLE, (f / VQVAE).read_bytes())(f),
-        "tensor .*: got .*, wanted",
+        "vocab_size: got .*, the file's tensors end at",
     ),
 }
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
@@ -363,6 +366,11 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
         ),
         "by other rules",
     ),
+    "a special token of id 10^9": (
+        tokenizer(added_tokens=[{"id": 10**9, "content": "<pad>", "special": True}]),
+        "special tokens are not <pad> alone",
+    ),
+    "no settings of special tokens": (tokenizer(added_tokens=None), "cannot read"),
     "another normal form": (tokenizer(normalizer=None), "by other rules"),
     "another model": (
         tokenizer(model={"type": "WordLevel", "vocab": {"<pad>": 0}, "unk_token": "<pad>"}),
@@ -395,8 +403,12 @@ PLACES: dict[str, tuple[Damage, str]] = {
     "a pipe for a config": (fifo(VQVAE_CONFIG), "No such file; wanted a regular file"),
     "a folder for a file": (lambda f: ((f / DALLE).unlink(), (f / DALLE).mkdir()), "No such file"),
 }
-CASES = {**CONFIGS, **WEIGHTS, **TOKENIZERS, **PLACES}
-assert len(CASES) == len(CONFIGS) + len(WEIGHTS) + len(TOKENIZERS) + len(PLACES)
+SECTIONS = {"config": CONFIGS, "weights": WEIGHTS, "tokenizer": TOKENIZERS, "place": PLACES}
+CASES = {
+    f"{section}: {name}": case
+    for section, cases in SECTIONS.items()
+    for name, case in cases.items()
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -496,6 +508,7 @@ def test_links_of_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -> No
     TextToImagePipeline.from_pretrained(tmp_path / "linked")
 
 
+@pytest.mark.slow
 def test_every_single_flipped_bit_is_noticed(folder: Path) -> None:
     """Of a dozen places in every file; what loads draws the same picture."""
     whole = TextToImagePipeline.from_pretrained(folder)

@@ -188,7 +188,7 @@ SECRETS = {
         "x",
         "data.source: https://me:hunter2hunter2@example.com/a not found",
     ),
-    "an odd address": ("NOTHING", "x", "s3://:p%40ss:w@rd@bucket/x and ftp://a:b@c"),
+    "an odd address": ("NOTHING", "x", "s3://:p%40ss:w@rd@bucket/x and ftp:/a:b@c"),
 }
 
 
