@@ -98,13 +98,13 @@ class Painter:
         return folder
 
 
-def _number(name: str, value: Any, *, is_whole: bool = False) -> float:
+def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
     low, high = LIMITS[name]
     is_number = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
     if not is_number or (is_whole and value != int(value)):
         kind = "a whole number" if is_whole else "a number"
         raise UserError(f"{name}: got {str(value)[:40]!r}, wanted {kind} from {low} to {high}")
-    return float(value) if not is_whole else int(value)
+    return int(value) if is_whole else float(value)
 
 
 def build_page(painter: Painter) -> Any:
@@ -136,15 +136,24 @@ def build_page(painter: Painter) -> Any:
             seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed / 시드")
             low, high = LIMITS["guidance_scale"]
             guidance = gr.Slider(
-                low, high, value=settings.guidance_scale, label="Guidance / 프롬프트를 따르는 정도"
+                low, high, value=settings.guidance_scale, label="Guidance / 충실도"
             )
             low, high = LIMITS["temperature"]
             temperature = gr.Slider(
                 low, high, value=settings.temperature, step=0.05, label="Temperature / 다양성"
             )
         button = gr.Button("Draw / 그리기", variant="primary")
-        gallery = gr.Gallery(label="Pictures / 그림", columns=4, format="png")
-        files = gr.Files(label="PNG files with prompt and seed / 프롬프트와 시드가 든 PNG 파일")
+        # Without Gradio's own share button, which sends the picture out.
+        gallery = gr.Gallery(
+            label="Pictures / 그림",
+            columns=4,
+            interactive=False,
+            buttons=["download", "fullscreen"],
+        )
+        files = gr.Files(
+            label="PNG files with prompt and seed / 프롬프트와 시드가 든 PNG 파일",
+            interactive=False,
+        )
         inputs = [prompt, count, seed, guidance, temperature]
         gr.on([button.click, prompt.submit], draw, inputs, [gallery, files], api_name="draw")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
