@@ -72,7 +72,7 @@ class Painter:
             raise UserError(
                 f"prompt: got {len(prompt)} characters, wanted at most {MAX_PROMPT_LENGTH}"
             )
-        changes = {
+        changes: dict[str, Any] = {
             "guidance_scale": _number("guidance_scale", guidance_scale),
             "temperature": _number("temperature", temperature),
         }
