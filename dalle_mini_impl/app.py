@@ -5,6 +5,7 @@ of a user is ever shown as HTML or Markdown.
 """
 
 import dataclasses
+import importlib.util
 import math
 import os
 import shutil
@@ -173,12 +174,12 @@ def serve(model: str, *, host: str, port: int, show: Callable[[str], None]) -> N
     """
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")
-        try:
-            import gradio as gr
-        except ImportError:
-            raise UserError("app: Gradio is missing; wanted pip install -e '.[app]'") from None
+        if importlib.util.find_spec("gradio") is None:
+            raise UserError("app: Gradio is missing; wanted pip install -e '.[app]'")
         use_fast_float32()
         pipeline = TextToImagePipeline.from_pretrained(model)
+        import gradio as gr  # takes seconds: after the model is known to load
+
         page = build_page(Painter(pipeline, Path(folder), name=Path(model).resolve().name))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:

@@ -339,7 +339,7 @@ def test_what_cannot_be_served_is_one_line(case: str, model_dir: Path, tmp_path:
         taken.listen()
         model = tmp_path if case == "no model" else model_dir
         server = start(model, taken.getsockname()[1], tmp_path)
-        output, _ = server.communicate(timeout=120)
+        output, _ = server.communicate(timeout=300)
     assert server.returncode == 2, output
     assert output.startswith("error: model: " if case == "no model" else "error: port: ")
     assert output.count("\n") == 1
