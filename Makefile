@@ -1,4 +1,4 @@
-# make generate PROMPT="..." | make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
+# make generate PROMPT="..." | make app | make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,11 +8,15 @@ BENCH_OUT ?= out/bench
 PARTS ?= all
 MODEL ?= checkpoints/emoji-64
 PROMPT ?= a red heart, Noto style
+PORT ?= 7860
 
-.PHONY: generate demo check test test-slow format bench clean
+.PHONY: generate app demo check test test-slow format bench clean
 
 generate: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --model $(MODEL) --prompt "$(PROMPT)"
+
+app: $(VENV)/.app
+	$(BIN)/python scripts/app.py --model $(MODEL) --port $(PORT)
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py --out $(OUT)
@@ -42,6 +46,11 @@ clean:
 $(VENV)/.demo: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -r requirements-dev.txt -e '.[demo-data]'
+	touch $@
+
+$(VENV)/.app: pyproject.toml requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements-dev.txt -e '.[app]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml requirements-dev.txt

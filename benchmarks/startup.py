@@ -117,7 +117,7 @@ def own_picture(folder: Path) -> Job:
     out = folder / "pictures"
     command = [sys.executable, GENERATE, "--model", str(folder / "model"), "--prompt", PROMPT]
     command += ["--num-images", "1", "--out", str(out)]
-    return process_job(command, wanted=out / "grid.png")
+    return process_job(command, wanted=out / "grid-0000.png")
 
 
 def peer_picture(folder: Path) -> Job:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from dalle_mini_impl.errors import StoppedError, UserError
+from dalle_mini_impl.errors import StoppedError, UserError, without_secrets
 
 GO_ON = "the same command goes on, a training script's with --resume latest"
 
@@ -39,16 +39,16 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     """
     is_main_process = int(os.environ.get("RANK", "0")) == 0
     # The other processes of a run would only repeat what the first one says.
-    logging.basicConfig(
-        level=logging.WARNING if is_main_process else logging.CRITICAL,
-        format="%(levelname)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
+    level = logging.WARNING if is_main_process else logging.CRITICAL
+    logging.basicConfig(level=level, handlers=[handler])
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     try:
         main(arguments)
         _leave_process_group()
     except UserError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).splitlines())}\n")
+        sys.stderr.write(f"error: {printable(str(error))}\n")
         raise SystemExit(2) from None
     except StoppedError as stop:
         sys.stderr.write(f"{stop}; {GO_ON}\n")
@@ -56,6 +56,27 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped; {GO_ON}\n")
         raise SystemExit(130) from None
+
+
+class _PlainFormatter(logging.Formatter):
+    """Writes a record without secrets."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write the record as text."""
+        return without_secrets(super().format(record))
+
+
+def printable(text: str) -> str:
+    """Make a message safe for a terminal: names of files may hold its control codes.
+
+    Args:
+        text: Of any characters.
+
+    Returns:
+        One line, with what cannot be printed written out.
+    """
+    line = " ".join(text.splitlines())
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
 
 def _leave_process_group() -> None:

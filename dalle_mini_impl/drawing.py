@@ -1,22 +1,28 @@
 """What ``generate.py`` does: prompts in, PNG files and one grid out, on any number of processes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import gather_object
+import torch
 from PIL import Image
 
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
+from dalle_mini_impl.sampling.picture_files import (
+    grid_name,
+    next_number,
+    picture_name,
+    save_picture,
+)
 from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.sources import build_accelerator
 
-PROMPTS_AT_A_TIME = 64
+PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
 
 
 def draw_to_folder(
@@ -30,7 +36,7 @@ def draw_to_folder(
     overrides: dict[str, Any],
     show: Callable[[str], None] = lambda line: None,
 ) -> Path | None:
-    """Draw every prompt's pictures and write them.
+    """Draw every prompt's pictures and write them beside those of earlier calls.
 
     Processes share the prompts among them; a picture is the same whichever process draws it.
 
@@ -48,7 +54,7 @@ def draw_to_folder(
         The grid's path on the main process, None on the others.
 
     Raises:
-        UserError: If there is no prompt, or an option is out of range.
+        UserError: If there is no prompt, an option is out of range, or memory or disk is full.
     """
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
@@ -56,42 +62,108 @@ def draw_to_folder(
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
-    make_folder(out, field="out")
-    processes = build_accelerator("no")  # float32: the last bits decide which picture it is
-    pipeline.to(processes.device)
     settings = {
         "model": Path(model).resolve().parent.name,
         "vqvae": pipeline.vqvae.fingerprint(),
         "num_candidates": num_candidates,
-        **dataclasses.asdict(pipeline.settings),
-        **overrides,
+        **dataclasses.asdict(pipeline.sampling_settings(overrides)),
     }
-    show = show if processes.is_main_process else (lambda line: None)
+    make_folder(out, field="out")
+    processes = _Processes()
+    pipeline.to(processes.device)
+    # Every process asks before any of them writes.
+    first = processes.gather([next_number(out)])[0]
+    show = show if processes.is_main else (lambda line: None)
     show(f"drawing {len(unique) * num_images} pictures")
-    written: list[tuple[str, str]] = []
-    with processes.split_between_processes(list(enumerate(unique))) as mine:
-        for start in range(0, len(mine), PROMPTS_AT_A_TIME):
-            part = dict(mine[start : start + PROMPTS_AT_A_TIME])
+    mine = processes.share(list(enumerate(unique, start=first)))
+    written: list[tuple[int, int, str, str]] = []
+    with _resources(out):
+        for part, offset, count in _parts(mine, num_images):
             drawn = pipeline(
                 list(part.values()),
-                num_images=num_images,
-                seed=seed,
+                num_images=count,
+                seed=seed + offset * num_candidates,
                 num_candidates=num_candidates,
                 **overrides,
             )
-            numbers = [number for number in part for _ in range(num_images)]
-            facts = zip(numbers, drawn.images, drawn.prompts, drawn.seeds, strict=True)
-            for number, image, prompt, image_seed in facts:
-                path = out / picture_name(number, prompt, image_seed)
+            places = [(number, offset + index) for number in part for index in range(count)]
+            facts = zip(places, drawn.images, drawn.prompts, drawn.seeds, strict=True)
+            for place, image, prompt, image_seed in facts:
+                path = out / picture_name(place[0], prompt, image_seed)
                 save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
-                written.append((str(path), prompt))
-            if len(mine) > PROMPTS_AT_A_TIME:
+                written.append((*place, str(path), prompt))
+            if len(mine) * num_images > PICTURES_AT_A_TIME:
                 show(f"{len(written)} of {len(mine) * num_images} drawn")
-    written = gather_object(written)  # in the order of the processes, which is that of the prompts
-    grid = out / "grid.png"
-    if processes.is_main_process:
-        _write_grid(grid, written, columns=num_images)
-    return grid if processes.is_main_process else None
+        written = sorted(processes.gather(written))
+        if not processes.is_main:
+            return None
+        grid = out / grid_name(first)
+        _write_grid(grid, [entry[2:] for entry in written], columns=num_images)
+    return grid
+
+
+def _parts(
+    numbered: Sequence[tuple[int, str]], num_images: int
+) -> Iterator[tuple[dict[int, str], int, int]]:
+    """Split the work into (prompts by number, first picture of each, pictures of each)."""
+    prompts_at_a_time = max(PICTURES_AT_A_TIME // num_images, 1)
+    for start in range(0, len(numbered), prompts_at_a_time):
+        part = dict(numbered[start : start + prompts_at_a_time])
+        for offset in range(0, num_images, PICTURES_AT_A_TIME):
+            yield part, offset, min(num_images - offset, PICTURES_AT_A_TIME)
+
+
+class _Processes:
+    """The processes of this call: one, unless a launcher started more."""
+
+    def __init__(self) -> None:
+        self._accelerator = None
+        if "WORLD_SIZE" in os.environ or torch.accelerator.is_available():
+            # Imported here: Accelerate takes a second, and one process on a CPU has no use for it.
+            from dalle_mini_impl.training.sources import build_accelerator
+
+            # float32: the last bits decide which picture it is
+            self._accelerator = build_accelerator("no")
+        self.device = self._accelerator.device if self._accelerator else torch.device("cpu")
+        self.is_main = self._accelerator is None or self._accelerator.is_main_process
+
+    def share(self, items: list[Any]) -> list[Any]:
+        if self._accelerator is None:
+            return items
+        with self._accelerator.split_between_processes(items) as mine:
+            return list(mine)
+
+    def gather(self, items: list[Any]) -> list[Any]:
+        if self._accelerator is None:
+            return items
+        from accelerate.utils import gather_object
+
+        return list(gather_object(items))
+
+
+@contextmanager
+def _resources(out: Path) -> Iterator[None]:
+    """Say in one line that memory or disk is full; what was written before stays."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise UserError(
+            "memory: not enough to draw; lower --num-candidates or --num-images, or close other "
+            f"programs. Pictures drawn before are in {out}"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"out: writing into {out} failed: {error.strerror or error}; wanted free space in a "
+            "folder that can be written to. Pictures written before are intact"
+        ) from None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    words = ("allocate memory", "not enough memory")  # of torch on a CPU, which has no class for it
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int) -> None:

@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -15,22 +15,25 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import pixels_to_images
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig
 from dalle_mini_impl.sampling.generate import generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.model import VQVAE
-from vqvae.weights import build_and_load
+from vqvae.weights import build_checked, load_weights
 
 INDEX_NAME = "model_index.json"
+INDEX_FIELDS = ("format_version", "pipeline", "sampling", "sha256", "vqvae_fingerprint")
 FORMAT_VERSION = 2
 HASHED_FILES = ("dalle/model.safetensors", "text_tokenizer/tokenizer.json")
+OTHER_FILES = ("dalle/config.json", "text_tokenizer/tokenizer_config.json", "vqvae/config.json",
+               "vqvae/model.safetensors")  # fmt: skip
 MODEL_CARD = """\
 ---
 library_name: dalle_mini_impl
@@ -52,6 +55,7 @@ It knows what its training pictures showed, and their licences and biases are it
 here before you share the model.
 """
 MAX_SEED = 2**63 - 1
+MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every picture's file
 
 
 @dataclass(frozen=True)
@@ -91,14 +95,13 @@ class TextToImagePipeline:
             ValueError: If the parts do not fit each other.
         """
         expected = (dalle.config.codebook_levels, dalle.config.image_grid_size)
-        got = (vqvae.codebook_levels, vqvae.image_grid_size)
-        if got != expected:
-            raise ValueError(f"vqvae: codebook and grid are {got}, the decoder wants {expected}")
-        if captions.text_length != dalle.config.text_length:
-            raise ValueError(
-                f"captions: text_length is {captions.text_length}, "
-                f"the decoder wants {dalle.config.text_length}"
-            )
+        parts = (vqvae.codebook_levels, vqvae.image_grid_size)
+        if parts != expected:
+            raise ValueError(f"vqvae: codebook and grid are {parts}, the decoder wants {expected}")
+        for name in ("text_length", "vocab_size"):
+            got, wanted = getattr(captions, name), getattr(dalle.config, name)
+            if got != wanted:
+                raise ValueError(f"captions: {name} is {got}, the decoder wants {wanted}")
         self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
         self.settings = settings or SamplingConfig()
 
@@ -149,7 +152,7 @@ class TextToImagePipeline:
         prompts: list[Any] = [prompt] if is_one else list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
         per_prompt = num_images * num_candidates
-        settings = self._settings(overrides)
+        settings = self.sampling_settings(overrides)
 
         device = self.dalle.text_head.weight.device
         text_token_ids = self.captions.encode(prompts).to(device)
@@ -184,13 +187,22 @@ class TextToImagePipeline:
             seed: Of the first picture of each prompt.
 
         Raises:
-            UserError: If a prompt is empty, or a number is out of range.
+            UserError: If a prompt is empty, too long or no valid Unicode, or a number is out of
+                range.
         """
         if not prompts:
             raise UserError("prompt: got none, wanted some text")
         for text in prompts:
             if not isinstance(text, str) or not text.strip():
                 raise UserError(f"prompt: got {str(text)[:20]!r}, wanted some text")
+            if len(text) > MAX_PROMPT_LENGTH:
+                raise UserError(
+                    f"prompt: got {len(text)} characters, wanted at most {MAX_PROMPT_LENGTH}"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"prompt: got {text[:20]!a}, wanted valid Unicode text") from None
         for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
             if not isinstance(count, Integral) or count < 1:
                 raise UserError(f"{name}: got {count!r}, wanted at least 1")
@@ -259,34 +271,21 @@ class TextToImagePipeline:
                 "wanted the folder that train_dalle.py wrote, for example out/demo/dalle/model"
             )
         try:
-            index = _read_json(folder / INDEX_NAME)
-            if index.get("format_version") != FORMAT_VERSION:
-                raise UserError(
-                    f"format_version: got {index.get('format_version')}, wanted {FORMAT_VERSION}, "
-                    "with the field sha256; train_dalle.py --resume latest writes the folder anew"
-                )
-            _check_hashes(index.get("sha256"), folder)
+            index = _read_index(folder)
+            for name in (*HASHED_FILES, *OTHER_FILES):
+                own_file(folder, name)
             vqvae = VQVAE.from_pretrained(folder / "vqvae")
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
-            config = _read_json(folder / "dalle" / "config.json")
-            _require_fields(config, DalleConfig)
-            _require_fields(config["decoder"], DecoderConfig)
-            _require_fields(index["sampling"], SamplingConfig)
-            _require_numbers(index["sampling"])
-            settings = SamplingConfig(**index["sampling"])
-            for name in ("image_grid_size", "codebook_levels"):
-                config[name] = tuple(config[name])
-            config["decoder"] = DecoderConfig(**config["decoder"])
-            dalle = _load_dalle(DalleConfig(**config), folder / "dalle" / "model.safetensors")
+            settings = build_config(SamplingConfig, index["sampling"])
             return cls(
-                dalle=dalle,
+                dalle=_load_dalle(folder, index["sha256"]),
                 vqvae=vqvae,
                 captions=CaptionEncoder.from_pretrained(folder / "text_tokenizer"),
                 settings=settings,
             )
-        except (ValueError, KeyError, TypeError, OSError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"model: {folder} does not load: {reason}") from error
 
     def _model_card(self) -> str:
@@ -298,7 +297,18 @@ class TextToImagePipeline:
             millions=millions, vocab=self.captions.vocab_size, length=self.captions.text_length,
         )  # fmt: skip
 
-    def _settings(self, overrides: dict[str, Any]) -> SamplingConfig:
+    def sampling_settings(self, overrides: Mapping[str, Any]) -> SamplingConfig:
+        """Put the settings of a call in place of the model's own.
+
+        Args:
+            overrides: Fields of ``SamplingConfig``.
+
+        Returns:
+            All settings of the call.
+
+        Raises:
+            UserError: If a field is unknown or its value out of range.
+        """
         known = {field.name for field in dataclasses.fields(SamplingConfig)}
         unknown = sorted(overrides.keys() - known)
         if unknown:
@@ -321,33 +331,62 @@ def file_hashes(folder: str | Path) -> dict[str, str]:
     Returns:
         What ``sha256`` in its ``model_index.json`` holds: digests by file.
     """
-    contents = {name: (Path(folder) / name).read_bytes() for name in HASHED_FILES}
-    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    digests = {name: hashlib.sha256() for name in HASHED_FILES}
+    for name, digest in digests.items():
+        with (Path(folder) / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
-def _check_hashes(wanted: Any, folder: Path) -> None:
-    if not isinstance(wanted, dict) or wanted.keys() != set(HASHED_FILES):
-        raise UserError(f"sha256: got {wanted!r}, wanted digests of {', '.join(HASHED_FILES)}")
-    for name, digest in file_hashes(folder).items():
-        if wanted[name] != digest:
-            raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
+def _read_index(folder: Path) -> dict[str, Any]:
+    index = read_json(own_file(folder, INDEX_NAME))
+    version = index.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}, "
+            "with the field sha256; train_dalle.py --resume latest writes the folder anew"
+        )
+    odd = sorted(index.keys() ^ set(INDEX_FIELDS))
+    if odd:
+        raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
+    digests = index["sha256"]
+    if not isinstance(digests, dict) or digests.keys() != set(HASHED_FILES):
+        got = shown(repr(digests))
+        raise UserError(f"sha256: got {got}, wanted digests of {', '.join(HASHED_FILES)}")
+    return index
 
 
-def _load_dalle(config: DalleConfig, path: Path) -> Dalle:
-    return build_and_load(
+def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
+    config = build_config(DalleConfig, read_json(folder / "dalle" / "config.json"))
+    path = folder / "dalle" / "model.safetensors"
+    counts = {
+        "decoder.num_layers": config.decoder.num_layers,
+        "codebook_levels": len(config.codebook_levels),
+    }
+    sizes = {
+        "decoder.hidden_size": config.decoder.hidden_size,
+        "vocab_size": config.vocab_size,
+        "text_length": config.text_length,
+        "image_grid_size": max(config.image_grid_size),
+    }
+    width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
+    # Before the hashes: a file of terabytes takes hours to read.
+    dalle = build_checked(
         lambda: Dalle(config),
         path,
-        counts={"decoder.num_layers": config.decoder.num_layers},
-        sizes={
-            "decoder.hidden_size": config.decoder.hidden_size,
-            "vocab_size": config.vocab_size,
-            "text_length": config.text_length,
-            "image_grid_size": max(config.image_grid_size),
-        },
+        counts=counts,
+        sizes=sizes,
+        num_elements=config.decoder.num_layers * width**2
+        + width * (num_tokens + config.text_length + config.image_length),
     )
+    for name, digest in file_hashes(folder).items():
+        if digests[name] != digest:
+            raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
+    return load_weights(dalle, path)
 
 
-def _require_numbers(settings: dict[str, Any]) -> None:
+def _require_numbers(settings: Mapping[str, Any]) -> None:
     """Refuse sampling settings that cannot be compared with their limits."""
     for field in dataclasses.fields(SamplingConfig):
         value = settings.get(field.name, field.default)
@@ -356,21 +395,5 @@ def _require_numbers(settings: dict[str, Any]) -> None:
             raise UserError(f"{field.name}: got {value!r}, wanted {wanted}")
 
 
-def _require_fields(values: Any, config: Any) -> None:
-    """Refuse a stored config with other fields: a default in place of one is another model."""
-    if not isinstance(values, dict):
-        raise UserError(f"{config.__name__}: got {values!r}, wanted an object")
-    odd = sorted(values.keys() ^ {field.name for field in dataclasses.fields(config)})
-    if odd:
-        raise UserError(f"{config.__name__}: unknown or missing fields: {', '.join(odd)}")
-
-
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    values = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: got {type(values).__name__}, wanted an object")
-    return values

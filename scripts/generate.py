@@ -7,22 +7,25 @@ from pathlib import Path
 
 from dalle_mini_impl.cli import OneLineParser, run_script
 
+OF_MODEL = "default: the model's own"
+
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description="Draw pictures from prompts.")
     parser.add_argument("--model", required=True, help="model folder that train_dalle.py wrote")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given several times")
-    parser.add_argument("--prompts-file", type=Path, help="text file with one prompt per line")
-    parser.add_argument("--num-images", type=int, default=4, help="pictures per prompt")
-    parser.add_argument("--num-candidates", type=int, default=1, help="draw this many, keep one")
-    parser.add_argument("--seed", type=int, default=0, help="of the first picture of each prompt")
-    parser.add_argument("--out", type=Path, default=Path("out/pictures"), help="output folder")
-    parser.add_argument("--guidance-scale", type=float, help="strength of the caption; 1 = off")
-    parser.add_argument("--guidance-schedule", choices=("constant", "cosine"))
-    parser.add_argument("--temperature", type=float, help="below 1 plays safe")
-    parser.add_argument("--top-k", type=int, help="draw among this many tokens; 0 = all")
-    parser.add_argument("--top-p", type=float, help="draw among tokens of this probability mass")
+    add = parser.add_argument
+    add("--prompt", action="append", default=[], help="may be given several times")
+    add("--prompts-file", type=Path, help="text file with one prompt per line")
+    add("--num-images", type=int, default=4, help="pictures per prompt; default: %(default)s")
+    add("--num-candidates", type=int, default=1, help="draw N, keep one; default: %(default)s")
+    add("--seed", type=int, default=0, help="of each prompt's first picture; default: %(default)s")
+    add("--out", type=Path, default=Path("out/pictures"), help="folder; default: %(default)s")
+    add("--guidance-scale", type=float, help=f"strength of the caption, 1 = off; {OF_MODEL}")
+    add("--guidance-schedule", choices=("constant", "cosine"), help=OF_MODEL)
+    add("--temperature", type=float, help=f"below 1 plays safe; {OF_MODEL}")
+    add("--top-k", type=int, help=f"draw among this many tokens, 0 = all; {OF_MODEL}")
+    add("--top-p", type=float, help=f"draw among tokens of this probability mass; {OF_MODEL}")
     return parser.parse_args(arguments)
 
 

@@ -227,9 +227,9 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
             lambda f: rewrite(f / HASHED_FILES[0], b"\x10"),
             "dalle/model.safetensors: not loaded: Error",
         ),
-        (lambda f: (f / "vqvae/model.safetensors").unlink(), "no model.safetensors there"),
+        (lambda f: (f / "vqvae/model.safetensors").unlink(), "No such file"),
         (lambda f: flip_a_byte(f / "vqvae/model.safetensors"), "vqvae: not the image tokenizer"),
-        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "No such file.*tokenizer.json"),
+        (lambda f: (f / "text_tokenizer/tokenizer.json").unlink(), "tokenizer.json: No such file"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(

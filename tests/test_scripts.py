@@ -137,10 +137,10 @@ def test_a_users_own_folder_goes_the_whole_road(
     assert shown.splitlines() == [
         "drawing 2 pictures",
         f"pictures: {out / 'pictures'}",
-        f"grid: {out / 'pictures' / 'grid.png'}",
+        f"grid: {out / 'pictures' / 'grid-0000.png'}",
     ]
     names = sorted(path.name for path in (out / "pictures").iterdir())
-    assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid.png"]
+    assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid-0000.png"]
 
 
 def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
@@ -161,9 +161,10 @@ def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
         == 0
     )
     capsys.readouterr()
-    assert len(list(out.glob("0000-a-red-disc_*.png"))) == 12
-    assert len(list(out.glob("0001-a-blue-box_*.png"))) == 12
-    with Image.open(out / "0001-a-blue-box_16.png") as image:
+    assert len(list(out.glob("0000-an-old-one_*.png"))) == 3
+    assert len(list(out.glob("0001-a-red-disc_*.png"))) == 12
+    assert len(list(out.glob("0002-a-blue-box_*.png"))) == 12
+    with Image.open(out / "0002-a-blue-box_16.png") as image:
         assert image.size == (tiny.SIZE, tiny.SIZE)
         facts = json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined]
         pixels = image.tobytes()
@@ -177,12 +178,13 @@ def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
     with Image.open(again / "0000-a-blue-box_16.png") as image:
         assert image.tobytes() == pixels
     # Two rows of twelve, of which the eleventh is seed 15: not in the order of the file names.
-    with Image.open(out / "grid.png") as grid:
+    assert {path.name for path in out.glob("grid*")} == {"grid-0000.png", "grid-0001.png"}
+    with Image.open(out / "grid-0001.png") as grid:
         columns = grid.width // (grid.height // 2)
         assert columns >= 8
         step = (grid.width - 2) // 12
         cell = grid.crop((2 + 10 * step, 2, 2 + 11 * step - 2, step))
-    with Image.open(out / "0000-a-red-disc_15.png") as image:
+    with Image.open(out / "0001-a-red-disc_15.png") as image:
         expected = image.resize((step - 2, step - 2), Image.Resampling.NEAREST)
     assert cell.tobytes() == expected.tobytes()
 

@@ -7,9 +7,10 @@ Mentzer et al. 2023 (arXiv:2309.15505).
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
+from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.networks import Decoder, Encoder
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from vqvae.weights import build_and_load
+from vqvae.weights import build_checked, load_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -189,13 +191,21 @@ class VQVAE(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (folder / name).is_file():
                 raise ValueError(f"image tokenizer {folder}: no {name} there")
-        config = _read_config(folder / CONFIG_NAME)
-        return build_and_load(
+        config = _read_config(own_file(folder, CONFIG_NAME))
+        path = own_file(folder, WEIGHTS_NAME)
+        counts = {name: getattr(config, name) for name in BLOCK_COUNTS}
+        model = build_checked(
             lambda: cls(config),
-            folder / WEIGHTS_NAME,
-            counts={name: getattr(config, name) for name in BLOCK_COUNTS},
-            sizes={"channels": max(config.channels), "patch_size": config.patch_size},
+            path,
+            counts={**counts, "channels": len(config.channels)},
+            sizes={
+                "channels": max(config.channels),
+                "patch_size": config.patch_size,
+                "fsq_levels": len(config.fsq_levels) if config.quantizer == "fsq" else 0,
+            },
+            num_elements=_least_elements(config),
         )
+        return load_weights(model, path)
 
 
 def build_quantizer(
@@ -216,24 +226,22 @@ def build_quantizer(
     return GumbelQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
 
 
+def _least_elements(config: VQVAEConfig) -> int:
+    """Count the weights that a tokenizer has at least: kernels of one cell, without biases."""
+    channels = config.channels
+    blocks = config.num_encoder_blocks + config.num_decoder_blocks
+    codebook = 0 if config.quantizer == "fsq" else config.vq_codebook_size * config.vq_code_dim
+    between = sum(one * other for one, other in itertools.pairwise(channels))
+    first = 3 * config.patch_size**2 * channels[0]
+    return first + between + blocks * sum(width**2 for width in channels) + codebook
+
+
 def _read_config(path: Path) -> VQVAEConfig:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, wanted an object")
+    values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version: got {version}, wanted {FORMAT_VERSION}")
-    known = {field.name for field in dataclasses.fields(VQVAEConfig)}
-    if values.keys() != known:
-        odd = sorted(values.keys() ^ known)
-        raise ValueError(f"{path}: unknown or missing keys: {', '.join(odd)}")
-    as_tuples: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
+        raise ValueError(f"{path}: format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
     try:
-        return VQVAEConfig(**as_tuples)
-    except (TypeError, ValueError) as error:
+        return build_config(VQVAEConfig, values)
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

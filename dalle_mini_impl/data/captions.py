@@ -8,29 +8,40 @@ The only special token is `<pad>`, id 0; a caption of nothing but pads is the nu
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from jaxtyping import Int64
+from tokenizers import (
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from torch import Tensor
 
 from dalle_mini_impl.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
 PAD_TOKEN = "<pad>"
 PAD_TOKEN_ID = 0
 MIN_VOCAB_SIZE = 257  # the pad and the 256 bytes
-_MAX_TEXT_LENGTH = 100_000  # transformers gives about 1e30 where no length was stored
+MAX_TOKENIZER_BYTES = 1 << 24  # of tokenizer.json: 200,000 tokens
+MAX_CONFIG_BYTES = 1 << 20
+_MAX_TEXT_LENGTH = 100_000
+_TOKENIZER_NAME, _CONFIG_NAME = "tokenizer.json", "tokenizer_config.json"
 
 
-def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> "PreTrainedTokenizerFast":
+def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> Tokenizer:
     """Trains a byte-level BPE tokenizer.
 
     Args:
@@ -44,15 +55,26 @@ def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> "PreTra
     Raises:
         UserError: `vocab_size` below 257, or no captions.
     """
-    # Imported here: transformers takes seconds, and reading captions does not need it.
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     if vocab_size < MIN_VOCAB_SIZE:
         raise UserError(f"vocab_size is {vocab_size}, wanted at least {MIN_VOCAB_SIZE}")
     texts = [_checked(caption) for caption in captions]
     if not texts:
         raise UserError("no captions to train the text tokenizer on")
+    tokenizer = _untrained()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD_TOKEN],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    # What transformers adds; nothing comes of it, but hashes of older tokenizers stay true.
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A:0", pair="$A:0 $B:1")
+    return tokenizer
+
+
+def _untrained() -> Tokenizer:
+    """Return the rules by which every tokenizer here splits its text, without a vocabulary."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -64,20 +86,13 @@ def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> "PreTra
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[PAD_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD_TOKEN)
+    return tokenizer
 
 
 class CaptionEncoder:
     """Turns captions into rows of `text_length` token ids."""
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerFast", text_length: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, text_length: int) -> None:
         """Wraps a tokenizer.
 
         Args:
@@ -89,9 +104,11 @@ class CaptionEncoder:
         """
         if text_length < 1:
             raise UserError(f"text_length is {text_length}, wanted at least 1")
-        if tokenizer.pad_token_id != PAD_TOKEN_ID:
-            raise UserError(f"pad_token_id is {tokenizer.pad_token_id}, wanted {PAD_TOKEN_ID}")
+        if tokenizer.token_to_id(PAD_TOKEN) != PAD_TOKEN_ID:
+            got = tokenizer.token_to_id(PAD_TOKEN)
+            raise UserError(f"id of {PAD_TOKEN} is {got}, wanted {PAD_TOKEN_ID}")
         self.tokenizer = tokenizer
+        self.tokenizer.encode_special_tokens = True  # a prompt's "<pad>" is plain text
         self.text_length = text_length
         self.num_encoded = 0
         self.num_truncated = 0
@@ -99,7 +116,7 @@ class CaptionEncoder:
     @property
     def vocab_size(self) -> int:
         """Number of different token ids."""
-        return len(self.tokenizer)
+        return self.tokenizer.get_vocab_size()
 
     def encode(self, captions: Sequence[str]) -> Int64[Tensor, "batch text_length"]:
         """Encodes captions, right-padded; what is longer than `text_length` is cut and counted.
@@ -119,14 +136,9 @@ class CaptionEncoder:
         text_token_ids = torch.full((len(captions), self.text_length), PAD_TOKEN_ID)
         if not captions:
             return text_token_ids
-        rows = self.tokenizer(
-            [_checked(caption) for caption in captions],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
-        for index, row in enumerate(rows):
+        texts = [_checked(caption) for caption in captions]
+        rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        for index, row in enumerate(encoding.ids for encoding in rows):
             if len(row) > self.text_length:
                 self._count_truncated(captions[index], len(row))
             kept = row[: self.text_length]
@@ -157,7 +169,7 @@ class CaptionEncoder:
 
     def fingerprint(self) -> str:
         """Hash the vocabulary: equal fingerprints mean equal tokens for equal captions."""
-        rules = self.tokenizer.backend_tokenizer.to_str()
+        rules = self.tokenizer.to_str()
         return hashlib.sha256(f"{self.text_length} {rules}".encode()).hexdigest()[:16]
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -166,12 +178,22 @@ class CaptionEncoder:
         Args:
             folder: Created if missing.
         """
-        self.tokenizer.model_max_length = self.text_length
-        self.tokenizer.save_pretrained(str(folder))
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(str(folder / _TOKENIZER_NAME))
+        settings = {
+            "model_max_length": self.text_length,
+            "pad_token": PAD_TOKEN,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+        }
+        text = json.dumps(settings, indent=2)
+        (folder / _CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "CaptionEncoder":
-        """Reads a folder that `save_pretrained` wrote; never goes to the network.
+        """Reads a folder that `save_pretrained` wrote, and nothing else in it.
+
+        A tokenizer by other rules is refused: a stranger's may hold a pattern that takes forever.
 
         Args:
             folder: The tokenizer's folder.
@@ -180,24 +202,70 @@ class CaptionEncoder:
             An encoder with the counters at zero.
 
         Raises:
-            UserError: The folder holds no tokenizer, or one without `text_length`.
+            UserError: The folder holds no tokenizer, another kind of one, or one without
+                `text_length`.
         """
-        from transformers import PreTrainedTokenizerFast
-
         path = Path(folder)
-        if not (path / "tokenizer.json").is_file():
-            raise UserError(f"no text tokenizer in {path}: tokenizer.json is missing")
+        if not (path / _TOKENIZER_NAME).is_file():
+            raise UserError(f"no text tokenizer in {path}: {_TOKENIZER_NAME} is missing")
         try:
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+            tokenizer = _read_tokenizer(path / _TOKENIZER_NAME)
+            config = json.loads(_read_text(path / _CONFIG_NAME, max_bytes=MAX_CONFIG_BYTES))
+            length = config.get("model_max_length")
         except Exception as error:  # the Rust side raises bare Exception for a damaged file
-            raise UserError(f"cannot read the text tokenizer in {path}: {error}") from error
-        length = tokenizer.model_max_length
-        if not isinstance(length, int) or length > _MAX_TEXT_LENGTH:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"cannot read the text tokenizer in {path}: {reason}") from None
+        if type(length) is not int or length > _MAX_TEXT_LENGTH:
             raise UserError(
-                f"model_max_length (the text length) of the tokenizer in {path} is {length!r}, "
+                f"model_max_length (the text length) of the tokenizer in {path} is {length!r:.80}, "
                 f"wanted a whole number up to {_MAX_TEXT_LENGTH}"
             )
         return cls(tokenizer, length)
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    """Parse a tokenizer's file once its patterns are known to be ours."""
+    text = _read_text(path, max_bytes=MAX_TOKENIZER_BYTES)
+    parsed, ours = json.loads(text), json.loads(_untrained().to_str())
+    # Before the library reads it: an id of a billion takes it a minute.
+    ids, added = parsed["model"]["vocab"].values(), parsed["added_tokens"]
+    if set(ids) != set(range(len(ids))) or any(type(each) is not int for each in ids):
+        raise ValueError("its token ids are not 0, 1, 2, ...")
+    if [(token["id"], token["content"]) for token in added] != [(PAD_TOKEN_ID, PAD_TOKEN)]:
+        raise ValueError(f"its special tokens are not {PAD_TOKEN} alone")
+    if not set(_patterns(parsed)) <= set(_patterns(ours)):
+        raise ValueError("it splits text by other patterns than those of this project")
+    tokenizer = Tokenizer.from_str(text)
+    if _rules(json.loads(tokenizer.to_str())) != _rules(ours):
+        raise ValueError("it splits text by other rules than those of this project")
+    return tokenizer
+
+
+def _read_text(path: Path, *, max_bytes: int) -> str:
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path.name} is larger than {max_bytes} bytes")
+    return content.decode("utf-8")
+
+
+def _patterns(value: Any) -> list[Any]:
+    """Collect the regular expressions of a parsed tokenizer file."""
+    if isinstance(value, list):
+        return [pattern for each in value for pattern in _patterns(each)]
+    if not isinstance(value, dict):
+        return []
+    inner = [
+        pattern for key, each in value.items() if key != "vocab" for pattern in _patterns(each)
+    ]
+    return [*inner, *([str(value["Regex"])] if "Regex" in value else [])]
+
+
+def _rules(parsed: dict[str, Any]) -> dict[str, Any]:
+    """Return what decides how text is split, but for the vocabulary and the padding token."""
+    model = {key: each for key, each in parsed["model"].items() if key not in ("vocab", "merges")}
+    parts = ("normalizer", "pre_tokenizer", "decoder", "truncation", "padding")
+    return {"model": model, **{name: parsed[name] for name in parts}}
 
 
 def _checked(caption: str) -> str:

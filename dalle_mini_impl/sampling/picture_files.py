@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,46 @@ MAX_NAME_BYTES = 180  # of them, in UTF-8: 60 in Hangul; file systems allow 255 
 
 
 def picture_name(number: int, prompt: str, seed: int) -> str:
-    """Name a picture's file by the place of its prompt, the prompt and the seed.
+    """Name a picture's file by the number of its prompt, the prompt and the seed.
 
     Args:
-        number: Place of the prompt in the call, which keeps similar prompts apart.
+        number: Of the prompt among all that were drawn into the folder; keeps similar ones apart.
         prompt: Any text: letters of every script and digits stay, all else becomes dashes.
         seed: Of the picture.
 
     Returns:
         A file name, never a path.
     """
-    words = re.sub(r"[\W_]+", "-", prompt.lower()).strip("-")[:MAX_NAME_LENGTH]
+    prompt = unicodedata.normalize("NFC", prompt).lower()
+    words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:MAX_NAME_LENGTH]
     words = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip("-")
     return f"{number:04d}-{words or 'picture'}_{seed}.png"
+
+
+def grid_name(number: int) -> str:
+    """Name the grid of a call by the number of its first prompt.
+
+    Args:
+        number: As in ``picture_name``.
+
+    Returns:
+        A file name.
+    """
+    return f"grid-{number:04d}.png"
+
+
+def next_number(folder: Path) -> int:
+    """Find the first number that no picture or grid of a folder has.
+
+    Args:
+        folder: May hold the files of earlier calls, and others.
+
+    Returns:
+        0 for an empty folder.
+    """
+    names = (path.name for path in folder.iterdir())
+    found = (re.fullmatch(r"(?:grid-(\d{4,9})|(\d{4,9})-.*)\.png", name) for name in names)
+    return max((int(match[1] or match[2]) + 1 for match in found if match), default=0)
 
 
 def save_picture(

@@ -172,8 +172,8 @@ def damage_config(folder: Path, **changes: object) -> None:
 DAMAGED_CONFIGS = [
     ({"format_version": 2}, "format_version: got 2, wanted 1"),
     ({"format_version": None}, "format_version: got None, wanted 1"),
-    ({"colour": "red"}, "unknown or missing keys: colour"),
-    ({"patch_size": None}, "unknown or missing keys: patch_size"),
+    ({"colour": "red"}, "unknown or missing fields: colour"),
+    ({"patch_size": None}, "unknown or missing fields: patch_size"),
     ({"image_size": 17}, "image_size: got 17"),
     ({"image_size": "16"}, ".+"),
     ({"quantizer": "lfq"}, "quantizer: got 'lfq'"),
@@ -188,7 +188,7 @@ def test_a_wrong_config_is_refused_by_name(
 ) -> None:
     build_vqvae().save_pretrained(tmp_path)
     damage_config(tmp_path, **changes)
-    with pytest.raises(ValueError, match=rf"config\.json: {reason}"):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{reason}"):
         VQVAE.from_pretrained(tmp_path)
 
 
@@ -199,7 +199,7 @@ def test_a_wrong_config_is_refused_by_name(
         ({"num_decoder_blocks": 10_000_000}, "num_decoder_blocks: got 10000000, the file holds"),
         ({"channels": [8, 10_000_000]}, "channels: got 10000000, the file's tensors end at"),
         ({"channels": [8, 10**30]}, "channels: got 1000000000000"),
-        ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,., wanted .9,."),
+        ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,. of float32, wanted .9,"),
     ],
 )
 def test_sizes_that_the_weights_cannot_have_are_refused_unbuilt(

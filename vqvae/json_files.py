@@ -1,0 +1,151 @@
+"""Reading a model folder that may be damaged, or made to do harm: small files, exact types."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+MAX_JSON_BYTES = 1 << 20
+_MAX_SHOWN = 80  # characters of a value in a message
+
+
+def own_file(folder: Path, name: str) -> Path:
+    """Find a file of a folder that does not lead out of it.
+
+    Links inside the folder are followed, and so are those of the cache of the Hugging Face Hub,
+    whose ``snapshots/REVISION`` link into the ``blobs`` beside it.
+
+    Args:
+        folder: A model folder.
+        name: Path of the file in it.
+
+    Returns:
+        The file's path.
+
+    Raises:
+        ValueError: If there is no such regular file, or a link leads elsewhere.
+    """
+    path, root = folder / name, folder.resolve()
+    if not path.is_file():
+        raise ValueError(f"{path}: No such file; wanted a regular file")
+    cache = [up.parent / "blobs" for up in root.parents[:2] if up.name == "snapshots"]
+    target = path.resolve()
+    if not any(target.is_relative_to(place) for place in (root, *cache)):
+        raise ValueError(f"{path}: a link that leads out of the folder; wanted the file itself")
+    return path
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Read a JSON object, without believing it.
+
+    Args:
+        path: A regular file in UTF-8.
+        max_bytes: More are not read.
+
+    Returns:
+        Its values.
+
+    Raises:
+        ValueError: If it is too large, no JSON object, nested too deeply, has a key twice, or a
+            number that is not finite.
+        OSError: If it cannot be read.
+    """
+    with path.open("rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(f"{path}: larger than {max_bytes} bytes")
+    try:
+        values = json.loads(
+            content.decode("utf-8"),
+            object_pairs_hook=_without_twins,
+            parse_constant=_finite,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {shown(error)}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {type(values).__name__}, wanted an object")
+    return values
+
+
+def build_config(config_class: type[Config], values: Any) -> Config:
+    """Make a config of stored values, all of them there and each of its field's own type.
+
+    A default in place of a missing value would be another model.
+
+    Args:
+        config_class: A dataclass of numbers, words, tuples and such dataclasses.
+        values: As JSON gave them.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: If a field is missing, unknown, of another type or out of range.
+    """
+    name = config_class.__name__
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: got {shown(repr(values))}, wanted an object")
+    hints = get_type_hints(config_class)
+    odd = sorted(values.keys() ^ hints.keys())
+    if odd:
+        raise ValueError(f"{name}: unknown or missing fields: {shown(', '.join(odd))}")
+    return config_class(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
+
+
+def shown(value: object) -> str:
+    """Shorten what goes into a message.
+
+    Args:
+        value: Of any length.
+
+    Returns:
+        Its beginning, on one line.
+    """
+    text = " ".join(str(value).split())
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _typed(key: str, value: Any, wanted: Any) -> Any:
+    """Return a value if it is of the wanted type; True is no number, and 1.0 no count."""
+    if dataclasses.is_dataclass(wanted):
+        return build_config(wanted, value)  # type: ignore[arg-type]
+    kinds = get_args(wanted)
+    if get_origin(wanted) is Literal:
+        fits, kind = any(value == each and type(value) is type(each) for each in kinds), kinds
+        words = f"one of {', '.join(map(str, kind))}"
+    elif get_origin(wanted) is tuple:
+        any_length = kinds[-1] is Ellipsis
+        fits = isinstance(value, list) and all(type(each) is kinds[0] for each in value)
+        fits = fits and (any_length or len(value) == len(kinds))
+        words = "a list of whole numbers" if any_length else f"{len(kinds)} whole numbers"
+        value = tuple(value) if fits else value
+    elif wanted is float:
+        fits, words = type(value) in (int, float), "a number"
+        value = float(value) if fits else value
+    else:
+        fits, words = type(value) is wanted, {int: "a whole number", str: "text"}[wanted]
+    if not fits:
+        raise ValueError(f"{key}: got {shown(repr(value))}, wanted {words}")
+    return value
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twin = next(key for key in values if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twin)!r} is there twice")
+    return values
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"got the number {shown(text)}, wanted finite ones")
+    return number
