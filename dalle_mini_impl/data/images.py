@@ -5,8 +5,10 @@ is read, only four formats are tried, and every failure becomes one `BadImageErr
 picture's name. Colour profiles are ignored; everything is taken as sRGB.
 """
 
+import contextlib
 import functools
 import io
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +24,10 @@ from dalle_mini_impl.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 16384
 WHITE = (255, 255, 255)
+# A picture of 50 million pixels takes 600 MB while it is decoded: of such only one at a time.
+_BIG_PIXELS = 8_000_000
+_decoding_a_big_one = threading.Lock()
+_STRIP = 64  # rows
 # EXIF orientation -> the turn that undoes it (TIFF 6.0, tag 274).
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -86,10 +92,12 @@ def decode_image(
             _check_size(image, source, max_pixels)
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
-            image.load()
-            turn = _EXIF_TURNS.get(_exif_orientation(image))
-            rgb = to_rgb(image)
-            return rgb if turn is None else rgb.transpose(turn)
+            is_big = image.width * image.height > _BIG_PIXELS
+            with _decoding_a_big_one if is_big else contextlib.nullcontext():
+                image.load()
+                turn = _EXIF_TURNS.get(_exif_orientation(image))
+                rgb = to_rgb(image)
+                return rgb if turn is None else rgb.transpose(turn)
     except BadImageError:
         raise
     except Image.UnidentifiedImageError as error:
@@ -130,17 +138,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         background = Image.new("RGB", image.size, WHITE)
-        background.paste(rgba, mask=rgba.getchannel("A"))
+        background.paste(rgba, mask=rgba)
         return background
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 or cuts the low byte; this one rounds.
-    values = np.asarray(image).astype(np.int32).clip(0, 65535)
-    grey = ((values + 128) // 257).astype(np.uint8)
+    values = np.asarray(image)
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for top in range(0, len(values), _STRIP):  # in strips: the sums need four bytes a pixel
+        strip = values[top : top + _STRIP].astype(np.int32).clip(0, 65535)
+        grey[top : top + _STRIP] = (strip + 128) // 257
     transparent_value = image.info.get("transparency")
     if isinstance(transparent_value, int):
         grey[values == transparent_value] = 255

@@ -45,7 +45,7 @@ from dalle_mini_impl.data.records import (
     SkippedRecord,
 )
 from dalle_mini_impl.data.splits import choose_split
-from dalle_mini_impl.data.table_reader import read_hub, read_parquet
+from dalle_mini_impl.data.table_reader import parquet_files, read_hub, read_parquet
 from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
 
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 
 TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
-_HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _MAX_LISTED = 5
 
 
@@ -78,6 +78,8 @@ class Pairs:
         listed: Sequence[RawPair],
         skipped: Sequence[SkippedRecord],
         pictures: "Dataset | None",
+        *,
+        num_records: int,
     ) -> None:
         """Puts the records into an Arrow table.
 
@@ -85,6 +87,7 @@ class Pairs:
             listed: What a reader found.
             skipped: What it left out.
             pictures: Rows that hold the encoded pictures, for sources that are tables.
+            num_records: Records of the whole source, those left out included.
         """
         from datasets import Dataset, Features, List, Value
 
@@ -103,6 +106,7 @@ class Pairs:
         )
         self._pictures = pictures
         self.skipped = tuple(skipped)
+        self.num_records = num_records
 
     def __len__(self) -> int:
         return len(self._records)
@@ -129,17 +133,17 @@ class Pairs:
         if not record["file"]:
             assert self._pictures is not None
             [value] = self._pictures[record["offset"]].values()
-            return value["bytes"]
+            return bytes(value["bytes"])
         size = record["size"]
-        wanted = MAX_PICTURE_BYTES + 1 if size == WHOLE_FILE else size
+        wanted = MAX_PICTURE_BYTES if size == WHOLE_FILE else size
         try:
             with open(record["file"], "rb") as file:
+                if size == WHOLE_FILE and os.fstat(file.fileno()).st_size > MAX_PICTURE_BYTES:
+                    raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
                 file.seek(record["offset"])
                 data = file.read(wanted)
         except OSError as error:
             raise BadImageError(record["path"], f"cannot be read ({error.strerror})") from error
-        if len(data) > MAX_PICTURE_BYTES:
-            raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
         if size != WHOLE_FILE and len(data) != size:
             raise BadImageError(record["path"], f"{len(data)} bytes left, wanted {size}")
         return data
@@ -189,10 +193,13 @@ def open_pairs(
             f"{image_column} and text, a Hub data set user/name"
         )
     chosen = choose_split(source, listing.pairs, split)
-    return Pairs(chosen, listing.skipped, listing.pictures)
+    num_records = len(listing.pairs) + len(listing.skipped)
+    return Pairs(chosen, listing.skipped, listing.pictures, num_records=num_records)
 
 
 def _list_source(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
+    if not source.strip():
+        raise UserError(f"source is {source!r}, wanted a folder, a file or a Hub name")
     path = Path(source).expanduser()
     if path.is_dir():
         return _list_folder(path, text_columns, image_column)
@@ -203,7 +210,7 @@ def _list_source(source: str, text_columns: Sequence[str], image_column: str) ->
     if path.exists():
         raise UserError(f"{source} is no folder, .tar or .parquet file")
     is_file_name = path.suffix.lower() in (".tar", ".parquet", ".jsonl")
-    if _HUB_NAME.match(source) and not path.parent.exists() and not is_file_name:
+    if _HUB_NAME.fullmatch(source) and not path.parent.exists() and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
     raise UserError(f"no folder or file {source}")
 
@@ -221,7 +228,7 @@ def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -
         return listing
     listing = read_sidecar_folder(folder)
     # img2dataset leaves parquet files of statistics beside its pictures, so pictures go first.
-    if not listing.pairs and any(folder.rglob("*.parquet")):
+    if not listing.pairs and parquet_files(folder):
         return read_parquet(folder, text_columns=text_columns, image_column=image_column)
     return listing
 

@@ -131,7 +131,9 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
     assert keys(pairs) == ["good.png"]
     found = reasons(pairs)
     assert len(found) == 10
-    assert all("text is empty, null or not text" in found[f"bad{i}.png"] for i in range(8))
+    assert all(
+        "text is empty, null, too long or not text" in found[f"bad{i}.png"] for i in range(8)
+    )
     assert "none of the fields text, text_ko" in found["absent.png"]
     assert "label" in found["absent.png"]
     assert "missing" in found["missing.png"]
