@@ -110,6 +110,19 @@ def decode_image(
         raise BadImageError(source, reason) from error
 
 
+def describe_image(data: bytes) -> tuple[str, int, int]:
+    """Reads a picture's header.
+
+    Args:
+        data: The bytes of a picture that `decode_image` takes.
+
+    Returns:
+        Format and mode in Pillow's words ("JPEG CMYK"), width and height in pixels as stored.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return f"{image.format} {image.mode}", image.width, image.height
+
+
 def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
@@ -138,9 +151,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         background = Image.new("RGB", image.size, WHITE)
-        background.paste(rgba, mask=rgba)
+        for top in range(0, image.height, _STRIP):  # in strips: each form needs four bytes a pixel
+            bottom = min(top + _STRIP, image.height)
+            strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+            background.paste(strip, (0, top), mask=strip)
         return background
     return image if image.mode == "RGB" else image.convert("RGB")
 

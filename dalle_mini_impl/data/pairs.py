@@ -43,8 +43,9 @@ from dalle_mini_impl.data.records import (
     Listing,
     RawPair,
     SkippedRecord,
+    printable,
 )
-from dalle_mini_impl.data.splits import choose_split
+from dalle_mini_impl.data.splits import choose_split, split_names
 from dalle_mini_impl.data.table_reader import parquet_files, read_hub, read_parquet
 from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
@@ -183,6 +184,37 @@ def open_pairs(
     Raises:
         UserError: Nothing there, no captioned pictures, a broken metadata line, no such split.
     """
+    listing = _list_whole(source, text_columns, image_column)
+    chosen = choose_split(source, listing.pairs, split)
+    return _pairs_of(listing, chosen)
+
+
+def open_all_splits(
+    source: str, *, text_columns: Sequence[str] = TEXT_COLUMNS, image_column: str = "image"
+) -> tuple[Pairs, list[str]]:
+    """Opens everything in a source, whatever its split.
+
+    Args:
+        source: As for `open_pairs`.
+        text_columns: As for `open_pairs`.
+        image_column: As for `open_pairs`.
+
+    Returns:
+        All pairs, and the name of the split of each.
+
+    Raises:
+        UserError: As `open_pairs`.
+    """
+    listing = _list_whole(source, text_columns, image_column)
+    return _pairs_of(listing, listing.pairs), split_names(listing.pairs)
+
+
+def _pairs_of(listing: Listing, chosen: Sequence[RawPair]) -> Pairs:
+    num_records = len(listing.pairs) + len(listing.skipped)
+    return Pairs(chosen, listing.skipped, listing.pictures, num_records=num_records)
+
+
+def _list_whole(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
     listing = _list_source(source, text_columns, image_column)
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
@@ -192,27 +224,27 @@ def open_pairs(
             "each x.jpg, WebDataset tars with key.jpg and key.txt, parquet files with columns "
             f"{image_column} and text, a Hub data set user/name"
         )
-    chosen = choose_split(source, listing.pairs, split)
-    num_records = len(listing.pairs) + len(listing.skipped)
-    return Pairs(chosen, listing.skipped, listing.pictures, num_records=num_records)
+    return listing
 
 
 def _list_source(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
     if not source.strip():
         raise UserError(f"source is {source!r}, wanted a folder, a file or a Hub name")
-    path = Path(source).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(source))
+    suffix = path.suffix.lower()
+    # Those of os.path, unlike those of Path, never raise: a source may be any text.
+    if os.path.isdir(path):
         return _list_folder(path, text_columns, image_column)
-    if path.is_file() and path.suffix.lower() == ".tar":
+    if os.path.isfile(path) and suffix == ".tar":
         return read_tar(path, shown_name=path.name, text_columns=text_columns)
-    if path.is_file() and path.suffix.lower() == ".parquet":
+    if os.path.isfile(path) and suffix == ".parquet":
         return read_parquet(path, text_columns=text_columns, image_column=image_column)
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{source} is no folder, .tar or .parquet file")
-    is_file_name = path.suffix.lower() in (".tar", ".parquet", ".jsonl")
-    if _HUB_NAME.fullmatch(source) and not path.parent.exists() and not is_file_name:
+    is_file_name = suffix in (".tar", ".parquet", ".jsonl")
+    if _HUB_NAME.fullmatch(source) and not os.path.exists(path.parent) and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
-    raise UserError(f"no folder or file {source}")
+    raise UserError(f"no folder or file {printable(source)[:1000]}")
 
 
 def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -> Listing:

@@ -168,7 +168,14 @@ def _list_tables(
     first_row = 0
     for split, table in tables.items():
         _check_columns(table, source, text_columns, image_column)
-        column = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+        column = table.select_columns([image_column])
+        try:
+            column = column.cast_column(image_column, Image(decode=False))
+        except Exception as error:  # pyarrow has a type for each way in which it cannot be done
+            raise UserError(
+                f"{source}: column {image_column!r} holds {column.features[image_column]}, "
+                "wanted encoded pictures (bytes)"
+            ) from error
         num_bytes = _num_bytes(column, image_column)
         plain = table.select_columns(_plain_columns(table, image_column))
         for row, fields in enumerate(plain):

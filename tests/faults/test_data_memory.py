@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 from tests.reference.hostile import add_member, picture, png_chunk, png_of, tar_header
 
 REPOSITORY = Path(__file__).parents[2]
+PROBE = REPOSITORY / "tests" / "reference" / "memory_probe.py"
 GIB = 2**30
 MAX_PEAK_KIB = 2**20  # 1 GiB, PyTorch and the other libraries included
 SMALL_KIB = 100 * 2**10  # what is refused by its size is not read
@@ -150,8 +152,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
         folder.mkdir()
         CASES[name][0](folder)
     result = subprocess.run(
-        [sys.executable, "-m", "tests.reference.memory_probe", root / "good", *folders.values()],
-        cwd=REPOSITORY,
+        [sys.executable, PROBE, root / "good", *folders.values()],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -59,10 +59,10 @@ def second() -> list[Image.Image]:
     return [flat("RGB", (0, 0, 255))]
 
 
-def strange_exif(orientation: int | str) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return encoded(red(), "JPEG", quality=95, exif=exif)
+def strange_exif(kind: int, count: int, value: bytes) -> bytes:
+    """An orientation that is no number from 1 to 8."""
+    entry = struct.pack(">HHHI", 1, 0x0112, kind, count) + value + bytes(4)
+    return encoded(red(), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08" + entry)
 
 
 # Name -> a file, and the colour that it shows.
@@ -136,9 +136,9 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
         lambda: encoded(red(), "MPO", quality=95, save_all=True, append_images=second()),
         RED,
     ),
-    "jpeg turned by 0": (lambda: strange_exif(0), RED),
-    "jpeg turned by 9": (lambda: strange_exif(9), RED),
-    "jpeg turned by a word": (lambda: strange_exif("left"), RED),
+    "jpeg turned by 0": (lambda: strange_exif(3, 1, bytes(4)), RED),
+    "jpeg turned by 9": (lambda: strange_exif(3, 1, b"\0\x09\0\0"), RED),
+    "jpeg turned by a word": (lambda: strange_exif(2, 3, b"up\0\0"), RED),
     "webp": (lambda: encoded(red(), "WEBP", quality=100), RED),
     "webp lossless and transparent": (
         lambda: encoded(flat("RGBA", (9, 9, 9, 0)), "WEBP", lossless=True, exact=True),

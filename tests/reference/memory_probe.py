@@ -1,7 +1,7 @@
 """Opens sources one after the other and says what came of each, and the peak of memory till then.
 
-python -m tests.reference.memory_probe FOLDER...: a JSON object per line. In a process of its own,
-because the peak (getrusage, in KiB on Linux) never falls.
+python tests/reference/memory_probe.py GOOD FOLDER...: a JSON object per folder but the first. In a
+process of its own, because the peak (getrusage, in KiB on Linux) never falls.
 """
 
 import json
