@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.images import BadImageError, decode_image, describe_image
+from dalle_mini_impl.data.images import (
+    BadImageError,
+    decode_image,
+    describe_image,
+    one_big_picture_at_a_time,
+)
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.records import SkippedRecord, printable
 
@@ -144,11 +149,14 @@ def _read_all(
     def read(index: int) -> _Facts | SkippedRecord:
         try:
             data = pairs.read_image(index)
-            decoded = decode_image(data, source=pairs[index].path)
+            with one_big_picture_at_a_time(data):
+                decoded = decode_image(data, source=pairs[index].path)
+                digest = hashlib.sha256(f"{decoded.size}".encode())
+                digest.update(decoded.tobytes())
+                del decoded
         except BadImageError as error:
             return SkippedRecord(error.source, printable(error.reason))
-        digest = hashlib.sha256(f"{decoded.size}".encode() + decoded.tobytes()).digest()
-        return _Facts(*describe_image(data), pixels=digest[:16])
+        return _Facts(*describe_image(data), pixels=digest.digest()[:16])
 
     executor = ThreadPoolExecutor(os.cpu_count())
     try:

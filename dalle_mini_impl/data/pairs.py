@@ -35,6 +35,7 @@ from dalle_mini_impl.data.images import (
     BadImageError,
     decode_image,
     image_to_pixels,
+    one_big_picture_at_a_time,
     resize_and_crop,
 )
 from dalle_mini_impl.data.records import (
@@ -283,10 +284,10 @@ def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels 
 
 
 def _read_square(pairs: Pairs, index: int, size: int) -> Image.Image:
-    path = pairs[index].path
-    # Half of the final resampling may be left to the JPEG decoder without a visible difference.
-    image = decode_image(pairs.read_image(index), source=path, min_side=2 * size)
-    return resize_and_crop(image, size)
+    path, data = pairs[index].path, pairs.read_image(index)
+    min_side = 2 * size  # half of the resampling may be left to the JPEG decoder: nobody sees it
+    with one_big_picture_at_a_time(data, min_side=min_side):
+        return resize_and_crop(decode_image(data, source=path, min_side=min_side), size)
 
 
 def load_all_pixels(

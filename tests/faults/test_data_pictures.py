@@ -204,6 +204,7 @@ def huge_webp() -> bytes:
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+@functools.cache
 def text_bomb(kind: bytes, head: bytes) -> bytes:
     bomb = png_chunk(kind, head + zlib.compress(bytes(80_000_000), 9))
     return png_of((4, 4), chunks=bomb)
