@@ -4,22 +4,19 @@ Every picture is decoded once, as training does it. Nothing is changed.
 """
 
 import hashlib
-import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePath
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.images import (
-    BadImageError,
     decode_image,
     describe_image,
-    one_big_picture_at_a_time,
 )
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
+from dalle_mini_impl.data.pixels import each_picture
 from dalle_mini_impl.data.records import SkippedRecord, printable
 
 HUGE_PIXELS = 8_000_000
@@ -120,7 +117,7 @@ def check_data(
     captions = [pair.captions for pair in pairs]
     texts = [text for index in facts for text in captions[index]]
     lengths = _token_counts(texts, text_length=text_length, vocab_size=vocab_size) if texts else []
-    paths = [pair.path for pair in pairs]
+    paths = [printable(pair.path) for pair in pairs]
     findings = [
         _listed("not usable", [*pairs.skipped, *unreadable]),
         *_duplicates(facts, paths, splits),
@@ -146,28 +143,18 @@ def _read_all(
     facts: dict[int, _Facts] = {}
     unreadable: list[SkippedRecord] = []
 
-    def read(index: int) -> _Facts | SkippedRecord:
-        try:
-            data = pairs.read_image(index)
-            with one_big_picture_at_a_time(data):
-                decoded = decode_image(data, source=pairs[index].path)
-                digest = hashlib.sha256(f"{decoded.size}".encode())
-                digest.update(decoded.tobytes())
-                del decoded
-        except BadImageError as error:
-            return SkippedRecord(error.source, printable(error.reason))
-        return _Facts(*describe_image(data), pixels=digest.digest()[:16])
+    def read(index: int, data: bytes, path: str) -> tuple[int, _Facts]:
+        decoded = decode_image(data, source=path)
+        digest = hashlib.sha256(f"{decoded.size}".encode())
+        digest.update(decoded.tobytes())
+        return index, _Facts(*describe_image(data), pixels=digest.digest()[:16])
 
-    executor = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for index, result in enumerate(executor.map(read, range(len(pairs)))):
-            if isinstance(result, _Facts):
-                facts[index] = result
-            else:
-                unreadable.append(result)
-            progress(index + 1, len(pairs))
-    finally:
-        executor.shutdown(cancel_futures=True)
+    for done, result in enumerate(each_picture(pairs, read), start=1):
+        if isinstance(result, SkippedRecord):
+            unreadable.append(result)
+        else:
+            facts[result[0]] = result[1]
+        progress(done, len(pairs))
     return facts, unreadable
 
 
@@ -263,7 +250,7 @@ def report_lines(report: DataReport) -> list[str]:
         Lines without line ends.
     """
     usable = sum(report.split_sizes.values())
-    lines = [f"{report.source}: {usable} of {report.num_records} records can be used"]
+    lines = [f"{printable(report.source)}: {usable} of {report.num_records} records can be used"]
     for split, size in sorted(report.split_sizes.items()):
         lines.append(f"  {split}: {size} pictures, {report.num_captions[split]} captions")
     lines.append("formats: " + ", ".join(f"{n} {kind}" for kind, n in report.kinds.items()))

@@ -5,11 +5,9 @@ is read, only four formats are tried, and every failure becomes one `BadImageErr
 picture's name. Colour profiles are ignored; everything is taken as sRGB.
 """
 
-import contextlib
 import functools
 import io
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -24,9 +22,7 @@ from dalle_mini_impl.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 16384
 WHITE = (255, 255, 255)
-# A picture of 50 million pixels takes 400 MB while it is decoded: of such only one at a time.
 _BIG_PIXELS = 8_000_000
-_big_one = threading.Lock()
 _STRIP = 64  # rows
 # EXIF orientation -> the turn that undoes it (TIFF 6.0, tag 274).
 _EXIF_TURNS = {
@@ -108,26 +104,23 @@ def decode_image(
         raise BadImageError(source, reason) from error
 
 
-@contextlib.contextmanager
-def one_big_picture_at_a_time(data: bytes, *, min_side: int | None = None) -> Iterator[None]:
-    """Keep threads from decoding several big pictures side by side.
+def is_big(data: bytes, *, min_side: int | None = None) -> bool:
+    """Tell from a picture's header whether it takes much memory while it is decoded.
 
     Args:
-        data: A picture's bytes, good or bad.
+        data: The file's bytes, good or bad.
         min_side: As `decode_image` will be given it.
 
-    Yields:
-        Once, to the code that decodes the picture and makes it small.
+    Returns:
+        True above 8 million pixels; a bad picture is not big.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
-            is_big = image.width * image.height > _BIG_PIXELS
+            return image.width * image.height > _BIG_PIXELS
     except Exception:  # decode_image says what is wrong with it
-        is_big = False
-    with _big_one if is_big else contextlib.nullcontext():
-        yield
+        return False
 
 
 def describe_image(data: bytes) -> tuple[str, int, int]:

@@ -13,31 +13,17 @@ where they are and are decoded one at a time by `images.decode_image`.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float, UInt8
-from PIL import Image
-from torch import Tensor
 
 from dalle_mini_impl.data.folder_reader import (
     METADATA_NAME,
     read_metadata_folder,
     read_sidecar_folder,
 )
-from dalle_mini_impl.data.images import (
-    BadImageError,
-    decode_image,
-    image_to_pixels,
-    one_big_picture_at_a_time,
-    resize_and_crop,
-)
+from dalle_mini_impl.data.images import BadImageError
 from dalle_mini_impl.data.records import (
     MAX_PICTURE_BYTES,
     WHOLE_FILE,
@@ -57,7 +43,6 @@ if TYPE_CHECKING:
 
 TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-_MAX_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -264,88 +249,3 @@ def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -
     if not listing.pairs and parquet_files(folder):
         return read_parquet(folder, text_columns=text_columns, image_column=image_column)
     return listing
-
-
-def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
-    """Reads, decodes, scales and crops one picture.
-
-    Args:
-        pairs: Where it is.
-        index: Which pair.
-        size: Side of the square in pixels.
-
-    Returns:
-        Pixels in [-1, 1].
-
-    Raises:
-        BadImageError: The picture cannot be read.
-    """
-    return image_to_pixels(_read_square(pairs, index, size))
-
-
-def _read_square(pairs: Pairs, index: int, size: int) -> Image.Image:
-    path, data = pairs[index].path, pairs.read_image(index)
-    min_side = 2 * size  # half of the resampling may be left to the JPEG decoder: nobody sees it
-    with one_big_picture_at_a_time(data, min_side=min_side):
-        return resize_and_crop(decode_image(data, source=path, min_side=min_side), size)
-
-
-def load_all_pixels(
-    pairs: Pairs,
-    *,
-    image_size: int,
-    max_bad_fraction: float = 0.1,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
-    """Loads all pictures of a small set into memory, decoding in one thread per processor.
-
-    Args:
-        pairs: The set.
-        image_size: Side of the square pictures in pixels.
-        max_bad_fraction: Largest share of unreadable pictures taken, in [0, 1].
-        progress: Called with (done, total) after each picture, in the calling thread.
-
-    Returns:
-        Bytes of the pictures that could be read, their indices in `pairs`, and the others.
-
-    Raises:
-        UserError: More bad pictures than `max_bad_fraction`, or nothing but bad ones.
-    """
-    total = len(pairs)
-    pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
-
-    def load(index: int) -> SkippedRecord | None:
-        try:
-            array = np.array(_read_square(pairs, index, image_size))
-        except BadImageError as error:
-            return SkippedRecord(error.source, error.reason)
-        pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
-        return None
-
-    kept: list[int] = []
-    bad: list[SkippedRecord] = []
-    executor = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for index, problem in enumerate(executor.map(load, range(total))):
-            if problem is None:
-                kept.append(index)
-            else:
-                bad.append(problem)
-            # One broken picture may be a large share of a small split.
-            if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
-                raise UserError(_too_many_bad(bad, index + 1, total, max_bad_fraction))
-            if progress is not None:
-                progress(index + 1, total)
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return (pixels[kept] if bad else pixels), kept, bad
-
-
-def _too_many_bad(
-    bad: Sequence[SkippedRecord], num_read: int, total: int, max_bad_fraction: float
-) -> str:
-    shown = "; ".join(f"{record.path}: {record.reason}" for record in bad[:_MAX_LISTED])
-    return (
-        f"{len(bad)} of the first {num_read} pictures (of {total}) cannot be read, more than "
-        f"max_bad_fraction = {max_bad_fraction} allows: {shown}"
-    )

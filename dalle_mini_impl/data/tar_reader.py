@@ -95,7 +95,8 @@ def _read_members(
     with tarfile.open(fileobj=headers, mode="r:", encoding="utf-8") as archive:
         last_offset = -1
         while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile keeps all it has seen, a kilobyte each
+            # tarfile keeps all that it has seen, a kilobyte each.
+            archive.members.clear()  # type: ignore[attr-defined]
             if member.offset <= last_offset or member.size < 0:
                 raise ValueError(f"the header at byte {member.offset} points backwards")
             last_offset = member.offset

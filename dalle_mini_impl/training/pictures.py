@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dalle_mini_impl.data.pairs import Pair, load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import Pair, open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.records import SkippedRecord
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.sources import DataConfig

@@ -8,7 +8,8 @@ import json
 import resource
 import sys
 
-from dalle_mini_impl.data.pairs import load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 
 
 def peak() -> int:
