@@ -1,8 +1,9 @@
 """The pixels of captioned pictures: read, decoded and scaled, in threads."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import TypeVar
 
 import numpy as np
@@ -55,7 +56,7 @@ def _square(data: bytes, path: str, size: int) -> Image.Image:
 
 def each_picture(
     pairs: Pairs, work: Callable[[int, bytes, str], Result], *, min_side: int | None = None
-) -> Iterator[Result | SkippedRecord]:
+) -> Generator[Result | SkippedRecord, None, None]:
     """Works on all pictures, in one thread per processor.
 
     A picture of 50 million pixels takes 400 MB while it is decoded, and the system's memory
@@ -120,16 +121,17 @@ def load_all_pixels(
 
     kept: list[int] = []
     bad: list[SkippedRecord] = []
-    for done, result in enumerate(each_picture(pairs, load, min_side=2 * image_size), start=1):
-        if isinstance(result, SkippedRecord):
-            bad.append(result)
-        else:
-            kept.append(result)
-        # One broken picture may be a large share of a small split.
-        if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
-            raise UserError(_too_many_bad(bad, done, total, max_bad_fraction))
-        if progress is not None:
-            progress(done, total)
+    with closing(each_picture(pairs, load, min_side=2 * image_size)) as results:
+        for done, result in enumerate(results, start=1):
+            if isinstance(result, SkippedRecord):
+                bad.append(result)
+            else:
+                kept.append(result)
+            # One broken picture may be a large share of a small split.
+            if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
+                raise UserError(_too_many_bad(bad, done, total, max_bad_fraction))
+            if progress is not None:
+                progress(done, total)
     return (pixels[kept] if bad else pixels), kept, bad
 
 
