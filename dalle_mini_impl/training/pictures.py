@@ -190,9 +190,9 @@ def load_pairs(
     except UserError as error:
         raise UserError(f"data.source: {error}") from None
     found = [source[index] for index in kept]
-    listed = records.listed_pairs(role)
+    listed, replaced = records.listed_pairs(role), list[SkippedRecord]()
     if listed is None:
-        loaded, replaced = LoadedPairs(found, pixels, found), []
+        loaded = LoadedPairs(found, pixels, found)
         records.write_listed(found, role)
     else:
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
