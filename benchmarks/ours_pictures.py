@@ -15,7 +15,8 @@ from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.ours import GUIDANCE_SCALE, build_pipeline, build_trainer, trainer_step
 from benchmarks.timing import Job, Precision, require_falling
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
-from dalle_mini_impl.data.pairs import load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.tokens import build_token_dataset
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle

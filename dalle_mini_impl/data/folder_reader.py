@@ -1,6 +1,5 @@
 """Folders of picture files, with captions in `metadata.jsonl` or in a text file beside each."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,14 @@ from dalle_mini_impl.data.records import (
     RawPair,
     collect_captions,
     encoding_remedy,
+    files_below,
     is_inside,
     is_unicode,
     leads_outside,
     lines_of_captions,
     no_caption_reason,
     other_format_reason,
+    parse_object,
 )
 from dalle_mini_impl.errors import UserError
 
@@ -47,11 +48,15 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
     known: dict[str, RawPair] = {}
     metadata = folder / METADATA_NAME
     with metadata.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
+        # Of a longer line only the beginning is read: it may be as long as the disk.
+        for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT_BYTES + 1), b""), 1):
+            if len(line) <= MAX_TEXT_BYTES and not line.strip():
                 continue
             place = f"{metadata}, line {number}"
-            fields = _parse_line(line, place)
+            try:
+                fields = parse_object(line)
+            except ValueError as error:
+                raise UserError(f"{place}: {error}") from error
             name = _picture_name(fields, root, place)
             captions = collect_captions(fields, text_columns)
             if not captions:
@@ -63,16 +68,6 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
                 known[name] = _merge(known[name], pair, place) if name in known else pair
     listing.pairs = list(known.values())
     return listing
-
-
-def _parse_line(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        fields = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not valid JSON ({error})") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{place}: got a JSON {type(fields).__name__}, wanted an object {{...}}")
-    return fields
 
 
 def _picture_name(fields: dict[str, Any], root: Path, place: str) -> str:
@@ -137,10 +132,8 @@ def read_sidecar_folder(folder: Path) -> Listing:
     """
     root = folder.resolve()
     listing = Listing()
-    for parent, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        visible = sorted(name for name in names if not name.startswith("."))
-        _list_one_folder(Path(parent), visible, root, listing)
+    for parent, names in files_below(root):
+        _list_one_folder(parent, names, root, listing)
     return listing
 
 

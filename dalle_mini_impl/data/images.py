@@ -22,6 +22,8 @@ from dalle_mini_impl.errors import UserError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 16384
 WHITE = (255, 255, 255)
+_BIG_PIXELS = 8_000_000
+_STRIP = 64  # rows
 # EXIF orientation -> the turn that undoes it (TIFF 6.0, tag 274).
 _EXIF_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -102,6 +104,38 @@ def decode_image(
         raise BadImageError(source, reason) from error
 
 
+def is_big(data: bytes, *, min_side: int | None = None) -> bool:
+    """Tell from a picture's header whether it takes much memory while it is decoded.
+
+    Args:
+        data: The file's bytes, good or bad.
+        min_side: As `decode_image` will be given it.
+
+    Returns:
+        True above 8 million pixels; a bad picture is not big.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if min_side is not None:
+                image.draft(None, (min_side, min_side))
+            return image.width * image.height > _BIG_PIXELS
+    except Exception:  # decode_image says what is wrong with it
+        return False
+
+
+def describe_image(data: bytes) -> tuple[str, int, int]:
+    """Reads a picture's header.
+
+    Args:
+        data: The bytes of a picture that `decode_image` takes.
+
+    Returns:
+        Format and mode in Pillow's words ("JPEG CMYK"), width and height in pixels as stored.
+    """
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return f"{image.format} {image.mode}", image.width, image.height
+
+
 def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
@@ -130,17 +164,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
-        rgba = image.convert("RGBA")
         background = Image.new("RGB", image.size, WHITE)
-        background.paste(rgba, mask=rgba.getchannel("A"))
+        for top in range(0, image.height, _STRIP):  # in strips: each form needs four bytes a pixel
+            bottom = min(top + _STRIP, image.height)
+            strip = image.crop((0, top, image.width, bottom)).convert("RGBA")
+            background.paste(strip, (0, top), mask=strip)
         return background
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 or cuts the low byte; this one rounds.
-    values = np.asarray(image).astype(np.int32).clip(0, 65535)
-    grey = ((values + 128) // 257).astype(np.uint8)
+    values = np.asarray(image)
+    grey = np.empty(values.shape, dtype=np.uint8)
+    for top in range(0, len(values), _STRIP):  # in strips: the sums need four bytes a pixel
+        strip = values[top : top + _STRIP].astype(np.int32).clip(0, 65535)
+        grey[top : top + _STRIP] = (strip + 128) // 257
     transparent_value = image.info.get("transparency")
     if isinstance(transparent_value, int):
         grey[values == transparent_value] = 255

@@ -13,39 +13,27 @@ where they are and are decoded one at a time by `images.decode_image`.
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-import torch
-from einops import rearrange
-from jaxtyping import Float, UInt8
-from PIL import Image
-from torch import Tensor
 
 from dalle_mini_impl.data.folder_reader import (
     METADATA_NAME,
     read_metadata_folder,
     read_sidecar_folder,
 )
-from dalle_mini_impl.data.images import (
-    BadImageError,
-    decode_image,
-    image_to_pixels,
-    resize_and_crop,
-)
+from dalle_mini_impl.data.images import BadImageError
 from dalle_mini_impl.data.records import (
     MAX_PICTURE_BYTES,
     WHOLE_FILE,
     Listing,
     RawPair,
     SkippedRecord,
+    printable,
 )
-from dalle_mini_impl.data.splits import choose_split
-from dalle_mini_impl.data.table_reader import read_hub, read_parquet
+from dalle_mini_impl.data.splits import choose_split, split_names
+from dalle_mini_impl.data.table_reader import parquet_files, read_hub, read_parquet
 from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
 
@@ -54,8 +42,7 @@ if TYPE_CHECKING:
 
 
 TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
-_HUB_NAME = re.compile(r"^\w[\w.-]*/\w[\w.-]*$")
-_MAX_LISTED = 5
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -78,6 +65,8 @@ class Pairs:
         listed: Sequence[RawPair],
         skipped: Sequence[SkippedRecord],
         pictures: "Dataset | None",
+        *,
+        num_records: int,
     ) -> None:
         """Puts the records into an Arrow table.
 
@@ -85,6 +74,7 @@ class Pairs:
             listed: What a reader found.
             skipped: What it left out.
             pictures: Rows that hold the encoded pictures, for sources that are tables.
+            num_records: Records of the whole source, those left out included.
         """
         from datasets import Dataset, Features, List, Value
 
@@ -103,6 +93,7 @@ class Pairs:
         )
         self._pictures = pictures
         self.skipped = tuple(skipped)
+        self.num_records = num_records
 
     def __len__(self) -> int:
         return len(self._records)
@@ -129,17 +120,17 @@ class Pairs:
         if not record["file"]:
             assert self._pictures is not None
             [value] = self._pictures[record["offset"]].values()
-            return value["bytes"]
+            return bytes(value["bytes"])
         size = record["size"]
-        wanted = MAX_PICTURE_BYTES + 1 if size == WHOLE_FILE else size
+        wanted = MAX_PICTURE_BYTES if size == WHOLE_FILE else size
         try:
             with open(record["file"], "rb") as file:
+                if size == WHOLE_FILE and os.fstat(file.fileno()).st_size > MAX_PICTURE_BYTES:
+                    raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
                 file.seek(record["offset"])
                 data = file.read(wanted)
         except OSError as error:
             raise BadImageError(record["path"], f"cannot be read ({error.strerror})") from error
-        if len(data) > MAX_PICTURE_BYTES:
-            raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
         if size != WHOLE_FILE and len(data) != size:
             raise BadImageError(record["path"], f"{len(data)} bytes left, wanted {size}")
         return data
@@ -179,6 +170,37 @@ def open_pairs(
     Raises:
         UserError: Nothing there, no captioned pictures, a broken metadata line, no such split.
     """
+    listing = _list_whole(source, text_columns, image_column)
+    chosen = choose_split(source, listing.pairs, split)
+    return _pairs_of(listing, chosen)
+
+
+def open_all_splits(
+    source: str, *, text_columns: Sequence[str] = TEXT_COLUMNS, image_column: str = "image"
+) -> tuple[Pairs, list[str]]:
+    """Opens everything in a source, whatever its split.
+
+    Args:
+        source: As for `open_pairs`.
+        text_columns: As for `open_pairs`.
+        image_column: As for `open_pairs`.
+
+    Returns:
+        All pairs, and the name of the split of each.
+
+    Raises:
+        UserError: As `open_pairs`.
+    """
+    listing = _list_whole(source, text_columns, image_column)
+    return _pairs_of(listing, listing.pairs), split_names(listing.pairs)
+
+
+def _pairs_of(listing: Listing, chosen: Sequence[RawPair]) -> Pairs:
+    num_records = len(listing.pairs) + len(listing.skipped)
+    return Pairs(chosen, listing.skipped, listing.pictures, num_records=num_records)
+
+
+def _list_whole(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
     listing = _list_source(source, text_columns, image_column)
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
@@ -188,24 +210,27 @@ def open_pairs(
             "each x.jpg, WebDataset tars with key.jpg and key.txt, parquet files with columns "
             f"{image_column} and text, a Hub data set user/name"
         )
-    chosen = choose_split(source, listing.pairs, split)
-    return Pairs(chosen, listing.skipped, listing.pictures)
+    return listing
 
 
 def _list_source(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
-    path = Path(source).expanduser()
-    if path.is_dir():
+    if not source.strip():
+        raise UserError(f"source is {source!r}, wanted a folder, a file or a Hub name")
+    path = Path(os.path.expanduser(source))
+    suffix = path.suffix.lower()
+    # Those of os.path, unlike those of Path, never raise: a source may be any text.
+    if os.path.isdir(path):
         return _list_folder(path, text_columns, image_column)
-    if path.is_file() and path.suffix.lower() == ".tar":
+    if os.path.isfile(path) and suffix == ".tar":
         return read_tar(path, shown_name=path.name, text_columns=text_columns)
-    if path.is_file() and path.suffix.lower() == ".parquet":
+    if os.path.isfile(path) and suffix == ".parquet":
         return read_parquet(path, text_columns=text_columns, image_column=image_column)
-    if path.exists():
+    if os.path.exists(path):
         raise UserError(f"{source} is no folder, .tar or .parquet file")
-    is_file_name = path.suffix.lower() in (".tar", ".parquet", ".jsonl")
-    if _HUB_NAME.match(source) and not path.parent.exists() and not is_file_name:
+    is_file_name = suffix in (".tar", ".parquet", ".jsonl")
+    if _HUB_NAME.fullmatch(source) and not os.path.exists(path.parent) and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
-    raise UserError(f"no folder or file {source}")
+    raise UserError(f"no folder or file {printable(source)[:1000]}")
 
 
 def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -> Listing:
@@ -221,91 +246,6 @@ def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -
         return listing
     listing = read_sidecar_folder(folder)
     # img2dataset leaves parquet files of statistics beside its pictures, so pictures go first.
-    if not listing.pairs and any(folder.rglob("*.parquet")):
+    if not listing.pairs and parquet_files(folder):
         return read_parquet(folder, text_columns=text_columns, image_column=image_column)
     return listing
-
-
-def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
-    """Reads, decodes, scales and crops one picture.
-
-    Args:
-        pairs: Where it is.
-        index: Which pair.
-        size: Side of the square in pixels.
-
-    Returns:
-        Pixels in [-1, 1].
-
-    Raises:
-        BadImageError: The picture cannot be read.
-    """
-    return image_to_pixels(_read_square(pairs, index, size))
-
-
-def _read_square(pairs: Pairs, index: int, size: int) -> Image.Image:
-    path = pairs[index].path
-    # Half of the final resampling may be left to the JPEG decoder without a visible difference.
-    image = decode_image(pairs.read_image(index), source=path, min_side=2 * size)
-    return resize_and_crop(image, size)
-
-
-def load_all_pixels(
-    pairs: Pairs,
-    *,
-    image_size: int,
-    max_bad_fraction: float = 0.1,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
-    """Loads all pictures of a small set into memory, decoding in one thread per processor.
-
-    Args:
-        pairs: The set.
-        image_size: Side of the square pictures in pixels.
-        max_bad_fraction: Largest share of unreadable pictures taken, in [0, 1].
-        progress: Called with (done, total) after each picture, in the calling thread.
-
-    Returns:
-        Bytes of the pictures that could be read, their indices in `pairs`, and the others.
-
-    Raises:
-        UserError: More bad pictures than `max_bad_fraction`, or nothing but bad ones.
-    """
-    total = len(pairs)
-    pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
-
-    def load(index: int) -> SkippedRecord | None:
-        try:
-            array = np.array(_read_square(pairs, index, image_size))
-        except BadImageError as error:
-            return SkippedRecord(error.source, error.reason)
-        pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
-        return None
-
-    kept: list[int] = []
-    bad: list[SkippedRecord] = []
-    executor = ThreadPoolExecutor(os.cpu_count())
-    try:
-        for index, problem in enumerate(executor.map(load, range(total))):
-            if problem is None:
-                kept.append(index)
-            else:
-                bad.append(problem)
-            # One broken picture may be a large share of a small split.
-            if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
-                raise UserError(_too_many_bad(bad, index + 1, total, max_bad_fraction))
-            if progress is not None:
-                progress(index + 1, total)
-    finally:
-        executor.shutdown(cancel_futures=True)
-    return (pixels[kept] if bad else pixels), kept, bad
-
-
-def _too_many_bad(
-    bad: Sequence[SkippedRecord], num_read: int, total: int, max_bad_fraction: float
-) -> str:
-    shown = "; ".join(f"{record.path}: {record.reason}" for record in bad[:_MAX_LISTED])
-    return (
-        f"{len(bad)} of the first {num_read} pictures (of {total}) cannot be read, more than "
-        f"max_bad_fraction = {max_bad_fraction} allows: {shown}"
-    )

@@ -4,9 +4,10 @@ The readers (`folder_reader`, `tar_reader`, `table_reader`) return a `Listing`: 
 bytes lie, and its captions. No picture is opened at that point.
 """
 
+import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 OTHER_PICTURE_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".svg")
 MAX_PICTURE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
+MAX_NESTING = 64
 WHOLE_FILE = -1
 
 
@@ -69,6 +71,69 @@ class Listing:
         self.skipped.append(SkippedRecord(printable(path), printable(reason)))
 
 
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Reads one JSON object: UTF-8, of limited length and nesting.
+
+    Args:
+        data: The bytes, a byte order mark allowed.
+
+    Returns:
+        The object's fields.
+
+    Raises:
+        ValueError: What is wrong with it.
+    """
+    if len(data) > MAX_TEXT_BYTES:
+        raise ValueError(f"longer than {MAX_TEXT_BYTES} bytes")
+    try:
+        fields = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"a JSON {type(fields).__name__}, wanted an object {{...}}")
+    if _nesting(fields) > MAX_NESTING:
+        raise ValueError(f"nested deeper than {MAX_NESTING}")
+    return fields
+
+
+def _nesting(value: Any) -> int:
+    depth, level = 0, [value]
+    while level:
+        depth += 1
+        below = (item.values() if isinstance(item, dict) else item for item in level)
+        level = [item for items in below for item in items if isinstance(item, dict | list)]
+    return depth
+
+
+def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Walks a folder, folders before their sub-folders; links to folders are not followed.
+
+    Unlike `os.walk` and `Path.rglob` it does not recurse, so no depth of folders stops it.
+
+    Args:
+        folder: Where to begin.
+
+    Yields:
+        A folder and the sorted names of the regular files in it (or links to such). Hidden files
+        and folders (names with a leading dot) are passed over; so are folders that cannot be read.
+    """
+    waiting = [folder]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            with os.scandir(parent) as entries:
+                visible = sorted(
+                    (entry for entry in entries if not entry.name.startswith(".")),
+                    key=lambda entry: entry.name,
+                )
+                folders = [entry.name for entry in visible if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            continue
+        names = [entry.name for entry in visible if entry.name not in set(folders)]
+        waiting += [parent / name for name in reversed(folders)]
+        yield parent, names
+
+
 def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, ...]:
     """Gathers the captions of a record from its text columns, in their order, without repeats.
 
@@ -83,8 +148,9 @@ def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> 
     for column in text_columns:
         value = fields.get(column)
         for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and is_unicode(text) and text.strip():
+            if isinstance(text, str) and len(text) <= MAX_TEXT_BYTES and is_unicode(text):
                 found[collapse(text)] = None
+    found.pop("", None)
     return tuple(found)
 
 
@@ -100,7 +166,7 @@ def no_caption_reason(fields: Mapping[str, Any], text_columns: Sequence[str]) ->
     """
     present = [column for column in text_columns if column in fields]
     if present:
-        return f"no caption: {', '.join(present)} is empty, null or not text"
+        return f"no caption: {', '.join(present)} is empty, null, too long or not text"
     names = ", ".join(list(fields)[:20])
     return f"no caption: it has none of the fields {', '.join(text_columns)} (it has {names})"
 

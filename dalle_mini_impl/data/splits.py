@@ -59,6 +59,21 @@ def _choose_unnamed(source: str, listed: Sequence[RawPair], split: str) -> list[
     return [listed[index] for index in held_out]
 
 
+def split_names(listed: Sequence[RawPair]) -> list[str]:
+    """Names the split of each record, as `choose_split` sees it.
+
+    Args:
+        listed: All records of a source.
+
+    Returns:
+        One name per record; "train" and "val" where the source names none.
+    """
+    if any(pair.split for pair in listed):
+        return [pair.split or TRAIN for pair in listed]
+    held_out = set(held_out_split([pair.path for pair in listed])[1])
+    return [VALIDATION[0] if index in held_out else TRAIN for index in range(len(listed))]
+
+
 def held_out_split(
     paths: Sequence[str], *, fraction: float = HELD_OUT_FRACTION, seed: int = 0
 ) -> tuple[list[int], list[int]]:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.data.records import (
+    MAX_PICTURE_BYTES,
     Listing,
     RawPair,
     collect_captions,
+    files_below,
     is_inside,
     is_unicode,
     no_caption_reason,
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 _SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
 
 _HUB_SECONDS = 10
+# Pictures are compressed already. What unpacks to much more was made to fill a disk.
+_MAX_EXPANSION = 100
+_HARMLESS_BYTES = 2**30
 
 
 def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) -> Listing:
@@ -46,7 +51,8 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
 
     root = path.resolve() if path.is_dir() else path.resolve().parent
     files: dict[str, list[str]] = defaultdict(list)
-    for file in sorted(path.rglob("*.parquet")) if path.is_dir() else [path]:
+    for file in parquet_files(path):
+        _check_expansion(file)
         first_part = file.relative_to(path).parts[0] if path.is_dir() else file.name
         match = _SPLIT_IN_NAME.match(first_part) or _SPLIT_IN_NAME.match(file.name)
         files[match.group(1) if match else "train"].append(glob.escape(str(file)))
@@ -60,6 +66,41 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
     return _list_tables(
         tables, source=str(path), root=root, text_columns=text_columns, image_column=image_column
     )
+
+
+def parquet_files(path: Path) -> list[Path]:
+    """Finds the parquet files of a source.
+
+    Args:
+        path: A file, or a folder that is searched at any depth.
+
+    Returns:
+        The file itself, or the folder's regular files in the order of their paths.
+    """
+    if not path.is_dir():
+        return [path]
+    names = (parent / name for parent, names in files_below(path) for name in names)
+    return sorted(file for file in names if file.suffix == ".parquet" and file.is_file())
+
+
+def _check_expansion(file: Path) -> None:
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+        unpacked = sum(group.total_byte_size for group in groups)
+        # A value that occurs in every row is stored once, and unpacked for each row.
+        packed = file.stat().st_size
+        num_rows = metadata.num_rows
+    except Exception:  # damaged: the reader says how
+        return
+    limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * packed)
+    if unpacked > limit or num_rows > limit:
+        raise UserError(
+            f"{file}: {packed} bytes that unpack to {unpacked} in {num_rows} rows, wanted at most "
+            f"{limit} of both"
+        )
 
 
 def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Listing:
@@ -127,15 +168,24 @@ def _list_tables(
     first_row = 0
     for split, table in tables.items():
         _check_columns(table, source, text_columns, image_column)
-        column = table.select_columns([image_column]).cast_column(image_column, Image(decode=False))
-        has_bytes = _has_bytes(column, image_column)
+        column = table.select_columns([image_column])
+        try:
+            column = column.cast_column(image_column, Image(decode=False))
+        except Exception as error:  # pyarrow has a type for each way in which it cannot be done
+            raise UserError(
+                f"{source}: column {image_column!r} holds {column.features[image_column]}, "
+                "wanted encoded pictures (bytes)"
+            ) from error
+        num_bytes = _num_bytes(column, image_column)
         plain = table.select_columns(_plain_columns(table, image_column))
         for row, fields in enumerate(plain):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
-            file = "" if has_bytes[row] else _picture_file(column[row][image_column], root)
+            file = "" if num_bytes[row] else _picture_file(column[row][image_column], root)
             captions = collect_captions(fields, text_columns)
             if file is None:
                 listing.skip(path, f"no picture in column {image_column}")
+            elif num_bytes[row] > MAX_PICTURE_BYTES:
+                listing.skip(path, f"{num_bytes[row]} bytes, wanted at most {MAX_PICTURE_BYTES}")
             elif not captions:
                 listing.skip(path, no_caption_reason(fields, text_columns))
             else:
@@ -183,12 +233,12 @@ def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
     return [name for name in features if name != image_column and is_plain(features[name])]
 
 
-def _has_bytes(column: "Dataset", image_column: str) -> list[bool]:
-    """Tells for each row whether it holds encoded bytes, without reading them."""
+def _num_bytes(column: "Dataset", image_column: str) -> list[int]:
+    """Counts the encoded bytes of each row's picture, without reading them."""
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(pc.struct_field(column.data.column(image_column), "bytes"))
-    return [bool(length) for length in lengths.to_pylist()]
+    return [length or 0 for length in lengths.to_pylist()]
 
 
 def _picture_file(value: dict[str, Any] | None, root: Path) -> str | None:

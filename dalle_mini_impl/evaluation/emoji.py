@@ -8,7 +8,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dalle_mini_impl.data.images import image_to_pixels
-from dalle_mini_impl.data.pairs import load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.evaluation.copying import report_copying
 from dalle_mini_impl.evaluation.emoji_grid import GridReport, evaluate_grid
 from dalle_mini_impl.pipeline import TextToImagePipeline

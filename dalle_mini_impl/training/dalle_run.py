@@ -13,15 +13,11 @@ from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
-from dalle_mini_impl.training.sources import (
-    SKIPPED_NAME,
-    DataConfig,
-    build_accelerator,
-    load_pairs,
-)
+from dalle_mini_impl.training.sources import DataConfig, build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae import VQVAE
 
@@ -116,13 +112,17 @@ def _train(config: DalleRunConfig, resume: str | None, show: Callable[[str], Non
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)
-    skipped_file = Path(config.output_dir) / SKIPPED_NAME if accelerator.is_main_process else None
+    records = RunRecords(
+        folder=Path(config.output_dir),
+        writes=accelerator.is_main_process,
+        resumes=resume is not None,
+    )
     try:
         vqvae = VQVAE.from_pretrained(config.vqvae_dir)
     except ValueError as error:
         raise UserError(f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote") from None
     with accelerator.main_process_first():  # the others find the main process's tokens
-        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), skipped_file, show)
+        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records, show)
     return run_task(
         dalle,
         task,
@@ -137,18 +137,18 @@ def _train(config: DalleRunConfig, resume: str | None, show: Callable[[str], Non
 def _prepare(
     config: DalleRunConfig,
     vqvae: VQVAE,
-    skipped_file: Path | None,
+    records: RunRecords,
     show: Callable[[str], None],
 ) -> tuple[DalleTask, Dalle, TextToImagePipeline]:
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     size = vqvae.config.image_size
     train, held_out = (
-        load_pairs(config.data, split, image_size=size, skipped_file=skipped_file, show=show)
+        load_pairs(config.data, split, image_size=size, records=records, show=show)
         for split in (config.data.train_split, config.data.validation_split)
     )
     captions = CaptionEncoder(
         train_text_tokenizer(
-            (text for pair in train.pairs for text in pair.captions),
+            (text for pair in train.listed for text in pair.captions),
             vocab_size=config.text.vocab_size,
         ),
         text_length=config.text.text_length,

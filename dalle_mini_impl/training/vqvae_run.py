@@ -6,15 +6,11 @@ from pathlib import Path
 
 import torch
 
+from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
-from dalle_mini_impl.training.sources import (
-    SKIPPED_NAME,
-    DataConfig,
-    build_accelerator,
-    load_pairs,
-)
+from dalle_mini_impl.training.sources import DataConfig, build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
@@ -85,10 +81,14 @@ def _train(config: VQVAERunConfig, resume: str | None, show: Callable[[str], Non
     accelerator = build_accelerator(config.training.mixed_precision)
     use_fast_float32()
     show = show if accelerator.is_main_process else (lambda line: None)
-    skipped_file = Path(config.output_dir) / SKIPPED_NAME if accelerator.is_main_process else None
+    records = RunRecords(
+        folder=Path(config.output_dir),
+        writes=accelerator.is_main_process,
+        resumes=resume is not None,
+    )
     size = config.vqvae.image_size
     train, held_out = (
-        load_pairs(config.data, split, image_size=size, skipped_file=skipped_file, show=show)
+        load_pairs(config.data, split, image_size=size, records=records, show=show)
         for split in (config.data.train_split, config.data.validation_split)
     )
     torch.manual_seed(config.training.seed)

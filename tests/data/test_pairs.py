@@ -19,7 +19,8 @@ from PIL import Image
 
 from dalle_mini_impl.data.folder_reader import read_metadata_folder
 from dalle_mini_impl.data.images import BadImageError, decode_image, image_to_pixels
-from dalle_mini_impl.data.pairs import Pairs, load_all_pixels, open_pairs, read_pixels
+from dalle_mini_impl.data.pairs import Pairs, open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels, read_pixels
 from dalle_mini_impl.data.splits import held_out_split
 from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
@@ -131,7 +132,9 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
     assert keys(pairs) == ["good.png"]
     found = reasons(pairs)
     assert len(found) == 10
-    assert all("text is empty, null or not text" in found[f"bad{i}.png"] for i in range(8))
+    assert all(
+        "text is empty, null, too long or not text" in found[f"bad{i}.png"] for i in range(8)
+    )
     assert "none of the fields text, text_ko" in found["absent.png"]
     assert "label" in found["absent.png"]
     assert "missing" in found["missing.png"]

@@ -7,20 +7,22 @@ import pytest
 
 from dalle_mini_impl import waiting
 from dalle_mini_impl.data.tokens import build_token_dataset
-from dalle_mini_impl.training.sources import DataConfig, load_pairs
+from dalle_mini_impl.training.pictures import RunRecords, load_pairs
+from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
 
 
 def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path) -> None:
     folder, file, shown = tmp_path / "pictures", tmp_path / "skipped.jsonl", list[str]()
+    records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     folder.mkdir()
     for number in range(20):
         tiny.draw_picture(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("" if number < 7 else "a picture")
 
     def load(split: str) -> None:
-        config = DataConfig(source=str(folder))
-        load_pairs(config, split, image_size=8, skipped_file=file, show=shown.append)
+        config = DataConfig(source=str(folder), max_bad_fraction=0.4)
+        load_pairs(config, split, image_size=8, records=records, show=shown.append)
 
     load("train")
     load("train")
@@ -47,9 +49,10 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     for number in range(3):
         tiny.draw_picture(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("a picture")
+    silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
     size = pipeline.vqvae.config.image_size
-    loaded = load_pairs(config, "train", image_size=size, skipped_file=None, show=shown.append)
+    loaded = load_pairs(config, "train", image_size=size, records=silent, show=shown.append)
     assert shown[:2] == ["train: pictures read: 1 of 3", "train: pictures read: 2 of 3"]
     build_token_dataset(
         loaded.pairs,
@@ -65,5 +68,5 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     assert "image tokens: encoded: 6 of 6" not in shown
     shown.clear()
     monkeypatch.setattr(waiting, "SECONDS_BETWEEN_LINES", 10.0)
-    load_pairs(config, "train", image_size=size, skipped_file=None, show=shown.append)
+    load_pairs(config, "train", image_size=size, records=silent, show=shown.append)
     assert shown == [f"train: 3 pictures from {folder}, 0 skipped"]

@@ -1,0 +1,178 @@
+"""What `check_data` finds in each kind of source, and how its script ends."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from dalle_mini_impl.data.check import DataReport, check_data, report_lines
+from dalle_mini_impl.errors import UserError
+from tests.reference import tiny
+from tests.reference.hostile import add_member, encoded
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def check(source: Path, *, image_size: int = 16, text_length: int = 8) -> DataReport:
+    return check_data(str(source), image_size=image_size, text_length=text_length, vocab_size=300)
+
+
+def found(report: DataReport) -> dict[str, tuple[str, ...]]:
+    return {finding.what: finding.paths for finding in report.findings}
+
+
+def one(report: DataReport, part: str) -> tuple[str, ...]:
+    [paths] = [paths for what, paths in found(report).items() if part in what]
+    return paths
+
+
+def distinct(folder: Path) -> Path:
+    """Data in which no two pictures are the same."""
+    data = tiny.write_data(folder)
+    for number in range(30):
+        Image.new("RGB", (16, 16), (number * 8, number, 7)).save(data / f"{number}.png")
+    return data
+
+
+def test_good_data_have_no_problems(tmp_path: Path) -> None:
+    report = check(distinct(tmp_path / "data"), text_length=32)
+    assert report.split_sizes == {"train": 25, "val": 5}
+    assert report.num_captions == {"train": 50, "val": 10}
+    assert report.kinds == {"PNG RGB": 30}
+    assert len(report.caption_lengths) == 60
+    assert not report.has_problems
+    assert report.findings == ()
+    lines = report_lines(report)
+    assert lines[0].endswith("30 of 30 records can be used")
+    counted = [int(line.split()[1]) for line in lines if line.strip().split("-")[0].isdigit()]
+    assert sum(counted) == 60
+
+
+def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
+    data = distinct(tmp_path / "data")
+    (data / "1.png").write_bytes((data / "0.png").read_bytes())  # both train
+    (data / "11.png").write_bytes((data / "10.png").read_bytes())  # 11 is held out
+    (data / "2.png").write_bytes(b"<html>")
+    (data / "3.png").unlink()
+    Image.new("RGB", (8, 8), "red").save(data / "4.png")
+    Image.new("RGB", (90, 20), "blue").save(data / "6.png")
+    Image.new("1", (4000, 3000)).save(data / "7.png")
+    (data / "8.png").write_bytes(encoded(Image.new("CMYK", (16, 16), (9, 99, 0, 0)), "JPEG"))
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    lines[9] = json.dumps({"file_name": "9.png", "text": ""})
+    lines[12] = json.dumps({"file_name": "12.png", "text": "many " * 40})
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    report = check(data)
+    assert report.has_problems
+    assert report.num_bad == 3
+    bad = one(report, "not usable")
+    assert [path.split(":")[0] for path in sorted(bad)] == ["2.png", "3.png", "9.png"]
+    assert one(report, "within a split") == ("0.png = 1.png",)
+    assert one(report, "different splits") == ("10.png (train) = 11.png (val)",)
+    assert one(report, "tiny") == ("4.png (PNG RGB, 8x8)",)
+    assert one(report, "as long as wide") == ("6.png (PNG RGB, 90x20)",)
+    assert one(report, "huge") == ("7.png (PNG 1, 4000x3000)",)
+    assert set(one(report, "odd format")) == {
+        "7.png (PNG 1, 4000x3000)",
+        "8.png (JPEG CMYK, 16x16)",
+    }
+    assert one(report, "named as another") == ("8.png (JPEG CMYK, 16x16)",)
+    [long] = one(report, "over 8 tokens")
+    assert "many many" in long
+    text = "\n".join(report_lines(report))
+    assert "PROBLEM: 3 not usable" in text
+    assert "over 8" in text
+
+
+def test_tars_text_files_and_tables_are_checked_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    files = [encoded(Image.new("RGB", (16, 16), (20 * n, 9, 9)), "PNG") for n in range(11)]
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number, file in enumerate(files):
+            add_member(archive, f"{number}.png", file)
+            add_member(archive, f"{number}.txt", b"a picture")
+    pq.write_table(pa.table({"image": files, "text": ["a picture"] * 11}), tmp_path / "x.parquet")
+    (tmp_path / "beside").mkdir()
+    for number, file in enumerate(files):
+        (tmp_path / "beside" / f"{number}.png").write_bytes(file)
+        (tmp_path / "beside" / f"{number}.txt").write_text("a picture")
+    for name in ("x.tar", "x.parquet", "beside"):
+        report = check(tmp_path / name)
+        assert sum(report.split_sizes.values()) == 11
+        assert report.findings == ()
+    assert set(report.split_sizes) == {"train", "val"}  # set apart, as training does
+
+
+def test_nothing_usable_is_reported_and_nothing_there_is_an_error(tmp_path: Path) -> None:
+    data = distinct(tmp_path / "data")
+    for picture in data.glob("*.png"):
+        picture.write_bytes(b"")
+    report = check(data)
+    assert report.split_sizes == {}
+    assert report.num_bad == 30
+    with pytest.raises(UserError, match="no folder or file"):
+        check(tmp_path / "none")
+
+
+def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "check_data.py", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+@pytest.mark.slow
+def test_the_exit_code_of_the_script_tells(tmp_path: Path) -> None:
+    from dalle_mini_impl.training.run import save_config
+
+    data = distinct(tmp_path / "data")
+    good = run_script("--source", data, "--image-size", "16")
+    assert (good.returncode, good.stderr) == (0, "")
+    assert "30 of 30 records can be used" in good.stdout
+    (data / "1.png").write_bytes(b"")
+    vqvae = tiny.vqvae_run(data, tmp_path / "vqvae", max_steps=100)
+    dalle = tiny.dalle_run(data, tmp_path / "none", tmp_path / "dalle", max_steps=100)
+    for name, config in (("vqvae", vqvae), ("dalle", dalle)):
+        save_config(config, tmp_path / f"{name}.yaml")
+        bad = run_script("--config", tmp_path / f"{name}.yaml")
+        assert (bad.returncode, bad.stderr) == (1, "")
+        assert "PROBLEM: 1 not usable\n  1.png: empty file (0 bytes)" in bad.stdout
+        assert "pixels in memory: 0.0 MiB (29 of 16 x 16)" in bad.stdout
+        assert "100 steps take about" in bad.stdout
+        assert ("token table" in bad.stdout) == (name == "dalle")
+    for picture in data.glob("*.png"):
+        picture.write_bytes(b"")
+    for arguments in (["--source", data], ["--source", tmp_path / "none"], []):
+        error = run_script(*arguments)
+        assert error.returncode == 2
+        assert error.stderr.startswith("error: ")
+        assert len(error.stderr.splitlines()) == 1
+
+
+def test_the_report_is_plain_text(tmp_path: Path) -> None:
+    data = distinct(tmp_path / "data")
+    picture = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(picture, "PNG")
+    row = {"file_name": "\x1b[2J.png", "text": "\x1b[31m " * 40, "split": "train"}
+    (data / "\x1b[2J.png").write_bytes(picture.getvalue()[:40])
+    (data / "0.png").write_bytes(picture.getvalue())
+    with (data / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row | {"file_name": "0.png", "split": "train"}) + "\n")
+    assert all(line.isprintable() for line in report_lines(check(data)))

@@ -1,0 +1,180 @@
+"""Faults 10 and 17: bad or vanishing pictures in a run: counted, listed, replaced, or it stops."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.pictures import LoadedPairs, RunRecords, load_pairs
+from dalle_mini_impl.training.sources import DataConfig
+from tests.reference import tiny
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """30 pictures, 25 of them to train on."""
+    return tiny.write_data(tmp_path / "data")
+
+
+def load(data: Path, out: Path, *, resumes: bool, max_bad_fraction: float = 0.1) -> LoadedPairs:
+    out.mkdir(exist_ok=True)
+    return load_pairs(
+        DataConfig(source=str(data), max_bad_fraction=max_bad_fraction),
+        "train",
+        image_size=tiny.SIZE,
+        records=RunRecords(folder=out, writes=True, resumes=resumes),
+        show=lambda line: None,
+    )
+
+
+def listed(out: Path) -> list[dict[str, str]]:
+    text = (out / "skipped.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", None], ids=["empty", "html", "gone"])
+def test_a_set_of_bad_pictures_alone_stops_with_counts(
+    content: bytes | None, data: Path, tmp_path: Path
+) -> None:
+    for picture in data.glob("*.png"):
+        picture.unlink() if content is None else picture.write_bytes(content)
+    wanted = r"no captioned pictures" if content is None else r"data\.source: \d+ of .* 25\).*: "
+    with pytest.raises(UserError, match=wanted):
+        load(data, tmp_path / "out", resumes=False, max_bad_fraction=1.0)
+    with pytest.raises(UserError, match=r"no captioned pictures|cannot be read"):
+        tiny.train(tiny.vqvae_run(data, tmp_path / "run"))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kind", ["unreadable", "missing", "without caption"])
+def test_a_run_stops_above_the_share_of_bad_records(kind: str, data: Path, tmp_path: Path) -> None:
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    for number in range(4):  # of 25 and of 30: more than 10 %, less than 20 %
+        if kind == "unreadable":
+            (data / f"{number}.png").write_bytes(b"<html>")
+        elif kind == "missing":
+            (data / f"{number}.png").unlink()
+        else:
+            lines[number] = json.dumps({"file_name": f"{number}.png", "text": None})
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    message = r"data\.source: \d+ of .*max_bad_fraction = 0\.1 allows: 0\.png: "
+    with pytest.raises(UserError, match=message):
+        load(data, tmp_path / "out", resumes=False)
+    loaded = load(data, tmp_path / "out", resumes=False, max_bad_fraction=0.2)
+    assert len(loaded.pairs) == len(loaded.pixels) == 21
+    assert [row["path"] for row in listed(tmp_path / "out")] == [f"{n}.png" for n in range(4)]
+    assert all(row["reason"] for row in listed(tmp_path / "out"))
+
+
+def test_a_picture_that_vanishes_while_pictures_are_read_is_left_out(data: Path) -> None:
+    pairs = open_pairs(str(data), split="train")
+
+    def progress(done: int, total: int) -> None:
+        del done, total
+        (data / "28.png").unlink(missing_ok=True)
+
+    (data / "0.png").unlink()
+    _, kept, bad = load_all_pixels(pairs, image_size=tiny.SIZE, progress=progress)
+    assert {record.path for record in bad} >= {"0.png"}
+    assert all("cannot be read (No such file" in record.reason for record in bad)
+    assert len(kept) + len(bad) == 25
+
+
+@pytest.mark.slow
+def test_a_run_needs_no_picture_after_it_has_read_them(data: Path, tmp_path: Path) -> None:
+    def run(name: str, *, remove: bool) -> list[float]:
+        config = tiny.vqvae_run(data, tmp_path / name)
+        from dalle_mini_impl.training.vqvae_run import train_vqvae
+
+        def show(line: str) -> None:
+            if remove and line.startswith("val: "):
+                for picture in data.iterdir():
+                    picture.unlink()
+
+        train_vqvae(config, show=show)
+        return tiny.losses(tmp_path / name)
+
+    whole = run("whole", remove=False)
+    assert run("removed", remove=True) == whole
+    assert list(data.iterdir()) == []
+
+
+def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
+    data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = load(data, out, resumes=False)
+    (data / "3.png").unlink()
+    (data / "8.png").write_bytes(b"<html>")
+    tiny.draw_picture(5).save(data / "new.png")
+    with (data / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "new.png", "text": "new", "split": "train"}) + "\n")
+    again, twice = (load(data, out, resumes=True) for _ in range(2))
+    assert again.listed == first.pairs
+    assert len(again.pixels) == 25
+    assert torch.equal(again.pixels, twice.pixels)
+    here = [place for place, pair in enumerate(first.pairs) if pair.path not in ("3.png", "8.png")]
+    for place, pair in enumerate(first.pairs):
+        source = place
+        if pair.path in ("3.png", "8.png"):
+            number = int.from_bytes(hashlib.sha256(pair.path.encode()).digest()[:8], "big")
+            source = here[number % len(here)]
+            assert source != place
+        assert again.pairs[place] == first.pairs[source]
+        assert torch.equal(again.pixels[place], first.pixels[source])
+    weights = first.weights("color")
+    assert weights is not None
+    assert torch.equal(again.weights("color"), weights)  # type: ignore[arg-type]
+    reasons = {row["path"]: row["reason"] for row in listed(out)}
+    assert "not a picture" in reasons["8.png"] or "replaced by" in reasons["8.png"]
+    assert [row["path"] for row in listed(out)].count("8.png") == 2  # why, and by what
+    assert any("gone since the run began, replaced by" in row["reason"] for row in listed(out))
+
+
+def test_a_resumed_run_stops_when_too_many_are_gone(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    load(data, out, resumes=False)
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join(lines[10:]))
+    with pytest.raises(UserError, match=r"9 of the 25 pictures that this run began with are gone"):
+        load(data, out, resumes=True)
+    (out / "pictures-train.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"resume: .*pictures-train\.jsonl cannot be read"):
+        load(data, out, resumes=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vqvae", "dalle"])
+def test_a_picture_lost_between_stop_and_resume_does_not_move_the_others(
+    kind: str, data: Path, tmp_path: Path
+) -> None:
+    vqvae, _ = tiny.train(tiny.vqvae_run(data, tmp_path / "tokenizer"))
+
+    def config(out: Path, **training: int) -> object:
+        if kind == "vqvae":
+            return tiny.vqvae_run(data, out, **training)
+        return tiny.dalle_run(data, vqvae, out, **training)
+
+    out = tmp_path / "out"
+    tiny.train(config(out, max_steps=3))  # type: ignore[arg-type]
+    lost = data / "1.png"
+    lost.unlink()
+    _, lines = tiny.train(config(out, max_steps=6), resume="latest")  # type: ignore[arg-type]
+    assert any("1 pictures of this run are gone" in line for line in lines)
+    assert len(tiny.losses(out)) == 6
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_a_set_smaller_than_a_batch_is_trained_on(count: int, data: Path, tmp_path: Path) -> None:
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    train = [line for line in lines if '"train"' in line][:count]
+    held_out = [line for line in lines if '"val"' in line]
+    (data / "metadata.jsonl").write_text("\n".join(train + held_out))
+    tiny.train(tiny.vqvae_run(data, tmp_path / "run", max_steps=2))
+    assert len(tiny.losses(tmp_path / "run")) == 2

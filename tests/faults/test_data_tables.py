@@ -1,0 +1,155 @@
+"""Faults 17 to 19 for parquet: wrong columns and types, damage, files that unpack to a disk."""
+
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_mini_impl.data.images import BadImageError
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import read_pixels
+from dalle_mini_impl.errors import UserError
+from tests.reference.hostile import Bomb, nothing_comes_of_it, picture
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
+
+
+def write(path: Path, columns: dict[str, Any], **options: Any) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path, **options)
+
+
+def whole(folder: Path) -> bytes:
+    write(folder / "x.parquet", {"image": [picture()] * 9, "text": ["x"] * 9})
+    return (folder / "x.parquet").read_bytes()
+
+
+def damaged(change: Callable[[bytes], bytes]) -> Callable[[Path], object]:
+    return lambda folder: (folder / "x.parquet").write_bytes(change(whole(folder)))
+
+
+def columns(**values: Any) -> Callable[[Path], object]:
+    return lambda folder: write(folder / "x.parquet", values)
+
+
+def zeros(folder: Path) -> None:
+    """20 pictures of 64 MiB of zeros, in a few kilobytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    block = pa.table({"image": [bytes(2**26)], "text": ["x"]})
+    with pq.ParquetWriter(
+        folder / "x.parquet", block.schema, compression="zstd", use_dictionary=False
+    ) as writer:
+        for _ in range(20):
+            writer.write_table(block)
+
+
+CANNOT = r"cannot read .*x\.parquet as parquet: "
+
+# Name -> writes x.parquet, and the error.
+ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty file": (lambda folder: (folder / "x.parquet").touch(), CANNOT),
+    "text": (lambda folder: (folder / "x.parquet").write_text("a,b\n"), CANNOT),
+    "cut in the middle": (damaged(lambda data: data[: len(data) // 2]), CANNOT),
+    "cut at the end": (damaged(lambda data: data[:-1]), CANNOT),
+    "footer length of 4 GB": (damaged(lambda data: data[:-8] + b"\xff" * 4 + b"PAR1"), CANNOT),
+    "footer of zeros": (damaged(lambda data: data[:-60] + bytes(52) + data[-8:]), CANNOT),
+    "no picture column": (columns(text=["x"]), r"no column 'image' for pictures, but \['text'\]"),
+    "no caption column": (
+        columns(image=[picture()], label=["x"]),
+        r"none of the columns text, .* for captions, but \['image', 'label'\]",
+    ),
+    "pictures that are numbers": (columns(image=[1, 2], text=["x", "y"]), "column 'image'"),
+    "captions that are numbers": (
+        columns(image=[picture()], text=[3]),
+        "no captioned pictures found.*text is empty, null",
+    ),
+    "captions that are bytes": (
+        columns(image=[picture()], text=[b"x"]),
+        "no captioned pictures found",
+    ),
+    "no rows": (
+        lambda folder: write(folder / "x.parquet", {"image": [picture()][:0], "text": ["x"][:0]}),
+        CANNOT,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_a_bad_table_is_one_error(name: str, tmp_path: Path) -> None:
+    make, message = ERRORS[name]
+    make(tmp_path)
+    with nothing_comes_of_it(tmp_path):
+        with pytest.raises(UserError, match=message) as caught:
+            open_pairs(str(tmp_path / "x.parquet"))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_few_kilobytes_that_unpack_to_a_gigabyte_are_refused(tmp_path: Path) -> None:
+    zeros(tmp_path)
+    with pytest.raises(UserError, match=r"x\.parquet: \d+ bytes that unpack to 1\d{9} in 20 rows"):
+        open_pairs(str(tmp_path / "x.parquet"))
+
+
+# Name -> the picture's value in a row, and the reason for which it is left out.
+ROWS: dict[str, tuple[Any, str]] = {
+    "null": (None, "no picture in column image"),
+    "no bytes": ({"bytes": b"", "path": None}, "no picture in column image"),
+    "absolute path": ({"bytes": None, "path": "/etc/passwd"}, "no picture in column image"),
+    "parent folder": ({"bytes": None, "path": "../secret.png"}, "no picture in column image"),
+    "link outside": ({"bytes": None, "path": "link.png"}, "no picture in column image"),
+    "url": ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "no picture in column image"),
+    "missing file": ({"bytes": None, "path": "gone.png"}, "no picture in column image"),
+    "web page": ({"bytes": b"<html>", "path": None}, "not a picture"),
+    "pickle": (
+        {"bytes": pickle.dumps(Bomb(Path("sentinel"))), "path": "a.pkl"},
+        "not a picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_bad_row_is_skipped_or_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value, reason = ROWS[name]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (tmp_path / "secret.png").write_bytes(picture())
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    images = [value, {"bytes": picture(), "path": None}]
+    write(folder / "x.parquet", {"image": images, "text": ["bad", "good"]})
+    monkeypatch.chdir(tmp_path)
+    with nothing_comes_of_it(tmp_path):
+        pairs = open_pairs(str(folder / "x.parquet"))
+        if len(pairs) == 1:
+            [record] = pairs.skipped
+            assert (record.path, record.reason) == ("row 0", reason)
+        else:
+            with pytest.raises(BadImageError, match=f"^row 0: {reason}"):
+                read_pixels(pairs, 0, 4)
+        assert pairs[-1].captions == ("good",)
+        assert read_pixels(pairs, len(pairs) - 1, 4).shape == (3, 4, 4)
+
+
+@pytest.mark.timeout(30)  # a pipe that is opened hangs
+def test_a_pipe_among_parquet_files_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").mkdir()
+    with pytest.raises(UserError, match="no captioned pictures found"):
+        open_pairs(str(tmp_path))
+    write(tmp_path / "c.parquet", {"image": [picture()], "text": ["x"]})
+    assert len(open_pairs(str(tmp_path))) == 1

@@ -1,0 +1,35 @@
+"""Opens sources one after the other and says what came of each, and the peak of memory till then.
+
+python tests/reference/memory_probe.py GOOD FOLDER...: a JSON object per folder but the first. In a
+process of its own, because the peak (getrusage, in KiB on Linux) never falls.
+"""
+
+import json
+import resource
+import sys
+
+from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def attempt(source: str) -> str:
+    try:
+        pairs = open_pairs(source)
+        pixels, _, bad = load_all_pixels(pairs, image_size=16, max_bad_fraction=1.0)
+    except ValueError as error:
+        return f"error: {str(error)[:2000]}"
+    reasons = "; ".join(record.reason for record in (*pairs.skipped, *bad))
+    return f"{len(pixels)} read; {reasons}"
+
+
+if __name__ == "__main__":
+    attempt(sys.argv[1])  # a harmless one: the libraries load at the first use
+    for source in sys.argv[2:]:
+        before = peak()
+        outcome = attempt(source)
+        row = {"source": source, "outcome": outcome, "grown_kib": peak() - before}
+        print(json.dumps(row | {"peak_kib": peak()}), flush=True)
