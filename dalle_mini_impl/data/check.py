@@ -160,7 +160,7 @@ def _read_all(
 
 def _token_counts(texts: Sequence[str], *, text_length: int, vocab_size: int) -> list[int]:
     encoder = CaptionEncoder(train_text_tokenizer(texts, vocab_size=vocab_size), text_length)
-    return [len(ids) for ids in encoder.tokenizer(list(texts), verbose=False)["input_ids"]]
+    return [len(row) for row in encoder.tokenizer.encode_batch_fast(list(texts))]
 
 
 def _sum_by(names: Sequence[str], values: dict[int, int]) -> Counter[str]:
