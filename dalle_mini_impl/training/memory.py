@@ -20,8 +20,10 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    if isinstance(error, RuntimeError) and "can't start new thread" in str(error):
-        return True  # there is no room for its stack
+    # No room for a thread's stack; none for what oneDNN needs to begin.
+    signs = ("can't start new thread", "could not create a primitive")
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+        return True
     return isinstance(error, Exception) and should_reduce_batch_size(error)
 
 
