@@ -241,6 +241,7 @@ def _loader(who: str, kind: str, folder: Path) -> Callable[[Path], Any]:
     """Return what loads a checkpoint as a resumed run would."""
     import torch
     from accelerate import Accelerator
+    from transformers import get_linear_schedule_with_warmup
 
     from benchmarks.kill_runs import build_stock
     from dalle_mini_impl.training.checkpoint import load_checkpoint
@@ -250,7 +251,8 @@ def _loader(who: str, kind: str, folder: Path) -> Callable[[Path], Any]:
     accelerator = Accelerator(cpu=True)
     model, _ = build_stock(kind, folder, folder / "loaded")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    accelerator.prepare(model, optimizer)
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
+    accelerator.prepare(model, optimizer, schedule)
     return lambda path: accelerator.load_state(str(path))
 
 
