@@ -19,8 +19,9 @@ from dalle_mini_impl.models.dalle import DecoderConfig
 from dalle_mini_impl.training import checkpoint, dalle_run, loop
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
+from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.settings import TrainingConfig
-from dalle_mini_impl.training.sources import DataConfig, load_pairs
+from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
@@ -135,12 +136,13 @@ def build_stock(kind: str, folder: Path, out: Path) -> tuple[torch.nn.Module, An
     """
     config = build_config(kind, folder, out)
     out.mkdir(parents=True, exist_ok=True)
+    records = RunRecords(out, writes=False, resumes=False)
     if isinstance(config, DalleRunConfig):
         vqvae = VQVAE.from_pretrained(config.vqvae_dir)
-        task, dalle, _ = dalle_run._prepare(config, vqvae, None, lambda line: None)
+        task, dalle, _ = dalle_run._prepare(config, vqvae, records, lambda line: None)
         return dalle, task
     train, held_out = (
-        load_pairs(config.data, split, image_size=SIZE, skipped_file=None, show=lambda line: None)
+        load_pairs(config.data, split, image_size=SIZE, records=records, show=lambda line: None)
         for split in ("train", "val")
     )
     torch.manual_seed(config.training.seed)
