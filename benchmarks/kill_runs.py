@@ -136,7 +136,7 @@ def build_stock(kind: str, folder: Path, out: Path) -> tuple[torch.nn.Module, An
     """
     config = build_config(kind, folder, out)
     out.mkdir(parents=True, exist_ok=True)
-    records = RunRecords(out, writes=False, resumes=False)
+    records = RunRecords(folder=out, writes=False, resumes=False)
     if isinstance(config, DalleRunConfig):
         vqvae = VQVAE.from_pretrained(config.vqvae_dir)
         task, dalle, _ = dalle_run._prepare(config, vqvae, records, lambda line: None)
