@@ -3,13 +3,17 @@
 import argparse
 import logging
 import os
+import shlex
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from dalle_mini_impl.errors import StoppedError, UserError, without_secrets
-
-GO_ON = "the same command goes on, a training script's with --resume latest"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -27,12 +31,21 @@ class OneLineParser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help lists all options")
 
 
-def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) -> None:
+class _TerminatedError(BaseException):
+    """SIGTERM, where nothing better is done with it."""
+
+
+def run_script(
+    main: Callable[[Sequence[str]], None], arguments: Sequence[str], *, takes_resume: bool = False
+) -> None:
     """Run a script's main function; bad input ends it with one line and exit code 2.
+
+    A signal ends it with one line that says how to go on, and exit code 128 + its number.
 
     Args:
         main: Takes the command line without the program.
         arguments: That command line.
+        takes_resume: Whether the script goes on where it was with ``--resume latest``.
 
     Raises:
         SystemExit: The script did not end well.
@@ -44,18 +57,46 @@ def run_script(main: Callable[[Sequence[str]], None], arguments: Sequence[str]) 
     level = logging.WARNING if is_main_process else logging.CRITICAL
     logging.basicConfig(level=level, handlers=[handler])
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    go_on = f"to go on: {_resume_command(arguments)}" if takes_resume else "run it again"
+    code, line = 0, ""
+    with _termination_raised():
+        try:
+            main(arguments)
+        except UserError as error:
+            code, line = 2, f"error: {printable(str(error))}"
+        except StoppedError as stop:
+            code, line = 128 + stop.signal, f"{stop}; {go_on}"
+        except KeyboardInterrupt:
+            code, line = 128 + signal.SIGINT, f"stopped; {go_on}"
+        except _TerminatedError:
+            code, line = 128 + signal.SIGTERM, f"stopped; {go_on}"
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            code, line = 2, "error: out of memory; wanted fewer or smaller pictures at a time"
+    # All processes of a run stop alike, and one line is enough; errors may be of one process alone.
+    if line and (code == 2 or is_main_process):
+        sys.stderr.write(f"{line}\n")
+    _leave_process_group(code)
+    if code:
+        raise SystemExit(code)
+
+
+@contextmanager
+def _termination_raised() -> Iterator[None]:
+    """Make SIGTERM end what is under way as Ctrl-C does, so that files are closed and put away."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
-        main(arguments)
-        _leave_process_group()
-    except UserError as error:
-        sys.stderr.write(f"error: {printable(str(error))}\n")
-        raise SystemExit(2) from None
-    except StoppedError as stop:
-        sys.stderr.write(f"{stop}; {GO_ON}\n")
-        raise SystemExit(128 + stop.signal) from None
-    except KeyboardInterrupt:
-        sys.stderr.write(f"stopped; {GO_ON}\n")
-        raise SystemExit(130) from None
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _PlainFormatter(logging.Formatter):
@@ -79,13 +120,39 @@ def printable(text: str) -> str:
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
 
-def _leave_process_group() -> None:
+def _resume_command(arguments: Sequence[str]) -> str:
+    """Write the command that goes on where this one was."""
+    kept, skip = [sys.argv[0]], False
+    for argument in arguments:
+        if not skip and argument != "--resume" and not argument.startswith("--resume="):
+            kept.append(argument)
+        skip = argument == "--resume"
+    size, local_size = (os.environ.get(f"{name}WORLD_SIZE", "1") for name in ("", "LOCAL_"))
+    if size == "1":
+        launcher = ["python" if shutil.which("python") == sys.executable else sys.executable]
+    elif size == local_size:
+        launcher = ["torchrun", "--standalone", "--nproc_per_node", size]
+    else:
+        launcher = ["torchrun", "..."]
+    return shlex.join([*launcher, *kept, "--resume", "latest"])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    from dalle_mini_impl.training.memory import is_out_of_memory
+
+    return is_out_of_memory(error)
+
+
+def _leave_process_group(code: int) -> None:
     """End what Accelerate started between processes, and with it this one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        if code == 0:  # else the others may never come to the same
+            torch.distributed.destroy_process_group()
         # The group's threads may outlive it, and abort a process whose Python has begun to end
         # (github.com/pytorch/pytorch/pull/179291): all is written, so leave without that.
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(code)

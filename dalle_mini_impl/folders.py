@@ -48,7 +48,11 @@ def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
         return
     import fcntl
 
-    with (folder / LOCK_NAME).open("w") as file:
+    try:
+        file = (folder / LOCK_NAME).open("w")
+    except OSError as error:
+        raise UserError(f"{field}: cannot write {folder / LOCK_NAME}: {error.strerror}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

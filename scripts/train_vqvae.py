@@ -17,4 +17,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, sys.argv[1:])
+    run_script(main, sys.argv[1:], takes_resume=True)

@@ -388,9 +388,9 @@ def test_a_stopped_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) 
         raise KeyboardInterrupt
 
     with pytest.raises(SystemExit) as exit_:
-        run_script(stopped, [])
+        run_script(stopped, ["--a.b", "two words"], takes_resume=True)
     assert exit_.value.code == 130
-    assert "--resume latest" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(" --a.b 'two words' --resume latest\n")
 
 
 @pytest.mark.slow

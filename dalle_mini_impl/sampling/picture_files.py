@@ -1,6 +1,7 @@
 """Pictures on disk: PNG files that remember how they were made."""
 
 import json
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -76,4 +77,10 @@ def save_picture(
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if key != "prompt")
     info.add_itxt("parameters", f"{prompt}\n{line}")
     info.add_itxt("dalle_mini_impl", json.dumps(facts, ensure_ascii=False))
-    image.save(path, pnginfo=info)
+    # Under its name it is whole, whatever ends the program meanwhile.
+    unfinished = path.with_name(f".{path.name}")
+    try:
+        image.save(unfinished, format="png", pnginfo=info)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import shutil
+import stat
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,10 +142,12 @@ def load_checkpoint(path: Path) -> Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise CheckpointCorruptError(f"{path / name}: cannot be read: {error}") from error
     content = _read_json(path / STATE_NAME)
-    try:
-        return Checkpoint(content["step"], tensors, content["state"], path)
-    except KeyError as error:
-        raise CheckpointCorruptError(f"{path / STATE_NAME}: has no {error}") from error
+    step, state = content.get("step"), content.get("state")
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointCorruptError(f"{path / STATE_NAME}: step: got {step!r}, want a count")
+    if not isinstance(state, dict):
+        raise CheckpointCorruptError(f"{path / STATE_NAME}: state: got {state!r}, want an object")
+    return Checkpoint(step, tensors, state, path)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
@@ -209,13 +212,24 @@ def restore_optimizer_state(
         saved = _decode(meta, tensors)
         optimizer.load_state_dict(saved)
         saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
-    except (KeyError, ValueError) as error:
+        _check_shapes(optimizer)
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"optimizer state: does not fit this optimizer: {error}") from error
     # torch casts state to the dtype of its parameter; here it keeps the one it was saved with.
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, parameter in zip(saved_keys, parameters, strict=True):
         if key in saved["state"]:
             optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][key])
+
+
+def _check_shapes(optimizer: Optimizer) -> None:
+    """Do what torch does not: AdamW, Muon and SGD keep numbers, and tensors like the parameter."""
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape not in {parameter.shape, torch.Size()}:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, want {tuple(parameter.shape)}"
+                )
 
 
 def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
@@ -358,7 +372,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(files, dict) or STATE_NAME not in files:
         raise CheckpointCorruptError(f"{path}: files: got {files!r}, want {STATE_NAME} among them")
     for name, entry in files.items():
-        if Path(name).name != name or "\\" in name:
+        if Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointCorruptError(f"{path}: file name {name!r} leads out of the folder")
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise CheckpointCorruptError(f"{path}: no size and sha256 for {name!r}")
@@ -367,10 +381,14 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # reading a pipe would never end
+            raise CheckpointCorruptError(f"{path}: is no file")
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{path}: is missing") from error
-    except (OSError, ValueError) as error:
+    except CheckpointCorruptError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointCorruptError(f"{path}: holds a {type(value).__name__}, want an object")
@@ -380,14 +398,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _check_file(path: Path, entry: Mapping[str, Any], *, check_content: bool) -> None:
     """Compare a file with its line in the manifest."""
     try:
-        size = path.stat().st_size
+        facts = path.stat()
+        size = facts.st_size
+        if not stat.S_ISREG(facts.st_mode):  # reading a pipe would never end
+            raise CheckpointCorruptError(f"{path}: is no file")
         if size != entry["size"]:
             raise CheckpointCorruptError(f"{path}: {size} bytes, want {entry['size']}")
         if check_content and _sha256(path) != entry["sha256"]:
             raise CheckpointCorruptError(f"{path}: sha256 differs from the manifest")
     except FileNotFoundError as error:
         raise CheckpointCorruptError(f"{path}: is missing") from error
-    except OSError as error:
+    except CheckpointCorruptError:
+        raise
+    except (OSError, ValueError) as error:  # a name may be none that a file can have
         raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
 
 

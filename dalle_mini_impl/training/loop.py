@@ -7,13 +7,15 @@ stopped continues as if it had not been, and a checkpoint stores nothing but wei
 the step.
 """
 
+import copy
+import json
 import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -30,11 +32,15 @@ from dalle_mini_impl.training.checkpoint import (
     Checkpoint,
     checkpoint_before,
     flatten_optimizer_state,
-    load_checkpoint,
-    newest_checkpoint,
     restore_optimizer_state,
     save_checkpoint,
 )
+from dalle_mini_impl.training.memory import (
+    fewest_parts_that_fit,
+    is_out_of_memory,
+    running_out_is_an_error,
+)
+from dalle_mini_impl.training.meter import Meter
 from dalle_mini_impl.training.optimizer import (
     MovingAverage,
     build_optimizers,
@@ -50,6 +56,7 @@ logger = logging.getLogger(__name__)
 
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_REASON = 300
+NOT_FINITE_NAME = "not_finite.jsonl"
 DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
 
 
@@ -111,6 +118,8 @@ class RunState:
     elapsed_seconds: float = 0.0
     skipped_in_a_row: int = 0
     skipped_in_all: int = 0
+    evaluation_is_due: bool = False
+    """Whether a signal cut the evaluation of this step short."""
 
     def progress(self, config: TrainingConfig) -> float:
         """Share of the budget used, in [0, 1]."""
@@ -143,17 +152,12 @@ class Trainer:
         Raises:
             UserError: If the global batch does not divide among processes and accumulation.
         """
-        parts = accelerator.num_processes * config.gradient_accumulation_steps
-        if config.global_batch_size % parts:
-            raise UserError(
-                f"training.global_batch_size: got {config.global_batch_size}, wanted a multiple of "
-                f"{parts} ({accelerator.num_processes} processes x "
-                f"{config.gradient_accumulation_steps} gradient_accumulation_steps)"
-            )
         self.config, self.task = config, task
         self.tracker = tracker or Tracker(None, None)
         self.accelerator = accelerator
+        self.divide_batch(config.gradient_accumulation_steps)
         self.checkpoint_dir = output_dir / "checkpoints"
+        self.not_finite_file = output_dir / NOT_FINITE_NAME
         self.model = model.to(accelerator.device)
         self.wrapped = accelerator.prepare_model(self.model)
         if config.compile:  # evaluation and drawing, whose shapes vary, go through self.model
@@ -171,7 +175,6 @@ class Trainer:
         self.average = (
             MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
         )
-        self.micro_batch_size = config.global_batch_size // parts
         self.order = SampleOrder(
             task.num_samples,
             global_batch_size=config.global_batch_size,
@@ -179,6 +182,8 @@ class Trainer:
             weights=task.sample_weights,
         )
         self.state = RunState()
+        self.run_config: Mapping[str, Any] = {}
+        """All settings of the run, kept in its checkpoints."""
 
     def train(self, *, show: Callable[[str], None] = lambda line: None) -> None:
         """Run to the end of the budget, evaluating, drawing and saving on the way.
@@ -187,15 +192,30 @@ class Trainer:
             show: Receives one plain line per log interval when the output is no terminal.
 
         Raises:
-            UserError: If the loss stays non-finite.
+            UserError: If the loss stays non-finite, or memory runs out.
             StoppedError: If a signal asked for it; a checkpoint of the last step was written.
         """
+        try:
+            self._train(show)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"training: out of memory after step {self.state.step}; raise "
+                "training.gradient_accumulation_steps (now "
+                f"{self.config.gradient_accumulation_steps}) or pass --training.find_batch_size "
+                f"true, lower training.global_batch_size (now {self.config.global_batch_size}), or "
+                "take a smaller model; checkpoints are whole"
+            ) from None
+
+    def _train(self, show: Callable[[str], None]) -> None:
+        """Do it, without a care for memory."""
         config, state = self.config, self.state
         progress_line = ProgressLine(
             self.accelerator.is_main_process, show, progress=state.progress(config)
         )
         started = time.perf_counter() - state.elapsed_seconds
-        meter = _Meter()
+        meter = Meter()
         # One thread only: a second team of threads beside the training's took a fifth of its speed.
         loader_threads = partial(torch.set_num_threads, 1)
         with (
@@ -203,6 +223,11 @@ class Trainer:
             StopRequest() as request,
         ):
             pending = self._prefetch(loader, state.step)
+            if state.evaluation_is_due:
+                self._evaluate(request)
+                self.save()
+                if state.evaluation_is_due:
+                    raise StoppedError(state.step, self._largest(request.signal))
             is_due = False
             while state.progress(config) < 1.0:
                 with meter.waiting():
@@ -213,7 +238,6 @@ class Trainer:
                 state.elapsed_seconds = self._agreed(time.perf_counter() - started)
                 meter.add(metrics, samples=config.global_batch_size)
                 done = state.progress(config) >= 1.0
-                stop_signal = 0 if done else self._largest(request.signal)
                 if done or state.step % config.log_every_steps == 0:
                     values = meter.read(self.accelerator, self.task.tokens_per_sample)
                     self.tracker.log({**values, "progress": state.progress(config)}, state.step)
@@ -221,7 +245,10 @@ class Trainer:
                 else:
                     progress_line.tick(state.step, state.progress(config))
                 if done or state.step % config.evaluate_every_steps == 0:
-                    self._evaluate(draw=done or state.step % config.sample_every_steps == 0)
+                    self._evaluate(request)
+                # A run that is all done ends as if no signal had come.
+                goes_on = not done or state.evaluation_is_due
+                stop_signal = self._largest(request.signal) if goes_on else 0
                 is_due |= done or stop_signal > 0 or state.step % config.checkpoint_every_steps == 0
                 # A step that was skipped may be the first of many: its checkpoint waits.
                 if is_due and not state.skipped_in_a_row:
@@ -279,6 +306,7 @@ class Trainer:
             state.skipped_in_a_row += 1
             state.skipped_in_all += 1
             logger.warning("step %d: loss or gradient not finite; no update", state.step)
+            self._note_samples(loss)
             if state.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 # A checkpoint of the first of these steps holds the weights that failed in all.
                 first = state.step + 1 - MAX_SKIPPED_IN_A_ROW
@@ -286,7 +314,8 @@ class Trainer:
                 remedy = f"pass --resume {good}" if good else "start anew in another output_dir"
                 raise UserError(
                     f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up "
-                    f"to step {state.step}; lower training.learning_rate (now "
+                    f"to step {state.step}; {self.not_finite_file} lists the samples; lower "
+                    "training.learning_rate (now "
                     f"{self.config.learning_rate}) and {remedy}"
                 )
         else:
@@ -300,19 +329,47 @@ class Trainer:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
 
+    def _note_samples(self, loss: Tensor) -> None:
+        """Write which samples a skipped step was made of, to find a bad one among them."""
+        losses = self.accelerator.gather(loss.detach().float().reshape(1)).tolist()
+        if not self.accelerator.is_main_process:
+            return
+        row = {
+            "step": self.state.step,
+            "loss_of_each_process": [str(value) for value in losses],  # JSON knows no nan
+            "sample_ids": self.order.indices(self.state.step).tolist(),
+        }
+        try:
+            with self.not_finite_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            logger.warning("cannot write %s: %s", self.not_finite_file, error)
+
     @torch.no_grad()
-    def _evaluate(self, *, draw: bool) -> None:
-        """Measure and draw with the averaged weights, if there are any."""
+    def _evaluate(self, request: StopRequest) -> None:
+        """Measure and draw with the averaged weights, if there are any; a signal cuts it short."""
+        config, state = self.config, self.state
+        draw = state.progress(config) >= 1.0 or state.step % config.sample_every_steps == 0
+
+        def work() -> tuple[dict[str, float], list[PictureGrid]]:
+            metrics = self.task.evaluate(self.model)
+            return metrics, self.task.draw_pictures(self.model) if draw else []
+
         if self.average is not None:
             self.average.swap(self.model)
         self.model.eval()
+        done = True
         if self.accelerator.is_main_process:
-            self.tracker.log(self.task.evaluate(self.model), self.state.step)
-            for grid in self.task.draw_pictures(self.model) if draw else []:
-                self.tracker.log_images(grid.key, grid.images, grid.captions, self.state.step)
+            found = request.run_unless_stopped(work)
+            if found is None:
+                done = False
+            else:
+                self.tracker.log(found[0], state.step)
+                for grid in found[1]:
+                    self.tracker.log_images(grid.key, grid.images, grid.captions, state.step)
         if self.average is not None:
             self.average.swap(self.model)
-        self.accelerator.wait_for_everyone()
+        state.evaluation_is_due = bool(self._largest(int(not done)))
 
     def save(self) -> bool:
         """Write a checkpoint of the current step, unless it would hold non-finite numbers.
@@ -327,6 +384,9 @@ class Trainer:
                 **vars(self.state),
                 "run_id": self.tracker.run_id,
                 "identity": self.task.identity,
+                "num_samples": self.task.num_samples,
+                "num_processes": self.accelerator.num_processes,
+                "config": self.run_config,
             }
             if self.average is not None:
                 tensors["average"] = self.average.weights
@@ -360,6 +420,12 @@ class Trainer:
                 "pictures or the captions have changed since; wanted them as they were, or another "
                 "output_dir"
             )
+        num_samples = checkpoint.state.get("num_samples", self.task.num_samples)
+        if num_samples != self.task.num_samples:
+            raise UserError(
+                f"resume: {checkpoint.path} was trained on {num_samples} samples, now there are "
+                f"{self.task.num_samples}; wanted the same ones, or another output_dir"
+            )
         try:
             self.model.load_state_dict(checkpoint.tensors["model"])
             if self.average is not None:
@@ -372,15 +438,73 @@ class Trainer:
                 for group, own in zip(optimizer.param_groups, options, strict=True):
                     group.update(own)
                 keep_memory_formats(optimizer)
-            names = vars(self.state).keys() - {"skipped_in_a_row"}  # a new count, a new chance
-            self.state = RunState(**{name: checkpoint.state[name] for name in names})
-        except (RuntimeError, KeyError, ValueError) as error:
+            self.state = RunState(
+                step=checkpoint.step,
+                elapsed_seconds=float(checkpoint.state["elapsed_seconds"]),
+                skipped_in_all=int(checkpoint.state["skipped_in_all"]),
+                evaluation_is_due=bool(checkpoint.state.get("evaluation_is_due", False)),
+            )
+        except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
             first = " ".join(str(error).splitlines()[:2])  # torch lists all that differs
             reason = textwrap.shorten(first, MAX_REASON)
             raise UserError(
                 f"resume: {checkpoint.path} does not fit this config: {reason}; wanted the config "
                 "that the run was started with, or another output_dir"
             ) from None
+
+    def divide_batch(self, accumulation: int) -> None:
+        """Make each process's share of the batch in so many micro-batches.
+
+        Args:
+            accumulation: Micro-batches per update on each process.
+
+        Raises:
+            UserError: If the global batch does not divide among processes and accumulation.
+        """
+        processes, batch_size = self.accelerator.num_processes, self.config.global_batch_size
+        parts = processes * accumulation
+        if batch_size % parts:
+            raise UserError(
+                f"training.global_batch_size: got {batch_size}, wanted a multiple of {parts} "
+                f"({processes} processes x {accumulation} gradient_accumulation_steps)"
+            )
+        self.config = replace(self.config, gradient_accumulation_steps=accumulation)
+        self.micro_batch_size = batch_size // parts
+
+    def find_batch_size(self) -> None:
+        """Divide the batch into as few micro-batches as memory has room for; no update is made.
+
+        Raises:
+            UserError: If there are several processes, or not even one sample fits.
+        """
+        if self.accelerator.num_processes > 1:
+            raise UserError(
+                "training.find_batch_size: got true with several processes, wanted one: run it on "
+                "one with the share of training.global_batch_size that each will have, and pass "
+                "on what it finds as training.gradient_accumulation_steps"
+            )
+        if not running_out_is_an_error(self.accelerator.device):
+            logger.warning(
+                "training.find_batch_size: passed over, as this system ends a process that asks "
+                "for too much; set a limit first (ulimit -v)"
+            )
+            return
+        batch_size = self.config.global_batch_size
+        self.divide_batch(fewest_parts_that_fit(batch_size, self._try_micro_batch))
+
+    def _try_micro_batch(self, size: int) -> None:
+        """Make the gradient of one micro-batch beside as much memory as the optimizer will take."""
+        model = copy.deepcopy(self.model).train()  # as some models learn by being used
+        moments = [torch.empty_like(weight) for weight in model.parameters()]  # the copy is more
+        sample_ids = self.order.indices(0)[:size]
+        batch = self.task.make_batch(sample_ids, torch.zeros(size, self.task.num_draws))
+        on_device = {name: value.to(self.accelerator.device) for name, value in batch.items()}
+        with self.accelerator.autocast():
+            loss, _ = self.task.loss(
+                model, on_device, progress=0.0, generator=self._generator(NOISE_PURPOSE)
+            )
+        self.accelerator.backward(loss)
+        del moments
 
     @torch.no_grad()
     def use_average(self) -> None:
@@ -423,98 +547,6 @@ class Trainer:
             return number
         own = torch.tensor([number], device=self.accelerator.device)
         return int(self.accelerator.gather(own).max())
-
-
-def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """Open the checkpoint that ``--resume`` names.
-
-    Args:
-        output_dir: The run's folder.
-        resume: None for a fresh run, ``latest``, or a checkpoint folder.
-
-    Returns:
-        The checkpoint, or None for a fresh start.
-
-    Raises:
-        UserError: If a named checkpoint is missing or damaged, or a fresh run would write over an
-            older one.
-    """
-    root = output_dir / "checkpoints"
-    if resume is None:
-        refuse_used_folder(output_dir)
-        return None
-    if resume != "latest":
-        return load_checkpoint(Path(resume))
-    checkpoint = newest_checkpoint(root)
-    if checkpoint is None:
-        logger.warning("--resume latest: no checkpoint in %s; starting at step 0", root)
-    return checkpoint
-
-
-def refuse_used_folder(output_dir: Path) -> None:
-    """Keep a fresh run out of a folder that holds another run's checkpoints.
-
-    Args:
-        output_dir: The run's folder; may be missing.
-
-    Raises:
-        UserError: If there are checkpoints.
-    """
-    if any((output_dir / "checkpoints").glob("step-*")):
-        raise UserError(
-            f"output_dir: {output_dir} already holds a run; pass --resume latest to continue it, "
-            "or another output_dir"
-        )
-
-
-class _Meter:
-    """Averages metrics between two log lines, and times data and steps."""
-
-    def __init__(self) -> None:
-        self._reset()
-
-    def _reset(self) -> None:
-        self._totals: dict[str, Tensor] = {}
-        self._count, self._samples, self._wait = 0, 0, 0.0
-        self._started = time.perf_counter()
-
-    def waiting(self) -> "_Stopwatch":
-        return _Stopwatch(self)
-
-    def add_wait(self, seconds: float) -> None:
-        self._wait += seconds
-
-    def add(self, metrics: dict[str, Tensor], *, samples: int) -> None:
-        for name, value in metrics.items():
-            self._totals[name] = self._totals.get(name, 0) + value.float()
-        self._count += 1
-        self._samples += samples
-
-    def read(self, accelerator: Accelerator, tokens_per_sample: int) -> dict[str, float]:
-        """Return means over steps and processes, and start anew."""
-        seconds = max(1e-9, time.perf_counter() - self._started)
-        means = torch.stack(
-            [value.to(accelerator.device) / self._count for value in self._totals.values()]
-        )
-        if accelerator.num_processes > 1:
-            means = accelerator.reduce(means, reduction="mean")
-        values = dict(zip((f"train/{name}" for name in self._totals), means.tolist(), strict=True))
-        values["train/samples_per_second"] = self._samples / seconds
-        values["train/tokens_per_second"] = self._samples * tokens_per_sample / seconds
-        values["train/data_wait_fraction"] = self._wait / seconds
-        self._reset()
-        return values
-
-
-class _Stopwatch:
-    def __init__(self, meter: _Meter) -> None:
-        self._meter = meter
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._meter.add_wait(time.perf_counter() - self._started)
 
 
 def _no_gradient_sync(accelerator: Accelerator, model: nn.Module, *, skip: bool) -> Any:

@@ -14,7 +14,13 @@ from torch import nn
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import locked_folder, make_folder
-from dalle_mini_impl.training.loop import Task, Trainer, find_checkpoint, refuse_used_folder
+from dalle_mini_impl.training.checkpoint import Checkpoint
+from dalle_mini_impl.training.loop import Task, Trainer
+from dalle_mini_impl.training.resuming import (
+    compare_settings,
+    find_checkpoint,
+    refuse_used_folder,
+)
 from dalle_mini_impl.training.tracking import open_tracker
 
 
@@ -52,7 +58,13 @@ def run_task(
     show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if checkpoint:
         show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
+        for line in compare_settings(checkpoint, _plain(dataclasses.asdict(config))):
+            show(f"changed since: {line}")
         trainer.restore(checkpoint)
+    if config.training.find_batch_size:
+        _find_batch_size(trainer, checkpoint, show)
+        config = dataclasses.replace(config, training=trainer.config)
+    trainer.run_config = _plain(dataclasses.asdict(config))
     # Only now: a resume that does not fit leaves the records of the run as they are.
     if is_main:
         save_config(config, output_dir / "config.yaml")
@@ -84,6 +96,19 @@ def run_task(
     return folder
 
 
+def _find_batch_size(
+    trainer: Trainer, checkpoint: Checkpoint | None, show: Callable[[str], None]
+) -> None:
+    """Look for the largest micro-batch, but go on with the one that a stopped run had found."""
+    before = checkpoint.state.get("config", {}).get("training", {}) if checkpoint else {}
+    if before.get("find_batch_size"):
+        trainer.divide_batch(before["gradient_accumulation_steps"])
+    else:
+        trainer.find_batch_size()
+    parts, size = trainer.config.gradient_accumulation_steps, trainer.micro_batch_size
+    show(f"micro-batches of {size}: training.gradient_accumulation_steps {parts}")
+
+
 @contextmanager
 def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
     """Make a run's folder and keep it for this run, before any time is spent on data.
@@ -97,12 +122,18 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
             in it, or a fresh run would write over an older one.
     """
     output_dir, source = Path(config.output_dir), Path(config.data.source)
-    if source.is_dir() and output_dir.resolve().is_relative_to(source.resolve()):
+    try:
+        is_folder = source.is_dir()
+    except OSError as error:
+        raise UserError(f"data.source: {source}: {error.strerror}; wanted data to read") from None
+    if is_folder and output_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
             "pictures would become data; wanted a folder outside"
         )
     make_folder(output_dir, field="output_dir")
+    if (output_dir / "checkpoints").exists():
+        make_folder(output_dir / "checkpoints", field="output_dir")
     if resume is None:
         refuse_used_folder(output_dir)
     # The processes of one run share its folder. Accelerate is not up yet to say which one this is.
@@ -119,9 +150,16 @@ def save_config(config: Any, path: Path) -> None:
     Args:
         config: A dataclass of plain values, tuples and dataclasses.
         path: YAML file.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     values = _plain(dataclasses.asdict(config))
-    path.write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"output_dir: cannot write {path}: {error.strerror}") from None
 
 
 def _plain(value: Any) -> Any:

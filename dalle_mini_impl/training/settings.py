@@ -23,6 +23,9 @@ class TrainingConfig:
     """Samples per optimizer update, over all processes and accumulation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per update on each process."""
+    find_batch_size: bool = False
+    """Before the run, look for the largest micro-batch that fits into memory; the global batch
+    stays, in as many gradient_accumulation_steps as it then takes. One process only."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on hidden matrices with AdamW on the rest."""
     learning_rate: float = 1e-3

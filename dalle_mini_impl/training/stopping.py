@@ -1,19 +1,37 @@
-"""Ctrl-C and SIGTERM end a run after the step at hand, with a checkpoint."""
+"""Ctrl-C, SIGTERM and their like end a run after the step at hand, with a checkpoint."""
 
 import signal
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Result = TypeVar("Result")
+
+# Batch systems announce the end of a job by SIGTERM, SIGUSR1 or SIGUSR2; Windows has no SIGUSR.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
+    if hasattr(signal, name)
+)
+# A terminal or a batch system signals the launcher and its processes, and the launcher passes it
+# on: what comes twice within this time is one request.
+SAME_REQUEST_SECONDS = 3.0
+
+
+class _CutShortError(BaseException):
+    """Ends work that can be done again; no ``except Exception`` on the way may keep it."""
 
 
 class StopRequest:
-    """Listens for the first signal while it is open; a second one ends the process as usual."""
+    """Listens for a signal while it is open; a second one, later, ends the process as usual."""
 
     def __init__(self) -> None:
         """Start without a request."""
         self.signal = 0
+        self._received = 0.0
+        self._may_cut_short = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -28,7 +46,33 @@ class StopRequest:
             signal.signal(number, handler)
         self._handlers = {}
 
+    def run_unless_stopped(self, work: Callable[[], Result]) -> Result | None:
+        """Do work that a signal may cut short at any point, as it can be done again.
+
+        Args:
+            work: Leaves nothing half-done behind.
+
+        Returns:
+            Its result, or None where it was cut short or not begun.
+        """
+        result = None
+        try:
+            self._may_cut_short = True
+            if not self.signal:
+                result = work()
+            self._may_cut_short = False
+        except _CutShortError:
+            return None
+        return result
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         del frame
-        self.signal = number
-        self.__exit__()
+        now = time.monotonic()
+        if not self.signal:
+            self.signal, self._received = number, now
+            if self._may_cut_short:
+                self._may_cut_short = False
+                raise _CutShortError
+        elif now - self._received > SAME_REQUEST_SECONDS:
+            self.__exit__()
+            signal.raise_signal(number)

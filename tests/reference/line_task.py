@@ -72,7 +72,7 @@ class LineTask:
         return [PictureGrid("line", [draw_picture(0)], ["a line"])]
 
 
-def build_trainer(task: LineTask, out: Path, **changes: Any) -> Trainer:
+def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes: Any) -> Trainer:
     """A run of `task` at step 0, without W&B."""
     options: dict[str, Any] = {
         "max_steps": task.max_steps,
@@ -94,7 +94,11 @@ def build_trainer(task: LineTask, out: Path, **changes: Any) -> Trainer:
         TrainingConfig(**(options | changes)),
         accelerator=accelerator,
         tracker=open_tracker(
-            tracking, output_dir=out, run_config={}, is_main=accelerator.is_main_process
+            tracking,
+            output_dir=out,
+            run_config={},
+            is_main=accelerator.is_main_process,
+            resume_step=resume_step,
         ),
         output_dir=out,
     )

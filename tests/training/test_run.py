@@ -233,9 +233,10 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
     assert not (out / "tokens").exists()  # refused before any work
 
     other = tiny.vqvae_run(data, out, max_steps=2, vqvae={"channels": (8, 16)})
-    with pytest.raises(UserError, match=r"resume: .* does not fit this config") as caught:
+    with pytest.raises(
+        UserError, match=r"resume: .* does not fit this config: vqvae.channels was \[8, 12\], is"
+    ):
         tiny.train(other, resume="latest")
-    assert str(caught.value).count("size mismatch") == 1
     averaged = tiny.vqvae_run(data, out, max_steps=2, ema_decay=0.9)
     with pytest.raises(UserError, match=r"resume: .* does not fit this config"):
         tiny.train(averaged, resume="latest")

@@ -1,0 +1,71 @@
+"""Means of a run's metrics between two log lines, and its speed."""
+
+import time
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Meter:
+    """Averages metrics between two log lines, and times data and steps."""
+
+    def __init__(self) -> None:
+        """Start at nothing."""
+        self._reset()
+
+    def _reset(self) -> None:
+        self._totals: dict[str, Tensor] = {}
+        self._count, self._samples, self._wait = 0, 0, 0.0
+        self._started = time.perf_counter()
+
+    def waiting(self) -> "_Stopwatch":
+        """Time what is done in the ``with`` block as waiting for data."""
+        return _Stopwatch(self)
+
+    def add(self, metrics: dict[str, Tensor], *, samples: int) -> None:
+        """Count one step.
+
+        Args:
+            metrics: Its numbers, the same names at every step.
+            samples: In its global batch.
+        """
+        for name, value in metrics.items():
+            self._totals[name] = self._totals.get(name, 0) + value.float()
+        self._count += 1
+        self._samples += samples
+
+    def read(self, accelerator: Accelerator, tokens_per_sample: int) -> dict[str, float]:
+        """Return means over steps and processes, and start anew.
+
+        Args:
+            accelerator: The processes that train together.
+            tokens_per_sample: Tokens that one sample makes.
+
+        Returns:
+            The means as ``train/<name>``, speeds per second, and the share of time in [0, 1] that
+            was spent waiting for data.
+        """
+        seconds = max(1e-9, time.perf_counter() - self._started)
+        means = torch.stack(
+            [value.to(accelerator.device) / self._count for value in self._totals.values()]
+        )
+        if accelerator.num_processes > 1:
+            means = accelerator.reduce(means, reduction="mean")
+        values = dict(zip((f"train/{name}" for name in self._totals), means.tolist(), strict=True))
+        values["train/samples_per_second"] = self._samples / seconds
+        values["train/tokens_per_second"] = self._samples * tokens_per_sample / seconds
+        values["train/data_wait_fraction"] = self._wait / seconds
+        self._reset()
+        return values
+
+
+class _Stopwatch:
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._meter._wait += time.perf_counter() - self._started

@@ -1,0 +1,389 @@
+"""Fault test 11, and hostile checkpoints: each file with each damage is noticed and named.
+
+Every case runs on the checkpoints of a real decoder run (Muon and AdamW, averaged weights), and
+shows that an older checkpoint is taken, that a named one is refused, and that nothing is changed.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.checkpoint import (
+    CheckpointCorruptError,
+    load_checkpoint,
+    newest_checkpoint,
+)
+from tests.reference import tiny
+
+NEWEST, OLDER = "step-00000006", "step-00000003"
+FILES = (
+    "manifest.json",
+    "state.json",
+    "model.safetensors",
+    "average.safetensors",
+    "optimizer_0.safetensors",
+    "optimizer_1.safetensors",
+)
+SENTINEL = "code-ran"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run with the checkpoints of steps 3 and 6."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny.build_vqvae().save_pretrained(folder / "vqvae")
+    data = tiny.write_data(folder / "data")
+    config = tiny.dalle_run(data, folder / "vqvae", folder / "run", optimizer="muon", ema_decay=0.9)
+    tiny.train(config)
+    return folder
+
+
+@pytest.fixture
+def root(run: Path, tmp_path: Path) -> Path:
+    """A copy of its checkpoints."""
+    return shutil.copytree(run / "run" / "checkpoints", tmp_path / "checkpoints")
+
+
+def flip(path: Path, place: float) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(place * (len(content) - 1))] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def replace_by_dangling_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def replace_by_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def replace_by_endless_device(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (Path(SENTINEL).write_text, ("ran",))
+
+
+def swap_with_older(path: Path) -> None:
+    shutil.copy(path.parents[1] / OLDER / path.name, path)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: path.write_bytes(b""),
+    "last byte lost": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "second half lost": lambda path: path.write_bytes(
+        path.read_bytes()[: path.stat().st_size // 2]
+    ),
+    "bit flipped at the start": lambda path: flip(path, 0),
+    "bit flipped in the middle": lambda path: flip(path, 0.5),
+    "bit flipped at the end": lambda path: flip(path, 1),
+    "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "a web page": lambda path: path.write_text("<!doctype html><title>404</title>"),
+    "a pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
+    "a folder": replace_by_folder,
+    "a dangling link": replace_by_dangling_link,
+    "a pipe": replace_by_pipe,
+    "an endless device": replace_by_endless_device,
+    "that of another step": swap_with_older,
+}
+
+
+def fingerprint(root: Path) -> dict[str, Any]:
+    """Every path below with its content."""
+    return {
+        str(path.relative_to(root)): path.read_bytes() if path.is_file() else path.is_symlink()
+        for path in root.rglob("*")
+    }
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(
+    root: Path,
+    name: str,
+    damage: str,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    DAMAGES[damage](root / NEWEST / name)
+    before = fingerprint(root)
+    with pytest.raises(CheckpointCorruptError) as caught:
+        load_checkpoint(root / NEWEST)
+    message = str(caught.value)
+    # A manifest of another step makes each file wrong that differs; the message names one.
+    other = name == "manifest.json" and damage == "that of another step"
+    assert f"{NEWEST}/" in message if other else name in message
+    assert "\n" not in message
+    found = newest_checkpoint(root)
+    assert found is not None
+    assert found.step == 3
+    assert f"passing over checkpoint {NEWEST}" in caplog.text
+    assert fingerprint(root) == before
+    assert not Path(SENTINEL).exists()
+
+
+def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def set_entry(name: str, **values: Any) -> Callable[[Path], None]:
+    return lambda folder: rewrite_manifest(
+        folder, lambda manifest: manifest["files"][name].update(values)
+    )
+
+
+def add_file(name: str) -> Callable[[Path], None]:
+    return lambda folder: rewrite_manifest(
+        folder,
+        lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}}),
+    )
+
+
+def set_manifest(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: rewrite_manifest(folder, lambda manifest: manifest.update(values))
+
+
+def write_text(text: str, encoding: str = "utf-8") -> Callable[[Path], None]:
+    return lambda folder: (folder / "manifest.json").write_text(text, encoding=encoding) and None
+
+
+MANIFESTS: dict[str, Callable[[Path], None]] = {
+    "no version": set_manifest(format_version=None),
+    "version as text": set_manifest(format_version="1"),
+    "later version": set_manifest(format_version=10**30),
+    "no files": set_manifest(files={}),
+    "files as a list": set_manifest(files=["state.json"]),
+    "files as text": set_manifest(files="state.json"),
+    "entry as a number": set_manifest(files={"state.json": 3}),
+    "entry without hash": set_manifest(files={"state.json": {"size": 3}}),
+    "negative size": set_entry("state.json", size=-1),
+    "size as text": set_entry("state.json", size="3"),
+    "size without end": set_entry("state.json", size=10**400),
+    "size not a number": set_entry("state.json", size=float("nan")),
+    "hash as a number": set_entry("state.json", sha256=0),
+    "hash as null": set_entry("state.json", sha256=None),
+    "parent folder": add_file("../step-00000003/state.json"),
+    "absolute path": add_file("/etc/passwd"),
+    "dots": add_file(".."),
+    "Windows path": add_file("..\\state.json"),
+    "null byte in a name": add_file("a\0b"),
+    "empty name": add_file(""),
+    "name of 5,000 letters": add_file("a" * 5000),
+    "lone surrogate in a name": add_file("\ud800"),
+    "a list": write_text("[]"),
+    "a number": write_text("1"),
+    "null": write_text("null"),
+    "a hundred thousand brackets": write_text("[" * 100_000),
+    "nested objects": write_text('{"files":' * 50_000),
+    "another encoding": write_text("{}", encoding="utf-16"),
+    "a byte order mark": write_text("\ufeff{}"),
+    "two objects": write_text("{}{}"),
+    "a number of 10,000 digits": write_text('{"format_version": ' + "9" * 10_000 + "}"),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_hostile_manifest_is_refused(root: Path, case: str) -> None:
+    MANIFESTS[case](root / NEWEST)
+    with pytest.raises(CheckpointCorruptError) as caught:
+        load_checkpoint(root / NEWEST)
+    assert NEWEST in str(caught.value)
+    found = newest_checkpoint(root)
+    assert found is not None
+    assert found.step == 3
+
+
+def forge(folder: Path, name: str, content: bytes) -> None:
+    """Replaces a file and makes the manifest say that it is right."""
+    (folder / name).write_bytes(content)
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def forge_state(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        content = json.loads((folder / "state.json").read_text())
+        change(content)
+        forge(folder, "state.json", json.dumps(content).encode())
+
+    return apply
+
+
+def forge_tensors(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        from safetensors.torch import load_file, save
+
+        tensors = load_file(folder / name)
+        change(tensors)
+        forge(folder, name, save(tensors))
+
+    return apply
+
+
+def header(text: bytes, body: bytes = b"") -> bytes:
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def raw(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: forge(folder, name, content)
+
+
+def reshape_first(tensors: dict[str, Any]) -> None:
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name] = tensors[name].flatten()[:-1].clone()
+
+
+def drop_first(tensors: dict[str, Any]) -> None:
+    del tensors[min(tensors)]
+
+
+def as_integers(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name] = tensors[name].to(dtype=__import__("torch").int64)
+
+
+MODEL, ADAMW, MUON = FILES[2], FILES[4], FILES[5]
+HUGE = b'{"w":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
+BEYOND = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000]}}'
+OVERLAP = (
+    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
+    b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+)
+FORGED: dict[str, Callable[[Path], None]] = {
+    "step as text": forge_state(lambda content: content.update(step="6")),
+    "negative step": forge_state(lambda content: content.update(step=-1)),
+    "step as a fraction": forge_state(lambda content: content.update(step=0.5)),
+    "step as truth": forge_state(lambda content: content.update(step=True)),
+    "no step": forge_state(lambda content: content.pop("step")),
+    "state as a list": forge_state(lambda content: content.update(state=[])),
+    "no state": forge_state(lambda content: content.pop("state")),
+    "state of brackets": raw("state.json", b"[" * 100_000),
+    "state is a pickle": raw("state.json", pickle.dumps(Evil())),
+    "no optimizer": forge_state(lambda content: content["state"].pop("optimizer_0")),
+    "optimizer as text": forge_state(lambda content: content["state"].update(optimizer_0="x")),
+    "optimizer as a list": forge_state(lambda content: content["state"].update(optimizer_1=[])),
+    "optimizer without groups": forge_state(
+        lambda content: content["state"]["optimizer_0"].pop("param_groups")
+    ),
+    "groups as text": forge_state(
+        lambda content: content["state"]["optimizer_0"].update(param_groups="ab")
+    ),
+    "tensor that is not there": forge_state(
+        lambda content: content["state"]["optimizer_0"].update(state={"__tensor__": "none"})
+    ),
+    "items of nothing": forge_state(
+        lambda content: content["state"]["optimizer_0"].update(state={"__items__": [1, 2]})
+    ),
+    "time as text": forge_state(lambda content: content["state"].update(elapsed_seconds="later")),
+    "time as a list": forge_state(lambda content: content["state"].update(elapsed_seconds=[])),
+    "skipped as null": forge_state(lambda content: content["state"].update(skipped_in_all=None)),
+    "other tokens": forge_state(lambda content: content["state"].update(identity="other")),
+    "more samples": forge_state(lambda content: content["state"].update(num_samples=10**9)),
+    "config as text": forge_state(lambda content: content["state"].update(config="x")),
+    "a weight missing": forge_tensors(MODEL, drop_first),
+    "a weight too short": forge_tensors(MODEL, reshape_first),
+    "a weight too many": forge_tensors(
+        MODEL, lambda tensors: tensors.update(extra=next(iter(tensors.values())).clone())
+    ),
+    "a moment missing": forge_tensors(ADAMW, drop_first),
+    "a moment too short": forge_tensors(ADAMW, reshape_first),
+    "a momentum too short": forge_tensors(MUON, reshape_first),
+    "an average missing": forge_tensors("average.safetensors", drop_first),
+    "an average too short": forge_tensors("average.safetensors", reshape_first),
+    "weights are a pickle": raw(MODEL, pickle.dumps(Evil())),
+    "weights of a zip file": raw(MODEL, b"PK\x03\x04" + bytes(100)),
+    "header of 2^60 bytes": raw(MODEL, struct.pack("<Q", 2**60)),
+    "header of brackets": raw(MODEL, header(b"[" * 100_000)),
+    "shape of 10^18 weights": raw(MODEL, header(HUGE, bytes(4))),
+    "offsets beyond the end": raw(MODEL, header(BEYOND, bytes(4))),
+    "offsets that overlap": raw(MODEL, header(OVERLAP, bytes(8))),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("case", FORGED)
+def test_a_forged_checkpoint_with_right_hashes_is_one_line(
+    run: Path, root: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Named by `--resume`, in a whole run: nothing runs, nothing is written over."""
+    monkeypatch.chdir(tmp_path)
+    FORGED[case](root / NEWEST)
+    records = {path: path.read_bytes() for path in (run / "run").glob("*.*")}
+    before = fingerprint(root)
+    config = tiny.dalle_run(
+        run / "data",
+        run / "vqvae",
+        run / "run",
+        optimizer="muon",
+        ema_decay=0.9,
+        max_steps=9,
+        checkpoint_every_steps=1000,
+    )
+    with pytest.raises(UserError) as caught:
+        tiny.train(config, resume=str(root / NEWEST))
+    assert "\n" not in str(caught.value)
+    assert NEWEST in str(caught.value)
+    assert fingerprint(root) == before
+    assert {path: path.read_bytes() for path in records} == records
+    assert not Path(SENTINEL).exists()
+
+
+FOREIGN = {
+    "empty folder": lambda root: (root / "step-00000009").mkdir(),
+    "a file of that name": lambda root: (root / "step-00000009").write_text(""),
+    "a link to nowhere": lambda root: (root / "step-00000009").symlink_to("nowhere"),
+    "a link to itself": lambda root: (root / "step-00000009").symlink_to("step-00000009"),
+    "an unfinished save": lambda root: shutil.copytree(root / NEWEST, root / ".tmp-step-9-abc"),
+    "a step of 30 digits": lambda root: (root / f"step-{'9' * 30}").mkdir(),
+    "no number": lambda root: (root / "step-latest").mkdir(),
+    "a negative number": lambda root: (root / "step--0000001").mkdir(),
+    "digits of another script": lambda root: (root / "step-٠٩").mkdir(),
+    "a folder of notes": lambda root: (root / "notes").mkdir(),
+    "Accelerate's checkpoint": lambda root: (root / "step_9").mkdir(),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_lies_beside_the_checkpoints_does_no_harm(root: Path, case: str) -> None:
+    FOREIGN[case](root)
+    found = newest_checkpoint(root)
+    assert found is not None
+    assert found.step == 6
+
+
+def test_all_damaged_starts_anew_and_says_so(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in root.iterdir():
+        flip(folder / "model.safetensors", 0.5)
+    assert newest_checkpoint(root) is None
+    assert caplog.text.count("passing over checkpoint") == 2

@@ -1,0 +1,173 @@
+"""Any sequence of steps, saves, kills inside saves, damage and resumes keeps to the one true path.
+
+The path is that of a run that nothing ever happened to; its weights after each step are known.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis.strategies as st
+import pytest
+from hypothesis import Phase, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
+
+from dalle_mini_impl.training.checkpoint import newest_checkpoint
+from dalle_mini_impl.training.loop import Trainer
+from tests.reference.line_task import LineTask, build_trainer
+
+LONGEST = 200
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: nobody catches it, and what was on disk stays."""
+
+
+def fresh_trainer(out: Path) -> Trainer:
+    return build_trainer(LineTask(max_steps=LONGEST), out, ema_decay=0.5)
+
+
+def make_step(trainer: Trainer) -> None:
+    trainer._step(trainer._batches(trainer.state.step))
+    trainer.state.step += 1
+
+
+def weights_of(trainer: Trainer) -> list[str]:
+    assert trainer.average is not None
+    values = [*trainer.model.parameters(), *trainer.average.weights.values()]
+    for optimizer in trainer.optimizers:
+        for state in optimizer.state.values():
+            values += [state["exp_avg"], state["exp_avg_sq"]]
+    return [float(value.detach()).hex() for value in values]
+
+
+class LifeOfARun(RuleBasedStateMachine):
+    """What may happen, in any order."""
+
+    true_path: list[list[str]]
+
+    @initialize()
+    def begin(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(
+            dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+        )
+        self.out = Path(self.folder.name)
+        straight = fresh_trainer(self.out / "straight")
+        self.true_path = [weights_of(straight)]
+        self.straight = straight
+        self.trainer = fresh_trainer(self.out)
+        self.saved: dict[int, bool] = {}
+        """Steps whose checkpoints are kept -> whether they are still as they were written."""
+
+    @rule(count=st.integers(1, 5))
+    def step(self, count: int) -> None:
+        for _ in range(min(count, LONGEST - self.trainer.state.step)):
+            make_step(self.trainer)
+
+    @rule()
+    def save(self) -> None:
+        assert self.trainer.save()
+        self.remember(self.trainer.state.step)
+
+    def newest_step(self) -> int:
+        found = newest_checkpoint(self.out / "checkpoints")
+        return found.step if found else -1
+
+    def remember(self, step: int) -> None:
+        """Two are kept, of those that are not newer. What was damaged since may be one of them."""
+        self.saved[step] = True
+        for old in sorted(found for found in self.saved if found <= step)[:-2]:
+            del self.saved[old]
+
+    @rule(operation=st.integers(1, 12))
+    def kill_inside_a_save(self, operation: int) -> None:
+        """At one of its renames, flushes or new folders; then the run goes on by itself."""
+        patch, left, rmtree = pytest.MonkeyPatch(), operation, shutil.rmtree
+
+        def counting(call: Callable[..., Any]) -> Callable[..., Any]:
+            def wrapped(*arguments: Any, **options: Any) -> Any:
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    raise KilledError
+                return call(*arguments, **options)
+
+            return wrapped
+
+        def rmtree_of_the_living(*arguments: Any, **options: Any) -> None:
+            if left > 0:  # a killed process tidies nothing
+                rmtree(*arguments, **options)
+
+        for name in ("fsync", "replace", "mkdir"):
+            patch.setattr(os, name, counting(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", rmtree_of_the_living)
+        step, killed = self.trainer.state.step, False
+        try:
+            self.trainer.save()
+        except KilledError:
+            killed = True
+        finally:
+            patch.undo()
+        if not killed:
+            self.remember(step)
+        elif self.newest_step() == step:
+            self.saved[step] = True  # it was complete; nothing older was deleted yet
+        self.resume()
+
+    @precondition(lambda self: self.saved)
+    @rule(place=st.floats(0, 1))
+    def damage_the_newest(self, place: float) -> None:
+        newest = self.out / "checkpoints" / f"step-{max(self.saved):08d}"
+        if not newest.exists():
+            return
+        files = sorted(newest.iterdir())
+        file = files[int(place * (len(files) - 1))]
+        content = bytearray(file.read_bytes())
+        content[int(place * (len(content) - 1))] |= 128  # no ASCII, and no small number
+        if bytes(content) != file.read_bytes():
+            file.write_bytes(content)
+            self.saved[max(self.saved)] = False
+
+    @rule()
+    def resume(self) -> None:
+        """With new objects, as a new process would."""
+        self.trainer.tracker.close()
+        self.trainer = fresh_trainer(self.out)
+        checkpoint = newest_checkpoint(self.out / "checkpoints")
+        if checkpoint is not None:
+            self.trainer.restore(checkpoint)
+        whole = [step for step, is_whole in self.saved.items() if is_whole]
+        assert self.trainer.state.step == max(whole, default=0)
+
+    @invariant()
+    def weights_are_those_of_the_true_path(self) -> None:
+        if not hasattr(self, "trainer"):
+            return
+        while len(self.true_path) <= self.trainer.state.step:
+            make_step(self.straight)
+            self.true_path.append(weights_of(self.straight))
+        assert weights_of(self.trainer) == self.true_path[self.trainer.state.step]
+
+    def teardown(self) -> None:
+        if hasattr(self, "folder"):
+            self.folder.cleanup()
+
+
+TestLifeOfARun = LifeOfARun.TestCase
+TestLifeOfARun.settings = settings(
+    max_examples=10,
+    stateful_step_count=15,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=(Phase.generate,),
+)

