@@ -19,7 +19,7 @@ def test_all_splits_are_read_once_with_their_tokens(tmp_path: Path) -> None:
     data = read_data(str(folder), vqvae)
     assert data.kind == "pictures"
     assert (len(data.train), list(data.held_out), len(data.held_out["val"])) == (25, ["val"], 5)
-    assert data.held_out["val"].rows[0]["color"] == "green"
+    assert data.held_out["val"].rows[0]["color"] == "blue"
     with torch.no_grad():
         ids = vqvae.encode_to_token_ids(to_floats(data.train.pixels)).flatten(1)
     assert torch.equal(ids, data.train.image_token_ids)
