@@ -112,7 +112,8 @@ def measure_likelihood(
             *(number(found[what]["nats_per_token"]) for what in CAPTIONS),
             number(found[CAPTIONS[0]]["bits_per_picture"], 1),
         ))  # fmt: skip
-    shown = next(name for name in splits if name != "train")
+    held_out = [name for name in splits if name != "train"]
+    shown = max(held_out, key=lambda name: len(splits[name]))
     return _section(figures, rows, {what: by_cell[shown, what] for what in CAPTIONS}, shown,
                     pipeline.vqvae.image_grid_size)  # fmt: skip
 
