@@ -30,7 +30,6 @@ def run(command: list[str], *arguments: str | Path) -> str:
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,6 +50,7 @@ def keep_few_pictures(data: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute and a half of work, on a machine that may be busy
 def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_path: Path) -> None:
     prepare, train_vqvae = commands_of("vqvae")
     (train_dalle,) = commands_of("dalle")
