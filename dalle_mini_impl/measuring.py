@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -17,7 +17,9 @@ import yaml
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.copying import measure_copying
 from dalle_mini_impl.evaluation.distribution import measure_distribution
+from dalle_mini_impl.evaluation.drawings import draw
 from dalle_mini_impl.evaluation.emoji import ask, measure_emoji
+from dalle_mini_impl.evaluation.emoji_grid import Question
 from dalle_mini_impl.evaluation.features import FeatureSpace
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.report import numbers_in, write_report
@@ -25,7 +27,6 @@ from dalle_mini_impl.evaluation.samples import (
     EvaluationData,
     Samples,
     decode,
-    draw,
     join,
     read_data,
 )
@@ -66,9 +67,9 @@ class EvaluationConfig:
     """Of the first picture, and of every other random choice."""
     max_samples: int = 512
     """Pictures per style or split that are drawn, or whose loss is measured."""
-    overrides: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``SamplingConfig``."""
-    tracking: str | None = None
+    tracking: Literal["auto", "online", "offline", "disabled"] | None = None
     """W&B mode; None asks the model's run."""
 
 
@@ -131,7 +132,7 @@ def _measure(
 ) -> list[Section]:
     """Draw, and judge the drawings in every way."""
     vqvae, seed = pipeline.vqvae, config.seed
-    questions = []
+    questions: list[Question] = []
     if data.kind == "emoji":
         questions, wanted = ask(data, config.styles, max_samples=config.max_samples)
     elif config.styles:
@@ -252,9 +253,9 @@ def _track(
     run_id = checkpoint.state.get("run_id") if checkpoint else None
     if config.tracking is None and run_id is None:
         return
-    tracking = dataclasses.replace(
-        _tracking_of(run_dir), **({"mode": config.tracking} if config.tracking else {})
-    )
+    tracking = _tracking_of(run_dir)
+    if config.tracking is not None:
+        tracking = dataclasses.replace(tracking, mode=config.tracking)
     if tracking.mode == "disabled":
         return
     step = checkpoint.step if checkpoint else 0

@@ -57,9 +57,9 @@ class Question:
         for what, choices in self.choices.items():
             found = nearest(picture, choices)
             answers[what] = found == self.right[what]
-            if isinstance(found, tuple):
-                gender, tone = self.right[what]  # type: ignore[misc]
-                answers["gender"], answers["tone"] = found[0] == gender, found[1] == tone
+            wanted = self.right[what]
+            if isinstance(found, tuple) and isinstance(wanted, tuple):
+                answers["gender"], answers["tone"] = found[0] == wanted[0], found[1] == wanted[1]
         return answers
 
     @property
@@ -190,6 +190,9 @@ def evaluate_grid(
         question.answer(image_to_pixels(image))
         for question, image in zip(questions, drawn, strict=True)
     ]
-    shares = [sum(a[what] for a in answers) / len(answers) for what in ("cell", "gender", "tone")]
+    cell, gender, tone = (
+        sum(answer[what] for answer in answers) / len(answers)
+        for what in ("cell", "gender", "tone")
+    )
     true = [pixels_to_images(question.true[None])[0] for question in questions]
-    return GridReport(len(questions), *shares, captions, drawn, true)
+    return GridReport(len(questions), cell, gender, tone, captions, drawn, true)
