@@ -13,7 +13,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.waiting import show_now_and_then
