@@ -55,7 +55,7 @@ $(VENV)/.app: pyproject.toml requirements-dev.txt
 
 $(VENV)/.dev: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -r requirements-dev.txt -e '.[demo-data,dev]'
+	$(BIN)/pip install -q -r requirements-dev.txt -e '.[demo-data,eval,dev]'
 	touch $@ $(VENV)/.demo
 
 # dalle-pytorch has a dependency that no longer builds; benchmarks/peers.py stubs what its import misses.

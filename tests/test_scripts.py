@@ -298,15 +298,15 @@ BAD_INPUT = {
         ["output_dir: PICTURE: File exists; wanted a folder"],
     ),
     "a model to measure": ("evaluate", ["--model", "DATA"], ["model: DATA is no model folder"]),
-    "data that are no emoji": (
+    "data to measure with": (
         "evaluate",
-        ["--model", "MODEL", "--data", "DATA"],
-        ["data: DATA/metadata.jsonl has no held-out grid cells"],
+        ["--model", "MODEL", "--data", "BARE", "--out", "OUT"],
+        ["data: no captioned pictures found in BARE"],
     ),
-    "a sheet that is no picture": (
+    "a report in a file": (
         "evaluate",
-        ["--model", "MODEL", "--data", "DATA", "--out", "OUT"],
-        ["out: got OUT, wanted a file name that ends in .png"],
+        ["--model", "MODEL", "--data", "DATA", "--out", "PICTURE"],
+        ["out: PICTURE: File exists; wanted a folder"],
     ),
     "unknown option": ("evaluate", ["--model", "MODEL", "--fast"], ["--fast", "--help"]),
     "unknown option of the demo": ("demo", ["--fast"], ["--fast", "--help"]),

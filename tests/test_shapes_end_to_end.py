@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
+from dalle_mini_impl.evaluation.shapes_accuracy import WHOLE
+
 REPOSITORY = Path(__file__).parents[1]
 MAX_TRAINING_MINUTES = 3.0
 
@@ -39,10 +42,15 @@ def test_three_minutes_of_training_draw_captions_and_new_combinations_right(tmp_
         shared = ["--data.source", data, "--output_dir", tmp_path / name]
         tokenizer = ["--vqvae_dir", tmp_path / "vqvae/model"] if name == "dalle" else []
         run(f"train_{name}", "--config", preset, *shared, *tokenizer, "--tracking.mode=disabled")
-    printed = run("evaluate_shapes", "--model", tmp_path / "dalle/model")
-    reports = {report["split"]: report for report in map(json.loads, printed.splitlines())}
-    assert set(reports) == {"test", "test_compose"}
-    assert reports["test"]["accuracy"] >= 0.9
-    assert reports["test_compose"]["accuracy"] >= 0.6
-    for report in reports.values():
-        assert report["accuracy_of_shuffled"] < 0.05  # the checker does not say yes to everything
+    run("evaluate", "--model", tmp_path / "dalle/model", "--data", data, "--out", tmp_path / "out")
+    found = json.loads((tmp_path / "out/report.json").read_text())["composition"]
+    shares = {
+        split: {way: facts[WHOLE]["value"] for way, facts in ways.items()}
+        for split, ways in found.items()
+    }
+    assert set(shares) == {"test", "test_compose"}
+    assert shares["test"]["one picture"] >= 0.9
+    assert shares["test_compose"]["one picture"] >= 0.6
+    for ways in shares.values():
+        assert ways[CEILING] >= 0.97
+        assert ways[FLOOR] < 0.05  # the checker does not say yes to everything

@@ -2,32 +2,137 @@
 
 For 3 x 5 cells of a role all true pictures exist, and some cells were kept from training. A picture
 drawn from such a cell's caption is right if, of the role's 15 true pictures, the one of that cell
-is nearest in pixels. Chance is 1/15 for the cell, 1/3 for the gender and 1/5 for the tone.
+is nearest in pixels. Chance is 1/15 for the cell, 1/3 for the gender and 1/5 for the tone. A style
+is right if the true picture in that style is nearest among all styles that drew the emoji, and a
+clock if its own hour is nearest among all clocks of the style.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.emoji import grid_roles
-from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
+from dalle_mini_impl.data.images import (
+    decode_image,
+    image_to_pixels,
+    pixels_to_images,
+    resize_and_crop,
+)
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
-Cell = tuple[str, str]  # gender, skin tone
-Key = TypeVar("Key")
+Row = Mapping[str, Any]
+Picture = Float[Tensor, "3 height width"]
+Key = TypeVar("Key", bound=Hashable)
+Read = Callable[[Row], Tensor]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out picture to be drawn, and the true pictures that its drawing is compared with."""
+
+    row: Row
+    """What the metadata say of the held-out picture."""
+    choices: Mapping[str, Mapping[Hashable, Tensor]]
+    """By what is asked (``cell``, ``style``, ``clock``): name -> true picture, [-1, 1]."""
+    right: Mapping[str, Hashable]
+    """The right name for each."""
+
+    def answer(self, picture: Picture) -> dict[str, bool]:
+        """Judge a drawing.
+
+        Args:
+            picture: As large as the true ones, [-1, 1].
+
+        Returns:
+            What is asked -> whether the drawing is right; for a cell its two parts as well.
+        """
+        answers = {}
+        for what, choices in self.choices.items():
+            found = nearest(picture, choices)
+            answers[what] = found == self.right[what]
+            wanted = self.right[what]
+            if isinstance(found, tuple) and isinstance(wanted, tuple):
+                answers["gender"], answers["tone"] = found[0] == wanted[0], found[1] == wanted[1]
+        return answers
+
+    @property
+    def true(self) -> Tensor:
+        """The true picture."""
+        [what, *_] = self.choices
+        return self.choices[what][self.right[what]]
+
+
+def nearest(picture: Picture, choices: Mapping[Key, Tensor]) -> Key:
+    """Find the true picture with the smallest squared error.
+
+    Args:
+        picture: A drawing.
+        choices: Name -> true picture.
+
+    Returns:
+        The name of the nearest.
+    """
+    return min(choices, key=lambda name: float((choices[name] - picture).square().mean()))
+
+
+def grid_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Question]:
+    """List the held-out grid cells of a style.
+
+    Args:
+        rows: Of all pictures of the data set.
+        style: Whose pictures are wanted.
+        read: Gives the pixels of a row, [-1, 1].
+
+    Returns:
+        One question per cell: which cell, and which style.
+    """
+    by_emoji: dict[str, dict[Hashable, Row]] = {}
+    for row in rows:
+        by_emoji.setdefault(row["hexcode"], {})[row["style"]] = row
+    questions = []
+    for grid in grid_roles(rows, style=style).values():
+        held_out = {cell: row for cell, row in grid.items() if row["split"] == "test_compose"}
+        truth: dict[Hashable, Tensor] = (
+            {cell: read(row) for cell, row in grid.items()} if held_out else {}
+        )
+        for cell, row in held_out.items():
+            styles = {name: read(other) for name, other in by_emoji[row["hexcode"]].items()}
+            questions.append(
+                Question(row, {"cell": truth, "style": styles}, {"cell": cell, "style": style})
+            )
+    return questions
+
+
+def clock_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Question]:
+    """List the held-out clock faces of a style.
+
+    Args:
+        rows: Of all pictures of the data set.
+        style: Whose pictures are wanted.
+        read: Gives the pixels of a row, [-1, 1].
+
+    Returns:
+        One question per clock: which of all clocks.
+    """
+    clocks = [row for row in rows if row["style"] == style and row.get("kind") == "clock"]
+    truth: dict[Hashable, Tensor] = {row["hexcode"]: read(row) for row in clocks}
+    return [
+        Question(row, {"clock": truth}, {"clock": row["hexcode"]})
+        for row in clocks
+        if row["split"] == "test_clock"
+    ]
 
 
 @dataclass(frozen=True)
 class GridReport:
-    """How many held-out cells were drawn right."""
+    """How many held-out cells of one style were drawn right."""
 
     num_cells: int
     grid_accuracy: float
@@ -36,33 +141,20 @@ class GridReport:
     """Share whose nearest cell has the right gender; chance 1/3."""
     tone_accuracy: float
     """Share whose nearest cell has the right skin tone; chance 1/5."""
-    style_accuracy: float
-    """Share nearest to the true picture in the wanted style, of all styles that drew the emoji; 1
-    where there is one style only."""
     captions: list[str]
     drawn: list[Image.Image]
     true: list[Image.Image]
 
 
 def evaluate_grid(
-    pipeline: TextToImagePipeline,
-    data_dir: Path,
-    *,
-    num_candidates: int = 1,
-    seed: int = 0,
-    language: str = "en",
-    style: str = "twemoji",
-    **settings: Any,
+    pipeline: TextToImagePipeline, data_dir: Path, *, seed: int = 0, **settings: Any
 ) -> GridReport:
-    """Draw every held-out cell once and find the nearest true picture.
+    """Draw every held-out cell of Twemoji once and find the nearest true picture.
 
     Args:
         pipeline: The model.
         data_dir: Folder that ``prepare_emoji.py`` wrote.
-        num_candidates: Pictures drawn for each one that is judged, chosen by caption gain.
         seed: Of each picture.
-        language: Captions of the cells: ``en`` or ``ko``.
-        style: Whose pictures are wanted; captions name every style but twemoji.
         **settings: Fields of ``SamplingConfig``.
 
     Returns:
@@ -74,86 +166,33 @@ def evaluate_grid(
     metadata = data_dir / "metadata.jsonl"
     if not metadata.is_file():
         raise UserError(f"data: no {metadata}; wanted the folder that prepare_emoji.py wrote")
+    size = pipeline.vqvae.config.image_size
+
+    def read(row: Row) -> Tensor:
+        path = data_dir / row["file_name"]
+        image = decode_image(path.read_bytes(), source=str(path))
+        return image_to_pixels(resize_and_crop(image, size))
+
     try:
         lines = metadata.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
-        roles = grid_roles(rows, style=style)
+        questions = grid_questions(rows, style="twemoji", read=read)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
             "wanted the folder that prepare_emoji.py wrote"
         ) from None
-    cells = [
-        (role, cell, row)
-        for role, grid in roles.items()
-        for cell, row in grid.items()
-        if row["split"] == "test_compose"
+    if not questions:
+        raise UserError(f"data: {metadata} has no held-out grid cells (split test_compose)")
+    captions = [question.row["text"] for question in questions]
+    drawn = pipeline(captions, seed=seed, **settings).images
+    answers = [
+        question.answer(image_to_pixels(image))
+        for question, image in zip(questions, drawn, strict=True)
     ]
-    if not cells:
-        raise UserError(
-            f"data: {metadata} has no held-out grid cells (split test_compose) in {style}"
-        )
-    captions = [row["text" if language == "en" else "text_ko"] for _, _, row in cells]
-    drawn = pipeline(captions, seed=seed, num_candidates=num_candidates, **settings).images
-
-    size = pipeline.vqvae.config.image_size
-    truth = {
-        role: {cell: _read(data_dir / row["file_name"], size) for cell, row in grid.items()}
-        for role, grid in roles.items()
-    }
-    places = [(role, cell) for role, cell, _ in cells]
-    shares = judge_drawings(drawn, places, truth)
-    true = [truth[role][cell] for role, cell in places]
-    in_all_styles = [
-        {other["style"]: data_dir / other["file_name"] for other in rows if _same(other, row)}
-        for _, _, row in cells
-    ]
-    right_style = sum(
-        _nearest(
-            image_to_pixels(image),
-            {name: image_to_pixels(_read(path, size)) for name, path in files.items()},
-        )
-        == style
-        for image, files in zip(drawn, in_all_styles, strict=True)
+    cell, gender, tone = (
+        sum(answer[what] for answer in answers) / len(answers)
+        for what in ("cell", "gender", "tone")
     )
-    return GridReport(len(cells), *shares, right_style / len(cells), captions, drawn, true)
-
-
-def _same(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Say whether two rows show the same emoji, in whatever style."""
-    return row["hexcode"] == other["hexcode"]
-
-
-def judge_drawings(
-    drawn: Sequence[Image.Image],
-    places: Sequence[tuple[str, Cell]],
-    truth: Mapping[str, Mapping[Cell, Image.Image]],
-) -> tuple[float, float, float]:
-    """Find the nearest true picture of each drawing among those of its role.
-
-    Args:
-        drawn: Drawings, as large as the true pictures.
-        places: Role and cell that each drawing was asked for.
-        truth: The pictures of every role.
-
-    Returns:
-        Shares of drawings that are nearest to their own cell, to any of its gender, and to any of
-        its skin tone.
-    """
-    right = torch.zeros(3)
-    for image, (role, (gender, tone)) in zip(drawn, places, strict=True):
-        pixels = {cell: image_to_pixels(picture) for cell, picture in truth[role].items()}
-        nearest_gender, nearest_tone = _nearest(image_to_pixels(image), pixels)
-        hits = (nearest_gender == gender, nearest_tone == tone)
-        right += torch.tensor([float(all(hits)), float(hits[0]), float(hits[1])])
-    cell_share, gender_share, tone_share = (right / len(drawn)).tolist()
-    return cell_share, gender_share, tone_share
-
-
-def _nearest(pixels: Float[Tensor, "3 height width"], truth: Mapping[Key, Tensor]) -> Key:
-    """Return the name of the true picture with the smallest squared error."""
-    return min(truth, key=lambda name: float((truth[name] - pixels).square().mean()))
-
-
-def _read(path: Path, size: int) -> Image.Image:
-    return resize_and_crop(decode_image(path.read_bytes(), source=str(path)), size)
+    true = [pixels_to_images(question.true[None])[0] for question in questions]
+    return GridReport(len(questions), cell, gender, tone, captions, drawn, true)

@@ -1,142 +1,141 @@
 """How many captions of the shapes world a model draws right, by the exact checker."""
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
 from dalle_mini_impl.data.images import make_grid
-from dalle_mini_impl.data.shapes import make_scene
-from dalle_mini_impl.data.shapes_captions import Caption, describe_scene
 from dalle_mini_impl.data.shapes_checker import read_objects
-from dalle_mini_impl.data.shapes_facts import Fact, facts_hold
+from dalle_mini_impl.data.shapes_facts import Fact, facts_hold, parse_fact
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
+from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.likelihood import shuffled
+from dalle_mini_impl.evaluation.samples import Pixels, Samples, to_images
+from dalle_mini_impl.evaluation.sections import CEILING, FLOOR, Section, share_table
 
-FIRST_FRESH_SEED = 10_000_000
-"""Scenes from this seed on are in no data set: ``prepare_shapes`` counts from 0."""
+NUM_SHOWN = 32
+WHOLE = "whole caption"
 
 
 @dataclass(frozen=True)
-class ShapesReport:
-    """Drawings of fresh captions and how many are right."""
+class Checked:
+    """Pictures and which of their captions' facts hold."""
 
-    accuracy: float
-    """Share of drawings of which every fact of their caption holds."""
-    fact_accuracies: dict[str, float]
-    """Share of facts that hold, by what they state: number, colour, shape, size, ..."""
-    shuffled_accuracy: float
-    """Share of drawings that are right for the caption after their own: chance, by the checker."""
-    num_captions: int
-    captions: tuple[str, ...]
-    images: tuple[Image.Image, ...]
-    """The drawing of each caption."""
     is_right: tuple[bool, ...]
-    """Whether it is right."""
+    """Whether all facts of a picture hold."""
+    facts: dict[str, tuple[bool, ...]]
+    """Whether each fact holds, by what it states: number, colour, shape, size, ..."""
+
+    def shares(self) -> dict[str, Estimate]:
+        """Average, for whole captions and for each kind of fact."""
+        return {
+            WHOLE: bootstrap_mean([float(right) for right in self.is_right]),
+            **{
+                kind: bootstrap_mean([float(holds) for holds in held])
+                for kind, held in sorted(self.facts.items())
+            },
+        }
 
 
-def evaluate_shapes(
-    pipeline: TextToImagePipeline,
-    *,
-    split: str,
-    num_captions: int,
-    seed: int,
-    kinds: Sequence[str] = ("single",),
-    **settings: Any,
-) -> ShapesReport:
-    """Draw captions of scenes that no data set holds, one picture each, and check the pictures.
-
-    Args:
-        pipeline: The model.
-        split: ``test`` (as in training) or ``test_compose`` (colour and shape never met together).
-        num_captions: How many, at least 2.
-        seed: Decides the scenes and the drawings.
-        kinds: Kinds of scene, see ``make_scene``; those that the model was trained on.
-        **settings: Passed on to the pipeline, such as ``temperature`` or ``num_candidates``.
-
-    Returns:
-        Shares of right drawings, and the drawings.
-
-    Raises:
-        UserError: If the split, a kind, the number or a setting is out of range.
-    """
-    if num_captions < 2:
-        raise UserError(f"num_captions: got {num_captions}, want at least 2")
-    first = FIRST_FRESH_SEED + seed * num_captions
-    captions = [
-        describe_scene(make_scene(first + index, split=split, kinds=kinds))
-        for index in range(num_captions)
-    ]
-    images = []
-    for start in range(0, num_captions, ROWS_PER_BATCH):  # a seed of its own for every batch
-        prompts = [caption.text for caption in captions[start : start + ROWS_PER_BATCH]]
-        images += pipeline(prompts, num_images=1, seed=seed + start, **settings).images
-    return score_drawings(images, captions)
-
-
-def score_drawings(images: Sequence[Image.Image], captions: Sequence[Caption]) -> ShapesReport:
+def check_pictures(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]]) -> Checked:
     """Check pictures against their captions.
 
     Args:
         images: Square pictures of side 32 or more.
-        captions: What each should show.
+        facts: What each should show.
 
     Returns:
-        Shares of right pictures, and the pictures.
+        What holds.
 
     Raises:
-        UserError: If there are fewer than two, or not one picture per caption.
+        UserError: If there are none, or not one list of facts per picture.
     """
-    if len(images) != len(captions) or len(images) < 2:
-        raise UserError(f"images: got {len(images)} for {len(captions)} captions, want 2 or more")
-    held_by_kind = defaultdict[str, list[bool]](list)
-    is_right, is_right_shuffled = [], []
-    for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        objects = read_objects(image)
-        held = facts_hold(caption.facts, objects)
-        for fact, holds in zip(caption.facts, held, strict=True):
-            held_by_kind[_stated_by(fact)].append(holds)
+    if len(images) != len(facts) or not images:
+        raise UserError(f"images: got {len(images)} for {len(facts)} captions, want one each")
+    is_right: list[bool] = []
+    by_kind: dict[str, list[bool]] = {}
+    for image, wanted in zip(images, facts, strict=True):
+        held = facts_hold(wanted, read_objects(image))
         is_right.append(all(held))
-        other = captions[(index + 1) % len(captions)]
-        is_right_shuffled.append(all(facts_hold(other.facts, objects)))
-    return ShapesReport(
-        accuracy=_share(is_right),
-        fact_accuracies={kind: _share(held) for kind, held in held_by_kind.items()},
-        shuffled_accuracy=_share(is_right_shuffled),
-        num_captions=len(captions),
-        captions=tuple(caption.text for caption in captions),
-        images=tuple(images),
-        is_right=tuple(is_right),
-    )
+        for fact, holds in zip(wanted, held, strict=True):
+            by_kind.setdefault(stated_by(fact), []).append(holds)
+    return Checked(tuple(is_right), {kind: tuple(held) for kind, held in by_kind.items()})
 
 
-def drawings_sheet(report: ShapesReport, num_shown: int) -> Image.Image:
-    """Lay drawings out with their captions; what is wrong is marked.
+def stated_by(fact: Fact) -> str:
+    """Name what a fact states: one attribute, an object, how many, where, or a relation.
 
     Args:
-        report: Of ``evaluate_shapes``.
-        num_shown: At most this many, the first ones.
+        fact: Any.
 
     Returns:
-        One picture.
+        Such as ``colour``.
     """
-    captions = [
-        caption if right else f"WRONG: {caption}"
-        for caption, right in zip(report.captions, report.is_right, strict=True)
-    ]
-    return make_grid(report.images[:num_shown], columns=8, captions=captions[:num_shown])
-
-
-def _stated_by(fact: Fact) -> str:
-    """Names what a fact states: one attribute, an object, how many, where, or a relation."""
     if fact.kind != "count":
         return fact.kind
     stated = [name for name in ("colour", "shape", "size") if getattr(fact.subject, name)]
     return "number" if not stated else stated[0] if len(stated) == 1 else "object"
 
 
-def _share(held: Sequence[bool]) -> float:
-    return sum(held) / len(held)
+def facts_of(samples: Samples) -> list[list[Fact]]:
+    """Read what ``prepare_shapes`` wrote beside each picture.
+
+    Args:
+        samples: Of the shapes world.
+
+    Returns:
+        The facts of each picture.
+    """
+    return [[parse_fact(line) for line in row["facts"]] for row in samples.rows]
+
+
+def measure_shapes(
+    wanted: Samples, drawn: Mapping[str, Pixels], rebuilt: Pixels, *, seed: int
+) -> Section:
+    """Check drawings of captions whose pictures were held out.
+
+    Args:
+        wanted: The true pictures of the captions.
+        drawn: Way of drawing -> one drawing per caption; the first way is also shuffled.
+        rebuilt: The true pictures after the image tokenizer: the best that can be drawn.
+        seed: Of the shuffling.
+
+    Returns:
+        Shares of captions and facts that hold, by split, with ceiling and floor.
+    """
+    facts, splits = facts_of(wanted), [row["split"] for row in wanted.rows]
+    figures: dict[str, dict[str, dict[str, Estimate]]] = {}
+    counts: dict[str, int] = {}
+    sheets: dict[str, Image.Image] = {}
+    for split in dict.fromkeys(splits):
+        places = [at for at, name in enumerate(splits) if name == split]
+        own = [facts[at] for at in places]
+        checked = {way: check_pictures(to_images(p[places]), own) for way, p in drawn.items()}
+        shown = checked[list(drawn)[-1]].is_right
+        images = to_images(list(drawn.values())[-1][places])
+        captions = [
+            wanted.captions[at] if right else f"WRONG: {wanted.captions[at]}"
+            for at, right in zip(places, shown, strict=True)
+        ]
+        sheets[f"drawings_{split}"] = make_grid(
+            images[:NUM_SHOWN], columns=8, captions=captions[:NUM_SHOWN]
+        )
+        others = [own[at] for at in shuffled(len(places), seed=seed).tolist()]
+        first = to_images(next(iter(drawn.values()))[places])
+        checked[CEILING] = check_pictures(to_images(rebuilt[places]), own)
+        checked[FLOOR] = check_pictures(first, others)
+        figures[split] = {way: found.shares() for way, found in checked.items()}
+        counts |= {f"{way}, {split}": len(places) for way in checked}
+    shares = {
+        f"{way}, {split}": found for split in figures for way, found in figures[split].items()
+    }
+    return Section(
+        "Composition",
+        "An exact checker reads each drawing and says which facts of its caption hold; a caption "
+        "is right if all do. `test` has colours and shapes as in training; `test_compose` has "
+        "pairs of colour and shape that training never showed. Intervals: bootstrap.",
+        figures,
+        [share_table("facts", "drawn", shares, counts)],
+        sheets,
+    )

@@ -123,6 +123,26 @@ class Tracker:
 
         self._to_wandb("log images", send)
 
+    def log_table(
+        self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
+    ) -> None:
+        """Show a table in W&B; in no file of ours.
+
+        Args:
+            key: Name of the table.
+            columns: Their headings.
+            rows: As many cells each.
+            step: Optimizer updates done.
+        """
+
+        def send(run: Any) -> None:
+            import wandb
+
+            table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            run.log({key: table, GLOBAL_STEP: step})
+
+        self._to_wandb("log a table", send)
+
     def log_artifact(self, folder: Path, name: str, type: str) -> None:
         """Keep a folder with the run in W&B.
 

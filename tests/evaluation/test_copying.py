@@ -1,22 +1,82 @@
-"""The copying report on hand-made tokens."""
+"""The copying report on hand-made tokens, and the data-copying test on sets with a known answer."""
+
+import math
 
 import pytest
 import torch
 
-from dalle_mini_impl.evaluation.copying import nearest_agreement, report_copying
+from dalle_mini_impl.data.pairs import Pair
+from dalle_mini_impl.evaluation.copying import (
+    data_copying_test,
+    measure_copying,
+    nearest_agreement,
+)
+from dalle_mini_impl.evaluation.samples import Samples
 
-TRAIN = torch.tensor([[0] * 10, [1] * 10, [0, 1] * 5])
+TRAIN = torch.tensor([[0] * 20, [1] * 20, [0, 1] * 10])
+
+
+def cloud(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def samples(token_ids: torch.Tensor) -> Samples:
+    pairs = [Pair(str(i), (f"picture {i}",), {}) for i in range(len(token_ids))]
+    return Samples(pairs, torch.zeros(len(token_ids), 3, 16, 16, dtype=torch.uint8), token_ids)
 
 
 def test_agreement_is_with_the_nearest_picture_cell_by_cell() -> None:
-    rows = torch.tensor([[0] * 10, [1] * 9 + [7], [1, 0] * 5, [7] * 10])
+    rows = torch.tensor([[0] * 20, [1] * 18 + [7] * 2, [1, 0] * 10, [7] * 20])
     assert nearest_agreement(rows, TRAIN).tolist() == pytest.approx([1.0, 0.9, 0.5, 0.0])
 
 
-def test_copies_are_counted_from_nine_tenths_on() -> None:
-    drawn = torch.tensor([[0] * 10, [1] * 9 + [7], [1] * 8 + [7] * 2, [7] * 10])
-    held_out = torch.tensor([[0] * 5 + [7] * 5, [7] * 10])
-    report = report_copying(drawn, held_out, TRAIN)
-    assert report.drawn_agreement == pytest.approx((1 + 0.9 + 0.8 + 0) / 4)
-    assert report.held_out_agreement == pytest.approx(0.25)
-    assert (report.drawn_copies, report.held_out_copies) == (0.5, 0.0)
+def test_copies_are_counted_above_nine_tenths() -> None:
+    rows = [[0] * 20, [1] * 19 + [7], [1] * 18 + [7] * 2, [7] * 20]
+    held_out = torch.tensor([[0] * 10 + [7] * 10, [7] * 20])
+    features = {
+        "drawn": cloud(4, 0),
+        "held_out": cloud(2, 1),
+        "rebuilt": cloud(2, 2),
+        "copies": cloud(2, 3),
+        "train": cloud(3, 4),
+    }
+    section = measure_copying(
+        samples(torch.tensor(rows)), samples(held_out), samples(TRAIN), features, seed=0
+    )
+    found = section.figures["tokens"]
+    assert found["drawings"]["agreement"].value == pytest.approx((1 + 0.95 + 0.9 + 0) / 4)
+    assert found["held-out pictures"]["agreement"].value == pytest.approx(0.25)
+    assert found["drawings"]["copies"].value == 0.5
+    assert found["held-out pictures"]["copies"].value == 0.0
+    assert "nearest" in section.pictures
+
+
+def test_the_score_of_one_cell_is_the_z_of_mann_and_whitney() -> None:
+    drawn, held_out, train = cloud(30, 0) * 0.9, cloud(40, 1), cloud(100, 2)
+    found = data_copying_test(drawn, held_out, train)
+    (cell,) = found.cells
+    distances = [torch.cdist(part, train).min(dim=1).values for part in (drawn, held_out)]
+    farther = sum(float(a > b) for a in distances[0] for b in distances[1])
+    z = (farther - 600) / math.sqrt(30 * 40 * 71 / 12)
+    assert (cell.num_train, cell.num_held_out, cell.num_drawn) == (100, 40, 30)
+    assert found.score == pytest.approx(cell.z)
+    assert cell.z == pytest.approx(z)
+
+
+def test_copies_score_far_below_zero_and_fresh_pictures_about_zero() -> None:
+    train, held_out = cloud(600, 0), cloud(200, 1)
+    copies = data_copying_test(train[:200] + 0.01 * cloud(200, 2), held_out, train)
+    fresh = data_copying_test(cloud(200, 3), held_out, train)
+    far = data_copying_test(2 * cloud(200, 4), held_out, train)
+    assert copies.score is not None
+    assert fresh.score is not None
+    assert far.score is not None
+    assert len(copies.cells) > 1
+    assert copies.score < -5
+    assert abs(fresh.score) < 2
+    assert far.score > 2
+    weights = [cell.num_held_out for cell in far.cells]
+    zs = [cell.z for cell in far.cells]
+    expected = sum(w * z for w, z in zip(weights, zs, strict=True)) / sum(weights)
+    assert far.score == pytest.approx(expected)
+    assert data_copying_test(cloud(200, 3), held_out, train) == fresh

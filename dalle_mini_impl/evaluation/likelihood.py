@@ -1,0 +1,153 @@
+"""How likely the decoder finds held-out pictures, given their caption, another one, or none.
+
+The loss of a picture's tokens is a code length for them, not a likelihood of its pixels: compare
+models of the same image tokenizer alone.
+"""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.samples import Samples, Show
+from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
+from dalle_mini_impl.waiting import show_now_and_then
+
+CAPTIONS = ("its caption", "no caption", "another caption")
+
+
+@torch.inference_mode()
+def image_token_nats(
+    model: Dalle,
+    text_token_ids: Int[Tensor, "batch text_length"],
+    image_token_ids: Int[Tensor, "batch image_length"],
+) -> Float[Tensor, "batch image_length"]:
+    """Compute -log p of each image token, given the caption and the tokens before it.
+
+    Args:
+        model: In evaluation mode.
+        text_token_ids: Captions, padded.
+        image_token_ids: One picture per caption.
+
+    Returns:
+        Nats, on the CPU.
+    """
+    device = model.text_head.weight.device
+    parts = []
+    batches = zip(
+        text_token_ids.split(ROWS_PER_BATCH), image_token_ids.split(ROWS_PER_BATCH), strict=True
+    )
+    for text, image in batches:
+        logits = model(text.to(device), image.to(device)).image.float()
+        parts.append(F.cross_entropy(logits.mT, image.to(device), reduction="none").cpu())
+    return torch.cat(parts)
+
+
+def shuffled(count: int, *, seed: int) -> Int[Tensor, " count"]:
+    """Give every place another one: a permutation with no fixed point.
+
+    Args:
+        count: Of places.
+        seed: Decides which.
+
+    Returns:
+        Indices; for a single place, itself.
+    """
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = torch.empty_like(order)
+    found[order] = order.roll(1)  # one cycle through all places
+    return found
+
+
+def measure_likelihood(
+    pipeline: TextToImagePipeline,
+    splits: Mapping[str, Samples],
+    *,
+    max_samples: int,
+    seed: int,
+    show: Show = lambda line: None,
+) -> Section:
+    """Measure the loss on the tokens of true pictures.
+
+    Args:
+        pipeline: The model.
+        splits: Pictures by split, the training split among them.
+        max_samples: Pictures per split, spread over all of it.
+        seed: Decides whose caption is "another" one.
+        show: Receives lines about the progress.
+
+    Returns:
+        Nats per token and bits per picture, by split and by position.
+    """
+    progress = show_now_and_then(show, "likelihoods: passes done")
+    figures: dict[str, dict[str, dict[str, Estimate]]] = {}
+    rows, by_cell = [], {}
+    for index, (name, split) in enumerate(splits.items()):
+        chosen = split.spread(max_samples)
+        text = pipeline.captions.encode(chosen.captions)
+        given = (text, torch.full_like(text, PAD_TOKEN_ID), text[shuffled(len(text), seed=seed)])
+        figures[name] = {}
+        for number_of, (what, captions) in enumerate(zip(CAPTIONS, given, strict=True)):
+            nats = image_token_nats(pipeline.dalle, captions, chosen.image_token_ids)
+            by_cell[name, what] = nats.mean(dim=0)
+            per_token = bootstrap_mean(nats.mean(dim=1).numpy())
+            bits = nats.shape[1] / math.log(2)
+            per_picture = Estimate(
+                per_token.value * bits, per_token.low * bits, per_token.high * bits
+            )
+            figures[name][what] = {"nats_per_token": per_token, "bits_per_picture": per_picture}
+            progress(3 * index + number_of + 1, 3 * len(splits))
+        found = figures[name]
+        rows.append((
+            name,
+            str(len(chosen)),
+            *(number(found[what]["nats_per_token"]) for what in CAPTIONS),
+            number(found[CAPTIONS[0]]["bits_per_picture"], 1),
+        ))  # fmt: skip
+    held_out = [name for name in splits if name != "train"]
+    shown = max(held_out, key=lambda name: len(splits[name]))
+    return _section(figures, rows, {what: by_cell[shown, what] for what in CAPTIONS}, shown,
+                    pipeline.vqvae.image_grid_size)  # fmt: skip
+
+
+def _section(
+    figures: dict[str, dict[str, dict[str, Estimate]]],
+    rows: list[tuple[str, ...]],
+    by_cell: Mapping[str, Float[Tensor, " image_length"]],
+    shown: str,
+    grid: tuple[int, int],
+) -> Section:
+    maps = {what: nats.reshape(grid) for what, nats in by_cell.items()}
+    highest = max(float(values.max()) for values in maps.values())
+    images = [draw_map(values, low=0.0, high=highest) for values in maps.values()]
+    by_row = [
+        (str(row + 1), *(f"{float(values[row].mean()):.3f}" for values in maps.values()))
+        for row in range(grid[0])
+    ]
+    return Section(
+        "Decoder",
+        "Loss on the tokens of true pictures in nats per token: with its own caption, with none, "
+        "and with the caption of another picture of the same split; bits per picture with its own. "
+        "These are code lengths of tokens: compare models of the same image tokenizer alone. "
+        f"`loss_by_position.png` is of `{shown}`: black is 0, white {highest:.2f} nats.",
+        {
+            "splits": figures,
+            "by_cell": {
+                "split": shown,
+                **{what: values.tolist() for what, values in maps.items()},
+            },
+        },
+        [
+            Table("loss", ("split", "pictures", *CAPTIONS, "bits per picture"), rows),
+            Table(f"loss by row of the picture, {shown}", ("row", *CAPTIONS), by_row),
+        ],
+        {"loss_by_position": make_grid(images, columns=3, captions=list(maps))},
+    )

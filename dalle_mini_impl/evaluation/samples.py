@@ -1,0 +1,240 @@
+"""What an evaluation looks at: pictures of every split with their tokens."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
+from dalle_mini_impl.data.splits import TRAIN
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.waiting import show_now_and_then
+from vqvae.model import VQVAE
+
+BATCH_SIZE = 64
+Show = Callable[[str], None]
+Pixels = UInt8[Tensor, "samples 3 height width"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Captioned pictures as bytes and as tokens."""
+
+    pairs: list[Pair]
+    pixels: UInt8[Tensor, "samples 3 height width"]
+    image_token_ids: Int[Tensor, "samples image_length"]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def captions(self) -> list[str]:
+        """The main caption of each picture."""
+        return [pair.captions[0] for pair in self.pairs]
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Whatever else the source says about each picture."""
+        return [pair.attributes for pair in self.pairs]
+
+    def take(self, indices: Sequence[int]) -> "Samples":
+        """Choose some of them.
+
+        Args:
+            indices: Which.
+
+        Returns:
+            Those, in this order.
+        """
+        chosen = torch.tensor(list(indices), dtype=torch.long)
+        pairs = [self.pairs[index] for index in indices]
+        return Samples(pairs, self.pixels[chosen], self.image_token_ids[chosen])
+
+    def spread(self, count: int) -> "Samples":
+        """Choose some at equal distances.
+
+        Args:
+            count: How many; all where there are not as many.
+
+        Returns:
+            Those.
+        """
+        return self.take(spread_indices(len(self), count))
+
+
+@dataclass(frozen=True)
+class EvaluationData:
+    """Everything that a model is judged on."""
+
+    kind: Literal["emoji", "shapes", "pictures"]
+    """Decided by what the source says of its pictures."""
+    train: Samples
+    held_out: dict[str, Samples]
+    """All other splits by name, at least one."""
+    fingerprint: str
+    """Hash of all pixels, captions and attributes."""
+
+    @property
+    def held_out_samples(self) -> Samples:
+        """The held-out splits together."""
+        return join(list(self.held_out.values()))
+
+
+def spread_indices(count: int, wanted: int) -> list[int]:
+    """Choose places at equal distances.
+
+    Args:
+        count: Of all places.
+        wanted: How many at most.
+
+    Returns:
+        Indices below ``count``.
+    """
+    wanted = min(count, wanted)
+    return [index * count // wanted for index in range(wanted)]
+
+
+def join(parts: Sequence[Samples]) -> Samples:
+    """Put several sets together.
+
+    Args:
+        parts: At least one.
+
+    Returns:
+        Their pictures in order.
+    """
+    return Samples(
+        [pair for part in parts for pair in part.pairs],
+        torch.cat([part.pixels for part in parts]),
+        torch.cat([part.image_token_ids for part in parts]),
+    )
+
+
+def read_data(
+    source: str, vqvae: VQVAE, *, language: str = "en", show: Show = lambda line: None
+) -> EvaluationData:
+    """Read and tokenize all splits of a source.
+
+    Args:
+        source: Whatever ``open_pairs`` takes.
+        vqvae: The model's image tokenizer.
+        language: ``ko`` takes the Korean captions where there are any.
+        show: Receives lines about the progress.
+
+    Returns:
+        The pictures.
+
+    Raises:
+        UserError: If there is nothing to read, or nothing but training pictures.
+    """
+    first = ("text_ko",) if language == "ko" else ()
+    columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
+    try:
+        named = [pair.attributes.get("split") for pair in open_pairs(source, text_columns=columns)]
+        names = dict.fromkeys([TRAIN, *(name or TRAIN for name in named)])
+        splits = list(names) if any(named) else [TRAIN, "val"]
+        read = {name: _read_split(source, name, columns, vqvae, show) for name in splits}
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
+    train = read.pop(TRAIN)
+    if not read:
+        raise UserError(f"data: {source} has training pictures alone; wanted held-out ones too")
+    digest = hashlib.sha256()
+    for part in (train, *read.values()):
+        digest.update(part.pixels.numpy().tobytes())
+        texts = [dataclasses.astuple(pair) for pair in part.pairs]
+        digest.update(json.dumps(texts, sort_keys=True).encode())
+    return EvaluationData(_kind_of(train.rows), train, read, digest.hexdigest()[:16])
+
+
+def _read_split(
+    source: str, split: str, columns: Sequence[str], vqvae: VQVAE, show: Show
+) -> Samples:
+    pairs = open_pairs(source, split=split, text_columns=columns)
+    pixels, kept, _ = load_all_pixels(
+        pairs,
+        image_size=vqvae.config.image_size,
+        progress=show_now_and_then(show, f"{split}: pictures read"),
+    )
+    return Samples([pairs[index] for index in kept], pixels, encode(vqvae, pixels))
+
+
+def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "pictures"]:
+    if all("facts" in row for row in rows):
+        return "shapes"
+    return (
+        "emoji" if all({"role", "style", "hexcode"} <= row.keys() for row in rows) else "pictures"
+    )
+
+
+@torch.inference_mode()
+def encode(vqvae: VQVAE, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
+    """Turn pictures into tokens.
+
+    Args:
+        vqvae: Image tokenizer.
+        pixels: Bytes.
+
+    Returns:
+        Tokens in raster order, on the CPU.
+    """
+    device = next(vqvae.parameters()).device
+    parts = [
+        vqvae.encode_to_token_ids(to_floats(part).to(device)).flatten(1).cpu()
+        for part in pixels.split(BATCH_SIZE)
+    ]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def decode(vqvae: VQVAE, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
+    """Turn tokens into pictures.
+
+    Args:
+        vqvae: Image tokenizer.
+        image_token_ids: In raster order.
+
+    Returns:
+        Bytes, on the CPU.
+    """
+    device = next(vqvae.parameters()).device
+    parts = []
+    for part in image_token_ids.split(BATCH_SIZE):
+        grid = part.reshape(len(part), *vqvae.image_grid_size).to(device)
+        pixels = vqvae.decode_from_token_ids(grid).float().clamp(-1, 1)
+        parts.append(((pixels + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def to_floats(pixels: Pixels) -> Float[Tensor, "samples 3 height width"]:
+    """Turn bytes into pixels in [-1, 1].
+
+    Args:
+        pixels: Bytes.
+
+    Returns:
+        Floats.
+    """
+    return pixels.float() / 127.5 - 1
+
+
+def to_images(pixels: Pixels) -> list[Image.Image]:
+    """Turn bytes into pictures.
+
+    Args:
+        pixels: Bytes.
+
+    Returns:
+        One picture each.
+    """
+    arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
+    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]

@@ -1,0 +1,85 @@
+"""Distance, precision and recall on clouds whose answer is known."""
+
+import pytest
+import torch
+
+from dalle_mini_impl.evaluation.distribution import (
+    compare_sets,
+    measure_distribution,
+    random_directions,
+    share_inside,
+    sliced_distance,
+)
+from dalle_mini_impl.evaluation.features import FeatureSpace
+
+
+def cloud(count: int, *, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return shift + scale * torch.randn(count, 8, generator=generator)
+
+
+def test_the_distance_of_a_moved_set_is_the_mean_length_of_its_projected_move() -> None:
+    points, directions = cloud(50), random_directions(8, seed=0)
+    move = torch.arange(8.0)
+    expected = float((move @ directions).abs().mean())
+    found = sliced_distance(points @ directions, (points[torch.randperm(50)] + move) @ directions)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_inside_is_within_the_third_neighbour_of_some_picture() -> None:
+    reference = torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0])[:, None]
+    own = torch.cdist(reference, reference)  # radii: 3, 2, 2, 3, 99
+    pictures = torch.tensor([[-2.9], [-3.1], [6.1], [0.5], [198.5]])
+    inside = [share_inside(torch.cdist(p[None], reference[:4]), own[:4, :4]) for p in pictures]
+    assert inside == [1.0, 0.0, 0.0, 1.0, 0.0]
+    assert share_inside(torch.cdist(pictures, reference), own) == pytest.approx(
+        0.8
+    )  # 100 has radius 99
+
+
+def test_baselines_tell_good_sets_from_bad_ones() -> None:
+    true = cloud(200)
+    found = compare_sets(
+        true,
+        {
+            "good": cloud(200, seed=1),
+            "moved": cloud(200, shift=9.0, seed=2),
+            "collapsed": cloud(200, scale=0.05, seed=3),
+            "true": true,
+        },
+        seed=0,
+    )
+    good, same = found["good"], found["true"]
+    for what in ("distance", "precision", "recall"):
+        assert good[what].low < same[what].value < good[what].high
+        assert same[what].low < same[what].value < same[what].high
+    assert found["moved"]["distance"].low > 3 * good["distance"].high
+    assert found["moved"]["precision"].value == found["moved"]["recall"].value == 0.0
+    assert found["collapsed"]["precision"].value > 0.99
+    assert found["collapsed"]["recall"].value < 0.05
+
+
+def test_few_pictures_are_left_out_and_said_to_be() -> None:
+    section = measure_distribution(cloud(15), {"drawings": cloud(15, seed=1)}, seed=0)
+    assert section.figures == {"left_out": "too few pictures: 15, wanted 16"}
+    assert not section.tables
+
+
+@pytest.mark.parametrize("size", [16, 24, 32, 64])
+def test_features_see_colour_and_contrast_where_they_are(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (6, 3, size, size), generator=generator, dtype=torch.uint8)
+    space = FeatureSpace(pixels)
+    features = space(pixels)
+    parts = features - features.mean(dim=0)
+    # Every part (colours, and each band) varies as much as every other.
+    energies = parts.reshape(6, -1, 192).square().sum(dim=2).mean(dim=0)
+    assert energies.tolist() == pytest.approx([1.0] * len(energies), rel=1e-3)
+    flat = torch.full((1, 3, size, size), 200, dtype=torch.uint8)
+    assert (space(flat)[:, 192:].abs() < 1e-4).all(), "a flat picture has no contrast"
+    redder = flat.clone()
+    redder[:, 0, : size // 2, : size // 2] += 50
+    changed = (space(redder) - space(flat))[0, :192].reshape(3, 8, 8).abs() > 1e-3
+    assert changed[0, :4, :4].all()
+    assert not changed[1:].any()
+    assert not changed[0, 5:, 5:].any()

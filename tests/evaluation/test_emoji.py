@@ -1,0 +1,60 @@
+"""The emoji's section: full marks for the true pictures, chance for shuffled ones."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.emoji import ask, measure_emoji
+from dalle_mini_impl.evaluation.samples import read_data, to_floats
+from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
+from tests.reference import tiny
+from tests.reference.grid_data import write_grid_data
+
+
+def test_the_true_pictures_get_full_marks_and_shuffled_ones_do_not(tmp_path: Path) -> None:
+    folder = write_grid_data(
+        tmp_path / "data", styles=("twemoji", "noto"), num_roles=20, num_clocks=4
+    )
+    data = read_data(str(folder), tiny.build_vqvae())
+    assert data.kind == "emoji"
+    questions, wanted = ask(data, (), max_samples=512)
+    assert len(questions) == len(wanted) == 2 * (40 + 1)
+    for question, picture in zip(questions, to_floats(wanted.pixels), strict=True):
+        assert torch.equal(question.true, picture)
+    black = torch.zeros_like(wanted.pixels)
+    drawn = {"one picture": wanted.pixels, "best of 2": black}
+    section = measure_emoji(questions, wanted.captions, drawn, wanted.pixels, seed=0)
+    for way in ("one picture", CEILING):
+        for style in ("twemoji", "noto", "all styles"):
+            found = section.figures[way][style]
+            assert set(found) == {"cell", "gender", "tone", "style", "clock"}
+            assert all(estimate.value == 1.0 for estimate in found.values())
+    floor = section.figures[FLOOR]["all styles"]
+    assert floor["cell"].low <= 1 / 15 <= floor["cell"].high
+    assert floor["clock"].value < 1.0
+    assert section.figures["best of 2"]["twemoji"]["cell"].value < 0.5
+    cells, clocks = section.tables
+    assert (len(cells.rows), len(clocks.rows)) == (12, 12)
+    assert cells.rows[0][:3] == ("one picture, twemoji", "40", "100.0 % (100.0 to 100.0)")
+    assert clocks.rows[2][:2] == ("one picture, all styles", "2")
+    assert set(section.pictures) == {"held_out_cells", "held_out_clocks", "wrong"}
+
+
+def test_some_cells_of_one_style_in_korean(tmp_path: Path) -> None:
+    folder = write_grid_data(tmp_path / "data", styles=("twemoji", "noto"), num_clocks=3)
+    data = read_data(str(folder), tiny.build_vqvae(), language="ko")
+    questions, wanted = ask(data, ("noto",), max_samples=2)
+    assert {question.row["style"] for question in questions} == {"noto"}
+    assert len(questions) == 2 + 1
+    assert wanted.captions[0].endswith("이모지")
+    with pytest.raises(UserError, match="style: got 'apple', wanted one of twemoji, noto"):
+        ask(data, ("apple",), max_samples=2)
+
+
+def test_emoji_of_which_no_cell_was_held_out_are_refused(tmp_path: Path) -> None:
+    folder = write_grid_data(tmp_path / "data", held_out=False, num_clocks=3)
+    data = read_data(str(folder), tiny.build_vqvae())
+    with pytest.raises(UserError, match="no held-out grid cells"):
+        ask(data, (), max_samples=2)

@@ -1,0 +1,169 @@
+"""The whole evaluation: the same report each time, and a copy of it in the model's W&B run."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import wandb
+
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
+from dalle_mini_impl.measuring import EvaluationConfig, evaluate
+from dalle_mini_impl.training.checkpoint import save_checkpoint
+from tests.reference import tiny
+from tests.reference.grid_data import write_grid_data
+from tests.reference.wandb_file import read_wandb_file
+
+SECTIONS = ["protocol", "tokenizer", "decoder", "composition", "distribution", "memorisation"]
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A user with no W&B account and no settings."""
+    for name in os.environ:
+        if name.startswith("WANDB_"):
+            monkeypatch.delenv(name)
+    for name in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    before = torch.get_float32_matmul_precision()
+    wandb.teardown()
+    yield
+    wandb.teardown()
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    folder = tmp_path / "run" / "model"
+    tiny.build_pipeline().save_pretrained(folder)
+    return folder
+
+
+def measure(model: Path, data: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Path]:
+    config = EvaluationConfig(model=str(model), data=str(data), out=out, **options)
+    report = evaluate(config)
+    assert report == out / "report.md"
+    return json.loads((out / "report.json").read_text(encoding="utf-8")), out
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes() for path in out.iterdir() if path.suffix in (".json", ".png")
+    }
+
+
+def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: Path) -> None:
+    data = write_grid_data(tmp_path / "data", styles=("twemoji", "noto"), num_roles=4, num_clocks=3)
+    found, first = measure(model, data, tmp_path / "first", num_candidates=2)
+    _, second = measure(model, data, tmp_path / "second", num_candidates=2)
+    one, two = files_of(first), files_of(second)
+    del one["timings.json"], two["timings.json"]
+    assert one == two
+    assert (first / "report.md").read_bytes() == (second / "report.md").read_bytes()
+    assert list(found) == SECTIONS
+    ways = ["one picture", "best of 2", CEILING, FLOOR]
+    assert list(found["composition"]) == ["chance", *ways]
+    assert set(found["composition"]["one picture"]) == {"twemoji", "noto", "all styles"}
+    assert found["distribution"]["num_pictures"] == found["memorisation"]["num_drawings"] == 18
+    text = (first / "report.md").read_text(encoding="utf-8")
+    for name in one:
+        assert name.endswith(".json") or f"({name})" in text
+    other, _ = measure(model, data, tmp_path / "third", num_candidates=2, seed=1)
+    assert other["composition"] != found["composition"]
+    assert other["tokenizer"] == found["tokenizer"]
+    for part in ("model", "data", "versions"):
+        assert other["protocol"][part] == found["protocol"][part]
+
+
+def test_any_captioned_pictures_will_do(tmp_path: Path, model: Path) -> None:
+    data = tiny.write_data(tmp_path / "data", count=120)
+    options = {"overrides": {"guidance_scale": 1.0}, "max_samples": 18}
+    found, _ = measure(model, data, tmp_path / "out", **options)
+    assert list(found) == [name for name in SECTIONS if name != "composition"]
+    assert found["protocol"]["sampling"]["guidance_scale"] == 1.0
+    assert set(found["distribution"]) == {
+        "num_pictures", "drawings", "true pictures, rebuilt", "training pictures", "true pictures",
+    }  # fmt: skip
+    assert set(found["decoder"]["splits"]) == {"train", "val"}
+    assert len(found["memorisation"]["data_copying_test"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_samples": 0}, "max_samples: got 0, wanted at least 1"),
+        ({"num_candidates": 0}, "num_candidates: got 0"),
+        ({"overrides": {"temperature": -1.0}}, "temperature: got -1.0, wanted a number above 0"),
+        ({"styles": ("noto",)}, "style: got 'noto', but the data are no emoji"),
+    ],
+)
+def test_bad_options_are_refused(
+    tmp_path: Path, model: Path, options: dict[str, Any], message: str
+) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    with pytest.raises(UserError, match=message):
+        measure(model, data, tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+def write_run(run_dir: Path, *, mode: str) -> None:
+    """What a training run leaves beside its model."""
+    save_checkpoint(run_dir / "checkpoints", step=12, tensors={}, state={"run_id": "abc123"})
+    (run_dir / "config.yaml").write_text(f"tracking:\n  mode: {mode}\n  project: a-project\n")
+
+
+def test_the_models_own_run_shows_the_report(tmp_path: Path, model: Path) -> None:
+    write_run(model.parent, mode="offline")
+    data = write_grid_data(tmp_path / "data", num_clocks=2)
+    found, out = measure(model, data, tmp_path / "out")
+    wandb.teardown()
+    (folder,) = (out / "tracking" / "wandb").glob("offline-run-*")
+    recorded = read_wandb_file(folder)
+    assert recorded["run_id"] == "abc123"
+    history = recorded["history"]
+    assert set(history["trainer/global_step"]) == {12}
+    (share,) = history["evaluation/composition/one picture/twemoji/cell"]
+    assert share == pytest.approx(found["composition"]["one picture"]["twemoji"]["cell"]["value"])
+    (psnr_db,) = history["evaluation/tokenizer/psnr_db"]
+    assert psnr_db == pytest.approx(found["tokenizer"]["psnr_db"]["value"], rel=1e-5)
+    for name in ("composition/held_out_cells", "tokenizer/worst_reconstructions"):
+        (names,) = history[f"evaluation/{name}.filenames"]
+        assert set(names) <= set(recorded["files"])
+    (path,) = history["evaluation/decoder/loss.path"]
+    table = json.loads((folder / "files" / path).read_text())
+    assert table["columns"][0] == "split"
+    assert [row[0] for row in table["data"]] == ["train", "test_compose", "test_clock"]
+    assert recorded["config"]["evaluation"]["data"]["kind"] == "emoji"
+
+
+@pytest.mark.parametrize(
+    ("mode", "tracking"), [("disabled", None), ("offline", "disabled"), (None, None)]
+)
+def test_nothing_is_tracked_unless_the_run_was(
+    tmp_path: Path, model: Path, mode: str | None, tracking: str | None
+) -> None:
+    if mode:
+        write_run(model.parent, mode=mode)
+    data = write_grid_data(tmp_path / "data")
+    _, out = measure(model, data, tmp_path / "out", tracking=tracking)
+    assert not (out / "tracking").exists()
+
+
+def test_a_tracker_that_fails_never_stops_the_evaluation(
+    tmp_path: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_run(model.parent, mode="offline")
+    (tmp_path / "out" / "tracking").mkdir(parents=True)
+    (tmp_path / "out" / "tracking" / "wandb").write_text("in the way")
+    data = write_grid_data(tmp_path / "data")
+    _, out = measure(model, data, tmp_path / "out")
+    assert (out / "report.md").is_file()
+    assert "W&B" in caplog.text
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tracking").write_text("in the way")
+    _, out = measure(model, data, tmp_path / "other")
+    assert "cannot write to" in caplog.text

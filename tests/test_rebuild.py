@@ -1,0 +1,79 @@
+"""The shipped model can be made again: the commands of its presets, on a few pictures."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PRESETS = REPOSITORY / "configs" / "emoji64_styles"
+FEW_STEPS = (
+    "--training.max_steps=3 --training.global_batch_size=8 --training.compile=false "
+    "--tracking.mode=disabled"
+).split()
+ROLES = ("cook", "singer")
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """The commands with which a preset opens."""
+    lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line[2:]) for line in lines if line.startswith("# python scripts/")]
+
+
+def run(command: list[str], *arguments: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *command[1:], *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def keep_few_pictures(data: Path) -> int:
+    """Leave two whole roles, held-out cells among them, and every fortieth other picture."""
+    path = data / "metadata.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    kept = [
+        row
+        for at, row in enumerate(rows)
+        if row["role"] in ROLES or (row["split"] == "train" and at % 40 == 0)
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in kept) + "\n", encoding="utf-8")
+    return len(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute and a half of work, on a machine that may be busy
+def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_path: Path) -> None:
+    prepare, train_vqvae = commands_of("vqvae")
+    (train_dalle,) = commands_of("dalle")
+    data, vqvae, dalle = (tmp_path / name for name in ("data", "vqvae", "dalle"))
+    # The other styles come from npm packages, which tests do not fetch.
+    run([*prepare[: prepare.index("--out")], "--out", str(data)])
+    count = keep_few_pictures(data)
+    run(train_vqvae, "--data.source", data, "--output_dir", vqvae, *FEW_STEPS)
+    run(
+        train_dalle,
+        *("--data.source", data, "--vqvae_dir", vqvae / "model", "--output_dir", dalle),
+        *("--fixed_prompts", '["red heart"]', *FEW_STEPS),
+    )
+    card = (REPOSITORY / "checkpoints/emoji-64/README.md").read_text(encoding="utf-8")
+    match = re.search(r"python scripts/evaluate\.py .*", card.replace("\\\n", " "))
+    assert match is not None
+    evaluate = shlex.split(match[0])
+    for option, value in (("--model", dalle / "model"), ("--data", data), ("--out", tmp_path)):
+        evaluate[evaluate.index(option) + 1] = str(value)
+    run(evaluate, "--max-samples", "2", "--num-candidates", "2")
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    sizes = found["protocol"]["data"]
+    assert sizes["train"] + sizes["test_compose"] == count
+    assert found["decoder"]["splits"]["test_compose"]["its caption"]["nats_per_token"]["value"] > 1
+    assert set(found["composition"]) >= {"one picture", "best of 2"}
+    assert (tmp_path / "held_out_cells.png").is_file()
