@@ -493,11 +493,15 @@ class Trainer:
         self.divide_batch(fewest_parts_that_fit(batch_size, self._try_micro_batch))
 
     def _try_micro_batch(self, size: int) -> None:
-        """Make the gradient of one micro-batch beside as much memory as the optimizer will take."""
+        """Make the gradient of one micro-batch beside as much memory as the optimizer will take.
+
+        It is made of a quarter more samples: memory has gaps after some steps.
+        """
         model = copy.deepcopy(self.model).train()  # as some models learn by being used
         moments = [torch.empty_like(weight) for weight in model.parameters()]  # the copy is more
-        sample_ids = self.order.indices(0)[:size]
-        batch = self.task.make_batch(sample_ids, torch.zeros(size, self.task.num_draws))
+        sample_ids = self.order.indices(0).repeat(2)[: size + -(-size // 4)]
+        draws = torch.zeros(len(sample_ids), self.task.num_draws)
+        batch = self.task.make_batch(sample_ids, draws)
         on_device = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         with self.accelerator.autocast():
             loss, _ = self.task.loss(

@@ -138,6 +138,7 @@ class VQVAETask:
         device = next(model.parameters()).device
         counts = torch.zeros(vqvae.codebook_size, dtype=torch.long, device=device)
         totals = {"psnr_db": 0.0, "hard_soft_gap_db": 0.0}
+        noise = torch.Generator(device).manual_seed(0)  # the same however often it is measured
         for images in self.held_out.split(EVALUATION_BATCH_SIZE):
             pixels = images.to(device).float() / 127.5 - 1
             token_ids = vqvae.encode_to_token_ids(pixels)
@@ -146,7 +147,8 @@ class VQVAETask:
             share = len(images) / len(self.held_out)
             totals["psnr_db"] += float(psnr(hard, pixels)) * share
             if isinstance(vqvae.quantizer, GumbelQuantizer):
-                soft = vqvae.decoder(vqvae.quantizer.soft_latents(vqvae.encoder(pixels)))
+                latents = vqvae.quantizer.soft_latents(vqvae.encoder(pixels), generator=noise)
+                soft = vqvae.decoder(latents)
                 totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * share
         if not isinstance(vqvae.quantizer, GumbelQuantizer):
             del totals["hard_soft_gap_db"]

@@ -21,7 +21,7 @@ needs_limits = pytest.mark.skipif(
 # The libraries are there already: what is limited is what the work itself takes.
 LIMITED = """
 import resource, runpy, sys
-import torch, dalle_mini_impl.drawing, dalle_mini_impl.training.dalle_run
+import datasets, torch, transformers, dalle_mini_impl.drawing, dalle_mini_impl.training.vqvae_run
 torch.set_num_threads(1)
 (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
 megabytes = int(sys.argv[1])
@@ -72,7 +72,7 @@ def test_training_without_enough_memory_names_the_options_to_lower(tmp_path: Pat
 @pytest.mark.slow
 def test_the_largest_micro_batch_is_found_and_kept(tmp_path: Path) -> None:
     config = write_config(tmp_path, find_batch_size=True)
-    command = ("-c", LIMITED, "800", "scripts/train_vqvae.py", "--config", config)
+    command = ("-c", LIMITED, "1600", "scripts/train_vqvae.py", "--config", config)
     script = Script(*command)
     code, _ = script.finish(seconds=240)
     assert code == 0, script.all_output()
