@@ -61,8 +61,10 @@ def build_decoder(size: Size) -> Dalle:
 
 
 def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
-    """Put a decoder into a pipeline with a caption tokenizer that knows bytes alone."""
-    tokenizer = train_text_tokenizer(["a red heart", "pizza"], vocab_size=300)
+    """Put a decoder into a pipeline with a caption tokenizer of its vocabulary."""
+    vocab_size = dalle.config.vocab_size
+    words = (f"{2654435761 * number % 2**32:08x}" for number in range(4 * vocab_size))
+    tokenizer = train_text_tokenizer(words, vocab_size=vocab_size)  # so many words fill it
     captions = CaptionEncoder(tokenizer, dalle.config.text_length)
     return TextToImagePipeline(dalle=dalle, vqvae=vqvae, captions=captions)
 
