@@ -65,12 +65,18 @@ def score_pairs(
         The scores.
     """
     null = torch.full_like(text_token_ids[:1], PAD_TOKEN_ID)
-    rows = [
-        image_log_likelihood(model, text_token_ids, image.expand(len(text_token_ids), -1))
-        for image in image_token_ids
-    ]
-    alone = image_log_likelihood(model, null.expand(len(image_token_ids), -1), image_token_ids)
-    return PairScores(torch.stack(rows), text_log_likelihood(model, text_token_ids), alone)
+    text = torch.cat([text_token_ids, null])
+    scores = torch.stack(
+        [
+            image_log_likelihood(model, text, image.expand(len(text), -1))
+            for image in image_token_ids
+        ]
+    )
+    return PairScores(
+        image_given_text=scores[:, :-1],
+        text=text_log_likelihood(model, text_token_ids),
+        image=scores[:, -1],
+    )
 
 
 @torch.inference_mode()
