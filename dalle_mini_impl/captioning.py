@@ -43,9 +43,7 @@ def complete_captions(
         seeds = torch.arange(seed, seed + num_samples - 1)
         drawn = beginning.expand(len(seeds), -1)
         rows.append(complete_text(pipeline.dalle, drawn, num_tokens=num_tokens, seeds=seeds))
-    texts = captions.tokenizer.batch_decode(torch.cat(rows), skip_special_tokens=True)
-    # A letter of several bytes may have been cut.
-    return list(dict.fromkeys(" ".join(text.rstrip("\ufffd").split()) for text in texts))
+    return list(dict.fromkeys(captions.decode(torch.cat(rows))))
 
 
 def beginnings(captions: Sequence[str], start: str) -> list[str]:

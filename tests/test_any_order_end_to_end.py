@@ -19,7 +19,7 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from tests.reference import tiny
 
-NUM_CODES, STEPS, BATCH = 4, 300, 64
+NUM_CODES, STEPS, BATCH = 4, 500, 64
 LIKE_FIRST, LIKE_FOURTH = 1, 2  # captions of one token
 
 
@@ -61,6 +61,7 @@ def trained(random_order_probability: float) -> Dalle:
         data, data, config, sample_weights=None, identity="", pipeline=pipeline, fixed_prompts=()
     )  # fmt: skip
     optimizer = torch.optim.Adam(dalle.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
         ids = torch.randint(0, len(data), (BATCH,), generator=generator)
@@ -69,6 +70,7 @@ def trained(random_order_probability: float) -> Dalle:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
     return dalle.eval()
 
 
@@ -88,6 +90,7 @@ def share_right(dalle: Dalle) -> tuple[float, float]:
     return float(right[is_first].float().mean()), float(right[~is_first].float().mean())
 
 
+@pytest.mark.slow
 def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
     like_first, like_fourth = share_right(trained(1.0))
     assert like_first > 0.9
@@ -96,7 +99,7 @@ def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
     assert like_fourth < 0.6  # it never saw a picture's end before its middle
 
 
-@pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75), (0.0, 1.0)])
+@pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])
 def test_a_run_says_in_its_model_folder_how_it_ended(
     tmp_path: Path, probability: float, ends_at: float
 ) -> None:

@@ -316,9 +316,9 @@ def test_a_model_of_raster_order_goes_on_below_and_nothing_else(
     below.paste(255, (8, 0, 16, 8))  # the rest of the first row, and all below
     below.paste(255, (0, 8, 16, 16))
     assert pipeline.complete("a red disc", PICTURE, mask=below).images
-    for part in ({"mask": HOLE}, {"keep_share": 0.5}):
+    for part in ({"mask": HOLE}, {"keep_share": 0.75}):
         with pytest.raises(UserError, match=r"^mask: .*--task\.random_order_probability above 0"):
-            pipeline.complete("a red disc", PICTURE, **part)  # type: ignore[arg-type]
+            pipeline.complete("a red disc", PICTURE, num_images=4, **part)  # type: ignore[arg-type]
 
 
 def test_a_folder_says_whether_its_model_draws_in_any_order(
