@@ -96,7 +96,7 @@ def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
     assert like_first > 0.9
     assert like_fourth > 0.9
     _, like_fourth = share_right(trained(0.0))
-    assert like_fourth < 0.6  # it never saw a picture's end before its middle
+    assert like_fourth < 0.7  # it never saw a picture's end before its middle
 
 
 @pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])
