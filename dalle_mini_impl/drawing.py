@@ -77,7 +77,7 @@ def draw_to_folder(
     show(f"drawing {len(unique) * num_images} pictures")
     mine = processes.share(list(enumerate(unique, start=first)))
     written: list[tuple[int, int, str, str]] = []
-    with _resources(out):
+    with resources(out):
         for part, offset, count in _parts(mine, num_images):
             drawn = pipeline(
                 list(part.values()),
@@ -142,8 +142,18 @@ class _Processes:
 
 
 @contextmanager
-def _resources(out: Path) -> Iterator[None]:
-    """Say in one line that memory or disk is full; what was written before stays."""
+def resources(out: Path) -> Iterator[None]:
+    """Say in one line that memory or disk is full; what was written before stays.
+
+    Args:
+        out: The folder that pictures are written to.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: If one of them is.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:

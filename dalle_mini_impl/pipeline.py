@@ -18,10 +18,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dalle_mini_impl.data.captions import CaptionEncoder
-from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.images import (
+    image_to_pixels,
+    pixels_to_images,
+    resize_and_crop,
+    to_rgb,
+)
+from dalle_mini_impl.data.regions import choose_region, paste_back
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig
-from dalle_mini_impl.sampling.generate import generate_image_token_ids
+from dalle_mini_impl.sampling.complete import (
+    complete_image_token_ids,
+    completion_order,
+    is_raster_order,
+)
+from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
@@ -82,6 +93,7 @@ class TextToImagePipeline:
         vqvae: VQVAE,
         captions: CaptionEncoder,
         settings: SamplingConfig | None = None,
+        draws_any_order: bool = False,
     ) -> None:
         """Put the three parts together.
 
@@ -90,6 +102,8 @@ class TextToImagePipeline:
             vqvae: The image tokenizer that it was trained on.
             captions: The caption tokenizer that it was trained on.
             settings: How tokens are drawn unless a call says otherwise.
+            draws_any_order: Whether the decoder was trained in random order up to the end, so that
+                ``complete`` may redraw any part of a picture.
 
         Raises:
             ValueError: If the parts do not fit each other.
@@ -104,6 +118,7 @@ class TextToImagePipeline:
                 raise ValueError(f"captions: {name} is {got}, the decoder wants {wanted}")
         self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
         self.settings = settings or SamplingConfig()
+        self.draws_any_order = draws_any_order
 
     def to(self, device: torch.device | str) -> "TextToImagePipeline":
         """Move both models.
@@ -148,32 +163,121 @@ class TextToImagePipeline:
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
         """
-        is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
-        prompts: list[Any] = [prompt] if is_one else list(prompt)
+        prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
         per_prompt = num_images * num_candidates
         settings = self.sampling_settings(overrides)
 
-        device = self.dalle.text_head.weight.device
-        text_token_ids = self.captions.encode(prompts).to(device)
-        text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
+        text_token_ids = self._caption_rows(prompts, per_prompt)
         seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
         was_training = self.dalle.training
         self.dalle.eval()
         drawn = generate_image_token_ids(self.dalle, text_token_ids, seeds=seeds, settings=settings)
-        image_token_ids, gains = drawn
-        if num_candidates > 1:
-            if settings.guidance_scale == 1.0:
-                gains = caption_gain(self.dalle, text_token_ids, image_token_ids)
-            kept = best_of(gains, num_candidates=num_candidates)
-            image_token_ids, gains, seeds = image_token_ids[kept], gains[kept], seeds[kept.cpu()]
+        kept, scores = self._choose(drawn, text_token_ids, num_candidates, settings)
         self.dalle.train(was_training)
         return PipelineOutput(
-            images=self.decode(image_token_ids),
+            images=self.decode(drawn.image_token_ids[kept]),
             prompts=[text for text in prompts for _ in range(num_images)],
-            seeds=seeds.tolist(),
-            scores=gains.tolist(),
+            seeds=seeds[kept.cpu()].tolist(),
+            scores=scores,
         )
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        prompt: str | Sequence[str],
+        image: Image.Image,
+        *,
+        mask: Image.Image | None = None,
+        keep_rows: int | None = None,
+        keep_share: float | None = None,
+        num_images: int = 1,
+        seed: int = 0,
+        num_candidates: int = 1,
+        **overrides: Any,
+    ) -> PipelineOutput:
+        """Redraw a part of a picture; give exactly one of mask, keep_rows and keep_share.
+
+        Prompts, seeds and candidates are as in a plain call. The picture is scaled and cropped to
+        the model's square. With a mask or with rows, every pixel that is not redrawn is the
+        picture's own; a variation by share is drawn as a whole from the tokens that stay and the
+        new ones.
+
+        Args:
+            prompt: What the whole picture shall show; one prompt, or several.
+            image: The picture.
+            mask: As large as the picture, white where it is redrawn. Every token's patch that white
+                touches is drawn anew.
+            keep_rows: Rows of tokens at the top that stay.
+            keep_share: Share of the tokens that stay, in (0, 1); each seed keeps others.
+            num_images: Pictures per prompt.
+            seed: Of the first picture of each prompt.
+            num_candidates: Pictures drawn for each one that is kept.
+            **overrides: Fields of ``SamplingConfig`` for this call.
+
+        Returns:
+            ``num_images`` pictures per prompt, in order. Scores count the redrawn tokens alone.
+
+        Raises:
+            UserError: If a value is out of range, or the decoder cannot redraw this part.
+        """
+        prompts = _as_list(prompt)
+        self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
+        per_prompt = num_images * num_candidates
+        settings = self.sampling_settings(overrides)
+        size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
+        picture, device = to_rgb(image), self.dalle.text_head.weight.device
+        seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
+        region = choose_region(
+            mask=mask, keep_rows=keep_rows, keep_share=keep_share, picture_size=picture.size,
+            size=size, grid=grid, seeds=seeds.tolist(),
+        )  # fmt: skip
+        is_redrawn = region.is_redrawn.to(device)
+        if not self.draws_any_order and not is_raster_order(completion_order(is_redrawn)):
+            raise UserError(
+                "mask: something stays after the first redrawn token, and this model draws from "
+                "the top left to the bottom right only; wanted keep_rows, or a model trained with "
+                "--task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
+            )
+        image_token_ids = self.encode([picture])
+        text_token_ids = self._caption_rows(prompts, per_prompt)
+        was_training = self.dalle.training
+        self.dalle.eval()
+        drawn = complete_image_token_ids(
+            self.dalle, text_token_ids, image_token_ids.expand(len(seeds), -1), is_redrawn,
+            seeds=seeds, settings=settings,
+        )  # fmt: skip
+        kept, scores = self._choose(drawn, text_token_ids, num_candidates, settings)
+        self.dalle.train(was_training)
+        images = self.decode(drawn.image_token_ids[kept])
+        if region.shown is not None:
+            images = [paste_back(each, picture, region.shown) for each in images]
+        return PipelineOutput(
+            images=images,
+            prompts=[text for text in prompts for _ in range(num_images)],
+            seeds=seeds[kept.cpu()].tolist(),
+            scores=scores,
+        )
+
+    def _caption_rows(self, prompts: list[str], per_prompt: int) -> torch.Tensor:
+        text_token_ids = self.captions.encode(prompts).to(self.dalle.text_head.weight.device)
+        return text_token_ids.repeat_interleave(per_prompt, dim=0)
+
+    def _choose(
+        self,
+        drawn: DrawnTokens,
+        text_token_ids: torch.Tensor,
+        num_candidates: int,
+        settings: SamplingConfig,
+    ) -> tuple[torch.Tensor, list[float]]:
+        """Return which rows are kept, and their scores."""
+        gains = drawn.caption_gain
+        if num_candidates == 1:
+            return torch.arange(len(gains), device=gains.device), gains.tolist()
+        if settings.guidance_scale == 1.0:
+            gains = caption_gain(self.dalle, text_token_ids, drawn.image_token_ids)
+        kept = best_of(gains, num_candidates=num_candidates)
+        return kept, gains[kept].tolist()
 
     def check(
         self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int
@@ -210,6 +314,23 @@ class TextToImagePipeline:
         if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - per_prompt:
             raise UserError(f"seed: got {seed!r}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
 
+    @torch.inference_mode()
+    def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Turn pictures into rows of image tokens.
+
+        Args:
+            images: Of any size; scaled and cropped to the model's square.
+
+        Returns:
+            (batch, image_length), raster order, on the models' device.
+        """
+        size, device = self.vqvae.config.image_size, self.dalle.text_head.weight.device
+        rows = []
+        for image in images:  # one by one: a picture's tokens must not depend on its neighbours
+            pixels = image_to_pixels(resize_and_crop(to_rgb(image), size)).unsqueeze(0)
+            rows.append(self.vqvae.encode_to_token_ids(pixels.to(device)).flatten(1))
+        return torch.cat(rows)
+
     def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
         """Turn rows of image tokens into pictures.
 
@@ -245,6 +366,7 @@ class TextToImagePipeline:
             "format_version": FORMAT_VERSION,
             "pipeline": type(self).__name__,
             "sampling": dataclasses.asdict(self.settings),
+            "draws_any_order": self.draws_any_order,
             "vqvae_fingerprint": VQVAE.from_pretrained(folder / "vqvae").fingerprint(),
             "sha256": file_hashes(folder),
         }
@@ -283,6 +405,7 @@ class TextToImagePipeline:
                 vqvae=vqvae,
                 captions=CaptionEncoder.from_pretrained(folder / "text_tokenizer"),
                 settings=settings,
+                draws_any_order=index.get("draws_any_order", False),
             )
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -322,6 +445,11 @@ class TextToImagePipeline:
             raise UserError(str(error)) from None
 
 
+def _as_list(prompt: str | Sequence[str]) -> list[Any]:
+    is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
+    return [prompt] if is_one else list(prompt)
+
+
 def file_hashes(folder: str | Path) -> dict[str, str]:
     """Hash the files of a model folder whose damage would not show.
 
@@ -347,7 +475,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}, "
             "with the field sha256; train_dalle.py --resume latest writes the folder anew"
         )
-    odd = sorted(index.keys() ^ set(INDEX_FIELDS))
+    any_order = index.get("draws_any_order", False)  # older folders do not say
+    if not isinstance(any_order, bool):
+        raise UserError(f"draws_any_order: got {shown(repr(any_order))}, wanted true or false")
+    odd = sorted((index.keys() - {"draws_any_order"}) ^ set(INDEX_FIELDS))
     if odd:
         raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
     digests = index["sha256"]

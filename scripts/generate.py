@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from dalle_mini_impl.cli import OneLineParser, run_script
@@ -26,6 +27,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, help=f"below 1 plays safe; {OF_MODEL}")
     add("--top-k", type=int, help=f"draw among this many tokens, 0 = all; {OF_MODEL}")
     add("--top-p", type=float, help=f"draw among tokens of this probability mass; {OF_MODEL}")
+    add("--image", type=Path, help="redraw a part of this picture, which is:")
+    add("--mask", type=Path, help="what is white in this picture of the same size")
+    add("--keep-rows", type=int, help="all but the first rows of image tokens")
+    add("--keep-share", type=float, help="all but this share of the image tokens")
     return parser.parse_args(arguments)
 
 
@@ -33,12 +38,15 @@ def main(arguments: Sequence[str]) -> None:
     """Draw and write the pictures."""
     options = parse(arguments)
     # torch loads after the options fit
+    from dalle_mini_impl.completing import Edit, complete_to_folder
     from dalle_mini_impl.drawing import draw_to_folder, read_prompts
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}
     more = read_prompts(options.prompts_file) if options.prompts_file else []
-    grid = draw_to_folder(
+    edit = Edit(options.image, options.mask, options.keep_rows, options.keep_share)
+    draw = draw_to_folder if edit == Edit(None) else partial(complete_to_folder, edit=edit)
+    grid = draw(
         options.model,
         prompts=[*options.prompt, *more],
         num_images=options.num_images,

@@ -255,3 +255,82 @@ def test_parts_that_do_not_fit_are_refused(pipeline: TextToImagePipeline) -> Non
             vqvae=pipeline.vqvae,
             captions=tiny.build_captions(text_length=9),
         )
+
+
+@pytest.fixture(scope="module")
+def any_order() -> TextToImagePipeline:
+    pipeline = tiny.build_pipeline()
+    pipeline.draws_any_order = True
+    return pipeline
+
+
+PICTURE = tiny.draw_picture(3)
+HOLE = Image.new("L", PICTURE.size, 0)  # a part of the second of four tokens
+HOLE.paste(255, (9, 1, 15, 6))
+
+
+def test_a_completion_keeps_tokens_and_pixels(any_order: TextToImagePipeline) -> None:
+    drawn = any_order.complete("a blue box", PICTURE, mask=HOLE, num_images=6, seed=3)
+    assert drawn.seeds == [3, 4, 5, 6, 7, 8]
+    for image in drawn.images:
+        for place in ((x, y) for x in range(16) for y in range(16)):
+            if HOLE.getpixel(place) == 0:
+                assert image.getpixel(place) == PICTURE.getpixel(place)
+    assert len({image.crop((9, 1, 15, 6)).tobytes() for image in drawn.images}) > 1
+
+    rows = any_order.complete("a blue box", PICTURE, keep_rows=1, seed=1).images[0]
+    assert rows.crop((0, 0, 16, 8)).tobytes() == PICTURE.crop((0, 0, 16, 8)).tobytes()
+    assert rows.tobytes() != PICTURE.tobytes()
+
+    shares = any_order.complete("a blue box", PICTURE, keep_share=0.75, num_images=8, seed=1)
+    assert len({image.tobytes() for image in shares.images}) > 4
+
+
+def test_a_completion_does_not_depend_on_its_neighbours(any_order: TextToImagePipeline) -> None:
+    prompts = ["a red disc", "a blue box"]
+    for part in ({"mask": HOLE}, {"keep_rows": 1}, {"keep_share": 0.5}):
+        together = any_order.complete(prompts, PICTURE, num_images=3, seed=7, **part)
+        assert together.prompts == [text for text in prompts for _ in range(3)]
+        for index in (0, 4):
+            alone = any_order.complete(
+                together.prompts[index], PICTURE, seed=together.seeds[index], **part
+            )
+            assert bytes_of(alone.images) == [together.images[index].tobytes()]
+        assert len({image.tobytes() for image in together.images}) > 3
+
+
+def test_the_best_completions_are_kept(any_order: TextToImagePipeline) -> None:
+    every = any_order.complete("a blue box", PICTURE, keep_rows=1, num_images=4, seed=5)
+    best = max(range(4), key=every.scores.__getitem__)
+    kept = any_order.complete("a blue box", PICTURE, keep_rows=1, num_candidates=4, seed=5)
+    assert kept.seeds == [5 + best]
+    assert bytes_of(kept.images) == [every.images[best].tobytes()]
+
+
+def test_a_model_of_raster_order_goes_on_below_and_nothing_else(
+    pipeline: TextToImagePipeline,
+) -> None:
+    assert not pipeline.draws_any_order
+    assert pipeline.complete("a red disc", PICTURE, keep_rows=1).images
+    below = Image.new("L", PICTURE.size, 0)
+    below.paste(255, (8, 0, 16, 8))  # the rest of the first row, and all below
+    below.paste(255, (0, 8, 16, 16))
+    assert pipeline.complete("a red disc", PICTURE, mask=below).images
+    for part in ({"mask": HOLE}, {"keep_share": 0.75}):
+        with pytest.raises(UserError, match=r"^mask: .*--task\.random_order_probability above 0"):
+            pipeline.complete("a red disc", PICTURE, num_images=4, **part)  # type: ignore[arg-type]
+
+
+def test_a_folder_says_whether_its_model_draws_in_any_order(
+    any_order: TextToImagePipeline, own_copy: Path, tmp_path: Path
+) -> None:
+    any_order.save_pretrained(tmp_path / "any")
+    assert TextToImagePipeline.from_pretrained(tmp_path / "any").draws_any_order
+    assert not TextToImagePipeline.from_pretrained(own_copy).draws_any_order
+    index = json.loads((own_copy / "model_index.json").read_text())
+    del index["draws_any_order"]  # as in older folders
+    (own_copy / "model_index.json").write_text(json.dumps(index))
+    assert not TextToImagePipeline.from_pretrained(own_copy).draws_any_order
+    change_json(own_copy / "model_index.json", draws_any_order=1)
+    with pytest.raises(UserError, match="draws_any_order: got 1, wanted true or false"):
+        TextToImagePipeline.from_pretrained(own_copy)

@@ -467,3 +467,67 @@ def test_the_demo_picks_up_where_it_was(tmp_path: Path) -> None:
     assert (
         again.stdout.splitlines()[-1].split("]")[1] == first.stdout.splitlines()[-1].split("]")[1]
     )
+
+
+def test_a_part_of_a_picture_is_redrawn(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.draw_picture(3).save(tmp_path / "box.png")
+    mask = Image.new("L", (16, 16), 0)
+    mask.paste(255, (0, 8, 16, 16))
+    mask.save(tmp_path / "mask.png")
+    shared = ("--model", model_dir, "--prompt", "a red disc", "--num-images", "2")
+    picture = ("--image", tmp_path / "box.png")
+    out = tmp_path / "out"
+    assert (
+        run_here("generate", *shared, *picture, "--mask", tmp_path / "mask.png", "--out", out) == 0
+    )
+    drawn = [Image.open(out / f"0000-a-red-disc_{seed}.png") for seed in range(2)]
+    rows = tmp_path / "rows"
+    assert run_here("generate", *shared, *picture, "--keep-rows", "1", "--out", rows) == 0
+    same = [Image.open(rows / f"0000-a-red-disc_{seed}.png") for seed in range(2)]
+    for first, second in zip(drawn, same, strict=True):
+        assert first.tobytes() == second.tobytes()
+        top = (0, 0, 16, 8)
+        assert first.crop(top).tobytes() == tiny.draw_picture(3).crop(top).tobytes()
+    facts = json.loads(drawn[0].text["dalle_mini_impl"])  # type: ignore[attr-defined]
+    assert (facts["image"], facts["mask"], facts["seed"]) == ("box.png", "mask.png", 0)
+    assert (out / "grid-0000.png").is_file()
+    capsys.readouterr()
+    for options, message in (
+        (("--mask", tmp_path / "mask.png"), "error: image: none given; wanted --image with"),
+        (picture, "error: mask: wanted exactly one of mask, keep_rows and keep_share"),
+        (("--image", tmp_path / "no.png", "--keep-rows", "1"), "error: image: .*No such file"),
+        ((*picture, "--keep-share", "0.75"), "error: mask: something stays after"),
+    ):
+        assert run_here("generate", *shared, *options, "--out", out) == 2
+        assert re.match(message, capsys.readouterr().err)
+
+
+def test_captions_are_ranked_and_completed(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.draw_picture(3).save(tmp_path / "box.png")
+    (tmp_path / "list.txt").write_text("\n".join(tiny.CAPTIONS), encoding="utf-8")
+    shared = ("--model", model_dir, "--num-tokens", "2", "--num-samples", "3")
+    images = ("--images", tmp_path / "box.png", "--top", "12")
+    assert run_here("caption", *shared, *images, "--captions-file", tmp_path / "list.txt") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["image"] == str(tmp_path / "box.png")
+    assert {entry["caption"] for entry in row["captions"]} == set(tiny.CAPTIONS)
+    assert sum(entry["share"] for entry in row["captions"]) == pytest.approx(1, abs=1e-3)
+    nats = [entry["image_nats"] for entry in row["captions"]]
+    assert nats == sorted(nats, reverse=True)
+
+    assert run_here("caption", *shared, "--complete", "a red") == 0
+    longer = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert 1 <= len(longer) <= 3
+    assert all(text.startswith("a red") for text in longer)
+    assert run_here("caption", *shared, *images, "--complete", "a red") == 0
+    offered = {entry["caption"] for entry in json.loads(capsys.readouterr().out)["captions"]}
+    assert {"a red", *longer} <= offered
+    assert run_here("caption", *shared, *images) == 2
+    assert "caption: none given" in capsys.readouterr().err
+    assert run_here("caption", "--model", model_dir) == 2
+    assert run_here("caption", *shared, "--complete", "a", "--num-tokens", "0") == 2
+    assert "num_tokens: got 0, wanted at least 1" in capsys.readouterr().err

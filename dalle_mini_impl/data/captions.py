@@ -146,6 +146,19 @@ class CaptionEncoder:
         self.num_encoded += len(captions)
         return text_token_ids
 
+    def decode(self, text_token_ids: Int64[Tensor, "batch text_length"]) -> list[str]:
+        """Turns token ids back into text.
+
+        Args:
+            text_token_ids: As `encode` makes them, or drawn ones.
+
+        Returns:
+            One text per row, in lower case with single spaces; a letter that was cut in the middle
+            of its bytes at the end is left out.
+        """
+        texts = self.tokenizer.decode_batch(text_token_ids.tolist(), skip_special_tokens=True)
+        return [" ".join(text.rstrip("\ufffd").split()) for text in texts]
+
     def _count_truncated(self, caption: str, num_tokens: int) -> None:
         if not self.num_truncated:
             logger.warning(

@@ -8,6 +8,7 @@ picture's name. Colour profiles are ignored; everything is taken as sRGB.
 import functools
 import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -134,6 +135,25 @@ def describe_image(data: bytes) -> tuple[str, int, int]:
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return f"{image.format} {image.mode}", image.width, image.height
+
+
+def read_picture(path: Path, *, field: str) -> Image.Image:
+    """Reads one picture that a user names.
+
+    Args:
+        path: A JPEG, PNG, WebP or BMP file.
+        field: The option that names it, for the error message.
+
+    Returns:
+        A fully loaded picture in mode RGB.
+
+    Raises:
+        UserError: It cannot be read, or is no picture.
+    """
+    try:
+        return decode_image(path.read_bytes(), source=str(path))
+    except OSError as error:
+        raise UserError(f"{field}: {path}: {error.strerror}; wanted a picture file") from None
 
 
 def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:

@@ -254,24 +254,42 @@ class Dalle(nn.Module):
             image=F.linear(hidden_states[:, text_length:], self.image_head.table()),
         )
 
+    def predict_text(
+        self, text_token_ids: Int[Tensor, "batch text_length"]
+    ) -> Float[Tensor, "batch text_length vocab"]:
+        """Predict every caption token from the ones before it, without any picture.
+
+        Args:
+            text_token_ids: Captions, padded.
+
+        Returns:
+            The same logits as ``forward`` gives, whatever the picture: text stands before it.
+        """
+        hidden_states = self.embed_text(text_token_ids, torch.zeros_like(text_token_ids[:, 0]))
+        for block in self.blocks:
+            hidden_states = block(hidden_states, is_causal=True)
+        return self.text_head(self.output_norm(hidden_states[:, :-1]))
+
     def prefill(
         self,
         text_token_ids: Int[Tensor, "batch text_length"],
         cache: KeyValueCache,
         *,
-        first_cell: int = 0,
+        first_cell: int | Int[Tensor, " batch"] = 0,
     ) -> Float[Tensor, "batch codebook_size"]:
         """Read the captions into an empty cache.
 
         Args:
             text_token_ids: Captions, padded.
             cache: Empty; holds the captions afterwards.
-            first_cell: Grid cell that is drawn first.
+            first_cell: Grid cell that is drawn first, of all rows or of each.
 
         Returns:
             Logits of the first image token.
         """
-        target = torch.full((len(text_token_ids),), first_cell, device=text_token_ids.device)
+        target = first_cell
+        if not isinstance(target, Tensor):
+            target = torch.full((len(text_token_ids),), target, device=text_token_ids.device)
         hidden_states = self.embed_text(text_token_ids, target)
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, is_causal=True, cache=cache.layer(index))
@@ -310,26 +328,31 @@ class Dalle(nn.Module):
         cache: KeyValueCache,
         *,
         first_steps: Int[Tensor, " batch"],
+        image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict, in raster order, what follows each of several drawn or guessed tokens.
+        """Predict what follows each of several drawn or guessed tokens.
 
         Every row stands at a step of its own. What the cache holds from that step on is written
         anew, so that guesses can be taken back by reading the right tokens later.
 
         Args:
-            image_token_ids: Tokens of consecutive grid cells.
+            image_token_ids: Tokens of consecutive steps.
             cache: Holds the caption and every earlier image token of each row.
-            first_steps: Grid cell of each row's first token. No window may reach beyond the last
-                cell but one: after the last cell nothing is predicted.
+            first_steps: Step of each row's first token. No window may reach beyond the last step
+                but one: after the last one nothing is predicted.
+            image_order: Grid cell (raster index) of each step; raster order when None.
 
         Returns:
-            Logits of the token of the next cell after each one.
+            Logits of the token of the next step after each one.
         """
         window = torch.arange(image_token_ids.shape[1], device=image_token_ids.device)
-        cells = first_steps.unsqueeze(1) + window  # (batch, window)
-        hidden_states = self.embed_image(image_token_ids, cells, cells + 1)
+        steps = first_steps.unsqueeze(1) + window  # (batch, window)
+        cells, next_cells = steps, steps + 1
+        if image_order is not None:
+            cells, next_cells = image_order.gather(1, cells), image_order.gather(1, next_cells)
+        hidden_states = self.embed_image(image_token_ids, cells, next_cells)
         rotation = self.rotation(cells, num_text_positions=0)
-        positions = cells + self.config.text_length + 1  # text_start stands before the caption
+        positions = steps + self.config.text_length + 1  # text_start stands before the caption
         mask = cache.mask_at(positions)
         for index, block in enumerate(self.blocks):
             hidden_states = block(

@@ -43,6 +43,8 @@ def draw_by_jacobi(
     seeds: Int[Tensor, " batch"],
     settings: SamplingConfig,
     window: int = MAX_WINDOW,
+    image_order: Int[Tensor, "batch image_length"] | None = None,
+    known_token_ids: Int[Tensor, "batch num_known"] | None = None,
 ) -> JacobiTokens:
     """Draw pictures in fewer passes; the same pictures as one token at a time.
 
@@ -52,12 +54,14 @@ def draw_by_jacobi(
         seeds: One per picture, in [0, 2 ** 63).
         settings: Guidance and filters.
         window: Tokens read per pass, the certain one included; 1 is one token at a time.
+        image_order: Grid cell of each step; raster order when None.
+        known_token_ids: Tokens of the first steps, which are read and not drawn.
 
     Returns:
-        Tokens in raster order, the caption's gain, and the number of passes.
+        Tokens in drawing order, the caption's gain, and the number of passes.
 
     Raises:
-        ValueError: If the window is below 1.
+        ValueError: If the window is below 1, or every token is known.
     """
     if window < 1:
         raise ValueError(f"window: got {window}, wanted at least 1 token")
@@ -65,22 +69,41 @@ def draw_by_jacobi(
     choice = TokenChoice(model.config, seeds=seeds, settings=settings)
     captions = choice.caption_rows(text_token_ids)
     cache = model.new_cache(len(captions))
-    logits = model.prefill(captions, cache)
     num_steps = choice.num_steps
-    first_token, gained = choice.pick(logits.unsqueeze(1), torch.zeros_like(seeds).unsqueeze(1))
+    if known_token_ids is None:
+        known_token_ids = seeds.new_empty(len(seeds), 0)
+    num_known = known_token_ids.shape[1]
+    if num_known >= num_steps:
+        raise ValueError(f"known_token_ids: got {num_known} of {num_steps}, wanted fewer")
+    order = None if image_order is None else choice.for_each_row(image_order)
+    logits = model.prefill(captions, cache, first_cell=0 if order is None else order[:, 0])
+    num_passes = 1
+    if num_known:
+        known = choice.for_each_row(known_token_ids)
+        logits = model.decode_window(
+            known, cache, first_steps=torch.zeros_like(known[:, 0]), image_order=order
+        )[:, -1]
+        num_passes = 2
+    first_token, gained = choice.pick(
+        logits.unsqueeze(1), torch.full_like(seeds, num_known).unsqueeze(1)
+    )
     guesses = first_token.repeat(1, num_steps)  # the token before is as good a guess as any
+    guesses[:, :num_known] = known_token_ids
     gains = torch.zeros_like(guesses, dtype=torch.float32)
-    gains[:, :1] = gained
+    gains[:, num_known : num_known + 1] = gained
     steps = torch.arange(num_steps, device=seeds.device)
-    num_certain = torch.ones_like(seeds)  # tokens from the start of each picture
-    window, num_passes = min(window, max(num_steps - 1, 1)), 1
+    num_certain = torch.full_like(seeds, num_known + 1)  # tokens from the start of each picture
+    window = min(window, max(num_steps - 1 - num_known, 1))
     while len(seeds) and int(num_certain.min()) < num_steps:
         # Near the end the window reaches back over certain tokens: none may go beyond the picture.
         first = (num_certain - 1).clamp_max(num_steps - 1 - window)
         read = first.unsqueeze(1) + steps[:window]
         before = guesses.gather(1, read)
         logits = model.decode_window(
-            choice.for_each_row(before), cache, first_steps=choice.for_each_row(first)
+            choice.for_each_row(before),
+            cache,
+            first_steps=choice.for_each_row(first),
+            image_order=order,
         )
         num_passes += 1
         answers, gained = choice.pick(logits, read + 1)

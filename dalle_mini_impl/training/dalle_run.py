@@ -178,7 +178,11 @@ def _prepare(
         )
     )
     pipeline = TextToImagePipeline(
-        dalle=dalle, vqvae=vqvae, captions=captions, settings=config.sampling
+        dalle=dalle,
+        vqvae=vqvae,
+        captions=captions,
+        settings=config.sampling,
+        draws_any_order=config.task.ends_in_random_order,
     )
     prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
     task = DalleTask(

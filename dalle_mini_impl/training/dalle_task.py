@@ -45,6 +45,11 @@ class DalleTaskConfig:
             if not 0 <= value <= 1:
                 raise ValueError(f"task.{name}: got {value}, wanted 0 to 1")
 
+    @property
+    def ends_in_random_order(self) -> bool:
+        """Whether the decoder can draw in any order when training has ended."""
+        return self.random_order_probability > 0 and self.augmentation_ends_at == 1
+
 
 class DalleTask:
     """Caption and image tokens, and the decoder's loss on them."""

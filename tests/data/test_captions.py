@@ -113,6 +113,16 @@ def test_null_caption_is_all_pads(encoder: CaptionEncoder) -> None:
     assert torch.equal(encoder.null_text_token_ids(), torch.zeros(24, dtype=torch.int64))
 
 
+def test_rows_become_text_again(encoder: CaptionEncoder) -> None:
+    texts = ["a red  Square", "대한민국 국기"]
+    cut = encoder.encode(texts)
+    assert encoder.decode(cut) == ["a red square", "대한민국 국기"]
+    flag = encoder.encode(["빨갱"])  # a letter of three bytes that no merge knows as a whole
+    flag[0, int((flag != 0).sum()) - 1] = 0
+    assert encoder.decode(flag) == ["빨"]
+    assert encoder.decode(encoder.null_text_token_ids()[None]) == [""]
+
+
 def test_long_captions_are_cut_counted_and_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -1,0 +1,120 @@
+"""What ``caption.py`` does: captions for pictures, from a list or from the decoder's own words."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dalle_mini_impl.data.images import read_picture
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.captioning import complete_text, score_pairs
+
+
+def complete_captions(
+    pipeline: TextToImagePipeline, start: str, *, num_samples: int, num_tokens: int, seed: int = 0
+) -> list[str]:
+    """Go on with a caption from its beginning, in the words of the training captions.
+
+    Args:
+        pipeline: The model.
+        start: The beginning; may be empty.
+        num_samples: Captions: the first takes the likeliest token each time, the others are drawn.
+        num_tokens: Tokens that each grows by; a caption has no end of its own.
+        seed: Of the first drawn one.
+
+    Returns:
+        Different captions, in that order.
+
+    Raises:
+        UserError: If a number is out of range.
+    """
+    for name, count in (("num_samples", num_samples), ("num_tokens", num_tokens)):
+        if count < 1:
+            raise UserError(f"{name}: got {count}, wanted at least 1")
+    if not 0 <= seed < 2**63 - num_samples:
+        raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {num_samples + 1}")
+    captions, device = pipeline.captions, pipeline.dalle.text_head.weight.device
+    null = captions.null_text_token_ids().unsqueeze(0)
+    beginning = (captions.encode([start]) if start.strip() else null).to(device)
+    rows = [complete_text(pipeline.dalle, beginning, num_tokens=num_tokens)]
+    if num_samples > 1:
+        seeds = torch.arange(seed, seed + num_samples - 1)
+        drawn = beginning.expand(len(seeds), -1)
+        rows.append(complete_text(pipeline.dalle, drawn, num_tokens=num_tokens, seeds=seeds))
+    return list(dict.fromkeys(captions.decode(torch.cat(rows))))
+
+
+def beginnings(captions: Sequence[str], start: str) -> list[str]:
+    """List all beginnings of captions that end with a word.
+
+    Args:
+        captions: Longer than ``start``.
+        start: What each of them has at least.
+
+    Returns:
+        Different ones, ``start`` first, each caption itself among them.
+    """
+    least = max(len(start.split()), 1)
+    every = [
+        " ".join(words[:count])
+        for words in map(str.split, captions)
+        for count in range(least, len(words) + 1)
+    ]
+    return list(dict.fromkeys([start, *every] if start.strip() else every))
+
+
+def caption_pictures(
+    pipeline: TextToImagePipeline,
+    images: Sequence[Path],
+    captions: Sequence[str],
+    *,
+    use_prior: bool = False,
+    top: int = 5,
+) -> Iterator[dict[str, Any]]:
+    """Rank captions for each picture.
+
+    Args:
+        pipeline: The model.
+        images: Picture files.
+        captions: Candidates; the same one twice counts once.
+        use_prior: Weigh them by p(caption).
+        top: How many are named per picture.
+
+    Yields:
+        Path of a picture and its best captions, each with its share of the probability of all
+        candidates, log p(image | caption), log p(image | caption) - log p(image), which compares
+        pictures, and log p(caption); in nats.
+
+    Raises:
+        UserError: If there is no picture or no caption, one is empty, or a picture cannot be read.
+    """
+    if not images:
+        raise UserError("images: none given; wanted --images, --complete or --evaluate")
+    unique = list(dict.fromkeys(captions))
+    if not unique:
+        raise UserError("caption: none given; wanted --caption, --captions-file or --complete")
+    if top < 1:
+        raise UserError(f"top: got {top}, wanted at least 1")
+    pictures = [read_picture(path, field="images") for path in images]
+    text_token_ids = pipeline.captions.encode(unique).to(pipeline.dalle.text_head.weight.device)
+    for path, picture in zip(images, pictures, strict=True):
+        scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([picture]))
+        shares = scores.shares(use_prior=use_prior)[0]
+        best = shares.argsort(descending=True, stable=True)[:top].tolist()
+        yield {
+            "image": str(path),
+            "captions": [
+                {
+                    "caption": unique[index],
+                    "share": round(float(shares[index]), 4),
+                    "image_nats": round(float(scores.image_given_text[0, index]), 2),
+                    "gain_nats": round(
+                        float(scores.image_given_text[0, index] - scores.image[0]), 2
+                    ),
+                    "text_nats": round(float(scores.text[index]), 2),
+                }
+                for index in best
+            ],
+        }

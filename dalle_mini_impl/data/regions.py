@@ -1,0 +1,199 @@
+"""Which part of a picture is redrawn: masks, rows, shares; and what is left of the picture.
+
+A mask is a picture of the same size, white where something new shall stand (black stays), as in
+other inpainting programs. Image tokens stand for square patches: every patch that white touches is
+redrawn. In the result the black pixels are those of the picture itself, not of its reconstruction.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, reduce
+from jaxtyping import Bool
+from PIL import Image
+from torch import Tensor
+
+from dalle_mini_impl.data.images import resize_and_crop, to_rgb
+from dalle_mini_impl.errors import UserError
+
+WHITE_FROM = 128  # of 255
+
+
+@dataclass(frozen=True)
+class Region:
+    """What is drawn anew in each of several versions of one picture."""
+
+    is_redrawn: Bool[Tensor, "batch image_length"]
+    """Which tokens, raster order; as many in each row."""
+    shown: Bool[Tensor, "height width"] | None
+    """Where the drawing shows; elsewhere the picture's own pixels do. None: everywhere."""
+
+
+def choose_region(
+    *,
+    mask: Image.Image | None,
+    keep_rows: int | None,
+    keep_share: float | None,
+    picture_size: tuple[int, int],
+    size: int,
+    grid: tuple[int, int],
+    seeds: list[int],
+) -> Region:
+    """Find what is redrawn, from whichever of the three ways to say it was taken.
+
+    Args:
+        mask: White where the picture is redrawn, or None.
+        keep_rows: Rows of tokens at the top that stay, or None.
+        keep_share: Share of the tokens that stay, others for each seed, or None.
+        picture_size: Width and height of the picture, in pixels.
+        size: Side of the model's pictures, in pixels.
+        grid: Image tokens along (height, width).
+        seeds: One per picture that will be drawn.
+
+    Returns:
+        The region.
+
+    Raises:
+        UserError: If not one of the three is given, it is out of range, or it redraws nothing.
+    """
+    if [mask, keep_rows, keep_share].count(None) != 2:
+        raise UserError("mask: wanted exactly one of mask, keep_rows and keep_share")
+    if keep_share is not None:
+        return Region(random_cells(keep_share, grid=grid, seeds=seeds), None)
+    if keep_rows is not None:
+        cells = rows_below(keep_rows, grid=grid)
+        shown = enlarged(cells, grid=grid, size=size)
+    elif mask is not None:
+        shown = mask_pixels(mask, picture_size=picture_size, size=size)
+        cells = touched_cells(shown, grid=grid)
+    if not cells.any():
+        raise UserError("mask: all black; wanted white where the picture is redrawn")
+    return Region(cells.expand(len(seeds), -1), shown)
+
+
+def mask_pixels(
+    mask: Image.Image, *, picture_size: tuple[int, int], size: int
+) -> Bool[Tensor, "height width"]:
+    """Bring a mask to the size of the model's pictures.
+
+    Args:
+        mask: White where the picture is redrawn; transparent counts as white.
+        picture_size: Width and height of the picture that it belongs to, in pixels.
+        size: Side of the model's pictures, in pixels.
+
+    Returns:
+        True where any of the mask's own pixels is white.
+
+    Raises:
+        UserError: If the mask is not as large as the picture.
+    """
+    if mask.size != picture_size:
+        raise UserError(
+            f"mask: got {mask.width}x{mask.height} pixels, "
+            f"wanted {picture_size[0]}x{picture_size[1]}, as the picture has"
+        )
+    white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
+    side = min(white.size)
+    left, top = (white.width - side) / 2, (white.height - side) / 2
+    box = (left, top, left + side, top + side)
+    # In float32, where one white pixel of a thousand is not rounded away.
+    shares = white.convert("F").resize((size, size), Image.Resampling.BOX, box=box)
+    return torch.from_numpy(np.array(shares) > 0)
+
+
+def touched_cells(
+    pixels: Bool[Tensor, "height width"], *, grid: tuple[int, int]
+) -> Bool[Tensor, " image_length"]:
+    """Find the cells of the token grid that hold a pixel of a mask.
+
+    Args:
+        pixels: True where the picture is redrawn.
+        grid: Image tokens along (height, width).
+
+    Returns:
+        One truth per cell, raster order.
+    """
+    rows, columns = grid
+    blocks = "(rows down) (columns right) -> (rows columns)"
+    return reduce(pixels.byte(), blocks, "max", rows=rows, columns=columns).bool()
+
+
+def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_length"]:
+    """Mark all rows of tokens but the first ones.
+
+    Args:
+        num_rows: Rows that stay.
+        grid: Image tokens along (height, width).
+
+    Returns:
+        One truth per cell, raster order: True below those rows.
+
+    Raises:
+        UserError: If no row stays, or all.
+    """
+    if not 1 <= num_rows < grid[0]:
+        raise UserError(f"keep_rows: got {num_rows}, wanted 1 to {grid[0] - 1} rows of tokens")
+    return torch.arange(grid[0]).repeat_interleave(grid[1]) >= num_rows
+
+
+def random_cells(
+    share: float, *, grid: tuple[int, int], seeds: list[int]
+) -> Bool[Tensor, "batch image_length"]:
+    """Mark random cells, others for each seed.
+
+    Args:
+        share: Of the cells that stay unmarked, above 0 and below 1.
+        grid: Image tokens along (height, width).
+        seeds: One per picture.
+
+    Returns:
+        True where a cell is redrawn; at least one in each picture.
+
+    Raises:
+        UserError: If the share is out of range.
+    """
+    if not 0 < share < 1:
+        raise UserError(f"keep_share: got {share}, wanted above 0 and below 1")
+    length = grid[0] * grid[1]
+    num_kept = min(round(share * length), length - 1)
+    is_redrawn = torch.ones(len(seeds), length, dtype=torch.bool)
+    for row, seed in zip(is_redrawn, seeds, strict=True):
+        row[torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:num_kept]] = (
+            False
+        )
+    return is_redrawn
+
+
+def enlarged(
+    cells: Bool[Tensor, " image_length"], *, grid: tuple[int, int], size: int
+) -> Bool[Tensor, "height width"]:
+    """Turn cells of the token grid into the pixels that they stand for.
+
+    Args:
+        cells: One truth per cell, raster order.
+        grid: Image tokens along (height, width).
+        size: Side of the picture in pixels.
+
+    Returns:
+        One truth per pixel.
+    """
+    rows = rearrange(cells, "(rows columns) -> rows columns", rows=grid[0])
+    return rows.repeat_interleave(size // grid[0], 0).repeat_interleave(size // grid[1], 1)
+
+
+def paste_back(
+    drawn: Image.Image, picture: Image.Image, redrawn: Bool[Tensor, "height width"]
+) -> Image.Image:
+    """Put the pixels that were not to change back.
+
+    Args:
+        drawn: Square, as the model draws.
+        picture: The picture itself, RGB; scaled and cropped as the model reads it.
+        redrawn: True where the drawing shows.
+
+    Returns:
+        A new picture of the drawing's size.
+    """
+    mask = Image.fromarray(redrawn.numpy().astype(np.uint8) * 255)
+    return Image.composite(drawn, resize_and_crop(picture, drawn.width), mask)

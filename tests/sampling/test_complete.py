@@ -1,0 +1,159 @@
+"""Completion: what stays stays, and what is drawn depends on all of it."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.sampling.complete import (
+    complete_image_token_ids,
+    completion_order,
+    is_raster_order,
+)
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
+from dalle_mini_impl.sampling.logits import gumbel_noise
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from tests.reference.slow_sampling import slow_allowed, slow_scale
+
+BuildDalle = Callable[..., Dalle]
+HOLE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]).bool()  # in a grid of 3 x 4
+SETTINGS = [
+    SamplingConfig(guidance_scale=1.0),
+    SamplingConfig(guidance_scale=3.0, guidance_schedule="cosine", temperature=1.3, top_p=0.9),
+]
+
+
+def rows(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
+    """Captions and pictures."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, model.config.vocab_size, (count, 5), generator=generator)
+    return text, torch.randint(0, 12, (count, 12), generator=generator)
+
+
+@torch.inference_mode()
+def slow_complete(
+    model: Dalle, text: Tensor, image: Tensor, hole: Tensor, seed: int, settings: SamplingConfig
+) -> tuple[list[int], float]:
+    """Fill one picture's hole by whole passes over all that is known; returns its tokens, gain."""
+    order = [cell for cell in range(12) if not hole[cell]] + [c for c in range(12) if hole[c]]
+    tokens, gain = image.clone(), 0.0
+    for step in range(12):
+        if not hole[order[step]]:
+            continue
+        known = torch.zeros(1, 12, dtype=torch.long)
+        known[0, :step] = tokens[order[:step]]
+        cells = torch.tensor([order])
+        given = model(text[None], known, image_order=cells).image[0, step].double()
+        null = model(torch.zeros_like(text)[None], known, image_order=cells).image[0, step].double()
+        scale = slow_scale(settings, step, 12)
+        guided = (scale * given + (1 - scale) * null) / settings.temperature
+        noise = gumbel_noise(torch.tensor([seed]), steps=step, vocab_size=12)[0].double()
+        token = max(slow_allowed(guided, settings), key=lambda k: float(guided[k] + noise[k]))
+        tokens[order[step]] = token
+        gain += float(given.log_softmax(-1)[token] - null.log_softmax(-1)[token])
+    return tokens.tolist(), gain
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_holes_are_filled_as_by_a_slow_loop_without_cache(
+    build_dalle: BuildDalle, settings: SamplingConfig
+) -> None:
+    model = build_dalle()
+    text, image = rows(model, 4)
+    holes = torch.stack([HOLE, HOLE.roll(3), HOLE.roll(-5), HOLE.flip(0)])  # one for each row
+    seeds = torch.tensor([3, 4, 5, 2**63 - 1])
+    drawn = complete_image_token_ids(model, text, image, holes, seeds=seeds, settings=settings)
+    assert torch.equal(drawn.image_token_ids[~holes], image[~holes])
+    for row in range(4):
+        tokens, gain = slow_complete(
+            model, text[row], image[row], holes[row], int(seeds[row]), settings
+        )
+        assert drawn.image_token_ids[row].tolist() == tokens
+        if settings.guidance_scale != 1.0:
+            assert float(drawn.caption_gain[row]) == pytest.approx(gain, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_kept", [0, 1, 4, 11])
+def test_a_seed_goes_on_with_its_own_picture(build_dalle: BuildDalle, num_kept: int) -> None:
+    model, settings = build_dalle(), SamplingConfig(guidance_scale=2.0)
+    text, _ = rows(model, 3)
+    seeds = torch.arange(3)
+    whole = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
+    below = (torch.arange(12) >= num_kept).expand(3, -1)
+    start = whole.image_token_ids.masked_fill(below, 0)
+    again = complete_image_token_ids(model, text, start, below, seeds=seeds, settings=settings)
+    assert torch.equal(again.image_token_ids, whole.image_token_ids)
+
+
+def fillings(model: Dalle, text: Tensor, image: Tensor, count: int = 200) -> list[float]:
+    """How often each token stands in the first cell of the hole, over many seeds."""
+    drawn = complete_image_token_ids(
+        model,
+        text.expand(count, -1),
+        image.expand(count, -1),
+        HOLE.expand(count, -1),
+        seeds=torch.arange(count),
+        settings=SamplingConfig(guidance_scale=1.0),
+    )
+    return (drawn.image_token_ids[:, 5].bincount(minlength=12) / count).tolist()
+
+
+def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle) -> None:
+    model = build_dalle()
+    with torch.no_grad():  # as in a trained model, what stands around matters most
+        model.image_embedding.rows.mul_(6)
+    text, image = rows(model, 1)
+    before = fillings(model, text, image)
+    assert before == fillings(model, text, image)  # the same seeds, so the same tokens
+
+    def shift(changed: list[float]) -> float:
+        return sum(abs(a - b) for a, b in zip(before, changed, strict=True)) / 2
+
+    for cell in (1, 4, 7, 9, 11):  # above, left, right, below, far below
+        other = image.clone()
+        other[0, cell] = (other[0, cell] + 5) % 12
+        assert shift(fillings(model, text, other)) > 0.01, cell
+    assert shift(fillings(model, text.flip(1), image)) > 0.01
+    inside = image.clone()
+    inside[0, 5:7] = 0  # what stood in the hole is not known
+    assert fillings(model, text, inside) == before
+
+
+def test_a_filling_does_not_depend_on_what_is_filled_beside_it(build_dalle: BuildDalle) -> None:
+    model, settings = build_dalle(), SamplingConfig(guidance_scale=2.0)
+    count = ROWS_PER_BATCH + 3
+    text, image = rows(model, count)
+    holes = torch.stack([HOLE.roll(shift) for shift in range(count)])
+
+    def fill(picks: Tensor) -> Tensor:
+        return complete_image_token_ids(
+            model, text[picks], image[picks], holes[picks], seeds=picks, settings=settings
+        ).image_token_ids
+
+    together = fill(torch.arange(count))
+    assert len(together.unique(dim=0)) == count
+    for pick in (0, 5, count - 1):
+        assert torch.equal(fill(torch.tensor([pick]))[0], together[pick])
+    assert torch.equal(fill(torch.arange(count).flip(0)).flip(0), together)
+
+
+def test_orders() -> None:
+    assert completion_order(HOLE[None]).tolist() == [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 5, 6]]
+    for num_kept, raster in ((0, True), (7, True), (12, True)):
+        below = (torch.arange(12) >= num_kept)[None]
+        assert is_raster_order(completion_order(below)) is raster
+    assert not is_raster_order(completion_order(torch.stack([HOLE, ~HOLE])))
+
+
+@pytest.mark.parametrize(
+    "holes", [torch.zeros(2, 12).bool(), torch.stack([HOLE, ~HOLE])], ids=["none", "unequal"]
+)
+def test_holes_that_cannot_be_filled_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
+    model = build_dalle()
+    text, image = rows(model, 2)
+    with pytest.raises(ValueError, match=r"^is_redrawn: got .* tokens, wanted as many in each row"):
+        complete_image_token_ids(
+            model, text, image, holes, seeds=torch.arange(2), settings=SETTINGS[0]
+        )

@@ -1,0 +1,115 @@
+"""A decoder trained in random order fills a hole from either side, as the caption says.
+
+Pictures are rows of four tokens. The caption says whether the second token repeats the first one or
+the fourth one; all else is chance. In raster order the fourth is not known yet.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.complete import complete_image_token_ids
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from tests.reference import tiny
+
+NUM_CODES, STEPS, BATCH = 4, 500, 64
+LIKE_FIRST, LIKE_FOURTH = 1, 2  # captions of one token
+
+
+def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Captions and pictures of the rule above."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, NUM_CODES, (count, 4), generator=generator)
+    is_first = torch.randint(0, 2, (count,), generator=generator).bool()
+    image[:, 1] = torch.where(is_first, image[:, 0], image[:, 3])
+    return torch.where(is_first, LIKE_FIRST, LIKE_FOURTH)[:, None], image
+
+
+def trained(random_order_probability: float) -> Dalle:
+    pipeline = tiny.build_pipeline()
+    torch.manual_seed(0)
+    dalle = Dalle(
+        DalleConfig(
+            decoder=DecoderConfig(
+                hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0
+            ),
+            vocab_size=pipeline.captions.vocab_size,
+            text_length=1,
+            codebook_levels=(NUM_CODES,),
+            image_grid_size=(1, 4),
+        )
+    )
+    with torch.no_grad():  # the usual start is for longer training
+        for name, parameter in dalle.named_parameters():
+            if "norm" not in name:
+                parameter.mul_(5)
+    text, image = pictures(2000, seed=1)
+    data = TokenDataset(image.int()[:, None], text.int(), torch.arange(2001))
+    config = DalleTaskConfig(
+        random_order_probability=random_order_probability,
+        augmentation_ends_at=1.0,
+        caption_dropout_probability=0.0,
+    )
+    task = DalleTask(
+        data, data, config, sample_weights=None, identity="", pipeline=pipeline, fixed_prompts=()
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(dalle.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
+    generator = torch.Generator().manual_seed(2)
+    for step in range(STEPS):
+        ids = torch.randint(0, len(data), (BATCH,), generator=generator)
+        batch = task.make_batch(ids, torch.rand(BATCH, task.num_draws, generator=generator))
+        loss, _ = task.loss(dalle, batch, progress=step / STEPS, generator=generator)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return dalle.eval()
+
+
+def share_right(dalle: Dalle) -> tuple[float, float]:
+    """Fill the second token of new pictures: shares that are right, by caption."""
+    text, image = pictures(300, seed=3)
+    hole = torch.tensor([False, True, False, False]).expand(300, -1)
+    drawn = complete_image_token_ids(
+        dalle,
+        text,
+        image.masked_fill(hole, 0),
+        hole,
+        seeds=torch.arange(300),
+        settings=SamplingConfig(guidance_scale=1.0),
+    ).image_token_ids
+    right, is_first = drawn[:, 1] == image[:, 1], text[:, 0] == LIKE_FIRST
+    return float(right[is_first].float().mean()), float(right[~is_first].float().mean())
+
+
+@pytest.mark.slow
+def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
+    like_first, like_fourth = share_right(trained(1.0))
+    assert like_first > 0.9
+    assert like_fourth > 0.9
+    _, like_fourth = share_right(trained(0.0))
+    assert like_fourth < 0.7  # it never saw a picture's end before its middle
+
+
+@pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])
+def test_a_run_says_in_its_model_folder_how_it_ended(
+    tmp_path: Path, probability: float, ends_at: float
+) -> None:
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    task = {"random_order_probability": probability, "augmentation_ends_at": ends_at}
+    run = tiny.dalle_run(
+        tiny.write_data(tmp_path / "data"), tmp_path / "vqvae", tmp_path / "out", task=task,
+        max_steps=1,
+    )  # fmt: skip
+    folder, _ = tiny.train(run)
+    wanted = probability > 0 and ends_at == 1
+    assert json.loads((folder / "model_index.json").read_text())["draws_any_order"] is wanted
+    assert TextToImagePipeline.from_pretrained(folder).draws_any_order is wanted
