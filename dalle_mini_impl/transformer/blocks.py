@@ -135,7 +135,7 @@ class TransformerBlock(nn.Module):
         num_heads: int,
         intermediate_size: int,
         dropout_probability: float = 0.0,
-        options: BlockOptions = BlockOptions(),  # noqa: B008 (frozen)
+        options: BlockOptions = BlockOptions(),
     ) -> None:
         """Build one block.
 
