@@ -141,7 +141,7 @@ def _read_table(path: Path) -> dict[TextPair, bool]:
                 f"data.source: {path}, line {number}: got {line[:60]!r}, wanted a source, a tab "
                 "and a target"
             )
-        pairs[TextPair(*parts, family=f"line {number}")] = True
+        pairs[TextPair(parts[0], parts[1], f"line {number}")] = True
     return pairs
 
 

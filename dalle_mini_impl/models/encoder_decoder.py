@@ -184,7 +184,10 @@ class EncoderDecoder(nn.Module):
             device=context.device,
             dtype=context.dtype,
         )
-        projected = [block.cross_attention.project(context) for block in self.decoder_blocks]
+        projected = [
+            block.get_submodule("cross_attention").project(context)  # type: ignore[operator]
+            for block in self.decoder_blocks
+        ]
         return DecoderState(cache, projected, mask)
 
     def decode_one(

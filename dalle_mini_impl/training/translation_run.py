@@ -11,13 +11,13 @@ from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.text_pairs import EMOJI, load_text_pairs, nearest_targets
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam import BeamConfig
-from dalle_mini_impl.sampling.translator import Translator, score_translations
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.translation_task import TranslationTask, TranslationTaskConfig
+from dalle_mini_impl.translator import Translator, score_translations
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,12 @@ from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from dalle_mini_impl.sampling.translator import Translator, score_translations
 from dalle_mini_impl.training.translation_task import (
     TranslationTask,
     TranslationTaskConfig,
     target_nats,
 )
+from dalle_mini_impl.translator import Translator, score_translations
 from tests.reference import tiny
 
 PAIRS = TextPairs(
