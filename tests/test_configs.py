@@ -1,6 +1,7 @@
 """Every preset loads, builds its model and survives being saved."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.encoder_decoder import EncoderDecoder
+from dalle_mini_impl.models.vit import VisionTransformer
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.translation_run import TranslationRunConfig
+from dalle_mini_impl.training.vit_run import ViTRunConfig
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from vqvae import VQVAE
 
@@ -19,7 +24,9 @@ REPOSITORY = Path(__file__).parents[1]
 PRESETS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
-def class_of(path: Path) -> type[VQVAERunConfig] | type[DalleRunConfig]:
+def class_of(path: Path) -> type[Any]:
+    if path.parent.name in ("translation", "vit"):
+        return TranslationRunConfig if path.parent.name == "translation" else ViTRunConfig
     is_decoder = "vqvae_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
     assert path.name.startswith("dalle" if is_decoder else "vqvae")
     return DalleRunConfig if is_decoder else VQVAERunConfig
@@ -46,6 +53,12 @@ def test_a_preset_loads_builds_and_survives_being_saved(path: Path, tmp_path: Pa
     with torch.device("meta"):
         if isinstance(config, VQVAERunConfig):
             model: torch.nn.Module = VQVAE(config.vqvae)
+        elif isinstance(config, TranslationRunConfig):
+            assert config.text.vocab_size >= MIN_VOCAB_SIZE
+            model = EncoderDecoder(config.model, vocab_size=config.text.vocab_size)
+        elif isinstance(config, ViTRunConfig):
+            size = 8 if config.data.source == "digits" else config.data.image_size
+            model = VisionTransformer(config.model, image_size=size, num_channels=3, num_classes=9)
         else:
             assert config.vqvae_dir in tokenizers(), "no preset makes this tokenizer"
             tokenizer = tokenizers()[config.vqvae_dir].vqvae

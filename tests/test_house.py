@@ -80,12 +80,19 @@ def test_the_readme_shows_commands() -> None:
 def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) -> None:
     from dalle_mini_impl.config import load_config
     from dalle_mini_impl.training.dalle_run import DalleRunConfig
+    from dalle_mini_impl.training.translation_run import TranslationRunConfig
+    from dalle_mini_impl.training.vit_run import ViTRunConfig
     from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 
     script, *arguments = command
     assert script in SCRIPTS
     assert arguments[:1] != ["--config"] or (REPOSITORY / arguments[1]).is_file()
-    runs = {"scripts/train_vqvae.py": VQVAERunConfig, "scripts/train_dalle.py": DalleRunConfig}
+    runs = {
+        "scripts/train_vqvae.py": VQVAERunConfig,
+        "scripts/train_dalle.py": DalleRunConfig,
+        "scripts/train_translation.py": TranslationRunConfig,
+        "scripts/train_vit.py": ViTRunConfig,
+    }
     if script in runs and "--config" in arguments:
         load_config(runs[script], arguments, description="")  # type: ignore[type-var]
         return

@@ -87,8 +87,8 @@ class TokenDataset:
 
 
 def shift_images(
-    pixels: UInt8[Tensor, "batch 3 height width"], offsets: Int[Tensor, "batch 2"]
-) -> UInt8[Tensor, "batch 3 height width"]:
+    pixels: UInt8[Tensor, "batch channels height width"], offsets: Int[Tensor, "batch 2"]
+) -> UInt8[Tensor, "batch channels height width"]:
     """Move images by whole pixels; edges are repeated into the space that opens.
 
     Args:

@@ -9,7 +9,7 @@ def learning_rate_factor(
     progress: float,
     *,
     warmup_steps: int,
-    schedule: Literal["wsd", "cosine"],
+    schedule: Literal["wsd", "cosine", "inverse_sqrt"],
     decay_fraction: float = 0.25,
 ) -> float:
     """Scale the base learning rate.
@@ -22,7 +22,10 @@ def learning_rate_factor(
         progress: Share of the run that is done, in [0, 1].
         warmup_steps: Updates over which the rate rises linearly.
         schedule: ``wsd`` (warm-up, stable, linear decay to zero; Hu et al. 2024,
-            arXiv:2404.06395) or ``cosine`` (Loshchilov & Hutter 2017, arXiv:1608.03983).
+            arXiv:2404.06395), ``cosine`` (Loshchilov & Hutter 2017, arXiv:1608.03983) or
+            ``inverse_sqrt`` (Vaswani et al. 2017, arXiv:1706.03762, equation 3): after the warm-up
+            1 / sqrt(step), whatever the progress. The paper's own peak is
+            (hidden_size * warmup_steps) ** -0.5.
         decay_fraction: Share of the run in which ``wsd`` decays.
 
     Returns:
@@ -31,6 +34,8 @@ def learning_rate_factor(
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
     if schedule == "cosine":
         return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    if schedule == "inverse_sqrt":
+        return warmup * min(1.0, math.sqrt(max(1, warmup_steps) / (step + 1)))
     return warmup * min(1.0, max(0.0, 1 - progress) / decay_fraction)
 
 

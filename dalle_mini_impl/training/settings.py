@@ -34,8 +34,8 @@ class TrainingConfig:
     """Decoupled weight decay of matrices, per unit of learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
-    schedule: Literal["wsd", "cosine"] = "wsd"
-    """Warm-up, stable, linear decay; or half a cosine."""
+    schedule: Literal["wsd", "cosine", "inverse_sqrt"] = "wsd"
+    """Warm-up, stable, linear decay; half a cosine; or 1 / sqrt(step) as in the paper of 2017."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises."""
     decay_fraction: float = 0.3

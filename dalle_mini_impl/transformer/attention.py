@@ -2,10 +2,11 @@
 
 Masks follow torch's scaled_dot_product_attention: **True means may attend**.
 Deviations from the paper, each usual today: queries and keys may be normalised per head
-(QK-norm, Henry et al. 2020, arXiv:2010.04245), rotated by position (RoPE), and there is no bias.
+(QK-norm, Henry et al. 2020, arXiv:2010.04245), rotated by position (RoPE), and there is no bias
+unless it is asked for.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from einops import rearrange
@@ -26,6 +27,13 @@ class LayerCache(Protocol):
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store new keys and values and return all stored so far."""
         ...
+
+
+class KeysAndValues(NamedTuple):
+    """A context as one layer attends to it: what stays the same in every step of a decoder."""
+
+    keys: Float[Tensor, "batch heads key_length head_dim"]
+    values: Float[Tensor, "batch heads key_length head_dim"]
 
 
 def attend(
@@ -94,19 +102,20 @@ def attend(
     return weights @ values
 
 
-def build_norm(size: int) -> nn.LayerNorm:
-    """Build the norm of every layer here: LayerNorm with a scale and no bias.
+def build_norm(size: int, *, use_bias: bool = False) -> nn.LayerNorm:
+    """Build the norm of every layer here: LayerNorm with a scale and, unless asked for, no bias.
 
     RMSNorm, which most recent decoders use, learns as well, but torch has no fused backward of it
     on CPUs: a forward and backward pass took 3.4 times as long there.
 
     Args:
         size: Length of the normalised last axis.
+        use_bias: Learn a bias too, as Ba et al. 2016 (arXiv:1607.06450) do.
 
     Returns:
         The module.
     """
-    return nn.LayerNorm(size, eps=1e-6, bias=False)
+    return nn.LayerNorm(size, eps=1e-6, bias=use_bias)
 
 
 class MultiHeadAttention(nn.Module):
@@ -152,7 +161,7 @@ class MultiHeadAttention(nn.Module):
         self,
         hidden_states: Float[Tensor, "batch query_length hidden"],
         *,
-        context: Float[Tensor, "batch key_length hidden"] | None = None,
+        context: Float[Tensor, "batch key_length hidden"] | KeysAndValues | None = None,
         rotation: Rotation | None = None,
         attention_mask: Bool[Tensor, "#batch #heads #query_length key_length"] | None = None,
         is_causal: bool = False,
@@ -162,7 +171,8 @@ class MultiHeadAttention(nn.Module):
 
         Args:
             hidden_states: Positions that ask.
-            context: Positions that answer; ``hidden_states`` itself when None.
+            context: Positions that answer, or what ``project`` made of them; ``hidden_states``
+                itself when None.
             rotation: Rotary angles of these positions, or None.
             attention_mask: True = may attend.
             is_causal: Position i attends to positions <= i.
@@ -171,13 +181,10 @@ class MultiHeadAttention(nn.Module):
         Returns:
             One mixed row per position that asks.
         """
-        context = hidden_states if context is None else context
-        split = "batch length (heads head_dim) -> batch length heads head_dim"
-        queries = self.query_norm(rearrange(self.query(hidden_states), split, heads=self.num_heads))
-        keys = self.key_norm(rearrange(self.key(context), split, heads=self.num_heads))
-        values = rearrange(self.value(context), split, heads=self.num_heads)
-        # (batch, heads, length, head_dim) only now: norms are faster on contiguous rows
-        queries, keys, values = (part.transpose(1, 2) for part in (queries, keys, values))
+        queries = self.query_norm(self._split(self.query(hidden_states))).transpose(1, 2)
+        if not isinstance(context, KeysAndValues):
+            context = self.project(hidden_states if context is None else context)
+        keys, values = context
         if rotation is not None:
             queries, keys = rotate(queries, rotation), rotate(keys, rotation)
         if cache is not None:
@@ -191,3 +198,21 @@ class MultiHeadAttention(nn.Module):
             dropout_probability=self.dropout_probability if self.training else 0.0,
         )
         return self.output(rearrange(mixed, "batch heads length dim -> batch length (heads dim)"))
+
+    def project(self, context: Float[Tensor, "batch key_length hidden"]) -> KeysAndValues:
+        """Make keys and values, once for all calls whose context stays the same.
+
+        Args:
+            context: Positions that answer.
+
+        Returns:
+            What ``forward`` takes in place of the context.
+        """
+        keys = self.key_norm(self._split(self.key(context)))
+        values = self._split(self.value(context))
+        # (batch, heads, length, head_dim) only now: norms are faster on contiguous rows
+        return KeysAndValues(keys.transpose(1, 2), values.transpose(1, 2))
+
+    def _split(self, projected: Tensor) -> Tensor:
+        split = "batch length (heads head_dim) -> batch length heads head_dim"
+        return rearrange(projected, split, heads=self.num_heads)

@@ -1,38 +1,102 @@
 """The Transformer block: attention, then a feed-forward network, each beside an identity.
 
-Pre-norm (Xiong et al. 2020, arXiv:2002.04745) with a SwiGLU feed-forward network (Shazeer
-2020, arXiv:2002.05202) instead of the post-norm and ReLU of 2017.
+By default pre-norm (Xiong et al. 2020, arXiv:2002.04745) with a SwiGLU feed-forward network
+(Shazeer 2020, arXiv:2002.05202); ``BlockOptions`` names what the papers of 2017 and 2021 do
+instead.
 """
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.attention import LayerCache, MultiHeadAttention, build_norm
+from dalle_mini_impl.transformer.attention import (
+    KeysAndValues,
+    LayerCache,
+    MultiHeadAttention,
+    build_norm,
+)
 from dalle_mini_impl.transformer.positions import Rotation
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """How a block is built, apart from its sizes."""
+
+    norm: Literal["pre", "post"] = "pre"
+    """Before each branch (Xiong et al. 2020, arXiv:2002.04745), or after each sum (Vaswani et al.
+    2017, arXiv:1706.03762, section 3.1)."""
+    feed_forward: Literal["swiglu", "relu", "gelu"] = "swiglu"
+    """SwiGLU (Shazeer 2020, arXiv:2002.05202), ReLU (Vaswani et al. 2017, equation 2) or GELU
+    (Hendrycks & Gimpel 2016, arXiv:1606.08415; in ViT, Dosovitskiy et al. 2021)."""
+    use_bias: bool = False
+    """Biases in projections and norms, as in the papers of 2017 and 2021."""
+    use_qk_norm: bool = True
+    """Normalise queries and keys per head (Henry et al. 2020, arXiv:2010.04245)."""
+    has_cross_attention: bool = False
+    """Attend to an encoder's output between the two branches (Vaswani et al. 2017, section 3.2.3,
+    encoder-decoder attention)."""
+
+
+VASWANI_2017 = BlockOptions(norm="post", feed_forward="relu", use_bias=True, use_qk_norm=False)
+DOSOVITSKIY_2021 = BlockOptions(feed_forward="gelu", use_bias=True, use_qk_norm=False)
 
 
 class GatedFeedForward(nn.Module):
     """SwiGLU: one projection gates another."""
 
-    def __init__(self, *, hidden_size: int, intermediate_size: int) -> None:
+    def __init__(self, *, hidden_size: int, intermediate_size: int, use_bias: bool = False) -> None:
         """Build the three projections.
 
         Args:
             hidden_size: Width of the residual stream.
             intermediate_size: Width between the projections.
+            use_bias: Give the projections a bias.
         """
         super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.value = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.output = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = nn.Linear(hidden_size, intermediate_size, bias=use_bias)
+        self.value = nn.Linear(hidden_size, intermediate_size, bias=use_bias)
+        self.output = nn.Linear(intermediate_size, hidden_size, bias=use_bias)
 
     def forward(
         self, hidden_states: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length hidden"]:
         """Transform each position on its own."""
         return self.output(F.silu(self.gate(hidden_states)) * self.value(hidden_states))
+
+
+class FeedForward(nn.Module):
+    """Two projections with a nonlinearity between them."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: Literal["relu", "gelu"],
+        use_bias: bool,
+    ) -> None:
+        """Build the two projections.
+
+        Args:
+            hidden_size: Width of the residual stream.
+            intermediate_size: Width between the projections.
+            activation: The nonlinearity; GELU is the exact one.
+            use_bias: Give the projections a bias.
+        """
+        super().__init__()
+        self.activation = F.relu if activation == "relu" else F.gelu
+        self.input = nn.Linear(hidden_size, intermediate_size, bias=use_bias)
+        self.output = nn.Linear(intermediate_size, hidden_size, bias=use_bias)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "batch length hidden"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Transform each position on its own."""
+        return self.output(self.activation(self.input(hidden_states)))
 
 
 class ChannelDropout(nn.Module):
@@ -62,7 +126,7 @@ class ChannelDropout(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm self-attention and feed-forward network."""
+    """Self-attention, cross-attention where asked for, and a feed-forward network."""
 
     def __init__(
         self,
@@ -71,7 +135,7 @@ class TransformerBlock(nn.Module):
         num_heads: int,
         intermediate_size: int,
         dropout_probability: float = 0.0,
-        use_qk_norm: bool = True,
+        options: BlockOptions = BlockOptions(),
     ) -> None:
         """Build one block.
 
@@ -80,17 +144,29 @@ class TransformerBlock(nn.Module):
             num_heads: Must divide ``hidden_size``.
             intermediate_size: Width inside the feed-forward network.
             dropout_probability: Share of each branch's channels dropped in training.
-            use_qk_norm: Normalise queries and keys per head.
+            options: Norms, nonlinearity, biases and cross-attention.
         """
         super().__init__()
-        self.attention_norm = build_norm(hidden_size)
+        self.is_pre_norm = options.norm == "pre"
+        self.has_cross_attention = options.has_cross_attention
+        use_bias = options.use_bias
+        self.attention_norm = build_norm(hidden_size, use_bias=use_bias)
         self.attention = MultiHeadAttention(
-            hidden_size=hidden_size, num_heads=num_heads, use_qk_norm=use_qk_norm
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            use_qk_norm=options.use_qk_norm,
+            use_bias=use_bias,
         )
-        self.feed_forward_norm = build_norm(hidden_size)
-        self.feed_forward = GatedFeedForward(
-            hidden_size=hidden_size, intermediate_size=intermediate_size
-        )
+        if options.has_cross_attention:
+            self.cross_attention_norm = build_norm(hidden_size, use_bias=use_bias)
+            self.cross_attention = MultiHeadAttention(
+                hidden_size=hidden_size,
+                num_heads=num_heads,
+                use_qk_norm=options.use_qk_norm,
+                use_bias=use_bias,
+            )
+        self.feed_forward_norm = build_norm(hidden_size, use_bias=use_bias)
+        self.feed_forward = _build_feed_forward(hidden_size, intermediate_size, options)
         self.dropout = ChannelDropout(dropout_probability)
 
     def forward(
@@ -101,6 +177,8 @@ class TransformerBlock(nn.Module):
         attention_mask: Bool[Tensor, "#batch #heads #length key_length"] | None = None,
         is_causal: bool = False,
         cache: LayerCache | None = None,
+        context: Float[Tensor, "batch context_length hidden"] | KeysAndValues | None = None,
+        context_mask: Bool[Tensor, "#batch #heads #length context_length"] | None = None,
     ) -> Float[Tensor, "batch length hidden"]:
         """Run the block.
 
@@ -110,18 +188,59 @@ class TransformerBlock(nn.Module):
             attention_mask: True = may attend.
             is_causal: Position i attends to positions <= i.
             cache: Keys and values of earlier positions of this layer.
+            context: What cross-attention reads: an encoder's output, or what
+                ``cross_attention.project`` made of it; for blocks that have cross-attention.
+            context_mask: True = may attend, of cross-attention.
 
         Returns:
-            The residual stream after both branches.
+            The residual stream after all branches.
+
+        Raises:
+            ValueError: If a block with cross-attention gets no context, or one without gets some.
         """
+        if self.has_cross_attention == (context is None):
+            wanted = "one" if self.has_cross_attention else "none without cross-attention"
+            raise ValueError(
+                f"context: got {'none' if context is None else 'one'}, wanted {wanted}"
+            )
         attended = self.attention(
-            self.attention_norm(hidden_states),
+            self._before(self.attention_norm, hidden_states),
             rotation=rotation,
             attention_mask=attention_mask,
             is_causal=is_causal,
             cache=cache,
         )
-        hidden_states = hidden_states + self.dropout(attended)
-        return hidden_states + self.dropout(
-            self.feed_forward(self.feed_forward_norm(hidden_states))
+        hidden_states = self._add(self.attention_norm, hidden_states, attended)
+        if context is not None:
+            read = self.cross_attention(
+                self._before(self.cross_attention_norm, hidden_states),
+                context=context,
+                attention_mask=context_mask,
+            )
+            hidden_states = self._add(self.cross_attention_norm, hidden_states, read)
+        transformed = self.feed_forward(self._before(self.feed_forward_norm, hidden_states))
+        return self._add(self.feed_forward_norm, hidden_states, transformed)
+
+    def _before(self, norm: nn.Module, hidden_states: Tensor) -> Tensor:
+        return norm(hidden_states) if self.is_pre_norm else hidden_states
+
+    def _add(self, norm: nn.Module, hidden_states: Tensor, branch: Tensor) -> Tensor:
+        total = hidden_states + self.dropout(branch)
+        return total if self.is_pre_norm else norm(total)
+
+
+def _build_feed_forward(
+    hidden_size: int, intermediate_size: int, options: BlockOptions
+) -> GatedFeedForward | FeedForward:
+    if options.feed_forward == "swiglu":
+        return GatedFeedForward(
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            use_bias=options.use_bias,
         )
+    return FeedForward(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        activation=options.feed_forward,
+        use_bias=options.use_bias,
+    )

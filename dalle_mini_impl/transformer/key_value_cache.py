@@ -75,6 +75,14 @@ class KeyValueCache:
         stored = torch.arange(self.keys.shape[3], device=positions.device)
         return (stored <= positions.unsqueeze(-1)).unsqueeze(1)
 
+    def select_rows(self, rows: Int[Tensor, " new_batch"]) -> None:
+        """Continue with other rows, as beam search does with the best of its hypotheses.
+
+        Args:
+            rows: Which old row each new row continues; an old row may be taken several times.
+        """
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
     def append(
         self,
         layer: int,

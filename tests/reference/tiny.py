@@ -11,13 +11,23 @@ from PIL import Image, ImageDraw
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.encoder_decoder import EncoderDecoderConfig
+from dalle_mini_impl.models.vit import ViTConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.translation_run import (
+    TextPairsConfig,
+    TranslationRunConfig,
+    VocabularyConfig,
+    train_translation,
+)
+from dalle_mini_impl.training.vit_run import LabelledDataConfig, ViTRunConfig, train_vit
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
 from vqvae import VQVAE, VQVAEConfig
 
@@ -127,18 +137,68 @@ def dalle_run(
     )
 
 
-def train(config: VQVAERunConfig | DalleRunConfig, **options: Any) -> tuple[Path, list[str]]:
+def write_text_pairs(path: Path) -> Path:
+    """Writes thirty pairs of a made-up language: English captions, and their words backwards."""
+    captions = [f"{caption} {place}" for caption in CAPTIONS for place in ("above", "below", "")]
+    lines = [f"{text}\t{' '.join(reversed(text.split()))}" for text in captions]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def translation_run(table: Path, out: Path, **training: Any) -> TranslationRunConfig:
+    """A translation run of six steps, unless told otherwise."""
+    return TranslationRunConfig(
+        data=TextPairsConfig(source=str(table), held_out_percent=20),
+        output_dir=str(out),
+        text=VocabularyConfig(vocab_size=300, text_length=12),
+        model=EncoderDecoderConfig(
+            hidden_size=16,
+            num_encoder_layers=1,
+            num_decoder_layers=1,
+            num_heads=2,
+            intermediate_size=24,
+        ),
+        beam=BeamConfig(num_beams=2),
+        training=dataclasses.replace(TRAINING, **training),
+        tracking=TrackingConfig(mode="disabled"),
+    )
+
+
+def vit_run(
+    data: Path, out: Path, *, implementation: str = "ours", **training: Any
+) -> ViTRunConfig:
+    """A classifier run of six steps, unless told otherwise: which colour is it?"""
+    return ViTRunConfig(
+        data=LabelledDataConfig(
+            source=str(data), label="color", families=(), image_size=SIZE, held_out_percent=30
+        ),
+        output_dir=str(out),
+        implementation=implementation,  # type: ignore[arg-type]
+        model=ViTConfig(
+            patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24
+        ),
+        training=dataclasses.replace(TRAINING, **training),
+        tracking=TrackingConfig(mode="disabled"),
+    )
+
+
+def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
     """Runs a config; returns the model folder and the lines shown. Global flags stay as they were.
 
     Args:
-        config: Of a tokenizer or a decoder.
+        config: Of any kind of run.
         **options: `resume`.
 
     Returns:
         The model folder and the lines.
     """
     before, lines = torch.get_float32_matmul_precision(), list[str]()
-    run: Callable[..., Path] = train_vqvae if isinstance(config, VQVAERunConfig) else train_dalle
+    run: Callable[..., Path] = {
+        VQVAERunConfig: train_vqvae,
+        DalleRunConfig: train_dalle,
+        TranslationRunConfig: train_translation,
+        ViTRunConfig: train_vit,
+    }[type(config)]
     try:
         return run(config, show=lines.append, **options), lines
     finally:

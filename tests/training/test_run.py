@@ -105,6 +105,20 @@ def test_a_tokenizer_run_resumes_bit_for_bit(data: Path, tmp_path: Path, quantiz
     assert_resumes_exactly(config)
 
 
+def test_a_translation_run_resumes_bit_for_bit(tmp_path: Path) -> None:
+    table = tiny.write_text_pairs(tmp_path / "pairs.tsv")
+    options: dict[str, Any] = {"schedule": "inverse_sqrt", "ema_decay": 0.9}
+    assert_resumes_exactly(tiny.translation_run(table, tmp_path / "run", **options))
+
+
+@pytest.mark.parametrize("implementation", ["ours", "transformers"])
+def test_a_classifier_run_resumes_bit_for_bit(
+    data: Path, tmp_path: Path, implementation: str
+) -> None:
+    config = tiny.vit_run(data, tmp_path / "run", implementation=implementation, ema_decay=0.9)
+    assert_resumes_exactly(config)
+
+
 @pytest.mark.parametrize("model", ["vqvae", "dalle"])
 def test_accumulated_micro_batches_are_one_batch(
     data: Path, vqvae_dir: Path, tmp_path: Path, model: str

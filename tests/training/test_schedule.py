@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from dalle_mini_impl.training.schedule import anneal, learning_rate_factor
 
-SCHEDULES = ("wsd", "cosine")
+SCHEDULES = ("wsd", "cosine", "inverse_sqrt")
 
 
 def factor(step: int, progress: float, schedule: str = "wsd", **options: float) -> float:
@@ -29,6 +29,15 @@ def test_cosine_is_half_a_cosine() -> None:
         expected = 0.5 * (1 + math.cos(math.pi * progress))
         assert factor(99, progress, "cosine") == pytest.approx(expected)
     assert factor(0, 0.0, "cosine") == pytest.approx(0.1)
+
+
+def test_inverse_square_root_is_that_of_the_paper() -> None:
+    hidden_size, warmup = 512, 40
+    peak = (hidden_size * warmup) ** -0.5
+    for step in (1, 7, 39, 40, 41, 160, 5000):  # counted from 1, as in the paper
+        expected = hidden_size**-0.5 * min(step**-0.5, step * warmup**-1.5)
+        got = peak * factor(step - 1, 0.7, "inverse_sqrt", warmup_steps=warmup)
+        assert got == pytest.approx(expected)
 
 
 def test_without_warm_up_the_first_step_is_a_full_one() -> None:

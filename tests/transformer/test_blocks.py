@@ -1,10 +1,22 @@
 """The Transformer block: two branches, each beside an identity."""
 
+from typing import Any, Literal
+
+import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.blocks import ChannelDropout, GatedFeedForward, TransformerBlock
-from dalle_mini_impl.transformer.masks import padding_mask
+from dalle_mini_impl.transformer.blocks import (
+    BlockOptions,
+    ChannelDropout,
+    GatedFeedForward,
+    TransformerBlock,
+)
+from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
+from tests.reference.torch_transformer import copy_block
+
+TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 
 
 def block(dropout_probability: float = 0.0) -> TransformerBlock:
@@ -69,3 +81,75 @@ def test_bidirectional_block_with_padding() -> None:
     is_token = torch.tensor([[True, True, True, False, False]])
     padded = layer(x, attention_mask=padding_mask(is_token))
     torch.testing.assert_close(padded[:, :3], layer(x[:, :3]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_blocks_equal_torchs_layers(
+    norm: Literal["pre", "post"], activation: Literal["relu", "gelu"], training: bool
+) -> None:
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"norm": norm, "feed_forward": activation, "use_bias": True}
+    shape: dict[str, Any] = {
+        "dim_feedforward": 24,
+        "dropout": 0.0,
+        "activation": activation,
+        "layer_norm_eps": 1e-6,
+        "batch_first": True,
+        "norm_first": norm == "pre",
+    }
+    sizes = {"hidden_size": 12, "num_heads": 3, "intermediate_size": 24}
+    encoder_layer = nn.TransformerEncoderLayer(12, 3, **shape).train(training)
+    decoder_layer = nn.TransformerDecoderLayer(12, 3, **shape).train(training)
+    encoder = TransformerBlock(**sizes, options=BlockOptions(use_qk_norm=False, **options))
+    decoder = TransformerBlock(
+        **sizes, options=BlockOptions(use_qk_norm=False, has_cross_attention=True, **options)
+    )
+    for mine, theirs in ((encoder, encoder_layer), (decoder, decoder_layer)):
+        copy_block(mine.train(training), theirs)
+    source, target = torch.randn(2, 7, 12), torch.randn(2, 5, 12)
+    is_token = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    with torch.set_grad_enabled(training):
+        context = encoder(source, attention_mask=padding_mask(is_token))
+        expected = encoder_layer(source, src_key_padding_mask=~is_token)
+        torch.testing.assert_close(context[is_token], expected[is_token], **TOLERANCE)
+        # torch's modules say True = may NOT attend.
+        expected = decoder_layer(
+            target, expected, tgt_mask=~causal_mask(5), memory_key_padding_mask=~is_token
+        )
+        got = decoder(target, is_causal=True, context=context, context_mask=padding_mask(is_token))
+    torch.testing.assert_close(got, expected, **TOLERANCE)
+
+
+def test_a_projected_context_gives_the_same_numbers() -> None:
+    torch.manual_seed(0)
+    layer = TransformerBlock(
+        hidden_size=8,
+        num_heads=2,
+        intermediate_size=12,
+        options=BlockOptions(has_cross_attention=True),
+    )
+    x, context = torch.randn(2, 3, 8), torch.randn(2, 5, 8)
+    projected = layer.cross_attention.project(context)
+    assert torch.equal(layer(x, context=projected), layer(x, context=context))
+    assert not torch.equal(layer(x, context=context + 1), layer(x, context=context))
+
+
+def test_a_block_wants_a_context_exactly_if_it_has_cross_attention() -> None:
+    options = BlockOptions(has_cross_attention=True)
+    reads = TransformerBlock(hidden_size=8, num_heads=2, intermediate_size=12, options=options)
+    x = torch.randn(1, 3, 8)
+    with pytest.raises(ValueError, match="context: got none, wanted one"):
+        reads(x)
+    with pytest.raises(ValueError, match="context: got one, wanted none"):
+        block()(x, context=x)
+
+
+def test_a_gated_block_may_have_biases() -> None:
+    options = BlockOptions(use_bias=True)
+    layer = TransformerBlock(hidden_size=8, num_heads=2, intermediate_size=12, options=options)
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            assert module.bias is not None
+    assert layer.attention_norm.bias is not None

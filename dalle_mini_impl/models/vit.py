@@ -1,0 +1,163 @@
+"""The Vision Transformer: a picture is a row of patches, read in both directions.
+
+As in Dosovitskiy et al. 2021 (arXiv:2010.11929): a linear map of flattened patches, a learned
+position for each, pre-norm blocks with GELU and biases, and a class token whose last state is
+classified; or the mean of the patches, as in their appendix D.3. Dropout hides whole channels
+instead of single numbers, as in all our blocks.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dalle_mini_impl.transformer.attention import build_norm
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, TransformerBlock
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """Sizes of a Vision Transformer; the picture's size and the classes follow from the data.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    patch_size: int = 4
+    """Side of a patch in pixels; must divide the picture's side."""
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    intermediate_size: int = 512
+    """Width of the feed-forward network; four times the hidden size in the paper."""
+    dropout_probability: float = 0.1
+    """Share of the channels of each branch, and of the embeddings, dropped in training."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """What is classified: a token of its own as in the paper, or the mean of the patches."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can be built from."""
+        for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
+                f"{self.num_heads}"
+            )
+        if not 0 <= self.dropout_probability < 1:
+            raise ValueError(
+                f"model.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+            )
+
+
+class VisionTransformer(nn.Module):
+    """Tells the class of a square picture."""
+
+    def __init__(
+        self, config: ViTConfig, *, image_size: int, num_channels: int, num_classes: int
+    ) -> None:
+        """Build the model with fresh weights.
+
+        Args:
+            config: Its sizes.
+            image_size: Side of the pictures in pixels.
+            num_channels: 3 for colour, 1 for grey.
+            num_classes: Classes to tell apart.
+
+        Raises:
+            ValueError: If the patches do not fill the picture.
+        """
+        super().__init__()
+        if image_size % config.patch_size:
+            raise ValueError(
+                f"model.patch_size: got {config.patch_size}, wanted a divisor of the picture's "
+                f"side {image_size}"
+            )
+        self.config = config
+        self.image_size, self.num_channels, self.num_classes = image_size, num_channels, num_classes
+        width, has_class_token = config.hidden_size, config.pooling == "class_token"
+        num_patches = (image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Linear(num_channels * config.patch_size**2, width)
+        if has_class_token:
+            self.class_token = nn.Parameter(torch.empty(width))
+        self.positions = nn.Parameter(torch.empty(num_patches + has_class_token, width))
+        self.dropout = ChannelDropout(config.dropout_probability)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                hidden_size=width,
+                num_heads=config.num_heads,
+                intermediate_size=config.intermediate_size,
+                dropout_probability=config.dropout_probability,
+                options=DOSOVITSKIY_2021,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.output_norm = build_norm(width, use_bias=True)
+        self.head = nn.Linear(width, num_classes)
+        initialize_weights(self)
+
+    def forward(
+        self, pixels: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch num_classes"]:
+        """Score the classes.
+
+        Args:
+            pixels: In [-1, 1].
+
+        Returns:
+            Logits in nats.
+        """
+        return self.head(self.pool(self.features(pixels)))
+
+    def features(
+        self, pixels: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch length hidden"]:
+        """Read the pictures.
+
+        Args:
+            pixels: In [-1, 1].
+
+        Returns:
+            Normalised states: of the class token, if there is one, and of the patches in raster
+            order.
+        """
+        side = self.config.patch_size
+        patches = rearrange(
+            pixels,
+            "batch channels (rows height) (columns width)"
+            " -> batch (rows columns) (channels height width)",
+            height=side,
+            width=side,
+        )
+        hidden_states = self.patch_embedding(patches)
+        if self.config.pooling == "class_token":
+            first = self.class_token.expand(len(pixels), 1, -1)
+            hidden_states = torch.cat([first, hidden_states], dim=1)
+        hidden_states = self.dropout(hidden_states + self.positions)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return self.output_norm(hidden_states)
+
+    def pool(self, features: Float[Tensor, "batch length hidden"]) -> Float[Tensor, "batch hidden"]:
+        """Take the class token's state, or the mean of the patches'."""
+        return features[:, 0] if self.config.pooling == "class_token" else features.mean(dim=1)
+
+
+def initialize_weights(model: VisionTransformer) -> None:
+    """Set every weight of a fresh model: normal with standard deviation 0.02, biases and head zero.
+
+    Args:
+        model: Changed in place.
+    """
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or name.startswith("head"):
+            nn.init.zeros_(parameter)
+        elif "norm" not in name:
+            nn.init.normal_(parameter, std=0.02)

@@ -1,0 +1,171 @@
+"""A whole translation run: pairs of texts in, translator's folder and a report out."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_pairs import EMOJI, load_text_pairs, nearest_targets
+from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from dalle_mini_impl.sampling.beam import BeamConfig
+from dalle_mini_impl.training.precision import use_fast_float32
+from dalle_mini_impl.training.run import claim_output_dir, run_task
+from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.translation_task import TranslationTask, TranslationTaskConfig
+from dalle_mini_impl.translator import Translator, score_translations
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextPairsConfig:
+    """Which pairs of texts a run uses.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    source: str = EMOJI
+    """``emoji`` for English and Korean names of emoji, or a UTF-8 file with a source, a tab and a
+    target per line."""
+    held_out_percent: int = 10
+    """Share of the families of pairs that are only measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares that leave nothing to learn or to measure."""
+        if not 1 <= self.held_out_percent <= 50:
+            raise ValueError(f"data.held_out_percent: got {self.held_out_percent}, wanted 1 to 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyConfig:
+    """The tokens of both languages.
+
+    Raises:
+        ValueError: If the length is below 1.
+    """
+
+    vocab_size: int = 1024
+    """Largest number of tokens that are learned, the 256 bytes included."""
+    text_length: int = 48
+    """Tokens per text; longer ones are cut."""
+
+    def __post_init__(self) -> None:
+        """Refuse a length that holds nothing."""
+        if self.text_length < 1:
+            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationRunConfig:
+    """Options of ``train_translation.py``."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, ``report.json``, and ``model/`` at the end."""
+    data: TextPairsConfig = field(default_factory=TextPairsConfig)
+    """Pairs to learn from."""
+    text: VocabularyConfig = field(default_factory=VocabularyConfig)
+    """The tokens."""
+    model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
+    """The Transformer."""
+    task: TranslationTaskConfig = field(default_factory=TranslationTaskConfig)
+    """Its loss."""
+    beam: BeamConfig = field(default_factory=BeamConfig)
+    """How translations are searched at the end."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Budget and optimizer."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+
+
+def train_translation(
+    config: TranslationRunConfig,
+    *,
+    resume: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train a translator and compare it with answers that need no model.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run, on the main process.
+
+    Returns:
+        The translator's folder; ``report.json`` and ``translations.tsv`` lie beside it.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    with claim_output_dir(config, resume):
+        accelerator = build_accelerator(config.training.mixed_precision)
+        use_fast_float32()
+        show = show if accelerator.is_main_process else (lambda line: None)
+        task = _prepare(config, show)
+        translator = task.translator
+        folder = run_task(
+            translator.model,
+            task,
+            config,
+            accelerator=accelerator,
+            resume=resume,
+            show=show,
+            save_pretrained=translator.save_pretrained,
+        )
+        if accelerator.is_main_process:
+            _write_report(task, Path(config.output_dir), show)
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def _prepare(config: TranslationRunConfig, show: Callable[[str], None]) -> TranslationTask:
+    """Read the pairs, learn their tokens, build the model."""
+    score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
+    pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
+    show(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
+    captions = CaptionEncoder(
+        train_text_tokenizer(
+            (text for pair in pairs.train for text in (pair.source, pair.target)),
+            vocab_size=config.text.vocab_size,
+        ),
+        text_length=config.text.text_length,
+    )
+    torch.manual_seed(config.training.seed)
+    model = EncoderDecoder(config.model, vocab_size=captions.vocab_size)
+    task = TranslationTask(pairs, Translator(model, captions, beam=config.beam), config.task)
+    if captions.num_truncated:
+        show(captions.truncation_report())
+    return task
+
+
+def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str], None]) -> None:
+    """Translate what was held out, and score that beside two answers without a model."""
+    task.translator.model.eval()
+    held_out, references = task.pairs.held_out, task.references
+    sources = [pair.source for pair in held_out]
+    nearest = nearest_targets(sources, task.pairs.train)
+    answers = {
+        "model": task.translator(sources),
+        "nearest source": [task.normalize(text) for text in nearest],
+        "copy": [task.normalize(text) for text in sources],
+    }
+    plain = [number for number, pair in enumerate(held_out) if pair.is_plain]
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    for part, numbers in (("all", list(range(len(held_out)))), ("plain", plain)):
+        chosen = [references[number] for number in numbers]
+        report[part] = {
+            name: score_translations([texts[number] for number in numbers], chosen)
+            for name, texts in answers.items()
+            if numbers
+        }
+        show(f"held out, {part} ({len(numbers)}):")
+        for name, scores in report[part].items():
+            figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
+            show(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
+    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    rows = zip(sources, references, answers["model"], answers["nearest source"], strict=True)
+    lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]
+    (output_dir / "translations.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")

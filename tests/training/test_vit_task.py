@@ -1,0 +1,111 @@
+"""The classifier's loss, scores and baseline, and a classifier that learns colours."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.data.labelled_pictures import LabelledPictures, LabelledSplits
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.vit_task import (
+    ViTTask,
+    ViTTaskConfig,
+    nearest_neighbour_scores,
+    score_classes,
+)
+from tests.reference import tiny
+
+
+def pictures(levels: list[int], labels: list[int], families: str) -> LabelledPictures:
+    pixels = torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
+    return LabelledPictures(pixels.contiguous(), torch.tensor(labels), tuple(families))
+
+
+SPLITS = LabelledSplits(
+    pictures([0, 10, 20, 200, 210, 220], [0, 0, 0, 1, 1, 1], "aabbcd"),
+    pictures([12, 15, 190, 205], [0, 1, 1, 1], "eeef"),
+    ("dark", "light"),
+)
+
+
+def test_a_family_counts_once() -> None:
+    scores = score_classes(torch.tensor([0, 0, 1, 0]), SPLITS.held_out)
+    assert scores == pytest.approx({"accuracy": 0.5, "family_accuracy": (2 / 3 + 0) / 2})
+
+
+def test_the_nearest_neighbours_answer() -> None:
+    assert nearest_neighbour_scores(SPLITS)["accuracy"] == 0.75  # one label is wrong on purpose
+
+
+class Brightness(nn.Module):
+    """Knows the classes: the mean of the pixels, in [-1, 1], is the logit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        mean = self.scale * pixels.mean(dim=(1, 2, 3))
+        return torch.stack([-mean, mean], dim=1)
+
+
+def test_the_loss_and_the_measures_are_those_of_the_model() -> None:
+    task = ViTTask(SPLITS, ViTTaskConfig(label_smoothing=0.2))
+    batch = task.make_batch(torch.tensor([0, 5]), torch.full((2, 2), 0.5))
+    assert batch["pixels"].amin() == -1.0
+    assert batch["pixels"].amax() == pytest.approx(220 / 127.5 - 1)
+    loss, metrics = task.loss(Brightness(), batch, progress=0.0, generator=torch.Generator())
+    log_probs = Brightness()(batch["pixels"]).log_softmax(dim=-1)
+    right, wrong = log_probs[[0, 1], [0, 1]].mean(), log_probs[[0, 1], [1, 0]].mean()
+    torch.testing.assert_close(loss, -(0.9 * right + 0.1 * wrong))
+    assert float(metrics["accuracy"]) == 1.0
+    figures = task.evaluate(Brightness())
+    assert figures["validation/accuracy"] == 0.75
+    weights = task.sample_weights
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([0.5**0.5] * 4 + [1.0] * 2)
+
+
+def test_a_shift_moves_the_picture_by_its_draws() -> None:
+    ramp = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
+    one = LabelledPictures(ramp, torch.tensor([0]), ("a",))
+    task = ViTTask(LabelledSplits(one, one, ("x",)), ViTTaskConfig(max_shift=1))
+
+    def moved(down: float, right: float) -> Tensor:
+        batch = task.make_batch(torch.tensor([0]), torch.tensor([[down, right]]))
+        return ((batch["pixels"][0, 0] + 1) * 127.5).round()
+
+    assert torch.equal(moved(0.5, 0.5), ramp[0, 0].float())
+    assert torch.equal(moved(0.99, 0.5)[1:], ramp[0, 0, :-1].float())
+    assert torch.equal(moved(0.5, 0.0)[:, :-1], ramp[0, 0, :, 1:].float())
+
+
+def test_it_learns_colours_better_than_chance(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data", count=60)
+    config = tiny.vit_run(
+        data,
+        tmp_path / "run",
+        max_steps=80,
+        global_batch_size=24,
+        learning_rate=1e-2,
+        evaluate_every_steps=40,
+        sample_every_steps=40,
+        checkpoint_every_steps=80,
+    )
+    folder, _ = tiny.train(config)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["model"]["accuracy"] > 0.9
+    assert report.keys() == {"model", "nearest neighbours"}
+    assert json.loads((folder / "config.json").read_text())["class_names"] == sorted(tiny.COLORS)
+    assert (folder / "model.safetensors").is_file()
+
+
+def test_patches_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    import dataclasses
+
+    config = tiny.vit_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
+    model = dataclasses.replace(config.model, patch_size=5)
+    with pytest.raises(UserError, match=r"model.patch_size: got 5, wanted a divisor"):
+        tiny.train(dataclasses.replace(config, model=model))
