@@ -15,7 +15,7 @@ from dalle_mini_impl.models.encoder_decoder import (
     EncoderDecoderConfig,
 )
 from dalle_mini_impl.sampling.beam import BeamConfig, beam_search
-from vqvae.weights import build_and_load
+from vqvae.weights import build_checked, load_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 BATCH_SIZE = 64
@@ -105,7 +105,8 @@ class Translator:
             values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
             config = EncoderDecoderConfig(**values["model"])
             vocab_size = values["vocab_size"]
-            model = build_and_load(
+            num_layers = config.num_encoder_layers + config.num_decoder_layers
+            model = build_checked(
                 lambda: EncoderDecoder(config, vocab_size=vocab_size),
                 folder / WEIGHTS_NAME,
                 counts={
@@ -113,7 +114,10 @@ class Translator:
                     "num_decoder_layers": config.num_decoder_layers,
                 },
                 sizes={"vocab_size": vocab_size, "intermediate_size": config.intermediate_size},
+                num_elements=config.hidden_size
+                * (vocab_size + num_layers * (config.hidden_size + config.intermediate_size)),
             )
+            load_weights(model, folder / WEIGHTS_NAME)
             beam = BeamConfig(**values["beam"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())

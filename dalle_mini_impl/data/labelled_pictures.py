@@ -14,7 +14,8 @@ from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dalle_mini_impl.data.emoji_splits import draw
-from dalle_mini_impl.data.pairs import Pair, load_all_pixels, open_pairs
+from dalle_mini_impl.data.pairs import Pair, open_pairs
+from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.errors import UserError
 
 DIGITS = "digits"
@@ -133,12 +134,12 @@ def _split(
             f"data.held_out_percent: got {held_out_percent}, which leaves {int(is_held_out.sum())} "
             f"of {len(families)} pictures to measure; wanted more pictures or another share"
         )
-    parts = [
+    train, held_out = (
         LabelledPictures(
             pixels[part],
             labels[part],
             tuple(family for family, chosen in zip(families, part.tolist(), strict=True) if chosen),
         )
         for part in (~is_held_out, is_held_out)
-    ]
-    return LabelledSplits(*parts, names)
+    )
+    return LabelledSplits(train, held_out, names)

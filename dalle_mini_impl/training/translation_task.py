@@ -57,7 +57,7 @@ class TranslationTask:
         self.references = [self.normalize(pair.target) for pair in pairs.held_out]
         self.num_samples = len(pairs.train)
         self.tokens_per_sample = self.train[0].shape[1] + self.train[1].shape[1]
-        self.sample_weights = torch.tensor(pairs.family_weights())
+        self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
         digest = hashlib.sha256(translator.captions.fingerprint().encode())
         for token_ids in (*self.train, *self.held_out):
             digest.update(token_ids.numpy().tobytes())
@@ -65,7 +65,7 @@ class TranslationTask:
 
     def normalize(self, text: str) -> str:
         """Bring a text to the form in which the tokenizer reads and writes."""
-        return self.translator.captions.tokenizer.backend_tokenizer.normalizer.normalize_str(text)
+        return self.translator.captions.tokenizer.normalizer.normalize_str(text)
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]

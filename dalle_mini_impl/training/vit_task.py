@@ -58,7 +58,7 @@ class ViTTask:
         self.splits, self.config = splits, config
         self.num_samples = len(splits.train.labels)
         sizes = Counter(splits.train.families)  # many alike of one thing: 1 / sqrt(how many)
-        self.sample_weights = torch.tensor(
+        self.sample_weights: Tensor | None = torch.tensor(
             [sizes[family] ** -0.5 for family in splits.train.families]
         )
         digest = hashlib.sha256(repr(splits.class_names).encode())
