@@ -19,11 +19,11 @@ from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.tokens import build_token_dataset
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from dalle_mini_impl.training.optimizer import build_optimizers
 from dalle_mini_impl.training.precision import has_fast_bf16
-from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig

@@ -30,8 +30,9 @@ def main(arguments: Sequence[str]) -> None:
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.data.check import check_data, report_lines
     from dalle_mini_impl.errors import UserError
-    from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig
+    from dalle_mini_impl.training.dalle_run import DalleRunConfig
     from dalle_mini_impl.training.estimate import estimate_lines, tokenizer_of
+    from dalle_mini_impl.training.settings import TextConfig
     from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
     from dalle_mini_impl.waiting import show_now_and_then
 

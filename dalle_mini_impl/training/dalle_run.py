@@ -16,29 +16,10 @@ from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
-from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig, build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae import VQVAE
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextConfig:
-    """The caption tokenizer.
-
-    Raises:
-        ValueError: If the length is below 1.
-    """
-
-    vocab_size: int = 2048
-    """Largest number of caption tokens that are learned, the 256 bytes included."""
-    text_length: int = 32
-    """Tokens per caption; longer captions are cut."""
-
-    def __post_init__(self) -> None:
-        """Refuse a length that holds nothing."""
-        if self.text_length < 1:
-            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,25 @@ DEFAULT_MAX_STEPS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """The caption tokenizer.
+
+    Raises:
+        ValueError: If the length is below 1.
+    """
+
+    vocab_size: int = 2048
+    """Largest number of caption tokens that are learned, the 256 bytes included."""
+    text_length: int = 32
+    """Tokens per caption; longer captions are cut."""
+
+    def __post_init__(self) -> None:
+        """Refuse a length that holds nothing."""
+        if self.text_length < 1:
+            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Budget, optimizer and intervals of a run.
 

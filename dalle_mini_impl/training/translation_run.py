@@ -13,7 +13,7 @@ from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecode
 from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.run import claim_output_dir, run_task
-from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.translation_task import TranslationTask, TranslationTaskConfig
@@ -41,25 +41,6 @@ class TextPairsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularyConfig:
-    """The tokens of both languages.
-
-    Raises:
-        ValueError: If the length is below 1.
-    """
-
-    vocab_size: int = 1024
-    """Largest number of tokens that are learned, the 256 bytes included."""
-    text_length: int = 48
-    """Tokens per text; longer ones are cut."""
-
-    def __post_init__(self) -> None:
-        """Refuse a length that holds nothing."""
-        if self.text_length < 1:
-            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TranslationRunConfig:
     """Options of ``train_translation.py``."""
 
@@ -67,8 +48,8 @@ class TranslationRunConfig:
     """Folder of the run: checkpoints, metrics, ``report.json``, and ``model/`` at the end."""
     data: TextPairsConfig = field(default_factory=TextPairsConfig)
     """Pairs to learn from."""
-    text: VocabularyConfig = field(default_factory=VocabularyConfig)
-    """The tokens."""
+    text: TextConfig = field(default_factory=lambda: TextConfig(vocab_size=1024, text_length=48))
+    """The tokens of both languages."""
     model: EncoderDecoderConfig = field(default_factory=EncoderDecoderConfig)
     """The Transformer."""
     task: TranslationTaskConfig = field(default_factory=TranslationTaskConfig)

@@ -16,15 +16,14 @@ from dalle_mini_impl.models.vit import ViTConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, TextConfig, train_dalle
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
-from dalle_mini_impl.training.settings import TrainingConfig
+from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.translation_run import (
     TextPairsConfig,
     TranslationRunConfig,
-    VocabularyConfig,
     train_translation,
 )
 from dalle_mini_impl.training.vit_run import LabelledDataConfig, ViTRunConfig, train_vit
@@ -150,7 +149,7 @@ def translation_run(table: Path, out: Path, **training: Any) -> TranslationRunCo
     return TranslationRunConfig(
         data=TextPairsConfig(source=str(table), held_out_percent=20),
         output_dir=str(out),
-        text=VocabularyConfig(vocab_size=300, text_length=12),
+        text=TextConfig(vocab_size=300, text_length=12),
         model=EncoderDecoderConfig(
             hidden_size=16,
             num_encoder_layers=1,
