@@ -49,7 +49,7 @@ def exhaustive(model: EncoderDecoder, source: Tensor, penalty: float) -> dict[An
 
 def test_a_wide_beam_finds_the_best_of_all_rows() -> None:
     best_rows = set()
-    for seed, penalty in product(range(2), (0.0, 0.6, 2.0)):
+    for seed, penalty in product(range(2), (0.0, 0.6, 5.0)):
         model, config = build(seed), BeamConfig(num_beams=40, length_penalty=penalty)
         found = beam_search(model, SOURCES, config, max_length=MAX_LENGTH)
         for index, source in enumerate(SOURCES):
@@ -59,7 +59,7 @@ def test_a_wide_beam_finds_the_best_of_all_rows() -> None:
             assert got == best
             assert float(found.scores[index]) == pytest.approx(scores[best], abs=1e-4)
             best_rows.add(best)
-    assert len({len(row) for row in best_rows}) > 1, best_rows
+    assert {len(row) for row in best_rows} >= {0, MAX_LENGTH}  # long rows need the right caches
 
 
 def greedy(model: EncoderDecoder, source: Tensor) -> list[int]:
