@@ -23,6 +23,7 @@ from dalle_mini_impl.sampling.picture_files import (
 from dalle_mini_impl.training.precision import use_fast_float32
 
 PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
+MAX_PICTURES = 100_000  # of one call: days of drawing, and a slip of the finger beyond
 
 
 def draw_to_folder(
@@ -59,6 +60,11 @@ def draw_to_folder(
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
     unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same pictures
+    if len(unique) * num_images > MAX_PICTURES:
+        raise UserError(
+            f"num_images: got {num_images} of {len(unique)} prompts, wanted at most {MAX_PICTURES} "
+            "pictures in one call"
+        )
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)

@@ -28,11 +28,12 @@ def main(arguments: Sequence[str]) -> None:
     """Print the report; problems end the script with exit code 1."""
     options = parse(arguments)
     from dalle_mini_impl.config import read_config
-    from dalle_mini_impl.data.check import check_data, report_lines
+    from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.errors import UserError
     from dalle_mini_impl.training.dalle_run import DalleRunConfig
     from dalle_mini_impl.training.estimate import estimate_lines, tokenizer_of
     from dalle_mini_impl.training.settings import TextConfig
+    from dalle_mini_impl.training.sources import DataConfig
     from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
     from dalle_mini_impl.waiting import show_now_and_then
 
@@ -46,9 +47,10 @@ def main(arguments: Sequence[str]) -> None:
             config, read_config(VQVAERunConfig, beside) if beside.is_file() else None
         )
         text = config.text if isinstance(config, DalleRunConfig) else text
+    data = config.data if config else DataConfig(source=str(options.source))
     source = options.source or (config and config.data.source)
     if not source:
-        raise UserError("source: nothing given, wanted --source or --config")
+        raise UserError("source: got neither --source nor --config")
     report = check_data(
         source,
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
@@ -58,10 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     )
     print("\n".join(report_lines(report)))
     if config is not None and vqvae is not None:
-        needs = estimate_lines(config, vqvae, report)
-        print("\n".join(needs))
-    if not report.split_sizes:
-        raise UserError(f"source: none of the {report.num_records} records can be used")
+        print("\n".join(estimate_lines(config, vqvae, report)))
+    require_usable(report, max_bad_fraction=data.max_bad_fraction)
     if report.has_problems:
         raise SystemExit(1)
 

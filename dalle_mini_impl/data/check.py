@@ -18,6 +18,7 @@ from dalle_mini_impl.data.images import (
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.pixels import each_picture
 from dalle_mini_impl.data.records import SkippedRecord, printable
+from dalle_mini_impl.errors import UserError
 
 HUGE_PIXELS = 8_000_000
 LONG_SIDE_RATIO = 3
@@ -262,6 +263,25 @@ def report_lines(report: DataReport) -> list[str]:
         if len(finding.paths) > _MAX_NAMED:
             lines.append(f"  and {len(finding.paths) - _MAX_NAMED} more")
     return lines
+
+
+def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
+    """Refuse data that training would refuse.
+
+    Args:
+        report: Of `check_data`.
+        max_bad_fraction: Share of bad records that training takes; one is always taken.
+
+    Raises:
+        UserError: If nothing, or too little, can be used.
+    """
+    if not report.split_sizes:
+        raise UserError(f"source: none of the {report.num_records} records can be used")
+    if report.num_bad > max(1, max_bad_fraction * report.num_records):
+        raise UserError(
+            f"source: {report.num_bad} of {report.num_records} records cannot be used, more than "
+            f"data.max_bad_fraction = {max_bad_fraction} allows: training would refuse them"
+        )
 
 
 def _histogram(lengths: Sequence[int], text_length: int) -> list[str]:

@@ -111,9 +111,9 @@ def measure_emoji(
         "Composition",
         "Right where the true picture of the same cell is nearest in pixels of all 15 of its role "
         "(chance 6.7 %), of the same gender (33 %), of the same skin tone (20 %); the right style "
-        "where it is nearest of all styles of the same emoji; a clock where it is nearest of 24. "
-        "The cells were held out in every style. Intervals: bootstrap over cells; where all are "
-        "right, 3 / cells bounds the share of others.",
+        "where it is nearest of all styles of the same emoji (with one style always); a clock "
+        "where it is nearest of 24. The cells were held out in every style. Intervals: bootstrap "
+        "over cells; where all are right, 3 / cells bounds the share of others.",
         {"chance": {"cell": 1 / 15, "gender": 1 / 3, "tone": 1 / 5, "clock": 1 / 24}, **figures},
         [
             table
@@ -187,7 +187,8 @@ def _sheets(
             true = ((questions[at].true + 1) * 127.5).round().to(drawn.dtype)
             images += [*to_images(drawn[at][None]), *to_images(true[None])]
             wrong = [what for what, right in answers[at].items() if not right]
-            texts += [captions[at], f"WRONG {', '.join(wrong)}" if wrong else "(true picture)"]
+            verdict = f" (WRONG {', '.join(wrong)})" if wrong else ""
+            texts += [captions[at] + verdict, "(true picture)"]
         if images:
             sheets[name] = make_grid(images, columns=8, captions=texts)
     return sheets

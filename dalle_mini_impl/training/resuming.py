@@ -47,6 +47,10 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
         refuse_used_folder(output_dir)
         return None
     if resume != "latest":
+        if not Path(resume).is_dir():
+            raise UserError(
+                f"resume: no such folder {resume!r}, wanted latest or a checkpoint folder"
+            )
         return load_checkpoint(Path(resume))
     checkpoint = newest_checkpoint(root)
     if checkpoint is None:
