@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.data.check import DataReport, check_data, report_lines
+from dalle_mini_impl.data.check import DataReport, check_data, report_lines, require_usable
 from dalle_mini_impl.errors import UserError
 from tests.reference import tiny
 from tests.reference.hostile import add_member, encoded
@@ -52,6 +52,17 @@ def test_good_data_have_no_problems(tmp_path: Path) -> None:
     assert lines[0].endswith("30 of 30 records can be used")
     counted = [int(line.split()[1]) for line in lines if line.strip().split("-")[0].isdigit()]
     assert sum(counted) == 60
+
+
+def test_what_training_would_refuse_is_refused(tmp_path: Path) -> None:
+    data = distinct(tmp_path / "data")
+    for number in range(3):
+        (data / f"{number}.png").write_bytes(b"")
+    report = check(data)
+    require_usable(report, max_bad_fraction=0.1)  # 3 of 30
+    (data / "3.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"4 of 30 .* more than data.max_bad_fraction = 0.1"):
+        require_usable(check(data), max_bad_fraction=0.1)
 
 
 def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:

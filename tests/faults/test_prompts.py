@@ -288,3 +288,17 @@ def test_a_full_disk_is_one_line_and_earlier_pictures_stay(model_dir: Path, tmp_
     for name in names:
         with Image.open(tmp_path / name) as image:
             image.load()
+
+
+def test_a_slip_in_the_number_of_pictures_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="num_images: got 999999999 of 1 prompts"):
+        draw_to_folder(
+            str(tmp_path / "never read"),
+            prompts=["a red disc"],
+            num_images=999_999_999,
+            num_candidates=1,
+            seed=0,
+            out=tmp_path / "out",
+            overrides={},
+        )
+    assert not (tmp_path / "out").exists()
