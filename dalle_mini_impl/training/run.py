@@ -16,11 +16,13 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import locked_folder, make_folder
 from dalle_mini_impl.training.checkpoint import Checkpoint
 from dalle_mini_impl.training.loop import Task, Trainer
+from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.resuming import (
     compare_settings,
     find_checkpoint,
     refuse_used_folder,
 )
+from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import open_tracker
 
 
@@ -107,6 +109,29 @@ def _find_batch_size(
         trainer.find_batch_size()
     parts, size = trainer.config.gradient_accumulation_steps, trainer.micro_batch_size
     show(f"micro-batches of {size}: training.gradient_accumulation_steps {parts}")
+
+
+@contextmanager
+def begin_run(
+    config: Any, resume: str | None, show: Callable[[str], None]
+) -> Iterator[tuple[Accelerator, Callable[[str], None]]]:
+    """Claim a run's folder, then find its device and processes.
+
+    Args:
+        config: Its options, with ``output_dir``, ``data`` and ``training``.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run.
+
+    Yields:
+        The accelerator, and a ``show`` that only the main process hears.
+
+    Raises:
+        UserError: As ``claim_output_dir`` and ``build_accelerator``.
+    """
+    with claim_output_dir(config, resume):
+        accelerator = build_accelerator(config.training.mixed_precision)
+        use_fast_float32()
+        yield accelerator, show if accelerator.is_main_process else (lambda line: None)
 
 
 @contextmanager

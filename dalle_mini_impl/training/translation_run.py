@@ -11,10 +11,8 @@ from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.text_pairs import EMOJI, load_text_pairs, nearest_targets
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam import BeamConfig
-from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.run import claim_output_dir, run_task
+from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
-from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.translation_task import TranslationTask, TranslationTaskConfig
 from dalle_mini_impl.translator import Translator, score_translations
@@ -81,11 +79,8 @@ def train_translation(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with claim_output_dir(config, resume):
-        accelerator = build_accelerator(config.training.mixed_precision)
-        use_fast_float32()
-        show = show if accelerator.is_main_process else (lambda line: None)
-        task = _prepare(config, show)
+    with begin_run(config, resume, show) as (accelerator, say):
+        task = _prepare(config, say)
         translator = task.translator
         folder = run_task(
             translator.model,
@@ -93,11 +88,11 @@ def train_translation(
             config,
             accelerator=accelerator,
             resume=resume,
-            show=show,
+            show=say,
             save_pretrained=translator.save_pretrained,
         )
         if accelerator.is_main_process:
-            _write_report(task, Path(config.output_dir), show)
+            _write_report(task, Path(config.output_dir), say)
         accelerator.wait_for_everyone()
     return folder
 

@@ -19,10 +19,8 @@ from dalle_mini_impl.data.labelled_pictures import (
 )
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
-from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.run import claim_output_dir, run_task
+from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
-from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vit_task import ViTTask, ViTTaskConfig, nearest_neighbour_scores
 
@@ -95,13 +93,10 @@ def train_vit(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with claim_output_dir(config, resume):
-        accelerator = build_accelerator(config.training.mixed_precision)
-        use_fast_float32()
-        show = show if accelerator.is_main_process else (lambda line: None)
+    with begin_run(config, resume, show) as (accelerator, say):
         splits = _load(config.data)
         train, held_out = splits.train, splits.held_out
-        show(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
+        say(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
         baseline = nearest_neighbour_scores(splits)
         torch.manual_seed(config.training.seed)
         model, task = build_classifier(config, splits), ViTTask(splits, config.task)
@@ -115,7 +110,7 @@ def train_vit(
             config,
             accelerator=accelerator,
             resume=resume,
-            show=show,
+            show=say,
             save_pretrained=save,
         )
         if accelerator.is_main_process:
@@ -123,7 +118,7 @@ def train_vit(
             own = {name: measured[f"validation/{name}"] for name in baseline}
             report = {"model": own, "nearest neighbours": baseline}
             for name, scores in report.items():
-                show(f"{name:20} " + "  ".join(f"{key} {x:.1%}" for key, x in scores.items()))
+                say(f"{name:20} " + "  ".join(f"{key} {x:.1%}" for key, x in scores.items()))
             path = Path(config.output_dir) / "report.json"
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         accelerator.wait_for_everyone()

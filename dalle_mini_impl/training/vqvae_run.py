@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from dalle_mini_impl.training.pictures import RunRecords, load_pairs
-from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.run import claim_output_dir, run_task
+from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
-from dalle_mini_impl.training.sources import DataConfig, build_accelerator
+from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
@@ -72,15 +72,17 @@ def train_vqvae(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with claim_output_dir(config, resume):
-        return _train(config, resume, show)
+    with begin_run(config, resume, show) as (accelerator, say):
+        return _train(config, resume, accelerator, say)
 
 
-def _train(config: VQVAERunConfig, resume: str | None, show: Callable[[str], None]) -> Path:
+def _train(
+    config: VQVAERunConfig,
+    resume: str | None,
+    accelerator: Accelerator,
+    show: Callable[[str], None],
+) -> Path:
     """Do it, in a folder that is this run's own."""
-    accelerator = build_accelerator(config.training.mixed_precision)
-    use_fast_float32()
-    show = show if accelerator.is_main_process else (lambda line: None)
     records = RunRecords(
         folder=Path(config.output_dir),
         writes=accelerator.is_main_process,
