@@ -20,6 +20,7 @@ from dalle_mini_impl.sampling.picture_files import (
     picture_name,
     save_picture,
 )
+from dalle_mini_impl.training.memory import is_out_of_memory
 from dalle_mini_impl.training.precision import use_fast_float32
 
 PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
@@ -163,7 +164,7 @@ def resources(out: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             "memory: not enough to draw; lower --num-candidates or --num-images, or close other "
@@ -174,12 +175,6 @@ def resources(out: Path) -> Iterator[None]:
             f"out: writing into {out} failed: {error.strerror or error}; wanted free space in a "
             "folder that can be written to. Pictures written before are intact"
         ) from None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    words = ("allocate memory", "not enough memory")  # of torch on a CPU, which has no class for it
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or any(word in str(error) for word in words)
 
 
 def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int) -> None:

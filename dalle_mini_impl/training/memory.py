@@ -4,9 +4,16 @@ import sys
 from collections.abc import Callable, Sequence
 
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from dalle_mini_impl.errors import UserError
+
+# What torch says on a CPU; no room for a thread's stack; none for what oneDNN needs to begin.
+SIGNS = (
+    "allocate memory",
+    "not enough memory",
+    "can't start new thread",
+    "could not create a primitive",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -20,11 +27,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     """
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    # No room for a thread's stack; none for what oneDNN needs to begin.
-    signs = ("can't start new thread", "could not create a primitive")
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs):
+    if not isinstance(error, RuntimeError):
+        return False
+    if any(sign in str(error) for sign in SIGNS):
         return True
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+    # Imported here: it takes a second, and where memory is short there may be none for it.
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return should_reduce_batch_size(error)
 
 
 def running_out_is_an_error(device: torch.device) -> bool:
@@ -61,6 +71,8 @@ def fewest_parts_that_fit(batch_size: int, attempt: Callable[[int], None]) -> in
     Raises:
         UserError: If not even one sample fits.
     """
+    from accelerate.utils.memory import clear_device_cache
+
     for parts in _divisors(batch_size):
         clear_device_cache(garbage_collection=True)
         if _fits(attempt, batch_size // parts):
