@@ -25,6 +25,7 @@ from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.report import numbers_in, write_report
 from dalle_mini_impl.evaluation.samples import (
     EvaluationData,
+    Pixels,
     Samples,
     decode,
     join,
@@ -92,10 +93,7 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
     make_folder(config.out, field="out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
-    try:
-        settings = dataclasses.replace(pipeline.settings, **config.overrides)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    settings = pipeline.sampling_settings(config.overrides)
     clock = _Clock(show)
     data = read_data(config.data, pipeline.vqvae, language=config.language, show=show)
     clock.lap("pictures read and tokenized")
@@ -160,7 +158,7 @@ def _measure(
         sections.append(measure_shapes(wanted, ways, rebuilt, seed=seed))
     clock.lap("drawings judged")
     drawn = Samples(wanted.pairs, ways[ONE], drawings.first)
-    sections += _compare(pipeline, data, drawn, wanted, seed=seed)
+    sections += _compare(pipeline, data, drawn, wanted, rebuilt, seed=seed)
     clock.lap("drawings compared with true pictures")
     splits = {"train": data.train, **data.held_out}
     sections.insert(1, measure_likelihood(
@@ -175,12 +173,12 @@ def _compare(
     data: EvaluationData,
     drawn: Samples,
     wanted: Samples,
+    rebuilt: Pixels,
     *,
     seed: int,
 ) -> list[Section]:
     """Compare drawings as a set with true pictures, and each with the training set."""
     space = FeatureSpace(data.train.pixels)
-    rebuilt = decode(pipeline.vqvae, wanted.image_token_ids)
     features = {
         "drawn": space(drawn.pixels),
         "held_out": space(wanted.pixels),

@@ -47,7 +47,6 @@ def main(arguments: Sequence[str]) -> None:
             config, read_config(VQVAERunConfig, beside) if beside.is_file() else None
         )
         text = config.text if isinstance(config, DalleRunConfig) else text
-    data = config.data if config else DataConfig(source=str(options.source))
     source = options.source or (config and config.data.source)
     if not source:
         raise UserError("source: got neither --source nor --config")
@@ -61,7 +60,8 @@ def main(arguments: Sequence[str]) -> None:
     print("\n".join(report_lines(report)))
     if config is not None and vqvae is not None:
         print("\n".join(estimate_lines(config, vqvae, report)))
-    require_usable(report, max_bad_fraction=data.max_bad_fraction)
+    limits = config.data if config else DataConfig
+    require_usable(report, max_bad_fraction=limits.max_bad_fraction)
     if report.has_problems:
         raise SystemExit(1)
 

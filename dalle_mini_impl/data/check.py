@@ -17,7 +17,7 @@ from dalle_mini_impl.data.images import (
 )
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.pixels import each_picture
-from dalle_mini_impl.data.records import SkippedRecord, printable
+from dalle_mini_impl.data.records import SkippedRecord, are_too_many, printable
 from dalle_mini_impl.errors import UserError
 
 HUGE_PIXELS = 8_000_000
@@ -277,7 +277,7 @@ def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
     """
     if not report.split_sizes:
         raise UserError(f"source: none of the {report.num_records} records can be used")
-    if report.num_bad > max(1, max_bad_fraction * report.num_records):
+    if are_too_many(report.num_bad, report.num_records, max_bad_fraction):
         raise UserError(
             f"source: {report.num_bad} of {report.num_records} records cannot be used, more than "
             f"data.max_bad_fraction = {max_bad_fraction} allows: training would refuse them"

@@ -21,7 +21,7 @@ from dalle_mini_impl.data.images import (
     resize_and_crop,
 )
 from dalle_mini_impl.data.pairs import Pairs
-from dalle_mini_impl.data.records import SkippedRecord, printable
+from dalle_mini_impl.data.records import SkippedRecord, are_too_many, printable
 from dalle_mini_impl.errors import UserError
 
 Result = TypeVar("Result")
@@ -128,7 +128,7 @@ def load_all_pixels(
             else:
                 kept.append(result)
             # One broken picture may be a large share of a small split.
-            if len(bad) > max(1, max_bad_fraction * total) or len(bad) == total:
+            if are_too_many(len(bad), total, max_bad_fraction) or len(bad) == total:
                 raise UserError(_too_many_bad(bad, done, total, max_bad_fraction))
             if progress is not None:
                 progress(done, total)

@@ -134,6 +134,20 @@ def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         yield parent, names
 
 
+def are_too_many(num_bad: int, num_records: int, max_bad_fraction: float) -> bool:
+    """Say whether a set has more bad records than it may; one is always allowed.
+
+    Args:
+        num_bad: Records that cannot be used.
+        num_records: Of the whole set, these among them.
+        max_bad_fraction: Largest share taken, in [0, 1].
+
+    Returns:
+        True if so.
+    """
+    return num_bad > max(1, max_bad_fraction * num_records)
+
+
 def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, ...]:
     """Gathers the captions of a record from its text columns, in their order, without repeats.
 

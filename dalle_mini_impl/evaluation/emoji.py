@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.data.images import make_grid, pixels_to_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.emoji_grid import (
     Question,
@@ -184,8 +184,7 @@ def _sheets(
     for name, places in kinds.items():
         images, texts = [], []
         for at in (places[i] for i in spread_indices(len(places), NUM_SHOWN)):
-            true = ((questions[at].true + 1) * 127.5).round().to(drawn.dtype)
-            images += [*to_images(drawn[at][None]), *to_images(true[None])]
+            images += [*to_images(drawn[at][None]), *pixels_to_images(questions[at].true[None])]
             wrong = [what for what, right in answers[at].items() if not right]
             verdict = f" (WRONG {', '.join(wrong)})" if wrong else ""
             texts += [captions[at] + verdict, "(true picture)"]

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
@@ -18,13 +17,12 @@ from dalle_mini_impl.evaluation.samples import Samples, Show
 from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
 from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
+from dalle_mini_impl.sampling.rerank import image_token_log_likelihoods
 from dalle_mini_impl.waiting import show_now_and_then
 
 CAPTIONS = ("its caption", "no caption", "another caption")
 
 
-@torch.inference_mode()
 def image_token_nats(
     model: Dalle,
     text_token_ids: Int[Tensor, "batch text_length"],
@@ -41,14 +39,8 @@ def image_token_nats(
         Nats, on the CPU.
     """
     device = model.text_head.weight.device
-    parts = []
-    batches = zip(
-        text_token_ids.split(ROWS_PER_BATCH), image_token_ids.split(ROWS_PER_BATCH), strict=True
-    )
-    for text, image in batches:
-        logits = model(text.to(device), image.to(device)).image.float()
-        parts.append(F.cross_entropy(logits.mT, image.to(device), reduction="none").cpu())
-    return torch.cat(parts)
+    logs = image_token_log_likelihoods(model, text_token_ids.to(device), image_token_ids.to(device))
+    return -logs.cpu()
 
 
 def shuffled(count: int, *, seed: int) -> Int[Tensor, " count"]:

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from dalle_mini_impl.data.images import pixels_to_images
 from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, open_pairs
 from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.splits import TRAIN
@@ -236,5 +236,4 @@ def to_images(pixels: Pixels) -> list[Image.Image]:
     Returns:
         One picture each.
     """
-    arrays = pixels.permute(0, 2, 3, 1).contiguous().numpy()
-    return [Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+    return pixels_to_images(to_floats(pixels))

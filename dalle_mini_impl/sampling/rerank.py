@@ -49,7 +49,26 @@ def image_log_likelihood(
     Returns:
         Natural logarithms, summed over the picture's tokens.
     """
-    sums = []
+    return image_token_log_likelihoods(model, text_token_ids, image_token_ids).sum(dim=1)
+
+
+@torch.inference_mode()
+def image_token_log_likelihoods(
+    model: Dalle,
+    text_token_ids: Int[Tensor, "batch text_length"],
+    image_token_ids: Int[Tensor, "batch image_length"],
+) -> Float[Tensor, "batch image_length"]:
+    """Compute log p of each image token, given the caption and the tokens before it.
+
+    Args:
+        model: In evaluation mode.
+        text_token_ids: Captions, padded.
+        image_token_ids: One picture per caption.
+
+    Returns:
+        Natural logarithms.
+    """
+    parts = []
     for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
         text, image = (
             ids[start : start + ROWS_PER_BATCH] for ids in (text_token_ids, image_token_ids)
@@ -57,8 +76,8 @@ def image_log_likelihood(
         # Always as many rows: a picture's score must not depend on what is scored beside it.
         padding = (0, 0, 0, ROWS_PER_BATCH - len(text))
         logits = model(F.pad(text, padding), F.pad(image, padding)).image[: len(text)].float()
-        sums.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).sum(dim=(1, 2)))
-    return torch.cat(sums)
+        parts.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).squeeze(2))
+    return torch.cat(parts)
 
 
 def best_of(scores: Float[Tensor, " batch"], *, num_candidates: int) -> Int[Tensor, " groups"]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.pairs import Pair, open_pairs
 from dalle_mini_impl.data.pixels import load_all_pixels
-from dalle_mini_impl.data.records import SkippedRecord
+from dalle_mini_impl.data.records import SkippedRecord, are_too_many
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.waiting import show_now_and_then
@@ -178,7 +178,7 @@ def load_pairs(
         source = open_pairs(config.source, split=split)
         # The reader skips before it splits: once is enough to say so.
         skipped = list(source.skipped) if role == "train" else []
-        if len(skipped) > max(1, config.max_bad_fraction * source.num_records):
+        if are_too_many(len(skipped), source.num_records, config.max_bad_fraction):
             records.write_skipped(skipped, anew=True)
             raise UserError(_too_many_skipped(skipped, source.num_records, config))
         pixels, kept, unreadable = load_all_pixels(
@@ -219,7 +219,7 @@ def _as_listed(
     row_of = {pair.path: row for row, pair in enumerate(found)}
     here = [place for place, pair in enumerate(listed) if pair.path in row_of]
     lost = len(listed) - len(here)
-    if not here or lost > max(1, config.max_bad_fraction * len(listed)):
+    if not here or are_too_many(lost, len(listed), config.max_bad_fraction):
         raise UserError(
             f"data.source: {lost} of the {len(listed)} pictures that this run began with are gone "
             f"or unreadable, more than data.max_bad_fraction = {config.max_bad_fraction} allows"
