@@ -7,7 +7,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
@@ -165,22 +165,15 @@ class TextToImagePipeline:
         """
         prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        per_prompt = num_images * num_candidates
         settings = self.sampling_settings(overrides)
 
-        text_token_ids = self._caption_rows(prompts, per_prompt)
-        seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
-        was_training = self.dalle.training
-        self.dalle.eval()
-        drawn = generate_image_token_ids(self.dalle, text_token_ids, seeds=seeds, settings=settings)
-        kept, scores = self._choose(drawn, text_token_ids, num_candidates, settings)
-        self.dalle.train(was_training)
-        return PipelineOutput(
-            images=self.decode(drawn.image_token_ids[kept]),
-            prompts=[text for text in prompts for _ in range(num_images)],
-            seeds=seeds[kept.cpu()].tolist(),
-            scores=scores,
-        )
+        def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
+            return generate_image_token_ids(
+                self.dalle, text_token_ids, seeds=seeds, settings=settings
+            )
+
+        seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
+        return self._draw(prompts, seeds, draw, num_candidates, settings)
 
     @torch.inference_mode()
     def complete(
@@ -223,11 +216,10 @@ class TextToImagePipeline:
         """
         prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        per_prompt = num_images * num_candidates
         settings = self.sampling_settings(overrides)
         size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
         picture, device = to_rgb(image), self.dalle.text_head.weight.device
-        seeds = torch.arange(seed, seed + per_prompt).repeat(len(prompts))
+        seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
         region = choose_region(
             mask=mask, keep_rows=keep_rows, keep_share=keep_share, picture_size=picture.size,
             size=size, grid=grid, seeds=seeds.tolist(),
@@ -240,28 +232,42 @@ class TextToImagePipeline:
                 "--task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
             )
         image_token_ids = self.encode([picture])
-        text_token_ids = self._caption_rows(prompts, per_prompt)
+
+        def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
+            return complete_image_token_ids(
+                self.dalle, text_token_ids, image_token_ids.expand(len(seeds), -1), is_redrawn,
+                seeds=seeds, settings=settings,
+            )  # fmt: skip
+
+        output = self._draw(prompts, seeds, draw, num_candidates, settings)
+        if region.shown is None:
+            return output
+        images = [paste_back(each, picture, region.shown) for each in output.images]
+        return dataclasses.replace(output, images=images)
+
+    def _draw(
+        self,
+        prompts: list[str],
+        seeds: torch.Tensor,
+        draw: Callable[[torch.Tensor, torch.Tensor], DrawnTokens],
+        num_candidates: int,
+        settings: SamplingConfig,
+    ) -> PipelineOutput:
+        """Draw captions and seeds, as many for each prompt, and keep the best candidates."""
+        per_prompt = len(seeds) // len(prompts)
+        text_token_ids = self.captions.encode(prompts).to(self.dalle.text_head.weight.device)
+        text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
         was_training = self.dalle.training
         self.dalle.eval()
-        drawn = complete_image_token_ids(
-            self.dalle, text_token_ids, image_token_ids.expand(len(seeds), -1), is_redrawn,
-            seeds=seeds, settings=settings,
-        )  # fmt: skip
+        drawn = draw(text_token_ids, seeds)
         kept, scores = self._choose(drawn, text_token_ids, num_candidates, settings)
         self.dalle.train(was_training)
-        images = self.decode(drawn.image_token_ids[kept])
-        if region.shown is not None:
-            images = [paste_back(each, picture, region.shown) for each in images]
         return PipelineOutput(
-            images=images,
-            prompts=[text for text in prompts for _ in range(num_images)],
+            images=self.decode(drawn.image_token_ids[kept]),
+            prompts=[text for text in prompts for _ in range(per_prompt // num_candidates)],
             seeds=seeds[kept.cpu()].tolist(),
             scores=scores,
         )
-
-    def _caption_rows(self, prompts: list[str], per_prompt: int) -> torch.Tensor:
-        text_token_ids = self.captions.encode(prompts).to(self.dalle.text_head.weight.device)
-        return text_token_ids.repeat_interleave(per_prompt, dim=0)
 
     def _choose(
         self,

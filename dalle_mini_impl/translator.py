@@ -15,6 +15,7 @@ from dalle_mini_impl.models.encoder_decoder import (
     EncoderDecoderConfig,
 )
 from dalle_mini_impl.sampling.beam import BeamConfig, beam_search
+from vqvae.json_files import build_config, own_file, read_json
 from vqvae.weights import build_checked, load_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
@@ -102,13 +103,14 @@ class Translator:
         """
         folder = Path(folder)
         try:
-            values = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-            config = EncoderDecoderConfig(**values["model"])
+            values = read_json(own_file(folder, CONFIG_NAME))
+            config = build_config(EncoderDecoderConfig, values["model"])
             vocab_size = values["vocab_size"]
+            weights = own_file(folder, WEIGHTS_NAME)
             num_layers = config.num_encoder_layers + config.num_decoder_layers
             model = build_checked(
                 lambda: EncoderDecoder(config, vocab_size=vocab_size),
-                folder / WEIGHTS_NAME,
+                weights,
                 counts={
                     "num_encoder_layers": config.num_encoder_layers,
                     "num_decoder_layers": config.num_decoder_layers,
@@ -117,8 +119,8 @@ class Translator:
                 num_elements=config.hidden_size
                 * (vocab_size + num_layers * (config.hidden_size + config.intermediate_size)),
             )
-            load_weights(model, folder / WEIGHTS_NAME)
-            beam = BeamConfig(**values["beam"])
+            load_weights(model, weights)
+            beam = build_config(BeamConfig, values["beam"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model: {folder} is no translator that loads: {reason}") from None
