@@ -3,11 +3,11 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.reference.processes import output_of
 
 REPOSITORY = Path(__file__).parents[1]
 PRESETS = REPOSITORY / "configs" / "emoji64_styles"
@@ -22,18 +22,6 @@ def commands_of(name: str) -> list[list[str]]:
     """The commands with which a preset opens."""
     lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     return [shlex.split(line[2:]) for line in lines if line.startswith("# python scripts/")]
-
-
-def run(command: list[str], *arguments: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *command[1:], *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def keep_few_pictures(data: Path) -> int:
@@ -56,11 +44,11 @@ def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_pat
     (train_dalle,) = commands_of("dalle")
     data, vqvae, dalle = (tmp_path / name for name in ("data", "vqvae", "dalle"))
     # The other styles come from npm packages, which tests do not fetch.
-    run([*prepare[: prepare.index("--out")], "--out", str(data)])
+    output_of(*prepare[1 : prepare.index("--out")], "--out", data)
     count = keep_few_pictures(data)
-    run(train_vqvae, "--data.source", data, "--output_dir", vqvae, *FEW_STEPS)
-    run(
-        train_dalle,
+    output_of(*train_vqvae[1:], "--data.source", data, "--output_dir", vqvae, *FEW_STEPS)
+    output_of(
+        *train_dalle[1:],
         *("--data.source", data, "--vqvae_dir", vqvae / "model", "--output_dir", dalle),
         *("--fixed_prompts", '["red heart"]', *FEW_STEPS),
     )
@@ -70,7 +58,7 @@ def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_pat
     evaluate = shlex.split(match[0])
     for option, value in (("--model", dalle / "model"), ("--data", data), ("--out", tmp_path)):
         evaluate[evaluate.index(option) + 1] = str(value)
-    run(evaluate, "--max-samples", "2", "--num-candidates", "2")
+    output_of(*evaluate[1:], "--max-samples", "2", "--num-candidates", "2")
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     sizes = found["protocol"]["data"]
     assert sizes["train"] + sizes["test_compose"] == count

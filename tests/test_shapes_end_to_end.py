@@ -1,8 +1,6 @@
 """The whole road in three minutes: a model learns the shapes world and draws what it is told."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,22 +8,10 @@ import yaml
 
 from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
 from dalle_mini_impl.evaluation.shapes_accuracy import WHOLE
+from tests.reference.processes import output_of
 
 REPOSITORY = Path(__file__).parents[1]
 MAX_TRAINING_MINUTES = 3.0
-
-
-def run(script: str, *arguments: str | Path) -> str:
-    """Runs a script as a user would; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, f"scripts/{script}.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.mark.slow
@@ -37,12 +23,14 @@ def test_three_minutes_of_training_draw_captions_and_new_combinations_right(tmp_
     ]
     assert sum(minutes) <= MAX_TRAINING_MINUTES
     data = tmp_path / "data"
-    run("prepare_shapes", "--out", data, "--kinds", "single")
+    output_of("scripts/prepare_shapes.py", "--out", data, "--kinds", "single")
     for name, preset in presets.items():
         shared = ["--data.source", data, "--output_dir", tmp_path / name]
         tokenizer = ["--vqvae_dir", tmp_path / "vqvae/model"] if name == "dalle" else []
-        run(f"train_{name}", "--config", preset, *shared, *tokenizer, "--tracking.mode=disabled")
-    run("evaluate", "--model", tmp_path / "dalle/model", "--data", data, "--out", tmp_path / "out")
+        options = [*shared, *tokenizer, "--tracking.mode=disabled"]
+        output_of(f"scripts/train_{name}.py", "--config", preset, *options)
+    model, out = tmp_path / "dalle/model", tmp_path / "out"
+    output_of("scripts/evaluate.py", "--model", model, "--data", data, "--out", out)
     found = json.loads((tmp_path / "out/report.json").read_text())["composition"]
     shares = {
         split: {way: facts[WHOLE]["value"] for way, facts in ways.items()}

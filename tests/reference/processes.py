@@ -105,3 +105,16 @@ def run_script(*command: str | Path, processes: int = 1, **env: str) -> Script:
     code, _ = script.finish(seconds=300)
     assert code == 0, script.all_output()
     return script
+
+
+def output_of(*command: str | Path) -> str:
+    """Runs a script as a user would, on all processors; returns what it printed."""
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
