@@ -95,7 +95,9 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
     pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
     settings = pipeline.sampling_settings(config.overrides)
     clock = _Clock(show)
-    data = read_data(config.data, pipeline.vqvae, language=config.language, show=show)
+    data = read_data(
+        config.data, pipeline.vqvae, language=config.language, styles=config.styles, show=show
+    )
     clock.lap("pictures read and tokenized")
     sections = _measure(pipeline, data, settings, config, clock)
     protocol = _protocol(pipeline, data, settings, config)
@@ -133,8 +135,6 @@ def _measure(
     questions: list[Question] = []
     if data.kind == "emoji":
         questions, wanted = ask(data, config.styles, max_samples=config.max_samples)
-    elif config.styles:
-        raise UserError(f"style: got {config.styles[0]!r}, but the data are no emoji")
     else:
         wanted = join([split.spread(config.max_samples) for split in data.held_out.values()])
     sections = [measure_tokenizer(vqvae, data.held_out_samples)]

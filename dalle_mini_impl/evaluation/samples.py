@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.images import pixels_to_images
-from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, open_pairs
+from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, Pairs, open_all_splits
 from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
@@ -120,7 +120,12 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 
 def read_data(
-    source: str, vqvae: VQVAE, *, language: str = "en", show: Show = lambda line: None
+    source: str,
+    vqvae: VQVAE,
+    *,
+    language: str = "en",
+    styles: Sequence[str] = (),
+    show: Show = lambda line: None,
 ) -> EvaluationData:
     """Read and tokenize all splits of a source.
 
@@ -128,44 +133,55 @@ def read_data(
         source: Whatever ``open_pairs`` takes.
         vqvae: The model's image tokenizer.
         language: ``ko`` takes the Korean captions where there are any.
+        styles: Of emoji; the source must have them.
         show: Receives lines about the progress.
 
     Returns:
         The pictures.
 
     Raises:
-        UserError: If there is nothing to read, or nothing but training pictures.
+        UserError: If there is nothing to read, nothing but training pictures, or a style is
+            missing.
     """
     first = ("text_ko",) if language == "ko" else ()
     columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
     try:
-        named = [pair.attributes.get("split") for pair in open_pairs(source, text_columns=columns)]
-        names = dict.fromkeys([TRAIN, *(name or TRAIN for name in named)])
-        splits = list(names) if any(named) else [TRAIN, "val"]
-        read = {name: _read_split(source, name, columns, vqvae, show) for name in splits}
+        pairs, names = open_all_splits(source, text_columns=columns)
     except UserError as error:
         raise UserError(f"data: {error}") from None
-    train = read.pop(TRAIN)
-    if not read:
+    kind = _kind_of([pair.attributes for pair in pairs])
+    _require_styles(styles, kind, pairs)  # now: reading takes minutes
+    if not set(names) - {TRAIN}:
         raise UserError(f"data: {source} has training pictures alone; wanted held-out ones too")
+    try:
+        pixels, kept, _ = load_all_pixels(
+            pairs,
+            image_size=vqvae.config.image_size,
+            progress=show_now_and_then(show, "pictures read"),
+        )
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
     digest = hashlib.sha256()
-    for part in (train, *read.values()):
-        digest.update(part.pixels.numpy().tobytes())
-        texts = [dataclasses.astuple(pair) for pair in part.pairs]
+    read = {}
+    for split in dict.fromkeys([TRAIN, *names]):
+        chosen = [index for index in kept if names[index] == split]
+        if not chosen:
+            raise UserError(f"data: {source}: no picture of split {split!r} can be read")
+        part = pixels[torch.tensor([names[index] == split for index in kept])]
+        read[split] = Samples([pairs[index] for index in chosen], part, encode(vqvae, part))
+        digest.update(part.numpy().tobytes())
+        texts = [dataclasses.astuple(pair) for pair in read[split].pairs]
         digest.update(json.dumps(texts, sort_keys=True).encode())
-    return EvaluationData(_kind_of(train.rows), train, read, digest.hexdigest()[:16])
+    return EvaluationData(kind, read.pop(TRAIN), read, digest.hexdigest()[:16])
 
 
-def _read_split(
-    source: str, split: str, columns: Sequence[str], vqvae: VQVAE, show: Show
-) -> Samples:
-    pairs = open_pairs(source, split=split, text_columns=columns)
-    pixels, kept, _ = load_all_pixels(
-        pairs,
-        image_size=vqvae.config.image_size,
-        progress=show_now_and_then(show, f"{split}: pictures read"),
-    )
-    return Samples([pairs[index] for index in kept], pixels, encode(vqvae, pixels))
+def _require_styles(styles: Sequence[str], kind: str, pairs: Pairs) -> None:
+    if styles and kind != "emoji":
+        raise UserError(f"style: got {styles[0]!r}, but the data are no emoji")
+    known = dict.fromkeys(str(pair.attributes["style"]) for pair in pairs) if styles else {}
+    unknown = [style for style in styles if style not in known]
+    if unknown:
+        raise UserError(f"style: got {unknown[0]!r}, wanted one of {', '.join(known)}")
 
 
 def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "pictures"]:
