@@ -151,7 +151,9 @@ class VisionTransformer(nn.Module):
 
 
 def initialize_weights(model: VisionTransformer) -> None:
-    """Set every weight of a fresh model: normal with standard deviation 0.02, biases and head zero.
+    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code.
+
+    Positions and the class token are normal with standard deviation 0.02; biases and head are zero.
 
     Args:
         model: Changed in place.
@@ -159,5 +161,7 @@ def initialize_weights(model: VisionTransformer) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or name.startswith("head"):
             nn.init.zeros_(parameter)
-        elif "norm" not in name:
+        elif name in ("positions", "class_token"):
             nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
