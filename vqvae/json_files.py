@@ -76,7 +76,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def build_config(config_class: type[Config], values: Any) -> Config:
     """Make a config of stored values, all of them there and each of its field's own type.
 
-    A default in place of a missing value would be another model.
+    A default in place of a missing value would be another model. Fields with ``added_later`` in
+    their metadata may be missing: their defaults are what models were before.
 
     Args:
         config_class: A dataclass of numbers, words, tuples and such dataclasses.
@@ -92,7 +93,9 @@ def build_config(config_class: type[Config], values: Any) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {shown(repr(values))}, wanted an object")
     hints = get_type_hints(config_class)
-    odd = sorted(values.keys() ^ hints.keys())
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    optional = {each.name for each in fields if each.metadata.get("added_later")}
+    odd = sorted((values.keys() ^ hints.keys()) - (optional - values.keys()))
     if odd:
         raise ValueError(f"{name}: unknown or missing fields: {shown(', '.join(odd))}")
     return config_class(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
