@@ -13,7 +13,7 @@ Each position is also told which grid cell it predicts next (the target-aware em
 Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any order.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -36,6 +36,9 @@ from dalle_mini_impl.transformer.positions import (
 PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
 ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
 Architecture = Literal["decoder_only", "encoder_decoder"]
+# What a user may choose with an encoder; all else is as it is by default.
+ENCODER_DECODER_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability",
+                          "architecture", "num_encoder_layers")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +60,10 @@ class DecoderConfig:
     positions: ImagePositions = "rotary"
     """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
     and column embeddings as in DALL-E."""
-    architecture: Architecture = field(default="decoder_only", metadata={"added_later": True})
+    architecture: Architecture = field(default="decoder_only", metadata={"later": True})
     """One causal Transformer over caption and picture as in DALL-E, or a caption encoder and a
     picture decoder as in DALL-E mini."""
-    num_encoder_layers: int = field(default=0, metadata={"added_later": True})
+    num_encoder_layers: int = field(default=0, metadata={"later": True})
     """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
     decoder's."""
 
@@ -83,15 +86,13 @@ class DecoderConfig:
                 f"decoder.positions: got {self.positions!r}, "
                 f"wanted one of {', '.join(get_args(ImagePositions))}"
             )
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
         if self.architecture not in get_args(Architecture):
             raise ValueError(
                 f"decoder.architecture: got {self.architecture!r}, "
                 f"wanted one of {', '.join(get_args(Architecture))}"
-            )
-        if self.has_encoder and self.positions != "rotary":
-            raise ValueError(
-                f"decoder.positions: got {self.positions}, "
-                f"wanted rotary with architecture {self.architecture}"
             )
         if self.has_encoder != (self.num_encoder_layers > 0) or self.num_encoder_layers < 0:
             wanted = "at least 1" if self.has_encoder else "0"
@@ -99,6 +100,14 @@ class DecoderConfig:
                 f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
                 f"wanted {wanted} with architecture {self.architecture}"
             )
+        if self.has_encoder:
+            others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
+            for each in others:
+                if (value := getattr(self, each.name)) != each.default:
+                    raise ValueError(
+                        f"decoder.{each.name}: got {value!r}, wanted {each.default!r} with "
+                        f"architecture {self.architecture}"
+                    )
 
     @property
     def has_encoder(self) -> bool:
