@@ -159,5 +159,5 @@ def tokenizer_of(
     return None if beside is None else VQVAE(beside.vqvae)
 
 
-def _readable(num_bytes: float) -> str:
+def _readable(num_bytes: int | float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
