@@ -90,6 +90,15 @@ RECIPES = (
     ),
     Recipe("temperature 0.1", "as good", sampling={"temperature": 0.1}),
     Recipe("temperature 0.7", "worse", sampling={"temperature": 0.7}),
+    Recipe(
+        "encoder and decoder",
+        "as good: as many parameters, and as much work in a step",
+        {
+            "decoder.architecture": "encoder_decoder",
+            "decoder.num_encoder_layers": 2,
+            "decoder.num_layers": 4,
+        },
+    ),
 )
 
 
@@ -242,12 +251,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/recipes"))
     parser.add_argument("--minutes", type=float, default=4.0, help="of each decoder, on one thread")
     parser.add_argument("--first", type=int, default=0, help="number of the recipe to begin with")
+    parser.add_argument("--only", nargs="+", help="names of the recipes to run")
     options = parser.parse_args()
     if not (options.out / "data" / "metadata.jsonl").exists():
         hold_out_other_cells(options.emoji, options.out / "data")
     results = options.out / "results.jsonl"
     (options.out / "begun").mkdir(exist_ok=True)
     for number, recipe in list(enumerate(RECIPES))[options.first :]:
+        if options.only and recipe.name not in options.only:
+            continue
         try:
             (options.out / "begun" / str(number)).mkdir()
         except FileExistsError:

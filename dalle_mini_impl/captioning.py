@@ -8,6 +8,7 @@ import torch
 
 from dalle_mini_impl.data.images import read_picture
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.captioning import complete_text, score_pairs
 
@@ -35,15 +36,26 @@ def complete_captions(
             raise UserError(f"{name}: got {count}, wanted at least 1")
     if not 0 <= seed < 2**63 - num_samples:
         raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {num_samples + 1}")
-    captions, device = pipeline.captions, pipeline.dalle.text_head.weight.device
+    dalle = _writer_of_captions(pipeline, "complete")
+    captions, device = pipeline.captions, pipeline.dalle.image_head.rows.device
     null = captions.null_text_token_ids().unsqueeze(0)
     beginning = (captions.encode([start]) if start.strip() else null).to(device)
-    rows = [complete_text(pipeline.dalle, beginning, num_tokens=num_tokens)]
+    rows = [complete_text(dalle, beginning, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
         drawn = beginning.expand(len(seeds), -1)
-        rows.append(complete_text(pipeline.dalle, drawn, num_tokens=num_tokens, seeds=seeds))
+        rows.append(complete_text(dalle, drawn, num_tokens=num_tokens, seeds=seeds))
     return list(dict.fromkeys(captions.decode(torch.cat(rows))))
+
+
+def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
+    """Return the decoder if it predicts captions; refuse the option otherwise."""
+    if isinstance(pipeline.dalle, Dalle):
+        return pipeline.dalle
+    raise UserError(
+        f"{option}: this model reads captions and writes none (its decoder.architecture is "
+        f"{pipeline.dalle.config.decoder.architecture}); wanted one of decoder_only"
+    )
 
 
 def beginnings(captions: Sequence[str], start: str) -> list[str]:
@@ -85,7 +97,7 @@ def caption_pictures(
     Yields:
         Path of a picture and its best captions, each with its share of the probability of all
         candidates, log p(image | caption), log p(image | caption) - log p(image), which compares
-        pictures, and log p(caption); in nats.
+        pictures, and log p(caption), None of a model that writes no captions; in nats.
 
     Raises:
         UserError: If there is no picture or no caption, one is empty, or a picture cannot be read.
@@ -97,8 +109,10 @@ def caption_pictures(
         raise UserError("caption: none given; wanted --caption, --captions-file or --complete")
     if top < 1:
         raise UserError(f"top: got {top}, wanted at least 1")
+    if use_prior:
+        _writer_of_captions(pipeline, "use_prior")
     pictures = [read_picture(path, field="images") for path in images]
-    text_token_ids = pipeline.captions.encode(unique).to(pipeline.dalle.text_head.weight.device)
+    text_token_ids = pipeline.captions.encode(unique).to(pipeline.dalle.image_head.rows.device)
     for path, picture in zip(images, pictures, strict=True):
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([picture]))
         shares = scores.shares(use_prior=use_prior)[0]
@@ -113,7 +127,9 @@ def caption_pictures(
                     "gain_nats": round(
                         float(scores.image_given_text[0, index] - scores.image[0]), 2
                     ),
-                    "text_nats": round(float(scores.text[index]), 2),
+                    "text_nats": (
+                        None if scores.text is None else round(float(scores.text[index]), 2)
+                    ),
                 }
                 for index in best
             ],

@@ -26,7 +26,8 @@ from dalle_mini_impl.data.images import (
 )
 from dalle_mini_impl.data.regions import choose_region, paste_back
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.sampling.complete import (
     complete_image_token_ids,
     completion_order,
@@ -89,7 +90,7 @@ class TextToImagePipeline:
     def __init__(
         self,
         *,
-        dalle: Dalle,
+        dalle: TextToImageModel,
         vqvae: VQVAE,
         captions: CaptionEncoder,
         settings: SamplingConfig | None = None,
@@ -218,7 +219,7 @@ class TextToImagePipeline:
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
         settings = self.sampling_settings(overrides)
         size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
-        picture, device = to_rgb(image), self.dalle.text_head.weight.device
+        picture, device = to_rgb(image), self.dalle.image_head.rows.device
         seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
         region = choose_region(
             mask=mask, keep_rows=keep_rows, keep_share=keep_share, picture_size=picture.size,
@@ -255,7 +256,7 @@ class TextToImagePipeline:
     ) -> PipelineOutput:
         """Draw captions and seeds, as many for each prompt, and keep the best candidates."""
         per_prompt = len(seeds) // len(prompts)
-        text_token_ids = self.captions.encode(prompts).to(self.dalle.text_head.weight.device)
+        text_token_ids = self.captions.encode(prompts).to(self.dalle.image_head.rows.device)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
         was_training = self.dalle.training
         self.dalle.eval()
@@ -330,7 +331,7 @@ class TextToImagePipeline:
         Returns:
             (batch, image_length), raster order, on the models' device.
         """
-        size, device = self.vqvae.config.image_size, self.dalle.text_head.weight.device
+        size, device = self.vqvae.config.image_size, self.dalle.image_head.rows.device
         rows = []
         for image in images:  # one by one: a picture's tokens must not depend on its neighbours
             pixels = image_to_pixels(resize_and_crop(to_rgb(image), size)).unsqueeze(0)
@@ -494,11 +495,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
+def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
     config = build_config(DalleConfig, read_json(folder / "dalle" / "config.json"))
     path = folder / "dalle" / "model.safetensors"
     counts = {
         "decoder.num_layers": config.decoder.num_layers,
+        "decoder.num_encoder_layers": config.decoder.num_encoder_layers,
         "codebook_levels": len(config.codebook_levels),
     }
     sizes = {
@@ -510,7 +512,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
     width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
     # Before the hashes: a file of terabytes takes hours to read.
     dalle = build_checked(
-        lambda: Dalle(config),
+        lambda: build_text_to_image(config),
         path,
         counts=counts,
         sizes=sizes,

@@ -17,7 +17,7 @@ install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
 import torch  # noqa: E402
 
 if TYPE_CHECKING:
-    from dalle_mini_impl.models.dalle import Dalle
+    from dalle_mini_impl.models.text_to_image import TextToImageModel
     from vqvae import VQVAE
 
 # The same examples in every run; no deadline, since a busy machine is no failure.
@@ -43,15 +43,16 @@ def unchecked() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def build_dalle() -> Callable[..., "Dalle"]:
+def build_dalle() -> Callable[..., "TextToImageModel"]:
     """A function that builds a tiny decoder whose logits differ widely.
 
     A fresh decoder's heads are zero, so that all its logits are equal; here every weight is drawn
     wide enough for a mistake anywhere to move the logits by far more than rounding does.
     """
-    from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+    from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
+    from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 
-    def build(*, seed: int = 0, **changes: Any) -> Dalle:
+    def build(*, seed: int = 0, **changes: Any) -> TextToImageModel:
         decoder: dict[str, Any] = {
             "hidden_size": 32,
             "num_layers": 2,
@@ -66,7 +67,7 @@ def build_dalle() -> Callable[..., "Dalle"]:
         }
         for name, value in changes.items():
             (sizes if name in sizes else decoder)[name] = value
-        model = Dalle(DalleConfig(decoder=DecoderConfig(**decoder), **sizes)).eval()
+        model = build_text_to_image(DalleConfig(decoder=DecoderConfig(**decoder), **sizes)).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for name, parameter in model.named_parameters():

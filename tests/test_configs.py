@@ -1,5 +1,6 @@
 """Every preset loads, builds its model and survives being saved."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import yaml
 from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle import DalleConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder
+from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import VisionTransformer
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.run import save_config
@@ -64,16 +66,37 @@ def test_a_preset_loads_builds_and_survives_being_saved(path: Path, tmp_path: Pa
             tokenizer = tokenizers()[config.vqvae_dir].vqvae
             assert config.data == tokenizers()[config.vqvae_dir].data
             assert config.text.vocab_size >= MIN_VOCAB_SIZE
-            model = Dalle(
-                DalleConfig(
-                    decoder=config.decoder,
-                    vocab_size=config.text.vocab_size,
-                    text_length=config.text.text_length,
-                    codebook_levels=tokenizer.codebook_levels,
-                    image_grid_size=tokenizer.image_grid_size,
-                )
-            )
-    assert sum(parameter.numel() for parameter in model.parameters()) > 10_000
+            model = decoder_of(config, tokenizer)
+    assert num_parameters(model) > 10_000
+
+
+def decoder_of(config: DalleRunConfig, tokenizer: Any) -> torch.nn.Module:
+    return build_text_to_image(
+        DalleConfig(
+            decoder=config.decoder,
+            vocab_size=config.text.vocab_size,
+            text_length=config.text.text_length,
+            codebook_levels=tokenizer.codebook_levels,
+            image_grid_size=tokenizer.image_grid_size,
+        )
+    )
+
+
+def num_parameters(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_both_architectures_of_the_demo_differ_in_nothing_else() -> None:
+    one, other = (
+        read_config(DalleRunConfig, REPOSITORY / "configs" / "demo" / f"{name}.yaml")
+        for name in ("dalle", "dalle_encoder_decoder")
+    )
+    tokenizer = tokenizers()[one.vqvae_dir].vqvae
+    with torch.device("meta"):
+        sizes = [num_parameters(decoder_of(each, tokenizer)) for each in (one, other)]
+    assert sizes[1] == pytest.approx(sizes[0], rel=0.03)
+    decoder, output_dir = one.decoder, one.output_dir
+    assert dataclasses.replace(other, decoder=decoder, output_dir=output_dir) == one
 
 
 def test_overrides_win_over_the_preset() -> None:

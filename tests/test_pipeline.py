@@ -40,6 +40,38 @@ def bytes_of(images: list[Image.Image]) -> list[bytes]:
     return [image.tobytes() for image in images]
 
 
+@pytest.mark.parametrize("decoder", [{}, tiny.WITH_ENCODER], ids=["decoder_only", "encoder"])
+def test_a_folder_of_each_architecture_draws_the_same_pictures(
+    decoder: dict[str, Any], tmp_path: Path
+) -> None:
+    pipeline = tiny.build_pipeline(**decoder)
+    pipeline.save_pretrained(tmp_path)
+    loaded = TextToImagePipeline.from_pretrained(tmp_path)
+    assert loaded.dalle.config == pipeline.dalle.config
+    assert type(loaded.dalle) is type(pipeline.dalle)
+    prompts, options = ["a red disc", "파란 상자"], {"num_images": 2, "num_candidates": 2}
+    drawn, again = (each(prompts, **options) for each in (pipeline, loaded))
+    assert bytes_of(drawn.images) == bytes_of(again.images)
+    assert drawn.scores == again.scores
+    assert len(set(bytes_of(drawn.images))) == 4
+    part = loaded.complete("a red disc", drawn.images[0], keep_rows=1, seed=3)
+    whole = drawn.images[0].crop((0, 0, 16, 4))
+    assert part.images[0].crop((0, 0, 16, 4)).tobytes() == whole.tobytes()
+
+
+def test_a_folder_older_than_the_architectures_is_decoder_only(
+    pipeline: TextToImagePipeline, own_copy: Path
+) -> None:
+    config = own_copy / "dalle" / "config.json"
+    for name in ("architecture", "num_encoder_layers"):
+        drop_json(config, "decoder", name)
+    loaded = TextToImagePipeline.from_pretrained(own_copy)
+    assert loaded.dalle.config == pipeline.dalle.config
+    drop_json(config, "decoder", "positions")  # which is as old as the format
+    with pytest.raises(UserError, match="unknown or missing fields: positions"):
+        TextToImagePipeline.from_pretrained(own_copy)
+
+
 def test_a_loaded_folder_draws_the_same_pictures(
     pipeline: TextToImagePipeline, model_dir: Path
 ) -> None:

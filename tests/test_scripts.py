@@ -504,6 +504,48 @@ def test_a_part_of_a_picture_is_redrawn(
         assert re.match(message, capsys.readouterr().err)
 
 
+def test_a_model_with_an_encoder_goes_the_whole_road(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    sizes = {"hidden_size": 64}
+    config = tiny.dalle_run(
+        data, tmp_path / "vqvae", tmp_path / "dalle", decoder=sizes, max_steps=3
+    )
+    save_config(config, tmp_path / "dalle.yaml")
+    options = ("--config", tmp_path / "dalle.yaml")
+    options += ("--decoder.architecture", "encoder_decoder", "--decoder.num_encoder_layers")
+    assert run_here("train_dalle", *options, "0") == 2
+    assert "decoder.num_encoder_layers: got 0, wanted at least 1 with" in capsys.readouterr().err
+    assert run_here("train_dalle", *options, "1") == 0
+    saved = tmp_path / "dalle" / "config.yaml"
+    needs = []
+    for preset in (tmp_path / "dalle.yaml", saved):
+        capsys.readouterr()
+        assert run_here("check_data", "--source", data, "--config", preset) in (0, 1)
+        needs += re.findall(r"gradients and optimizer: (.*) MiB", capsys.readouterr().out)
+    assert float(needs[1]) > float(needs[0]) + 0.5
+    assert all("text_nats" not in name for row in tiny.read_metrics(saved.parent) for name in row)
+
+    model = ("--model", tmp_path / "dalle" / "model")
+    assert run_here("generate", *model, "--prompt", "a red disc", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("0000-*.png"))) == 4
+    capsys.readouterr()
+    tiny.draw_picture(3).save(tmp_path / "box.png")
+    asked = (*model, "--images", tmp_path / "box.png", "--caption", "a box", "--caption", "a disc")
+    assert run_here("caption", *asked) == 0
+    best = json.loads(capsys.readouterr().out)["captions"]
+    assert sum(entry["share"] for entry in best) == pytest.approx(1, abs=1e-3)
+    assert [entry["text_nats"] for entry in best] == [None, None]
+    for refused in (("--use-prior",), ("--complete", "a red")):
+        assert run_here("caption", *asked, *refused) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        option = refused[0].strip("-").replace("-", "_")
+        assert captured.err.startswith(f"error: {option}: this model reads captions and writes")
+        assert captured.err.count("\n") == 1
+
+
 def test_captions_are_ranked_and_completed(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

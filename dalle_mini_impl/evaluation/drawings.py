@@ -65,7 +65,7 @@ def draw(
     """
     count = len(captions)
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
-    device = pipeline.dalle.text_head.weight.device
+    device = pipeline.dalle.image_head.rows.device
     text = pipeline.captions.encode(list(captions)).to(device)
     progress = show_now_and_then(show, "pictures drawn")
     columns = []

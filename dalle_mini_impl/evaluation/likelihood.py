@@ -15,7 +15,8 @@ from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.samples import Samples, Show
 from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.rerank import image_token_log_likelihoods
 from dalle_mini_impl.waiting import show_now_and_then
@@ -24,7 +25,7 @@ CAPTIONS = ("its caption", "no caption", "another caption")
 
 
 def image_token_nats(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, "batch image_length"]:
@@ -38,7 +39,7 @@ def image_token_nats(
     Returns:
         Nats, on the CPU.
     """
-    device = model.text_head.weight.device
+    device = model.image_head.rows.device
     logs = image_token_log_likelihoods(model, text_token_ids.to(device), image_token_ids.to(device))
     return -logs.cpu()
 

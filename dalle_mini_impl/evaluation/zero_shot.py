@@ -20,6 +20,7 @@ from dalle_mini_impl.data.images import read_picture
 from dalle_mini_impl.data.shapes import COLOURS, MIN_IMAGE_SIZE, SHAPES, draw_scene, make_scene
 from dalle_mini_impl.data.shapes_captions import describe_scene
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.captioning import score_pairs
 
@@ -45,8 +46,8 @@ class ZeroShotReport:
     num_questions: int
     accuracy: dict[str, float]
     """By part of the answer, and of ``both``; every caption equally likely beforehand."""
-    accuracy_with_prior: dict[str, float]
-    """The same with p(caption) of the decoder's text head."""
+    accuracy_with_prior: dict[str, float] | None
+    """The same with p(caption) of the decoder's text head; None of a model without one."""
     chance: dict[str, float]
 
 
@@ -147,10 +148,11 @@ def answer(
     Returns:
         The shares.
     """
-    right = {False: torch.zeros(3), True: torch.zeros(3)}
+    priors = (False, True) if isinstance(pipeline.dalle, Dalle) else (False,)
+    right = {use_prior: torch.zeros(3) for use_prior in priors}
     chance = torch.zeros(3)
     for question in questions:
-        device = pipeline.dalle.text_head.weight.device
+        device = pipeline.dalle.image_head.rows.device
         text_token_ids = pipeline.captions.encode(question.captions).to(device)
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([question.image]))
         truth = question.labels[question.answer]
@@ -159,11 +161,16 @@ def answer(
             right[use_prior] += _hits(question.labels[picked], truth)
         chance += torch.stack([_hits(label, truth) for label in question.labels]).mean(dim=0)
     names = (*parts, "both")
-    shares = [
-        dict(zip(names, (sums / len(questions)).tolist(), strict=True))
-        for sums in (right[False], right[True], chance)
-    ]
-    return ZeroShotReport(len(questions), *shares)
+
+    def shares(sums: torch.Tensor) -> dict[str, float]:
+        return dict(zip(names, (sums / len(questions)).tolist(), strict=True))
+
+    return ZeroShotReport(
+        num_questions=len(questions),
+        accuracy=shares(right[False]),
+        accuracy_with_prior=shares(right[True]) if True in right else None,
+        chance=shares(chance),
+    )
 
 
 def _hits(label: tuple[str, str], truth: tuple[str, str]) -> torch.Tensor:

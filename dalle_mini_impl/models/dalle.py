@@ -13,7 +13,7 @@ Each position is also told which grid cell it predicts next (the target-aware em
 Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any order.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from math import prod
 from typing import Literal, NamedTuple, get_args
 
@@ -29,12 +29,16 @@ from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 from dalle_mini_impl.transformer.positions import (
     Rotation,
     grid_coordinates,
-    rotary_angles,
+    rotation_after,
     sinusoidal_positions,
 )
 
 PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
 ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
+Architecture = Literal["decoder_only", "encoder_decoder"]
+# What a user may choose with an encoder; all else is as it is by default.
+ENCODER_DECODER_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability",
+                          "architecture", "num_encoder_layers")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,12 @@ class DecoderConfig:
     positions: ImagePositions = "rotary"
     """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
     and column embeddings as in DALL-E."""
+    architecture: Architecture = field(default="decoder_only", metadata={"later": True})
+    """One causal Transformer over caption and picture as in DALL-E, or a caption encoder and a
+    picture decoder as in DALL-E mini."""
+    num_encoder_layers: int = field(default=0, metadata={"later": True})
+    """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
+    decoder's."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no decoder can be built from."""
@@ -76,6 +86,33 @@ class DecoderConfig:
                 f"decoder.positions: got {self.positions!r}, "
                 f"wanted one of {', '.join(get_args(ImagePositions))}"
             )
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        if self.architecture not in get_args(Architecture):
+            raise ValueError(
+                f"decoder.architecture: got {self.architecture!r}, "
+                f"wanted one of {', '.join(get_args(Architecture))}"
+            )
+        if self.has_encoder != (self.num_encoder_layers > 0) or self.num_encoder_layers < 0:
+            wanted = "at least 1" if self.has_encoder else "0"
+            raise ValueError(
+                f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
+                f"wanted {wanted} with architecture {self.architecture}"
+            )
+        if self.has_encoder:
+            others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
+            for each in others:
+                if (value := getattr(self, each.name)) != each.default:
+                    raise ValueError(
+                        f"decoder.{each.name}: got {value!r}, wanted {each.default!r} with "
+                        f"architecture {self.architecture}"
+                    )
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the caption."""
+        return self.architecture == "encoder_decoder"
 
     @property
     def head_dim(self) -> int:
@@ -130,14 +167,15 @@ class DalleConfig:
 
     @property
     def sequence_length(self) -> int:
-        """Input positions: text_start, the caption, and all image tokens but the last."""
-        return self.text_length + self.image_length
+        """Input positions of the decoder: start, caption (if no encoder reads it), picture."""
+        return self.image_length + (0 if self.decoder.has_encoder else self.text_length)
 
 
 class DalleLogits(NamedTuple):
     """Unnormalised log-probabilities of the next token, in nats."""
 
-    text: Float[Tensor, "batch text_length vocab"]
+    text: Float[Tensor, "batch text_length vocab"] | None
+    """None of a model that reads captions and does not write them."""
     image: Float[Tensor, "batch image_length codebook_size"]
 
 
@@ -219,7 +257,7 @@ class Dalle(nn.Module):
         self.register_buffer(
             "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
         )
-        initialize_weights(self)
+        initialize_weights(self, num_branches=2 * decoder.num_layers)
 
     def forward(
         self,
@@ -402,36 +440,48 @@ class Dalle(nn.Module):
         """Rotary angles of text positions (zero: they have a learned table) and grid cells."""
         if self.config.decoder.positions != "rotary":
             return None
-        angles = rotary_angles(
-            self.grid_coordinates[cells], head_dim=self.config.decoder.head_dim
-        ).unsqueeze(1)
-        angles = F.pad(angles, (0, 0, num_text_positions, 0))
-        return Rotation(angles.cos(), angles.sin())  # (batch, 1, length, half_head_dim)
+        coordinates, head_dim = self.grid_coordinates[cells], self.config.decoder.head_dim
+        return rotation_after(num_text_positions, coordinates, head_dim=head_dim)
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """Reserve a cache for ``batch_size`` rows of this model, on its device and dtype."""
-        return KeyValueCache(
-            num_layers=self.config.decoder.num_layers,
-            batch_size=batch_size,
-            num_heads=self.config.decoder.num_heads,
-            max_length=self.config.sequence_length,
-            head_dim=self.config.decoder.head_dim,
-            device=self.image_head.rows.device,
-            dtype=self.image_head.rows.dtype,
-        )
+        return build_cache(self.config, batch_size, like=self.image_head.rows)
 
 
-def initialize_weights(model: Dalle) -> None:
+def build_cache(config: DalleConfig, batch_size: int, *, like: Tensor) -> KeyValueCache:
+    """Reserve a cache for one batch.
+
+    Args:
+        config: Of the decoder.
+        batch_size: Rows.
+        like: A tensor of the device and dtype that are wanted.
+
+    Returns:
+        An empty cache for all positions.
+    """
+    return KeyValueCache(
+        num_layers=config.decoder.num_layers,
+        batch_size=batch_size,
+        num_heads=config.decoder.num_heads,
+        max_length=config.sequence_length,
+        head_dim=config.decoder.head_dim,
+        device=like.device,
+        dtype=like.dtype,
+    )
+
+
+def initialize_weights(model: nn.Module, *, num_branches: int) -> None:
     """Set every weight of a fresh decoder.
 
     Matrices and embeddings are normal with standard deviation 0.02; the matrices that write into
-    the residual stream are divided by sqrt(2 * num_layers), so that its variance does not grow
-    with depth (GPT-2); both heads are zero, so that training starts at the uniform distribution.
+    the residual stream are divided by sqrt(num_branches), so that its variance does not grow
+    with depth (GPT-2); all heads are zero, so that training starts at the uniform distribution.
 
     Args:
         model: Changed in place.
+        num_branches: Of the residual stream, two per block without cross-attention.
     """
-    residual_std = 0.02 / (2 * model.config.decoder.num_layers) ** 0.5
+    residual_std = 0.02 / num_branches**0.5
     for name, parameter in model.named_parameters():
         if "_head." in name:
             nn.init.zeros_(parameter)

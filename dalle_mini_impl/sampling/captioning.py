@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.rerank import image_log_likelihood
@@ -30,8 +31,8 @@ class PairScores(NamedTuple):
 
     image_given_text: Float[Tensor, "images captions"]
     """log p(image | caption)."""
-    text: Float[Tensor, " captions"]
-    """log p(caption)."""
+    text: Float[Tensor, " captions"] | None
+    """log p(caption); None of a model that does not write captions."""
     image: Float[Tensor, " images"]
     """log p(image), under the null caption."""
 
@@ -43,14 +44,20 @@ class PairScores(NamedTuple):
 
         Returns:
             Probabilities; each row sums to one.
+
+        Raises:
+            ValueError: If captions shall be weighed by what the model does not know.
         """
-        scores = self.image_given_text + (self.text if use_prior else 0)
-        return scores.softmax(dim=1)
+        if not use_prior:
+            return self.image_given_text.softmax(dim=1)
+        if self.text is None:
+            raise ValueError("use_prior: got True, wanted False: this model writes no captions")
+        return (self.image_given_text + self.text).softmax(dim=1)
 
 
 @torch.inference_mode()
 def score_pairs(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "captions text_length"],
     image_token_ids: Int[Tensor, "images image_length"],
 ) -> PairScores:
@@ -74,7 +81,7 @@ def score_pairs(
     )
     return PairScores(
         image_given_text=scores[:, :-1],
-        text=text_log_likelihood(model, text_token_ids),
+        text=text_log_likelihood(model, text_token_ids) if isinstance(model, Dalle) else None,
         image=scores[:, -1],
     )
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, TOKENS_PER_PASS, DrawnTokens
 from dalle_mini_impl.sampling.jacobi import MAX_WINDOW, draw_by_jacobi
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
@@ -48,7 +48,7 @@ def is_raster_order(order: Int[Tensor, "batch image_length"]) -> bool:
 
 @torch.inference_mode()
 def complete_image_token_ids(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
     is_redrawn: Bool[Tensor, "batch image_length"],

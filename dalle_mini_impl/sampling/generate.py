@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.jacobi import MAX_WINDOW, draw_by_jacobi
 from dalle_mini_impl.sampling.replay import replay_steps
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
@@ -30,7 +30,7 @@ class DrawnTokens(NamedTuple):
 
 @torch.inference_mode()
 def generate_image_token_ids(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],
@@ -70,7 +70,7 @@ def generate_image_token_ids(
 
 @torch.inference_mode()
 def draw_rows(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],

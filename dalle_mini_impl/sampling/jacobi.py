@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
 
 MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
@@ -37,7 +37,7 @@ class JacobiTokens(NamedTuple):
 
 @torch.inference_mode()
 def draw_by_jacobi(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],

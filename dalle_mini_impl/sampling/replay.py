@@ -6,14 +6,14 @@ Python takes several times as long as running them.
 
 import torch
 
-from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.token_choice import TokenChoice
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 NUM_WARM_UP_STEPS = 2  # run before the recording: libraries reserve their memory at first use
 
 
-def replay_steps(model: Dalle, choice: TokenChoice, cache: KeyValueCache) -> None:
+def replay_steps(model: TextToImageModel, choice: TokenChoice, cache: KeyValueCache) -> None:
     """Choose every token but the first.
 
     Args:

@@ -5,13 +5,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 
 
 @torch.inference_mode()
 def caption_gain(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, " batch"]:
@@ -35,7 +36,7 @@ def caption_gain(
 
 @torch.inference_mode()
 def image_log_likelihood(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, " batch"]:
@@ -54,7 +55,7 @@ def image_log_likelihood(
 
 @torch.inference_mode()
 def image_token_log_likelihoods(
-    model: Dalle,
+    model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, "batch image_length"]:

@@ -10,7 +10,8 @@ from accelerate import Accelerator
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.tokens import build_token_dataset
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
+from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
@@ -122,7 +123,7 @@ def _prepare(
     vqvae: VQVAE,
     records: RunRecords,
     show: Callable[[str], None],
-) -> tuple[DalleTask, Dalle, TextToImagePipeline]:
+) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     size = vqvae.config.image_size
     train, held_out = (
@@ -151,7 +152,7 @@ def _prepare(
         for name, loaded in (("train", train), ("held_out", held_out))
     }
     torch.manual_seed(config.training.seed)
-    dalle = Dalle(
+    dalle = build_text_to_image(
         DalleConfig(
             decoder=config.decoder,
             vocab_size=captions.vocab_size,

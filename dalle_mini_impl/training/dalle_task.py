@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_mini_impl.data.tokens import TokenDataset
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.loop import PictureGrid
 
@@ -25,7 +25,7 @@ class DalleTaskConfig:
     """
 
     text_loss_weight: float = 0.1
-    """Weight of the caption's loss beside the image's."""
+    """Weight of the caption's loss beside the image's, in models that write captions."""
     caption_dropout_probability: float = 0.1
     """Share of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0
@@ -88,11 +88,13 @@ class DalleTask:
         self.baselines = {
             "baseline/image_uniform_nats": math.log(codebook_size),
             "baseline/image_unigram_nats": _entropy(counts),
-            "baseline/text_uniform_nats": math.log(pipeline.dalle.config.vocab_size),
-            "baseline/text_unigram_nats": _entropy(
-                train.text_token_ids[train.text_token_ids != PAD_TOKEN_ID].bincount()
-            ),
         }
+        if isinstance(pipeline.dalle, Dalle):
+            words = train.text_token_ids[train.text_token_ids != PAD_TOKEN_ID]
+            self.baselines |= {
+                "baseline/text_uniform_nats": math.log(pipeline.dalle.config.vocab_size),
+                "baseline/text_unigram_nats": _entropy(words.bincount()),
+            }
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
@@ -121,7 +123,7 @@ class DalleTask:
         progress: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return image loss plus weighted text loss, both in nats per token."""
+        """Return image loss plus weighted text loss, if there is one, in nats per token."""
         del generator  # every random number here belongs to a sample, not to a process
         text_token_ids, draws = batch["text_token_ids"], batch["draws"]
         augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
@@ -144,6 +146,8 @@ class DalleTask:
         logits = model(given_text, noisy.gather(1, order), image_order=order)
         targets = image.gather(1, order)
         image_nats = F.cross_entropy(logits.image.flatten(0, 1), targets.flatten())
+        if logits.text is None:
+            return image_nats, {"image_nats": image_nats.detach()}
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
         loss = image_nats + self.config.text_loss_weight * text_nats
         share_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
@@ -158,10 +162,11 @@ class DalleTask:
         train_part = torch.arange(0, len(self.train), max(1, len(self.train) // 256))
         held_out = self._image_nats(model, self.held_out, torch.arange(len(self.held_out)))
         train = self._image_nats(model, self.train, train_part)
+        text = {"validation/text_nats": held_out["text"]} if "text" in held_out else {}
         return {
             "validation/image_nats": held_out["given"],
             "validation/image_nats_null_caption": held_out["null"],
-            "validation/text_nats": held_out["text"],
+            **text,
             "validation/caption_gain_nats": held_out["null"] - held_out["given"],
             "validation/train_image_nats": train["given"],
             "validation/memorisation_gap_nats": held_out["given"] - train["given"],
@@ -172,7 +177,7 @@ class DalleTask:
         self, model: nn.Module, data: TokenDataset, sample_ids: Tensor
     ) -> dict[str, float]:
         device = next(model.parameters()).device
-        totals = {"given": 0.0, "null": 0.0, "text": 0.0}
+        totals = {"given": 0.0, "null": 0.0}
         for ids in sample_ids.split(EVALUATION_BATCH_SIZE):
             image = data.images_of(ids, torch.zeros(len(ids))).to(device)
             text = data.captions_of(ids, torch.zeros(len(ids))).to(device)
@@ -181,9 +186,10 @@ class DalleTask:
                 logits = model(caption, image)
                 nats = F.cross_entropy(logits.image.float().flatten(0, 1), image.flatten())
                 totals[name] += float(nats) * len(ids) / len(sample_ids)
-                if name == "given":
+                if name == "given" and logits.text is not None:
                     text_nats = text_loss(logits.text.float(), text, is_counted=everything)
-                    totals["text"] += float(text_nats) * len(ids) / len(sample_ids)
+                    weighted = float(text_nats) * len(ids) / len(sample_ids)
+                    totals["text"] = totals.get("text", 0.0) + weighted
         return totals
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.data.check import DataReport
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
@@ -66,8 +67,8 @@ def estimate_lines(
     return [*lines, _time_line(config.training, seconds, num_train)]
 
 
-def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> Dalle:
-    return Dalle(
+def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> TextToImageModel:
+    return build_text_to_image(
         DalleConfig(
             decoder=config.decoder,
             vocab_size=config.text.vocab_size,
@@ -106,7 +107,7 @@ def _step_seconds(
 
 
 def _some_loss(model: nn.Module, batch: int, vqvae: VQVAE, device: torch.device) -> torch.Tensor:
-    if isinstance(model, Dalle):
+    if isinstance(model, TextToImageModel):
         config = model.config
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
         image = torch.zeros(batch, config.image_length, dtype=torch.long, device=device)
@@ -158,5 +159,5 @@ def tokenizer_of(
     return None if beside is None else VQVAE(beside.vqvae)
 
 
-def _readable(num_bytes: float) -> str:
+def _readable(num_bytes: int | float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"

@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dalle_mini_impl.transformer.attention import KeysAndValues
+
 
 class KeyValueCache:
     """A preallocated cache for all layers of one batch."""
@@ -34,6 +36,8 @@ class KeyValueCache:
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
         self._lengths = [0] * num_layers
+        self.contexts: list[KeysAndValues] = []
+        """What each layer's cross-attention reads, if the model has any: the same at all steps."""
 
     @property
     def length(self) -> int:
@@ -82,6 +86,7 @@ class KeyValueCache:
             rows: Which old row each new row continues; an old row may be taken several times.
         """
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.contexts = [KeysAndValues(*(part[rows] for part in each)) for each in self.contexts]
 
     def append(
         self,

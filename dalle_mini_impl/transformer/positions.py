@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Rotation(NamedTuple):
@@ -57,6 +58,24 @@ def rotate(
     first, second = heads.chunk(2, dim=-1)
     cosine, sine = rotation.cosine.to(heads.dtype), rotation.sine.to(heads.dtype)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def rotation_after(
+    num_unrotated: int, positions: Int[Tensor, "batch length axes"], *, head_dim: int
+) -> Rotation:
+    """Rotate positions by their coordinates, and those before them not at all.
+
+    Args:
+        num_unrotated: Positions before them, which learn where they stand from a table.
+        positions: Coordinates of each position along each axis.
+        head_dim: Must be a multiple of twice the number of axes.
+
+    Returns:
+        One row per position, which broadcasts over heads.
+    """
+    angles = rotary_angles(positions, head_dim=head_dim).unsqueeze(1)
+    angles = F.pad(angles, (0, 0, num_unrotated, 0))
+    return Rotation(angles.cos(), angles.sin())  # (batch, 1, length, half_head_dim)
 
 
 def sinusoidal_positions(

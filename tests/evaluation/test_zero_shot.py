@@ -61,6 +61,20 @@ def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -
     assert report.accuracy_with_prior["both"] == expected == 0
 
 
+def test_a_model_without_captions_of_its_own_answers_without_a_prior() -> None:
+    pipeline = tiny.build_pipeline(**tiny.WITH_ENCODER)
+    text = pipeline.captions.encode(tiny.CAPTIONS)
+    scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.draw_picture(0)]))
+    assert scores.text is None
+    with pytest.raises(ValueError, match="use_prior: got True, wanted False"):
+        scores.shares(use_prior=True)
+    best = int(scores.image_given_text[0].argmax())
+    question = Question(tiny.draw_picture(0), tiny.CAPTIONS, LABELS, best)
+    report = answer(pipeline, [question], parts=("colour", "shape"))
+    assert report.accuracy == {"colour": 1.0, "shape": 1.0, "both": 1.0}
+    assert report.accuracy_with_prior is None
+
+
 def write_grid(folder: Path) -> Path:
     """Two roles of 15 cells, three of them held out."""
     folder.mkdir()

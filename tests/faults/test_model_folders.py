@@ -212,6 +212,13 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "a list for a decoder": (changed(CONFIG, decoder=[1]), "DecoderConfig: got .1., wanted an obj"),
     "odd positions": (decoder(positions="__import__"), "positions: got '__import__'"),
     "positions in a list": (decoder(positions=["rotary"]), "positions: got .'rotary'"),
+    "odd architecture": (decoder(architecture="gan"), "architecture: got 'gan', wanted one of"),
+    "a missing encoder": (decoder(**tiny.WITH_ENCODER), "tensor .*: got none, wanted"),
+    "10^9 encoder layers": (
+        decoder(architecture="encoder_decoder", num_encoder_layers=10**9),
+        "num_encoder_layers: got 1000000000, the file holds",
+    ),
+    "an encoder by half": (decoder(num_encoder_layers=1), "got 1, wanted 0 with architecture dec"),
     "nested 100,000 deep": (written(CONFIG, b'{"a":' + b"[" * 100_000), "nested too deeply"),
     "2 MB of spaces": (written(CONFIG, b"{" + b" " * 2_000_000 + b"}"), "larger than 1048576 by"),
     "a key twice": (replaced(CONFIG, b"{", b'{"vocab_size": 7,'), "'vocab_size' is there twice"),

@@ -105,12 +105,22 @@ def test_a_tokenizer_run_stopped_after_every_step(tmp_path: Path, quantizer: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_decoder_run_stopped_after_every_step(tmp_path: Path, optimizer: str) -> None:
+@pytest.mark.parametrize(
+    ("optimizer", "decoder"), [("adamw", {}), ("muon", {}), ("muon", tiny.WITH_ENCODER)]
+)
+def test_a_decoder_run_stopped_after_every_step(
+    tmp_path: Path, optimizer: str, decoder: dict[str, Any]
+) -> None:
     data = tiny.write_data(tmp_path / "data")
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     config = tiny.dalle_run(
-        data, tmp_path / "vqvae", tmp_path / "run", task=RANDOM, optimizer=optimizer, **OPTIONS
+        data,
+        tmp_path / "vqvae",
+        tmp_path / "run",
+        task=RANDOM,
+        decoder=decoder,
+        optimizer=optimizer,
+        **OPTIONS,
     )
     assert_the_same_stopped_or_not(config, tmp_path)
 

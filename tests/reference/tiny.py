@@ -10,8 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoderConfig
+from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import ViTConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.beam import BeamConfig
@@ -49,6 +50,7 @@ VQVAE_SIZES = VQVAEConfig(
     vq_code_dim=4,
 )
 DECODER_SIZES = DecoderConfig(hidden_size=16, num_layers=2, num_heads=2, dropout_probability=0.1)
+WITH_ENCODER = {"architecture": "encoder_decoder", "num_encoder_layers": 1}
 TRAINING = TrainingConfig(
     max_steps=6,
     global_batch_size=8,
@@ -117,6 +119,7 @@ def dalle_run(
     *,
     tracking: str = "disabled",
     task: dict[str, Any] | None = None,
+    decoder: dict[str, Any] | None = None,
     dropout_probability: float = 0.1,
     **training: Any,
 ) -> DalleRunConfig:
@@ -129,7 +132,9 @@ def dalle_run(
         max_shift=2,
         fixed_prompts=("a red disc", "a blue box"),
         text=TextConfig(vocab_size=300, text_length=8),
-        decoder=dataclasses.replace(DECODER_SIZES, dropout_probability=dropout_probability),
+        decoder=dataclasses.replace(
+            DECODER_SIZES, dropout_probability=dropout_probability, **(decoder or {})
+        ),
         task=DalleTaskConfig(**(task or {})),
         training=dataclasses.replace(TRAINING, **training),
         tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
@@ -219,17 +224,17 @@ def build_captions(*, text_length: int = 8) -> CaptionEncoder:
     return CaptionEncoder(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
 
 
-def build_pipeline(*, seed: int = 0) -> TextToImagePipeline:
+def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
     """A pipeline whose decoder has random weights: its pictures mean nothing, but all differ."""
     vqvae, captions = build_vqvae(), build_captions()
     config = DalleConfig(
-        decoder=DECODER_SIZES,
+        decoder=dataclasses.replace(DECODER_SIZES, **decoder),
         vocab_size=captions.vocab_size,
         text_length=captions.text_length,
         codebook_levels=vqvae.codebook_levels,
         image_grid_size=vqvae.image_grid_size,
     )
-    dalle = Dalle(config).eval()
+    dalle = build_text_to_image(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in dalle.named_parameters():

@@ -16,21 +16,26 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]
+WITH_ENCODER = {"architecture": "encoder_decoder", "num_encoder_layers": 1}
 NUM_PICTURES = 8_000
 CAPTION = torch.tensor([[3, 7, 2, 0, 0]])
 
 
 @pytest.fixture(scope="module")
 def tiny(build_dalle: BuildDalle) -> Dalle:
+    return build_tiny(build_dalle)
+
+
+def build_tiny(build_dalle: BuildDalle, **decoder: Any) -> Dalle:
     """Three codes on six cells: 729 pictures, each token leaning on all the ones before it."""
-    model = build_dalle(codebook_levels=(3,), image_grid_size=(2, 3), hidden_size=16)
+    model = build_dalle(codebook_levels=(3,), image_grid_size=(2, 3), hidden_size=16, **decoder)
     with torch.no_grad():
         model.image_head.rows.mul_(3)
         model.image_embedding.rows.mul_(6)
     return model
 
 
-def all_pictures(model: Dalle) -> Tensor:
+def all_pictures(model: Any) -> Tensor:
     codes = range(model.config.codebook_size)
     return torch.tensor(list(itertools.product(codes, repeat=model.config.image_length)))
 
@@ -44,7 +49,7 @@ def slow_filter(logits: Tensor, settings: SamplingConfig) -> Tensor:
 
 
 @torch.inference_mode()
-def exact_probabilities(model: Dalle, pictures: Tensor, settings: SamplingConfig) -> Tensor:
+def exact_probabilities(model: Any, pictures: Tensor, settings: SamplingConfig) -> Tensor:
     """How often sequential sampling draws each picture, by whole passes without a cache."""
     num_steps = model.config.image_length
     given = model(CAPTION.expand(len(pictures), -1), pictures).image.double()
@@ -90,6 +95,14 @@ SETTINGS = {
 def test_every_picture_is_as_likely_as_one_token_at_a_time(
     tiny: Dalle, name: str, window: int
 ) -> None:
+    check_distribution(tiny, name, window)
+
+
+def test_every_picture_is_as_likely_with_an_encoder(build_dalle: BuildDalle) -> None:
+    check_distribution(build_tiny(build_dalle, **WITH_ENCODER), "all", 3)
+
+
+def check_distribution(tiny: Any, name: str, window: int) -> None:
     pictures = all_pictures(tiny)
     shares = exact_probabilities(tiny, pictures, SETTINGS[name])
     drawn = draw_by_jacobi(
@@ -216,11 +229,11 @@ def test_a_predictable_picture_takes_few_passes(build_dalle: BuildDalle) -> None
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("window", [1, 4, 11])
+@pytest.mark.parametrize(("window", "decoder"), [(1, {}), (4, {}), (11, {}), (4, WITH_ENCODER)])
 def test_equal_seeds_make_the_picture_of_one_token_at_a_time(
-    build_dalle: BuildDalle, name: str, window: int
+    build_dalle: BuildDalle, name: str, window: int, decoder: dict[str, Any]
 ) -> None:
-    model, settings = build_dalle(), SETTINGS[name]
+    model, settings = build_dalle(**decoder), SETTINGS[name]
     text, seeds = captions(model, 40), torch.arange(40)
     fast = draw_by_jacobi(model, text, seeds=seeds, settings=settings, window=window)
     slow = draw_rows(model, text, seeds=seeds, settings=settings)

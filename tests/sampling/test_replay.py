@@ -1,6 +1,7 @@
 """Drawing on a GPU by a replayed recording: the same pictures as on the CPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,19 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
     ],
 )
 @pytest.mark.parametrize("num_rows", [1, 5])
+@pytest.mark.parametrize(
+    "decoder", [{}, {"architecture": "encoder_decoder", "num_encoder_layers": 1}]
+)
 def test_a_replayed_step_draws_what_the_cpu_draws(
-    build_dalle: Callable[..., Dalle], settings: SamplingConfig, num_rows: int
+    build_dalle: Callable[..., Dalle],
+    decoder: dict[str, Any],
+    settings: SamplingConfig,
+    num_rows: int,
 ) -> None:
     text = torch.randint(1, 11, (num_rows, 5), generator=torch.Generator().manual_seed(0))
     seeds = torch.arange(num_rows)
-    on_cpu = draw_rows(build_dalle(), text, seeds=seeds, settings=settings)
-    model = build_dalle().cuda()
+    on_cpu = draw_rows(build_dalle(**decoder), text, seeds=seeds, settings=settings)
+    model = build_dalle(**decoder).cuda()
     on_gpu = draw_rows(model, text.cuda(), seeds=seeds, settings=settings)
     assert torch.equal(on_gpu.image_token_ids.cpu(), on_cpu.image_token_ids)
     torch.testing.assert_close(on_gpu.caption_gain.cpu(), on_cpu.caption_gain, atol=1e-3, rtol=0)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.data.captions import PAD_TOKEN_ID
 from dalle_mini_impl.data.tokens import TokenDataset
-from dalle_mini_impl.models.dalle import Dalle, DalleLogits
+from dalle_mini_impl.models.dalle import DalleLogits
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig, text_loss
 from tests.reference import tiny
@@ -47,7 +48,7 @@ def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **settings: 
 class Spy(nn.Module):
     """Remembers what it is given; predicts the uniform distribution."""
 
-    def __init__(self, dalle: Dalle) -> None:
+    def __init__(self, dalle: TextToImageModel) -> None:
         super().__init__()
         self.sizes = dalle.config.vocab_size, dalle.config.codebook_size
         self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -227,6 +228,26 @@ def test_held_out_figures_agree_with_a_plain_computation(pipeline: TextToImagePi
     assert figures["validation/memorisation_gap_nats"] == pytest.approx(given - train, abs=1e-4)
     assert abs(null - given) > 1e-3  # this model does read its caption
     assert figures.keys() > task.baselines.keys()
+
+
+def test_a_model_that_writes_no_captions_learns_and_reports_pictures_alone() -> None:
+    pipeline = tiny.build_pipeline(**tiny.WITH_ENCODER)
+    task = build_task(pipeline, text_loss_weight=0.25, caption_dropout_probability=0.3)
+    draws = torch.rand(BATCH, task.num_draws, generator=torch.Generator().manual_seed(1))
+    batch = task.make_batch(torch.arange(BATCH) % 50, draws)
+    loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0, generator=torch.Generator())
+    hidden = batch["draws"][:, 0] < 0.3
+    text = batch["text_token_ids"].masked_fill(hidden[:, None], PAD_TOKEN_ID)
+    image = batch["image_token_ids"]
+    logs = pipeline.dalle(text, image).image.log_softmax(-1)
+    torch.testing.assert_close(loss, -logs.gather(2, image.unsqueeze(2)).mean())
+    assert metrics.keys() == {"image_nats"}
+    figures = task.evaluate(pipeline.dalle)
+    assert not [name for name in figures if "text" in name]
+    everything = build_task(tiny.build_pipeline())
+    expected = everything.evaluate(everything.pipeline.dalle).keys()
+    assert figures.keys() == {name for name in expected if "text" not in name}
+    assert figures["validation/caption_gain_nats"] != 0
 
 
 def test_the_sample_grid_is_always_the_same(pipeline: TextToImagePipeline) -> None:

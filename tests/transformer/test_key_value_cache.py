@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dalle_mini_impl.transformer.attention import KeysAndValues
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 
@@ -30,6 +31,17 @@ def test_too_many_positions_are_refused() -> None:
     store.append(0, part, part)
     with pytest.raises(ValueError, match="cache: got 6 positions, wanted at most 4"):
         store.append(0, part, part)
+
+
+def test_selected_rows_keep_their_context() -> None:
+    store = cache()
+    keys, values = torch.randn(2, 3, 2, 7, 4)
+    store.contexts = [KeysAndValues(keys, values), KeysAndValues(values, keys)]
+    store.select_rows(torch.tensor([2, 0, 0, 1]))
+    assert len(store.contexts) == 2
+    for row, old in enumerate([2, 0, 0, 1]):
+        assert torch.equal(store.contexts[0].keys[row], keys[old])
+        assert torch.equal(store.contexts[1].keys[row], values[old])
 
 
 def test_dtype_and_device_are_as_asked() -> None:

@@ -1,0 +1,20 @@
+"""The models that draw pictures from captions; ``decoder.architecture`` says which one."""
+
+from typing import TypeAlias
+
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle_encoder_decoder import DalleEncoderDecoder
+
+TextToImageModel: TypeAlias = Dalle | DalleEncoderDecoder
+
+
+def build_text_to_image(config: DalleConfig) -> TextToImageModel:
+    """Build the model of a config with fresh weights.
+
+    Args:
+        config: Its architecture and sizes.
+
+    Returns:
+        The model, in training mode.
+    """
+    return DalleEncoderDecoder(config) if config.decoder.has_encoder else Dalle(config)
