@@ -116,6 +116,8 @@ class TextToImagePipeline:
             got, wanted = getattr(captions, name), getattr(dalle.config, name)
             if got != wanted:
                 raise ValueError(f"captions: {name} is {got}, the decoder wants {wanted}")
+        if draws_any_order and dalle.config.decoder.draws_raster_order_only:
+            raise ValueError("draws_any_order: got true, but the decoder draws raster order only")
         self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
         self.settings = settings or SamplingConfig()
         self.draws_any_order = draws_any_order
@@ -508,6 +510,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
         "image_grid_size": max(config.image_grid_size),
     }
     width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
+    num_cells = config.image_length if config.decoder.has_target_positions else 0
     # Before the hashes: a file of terabytes takes hours to read.
     dalle = build_checked(
         lambda: Dalle(config),
@@ -515,7 +518,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> Dalle:
         counts=counts,
         sizes=sizes,
         num_elements=config.decoder.num_layers * width**2
-        + width * (num_tokens + config.text_length + config.image_length),
+        + width * (num_tokens + config.text_length + num_cells),
     )
     for name, digest in file_hashes(folder).items():
         if digests[name] != digest:

@@ -76,7 +76,8 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
 def build_config(config_class: type[Config], values: Any) -> Config:
     """Make a config of stored values, all of them there and each of its field's own type.
 
-    A default in place of a missing value would be another model.
+    A default in place of a missing value would be another model. Only fields whose metadata says
+    ``later`` may be missing: their default is what files mean that are older than the field.
 
     Args:
         config_class: A dataclass of numbers, words, tuples and such dataclasses.
@@ -92,7 +93,9 @@ def build_config(config_class: type[Config], values: Any) -> Config:
     if not isinstance(values, dict):
         raise ValueError(f"{name}: got {shown(repr(values))}, wanted an object")
     hints = get_type_hints(config_class)
-    odd = sorted(values.keys() ^ hints.keys())
+    fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
+    older = {each.name for each in fields if "later" in each.metadata} - values.keys()
+    odd = sorted((values.keys() ^ hints.keys()) - older)
     if odd:
         raise ValueError(f"{name}: unknown or missing fields: {shown(', '.join(odd))}")
     return config_class(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
@@ -129,7 +132,8 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
         fits, words = type(value) in (int, float), "a number"
         value = float(value) if fits else value
     else:
-        fits, words = type(value) is wanted, {int: "a whole number", str: "text"}[wanted]
+        names = {int: "a whole number", str: "text", bool: "true or false"}
+        fits, words = type(value) is wanted, names[wanted]
     if not fits:
         raise ValueError(f"{key}: got {shown(repr(value))}, wanted {words}")
     return value
