@@ -137,13 +137,13 @@ def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
 
 
 def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -> None:
-    plain, _ = build(tmp_path)
-    dataset, _ = build(tmp_path, bpe_dropout=0.5)
+    captions = tiny.build_captions(text_length=30)
+    plain, _ = build(tmp_path, captions=captions)
+    dataset, _ = build(tmp_path, captions=captions, bpe_dropout=0.5)
     assert torch.equal(dataset.caption_offsets, plain.caption_offsets)
     assert torch.equal(dataset.image_token_ids, plain.image_token_ids)
     table = dataset.text_token_ids.unflatten(0, (6, NUM_VARIANTS))
     assert torch.equal(table[:, 0], plain.text_token_ids)
-    captions = tiny.build_captions()
     for caption, rows in zip(captions.decode(plain.text_token_ids.long()), table, strict=True):
         assert set(captions.decode(rows.long())) == {caption}
     ids, draws = torch.arange(3), torch.linspace(0, 0.999, 200)
