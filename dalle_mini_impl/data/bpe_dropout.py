@@ -50,26 +50,30 @@ def encode_variants(
     """
     rows = captions.encode(texts).repeat_interleave(NUM_VARIANTS, dim=0)
     rules = merge_rules(captions.tokenizer)
+    words = [words_of(captions.tokenizer, text) for text in texts]
     for variant in range(1, NUM_VARIANTS):
         split = [
-            split_with_dropout(
-                captions.tokenizer, rules, text, dropout=dropout, seed=f"{variant} {text}"
-            )
-            for text in texts
+            split_with_dropout(each, rules, dropout=dropout, seed=f"{variant} {text}")
+            for each, text in zip(words, texts, strict=True)
         ]
         rows[variant::NUM_VARIANTS] = captions.pad(texts, split)
     return rows
 
 
+def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
+    """Bring a caption to normal form and cut it into the words that are split on their own."""
+    normal = tokenizer.normalizer.normalize_str(text)
+    return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
+
+
 def split_with_dropout(
-    tokenizer: Tokenizer, rules: MergeRules, text: str, *, dropout: float, seed: str
+    words: Sequence[str], rules: MergeRules, *, dropout: float, seed: str
 ) -> list[int]:
     """Encode one caption.
 
     Args:
-        tokenizer: How text is brought to normal form and cut into words.
-        rules: Its vocabulary and merges.
-        text: The caption.
+        words: Of the caption, as `words_of` gives them.
+        rules: Vocabulary and merges.
         dropout: Probability that a merge is left out at a step; 0 is the usual encoding.
         seed: Decides which; any text.
 
@@ -77,8 +81,6 @@ def split_with_dropout(
         Token ids.
     """
     generator = random.Random(seed)
-    normal = tokenizer.normalizer.normalize_str(text)
-    words = [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
     return [
         rules.ids[token]
         for word in words

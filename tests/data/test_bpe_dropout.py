@@ -8,6 +8,7 @@ from dalle_mini_impl.data.bpe_dropout import (
     encode_variants,
     merge_rules,
     split_with_dropout,
+    words_of,
 )
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
@@ -28,7 +29,8 @@ def captions() -> CaptionEncoder:
 
 def split(captions: CaptionEncoder, text: str, dropout: float, seed: str = "1") -> list[int]:
     rules = merge_rules(captions.tokenizer)
-    return split_with_dropout(captions.tokenizer, rules, text, dropout=dropout, seed=seed)
+    words = words_of(captions.tokenizer, text)
+    return split_with_dropout(words, rules, dropout=dropout, seed=seed)
 
 
 def tokens(captions: CaptionEncoder, text: str) -> list[int]:
