@@ -9,6 +9,7 @@ import torch
 
 from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.sources import DataConfig
@@ -52,6 +53,18 @@ def test_the_published_preset_has_the_published_sizes() -> None:
     decoder = config.decoder
     assert (decoder.num_layers, decoder.num_heads, decoder.head_dim) == (64, 62, 64)
     assert (decoder.hidden_size, decoder.intermediate_size) == (3968, 4 * 3968)
+    with torch.device("meta"):
+        model = Dalle(
+            DalleConfig(
+                decoder=decoder,
+                vocab_size=config.text.vocab_size,
+                text_length=config.text.text_length,
+                codebook_levels=(8192,),
+                image_grid_size=(32, 32),
+            )
+        )
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    assert millions == pytest.approx(12_000, rel=0.03)  # "12 billion"
     small = read_config(DalleRunConfig, PRESETS / "small_dalle.yaml")
     assert small.task == config.task
     assert small.decoder.block_options == config.decoder.block_options

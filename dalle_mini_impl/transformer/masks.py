@@ -97,6 +97,6 @@ def dalle_mask(
         reach = kernel_size // 2
         above = width * torch.arange(reach + 1)[:, None, None]
         is_near = ((distance - above).abs() <= reach).any(dim=0)
-    mask = causal_mask(num_text_positions + height * width)
+    mask = causal_mask(num_text_positions + height * width, device=cells.device)
     mask[num_text_positions:, num_text_positions:] &= is_near
     return mask

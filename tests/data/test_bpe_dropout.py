@@ -1,5 +1,7 @@
 """BPE dropout: deterministic, the same text, and the usual encoding without dropout."""
 
+import random
+
 import pytest
 import torch
 
@@ -83,3 +85,12 @@ def test_cut_variants_are_counted(captions: CaptionEncoder) -> None:
 def test_an_empty_caption_is_refused(captions: CaptionEncoder) -> None:
     with pytest.raises(UserError, match="caption is empty"):
         encode_variants(captions, [" "], dropout=0.1)
+
+
+def test_the_most_frequent_merge_goes_first() -> None:
+    """Two letters in random order: most merges overlap, so that their order decides."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("ab", k=12)) for _ in range(200)]
+    encoder = CaptionEncoder(train_text_tokenizer(words, vocab_size=300), text_length=20)
+    for word in words[:50]:
+        assert split(encoder, word, 0.0) == tokens(encoder, word)

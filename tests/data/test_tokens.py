@@ -117,6 +117,15 @@ def test_any_change_makes_it_again(tmp_path: Path, change: Any) -> None:
     assert "reading" in lines[0]
 
 
+def test_variations_have_keys_of_their_own_and_shifts_their_old_one() -> None:
+    options = [{}, {"max_zoom": 1.25}, {"max_zoom": 1.5}, {"bpe_dropout": 0.1}]
+    options += [{"bpe_dropout": 0.2}, {"max_zoom": 1.25, "bpe_dropout": 0.1}, {"max_shift": 1}]
+    keys = [Variation(num_views=2, **each).key() for each in options]  # type: ignore[arg-type]
+    assert len(set(keys)) == len(options)
+    assert keys[0] == (2, 0)
+    assert keys[-1] == (2, 1)
+
+
 def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, _ = build(tmp_path)
     (path,) = tmp_path.iterdir()
