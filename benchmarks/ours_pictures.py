@@ -17,7 +17,7 @@ from benchmarks.timing import Job, Precision, require_falling
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.data.pixels import load_all_pixels
-from dalle_mini_impl.data.tokens import build_token_dataset
+from dalle_mini_impl.data.tokens import Variation, build_token_dataset
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
@@ -268,8 +268,7 @@ def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
         pixels,
         vqvae=vqvae,
         captions=pipeline.captions,
-        num_views=1,
-        max_shift=0,
+        variation=Variation(),
         cache_dir=folder.parent / "tokens",
     )
     task = DalleTask(

@@ -117,6 +117,8 @@ class TextToImagePipeline:
             got, wanted = getattr(captions, name), getattr(dalle.config, name)
             if got != wanted:
                 raise ValueError(f"captions: {name} is {got}, the decoder wants {wanted}")
+        if draws_any_order and dalle.config.decoder.draws_raster_order_only:
+            raise ValueError("draws_any_order: got true, but the decoder draws raster order only")
         self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
         self.settings = settings or SamplingConfig()
         self.draws_any_order = draws_any_order
@@ -510,6 +512,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
         "image_grid_size": max(config.image_grid_size),
     }
     width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
+    num_cells = config.image_length if config.decoder.has_target_positions else 0
     # Before the hashes: a file of terabytes takes hours to read.
     dalle = build_checked(
         lambda: build_text_to_image(config),
@@ -517,7 +520,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
         counts=counts,
         sizes=sizes,
         num_elements=config.decoder.num_layers * width**2
-        + width * (num_tokens + config.text_length + config.image_length),
+        + width * (num_tokens + config.text_length + num_cells),
     )
     for name, digest in file_hashes(folder).items():
         if digests[name] != digest:

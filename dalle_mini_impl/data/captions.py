@@ -133,12 +133,26 @@ class CaptionEncoder:
         """
         if isinstance(captions, str):
             raise ValueError(f"captions is the string {captions!r}, wanted a list of strings")
-        text_token_ids = torch.full((len(captions), self.text_length), PAD_TOKEN_ID)
         if not captions:
-            return text_token_ids
+            return self.pad([], [])
         texts = [_checked(caption) for caption in captions]
         rows = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        for index, row in enumerate(encoding.ids for encoding in rows):
+        return self.pad(captions, [encoding.ids for encoding in rows])
+
+    def pad(
+        self, captions: Sequence[str], rows: Sequence[Sequence[int]]
+    ) -> Int64[Tensor, "batch text_length"]:
+        """Brings encoded captions to one length; what is longer is cut and counted.
+
+        Args:
+            captions: Their texts, for the message.
+            rows: Their token ids.
+
+        Returns:
+            Token ids, padded on the right.
+        """
+        text_token_ids = torch.full((len(captions), self.text_length), PAD_TOKEN_ID)
+        for index, row in enumerate(rows):
             if len(row) > self.text_length:
                 self._count_truncated(captions[index], len(row))
             kept = row[: self.text_length]

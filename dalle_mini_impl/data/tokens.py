@@ -2,8 +2,9 @@
 
 A token data set is a safetensors file beside the run. Its name is a hash of the tokenizers, the
 captions and the pixels, so that it is made again whenever one of them changes, and never
-otherwise. Each image is stored in several views (slightly shifted copies): view 0 is the image as
-it is.
+otherwise. Each image is stored in several views (slightly shifted or enlarged copies): view 0 is
+the image as it is. With BPE dropout each caption is stored in several variants: variant 0 is the
+usual encoding.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ from jaxtyping import Float, Int, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn import functional as F
 
+from dalle_mini_impl.data.bpe_dropout import encode_variants
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.errors import UserError
@@ -32,16 +35,38 @@ ENCODE_BATCH_SIZE = 64
 NUM_MAIN_CAPTIONS = 2  # of a picture; the first of its captions
 
 
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """How samples differ from one reading to the next; fixed when they are tokenized."""
+
+    num_views: int = 1
+    """Views per image, at least 1; the first is the image as it is."""
+    max_shift: int = 0
+    """Largest shift of the other views, in pixels."""
+    max_zoom: float = 1.0
+    """Largest enlargement of the other views, of which a window is kept."""
+    bpe_dropout: float = 0.0
+    """Probability that a merge is left out when a caption is split, in [0, 1]."""
+
+    def key(self) -> tuple[int | float, ...]:
+        """Tell what data sets of other variations differ in; older ones know shifts alone."""
+        key: tuple[int | float, ...] = (self.num_views, self.max_shift)
+        if self.max_zoom > 1 or self.bpe_dropout:
+            key += (self.max_zoom, self.bpe_dropout)
+        return key
+
+
 @dataclass(frozen=True)
 class TokenDataset:
     """Image tokens in several views and caption tokens, all in memory.
 
-    Captions of all samples stand in one table; ``caption_offsets[i]`` is where those of sample i
-    begin and ``caption_offsets[i + 1]`` where they end.
+    Captions of all samples are counted through; ``caption_offsets[i]`` is where those of sample i
+    begin and ``caption_offsets[i + 1]`` where they end. Each has as many rows in the table of
+    captions as it has variants, one unless there is BPE dropout.
     """
 
     image_token_ids: Int[Tensor, "samples views image_length"]
-    text_token_ids: Int[Tensor, "captions text_length"]
+    text_token_ids: Int[Tensor, "rows text_length"]
     caption_offsets: Int[Tensor, " samples_plus_1"]
 
     def __len__(self) -> int:
@@ -58,17 +83,20 @@ class TokenDataset:
 
         Args:
             sample_ids: Which samples.
-            draws: Uniform in [0, 1): which of a sample's captions.
+            draws: Uniform in [0, 1): which of a sample's captions, and which variant of it; 0 is
+                the first caption as it is.
 
         Returns:
             Caption tokens.
         """
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
         count = end - start
-        main = (2 * draws * count.clamp(max=NUM_MAIN_CAPTIONS)).long()
-        any_of_all = ((2 * draws - 1) * count).long()
-        chosen = start + torch.where(draws < 0.5, main, any_of_all)
-        return self.text_token_ids[chosen].long()
+        main = 2 * draws * count.clamp(max=NUM_MAIN_CAPTIONS)
+        any_of_all = (2 * draws - 1) * count
+        place = torch.where(draws < 0.5, main, any_of_all)
+        num_variants = len(self.text_token_ids) // int(self.caption_offsets[-1])
+        variant = (place.frac() * num_variants).long()
+        return self.text_token_ids[(start + place.long()) * num_variants + variant].long()
 
     def images_of(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
@@ -106,14 +134,45 @@ def shift_images(
     return moved.permute(0, 3, 1, 2).contiguous()
 
 
+def zoom_images(
+    pixels: UInt8[Tensor, "batch channels height width"],
+    draws: Float[Tensor, "batch 3"],
+    *,
+    max_zoom: float,
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Enlarge images and keep a window of the old size from each.
+
+    Args:
+        pixels: Bytes.
+        draws: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
+        max_zoom: Largest enlargement, at least 1.
+
+    Returns:
+        The windows.
+
+    Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
+        picture is scaled down to its new size and cropped to a square near its middle; here the
+        square is the middle one, and a picture at its final size is enlarged (bilinear).
+    """
+    height, width = pixels.shape[-2:]
+    results = []
+    for image, (growth, down, right) in zip(pixels, draws.tolist(), strict=True):
+        sides = [
+            size + int(growth * (round(max_zoom * size) - size + 1)) for size in (height, width)
+        ]
+        top, left = int(down * (sides[0] - height + 1)), int(right * (sides[1] - width + 1))
+        large = F.interpolate(image[None].float(), size=sides, mode="bilinear")
+        results.append(large[0, :, top : top + height, left : left + width].round().byte())
+    return torch.stack(results)
+
+
 def build_token_dataset(
     pairs: Sequence[Pair],
     pixels: UInt8[Tensor, "samples 3 height width"],
     *,
     vqvae: VQVAE,
     captions: CaptionEncoder,
-    num_views: int,
-    max_shift: int,
+    variation: Variation,
     cache_dir: Path,
     show: Callable[[str], None] = lambda line: None,
 ) -> TokenDataset:
@@ -124,8 +183,7 @@ def build_token_dataset(
         pixels: The images as bytes, at the tokenizer's size.
         vqvae: The frozen tokenizer, in evaluation mode.
         captions: The caption tokenizer.
-        num_views: Views per image, at least 1.
-        max_shift: Largest shift of the extra views, in pixels.
+        variation: Views of each image and variants of each caption.
         cache_dir: Where token data sets are kept.
         show: Receives a line about what is done.
 
@@ -135,7 +193,7 @@ def build_token_dataset(
     Raises:
         UserError: If it cannot be written.
     """
-    key = _fingerprint(pairs, pixels, vqvae, captions, (num_views, max_shift))
+    key = _fingerprint(pairs, pixels, vqvae, captions, variation.key())
     path = cache_dir / f"tokens-{key}.safetensors"
     if path.is_file():
         try:
@@ -145,17 +203,16 @@ def build_token_dataset(
         else:
             show(f"image and caption tokens: reading {path}")
             return stored
-    show(f"image and caption tokens: encoding {len(pixels)} images in {num_views} views")
+    show(f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views")
     captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
         image_token_ids=_encode_views(
             pixels,
             vqvae,
-            num_views=num_views,
-            max_shift=max_shift,
+            variation,
             progress=show_now_and_then(show, "image tokens: encoded"),
         ),
-        text_token_ids=captions.encode([text for pair in pairs for text in pair.captions]).int(),
+        text_token_ids=_encode_captions(pairs, captions, variation.bpe_dropout).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
     if captions.num_truncated:
@@ -175,20 +232,27 @@ def build_token_dataset(
 def _encode_views(
     pixels: Tensor,
     vqvae: VQVAE,
+    variation: Variation,
     *,
-    num_views: int,
-    max_shift: int,
     progress: Callable[[int, int], None],
 ) -> Int[Tensor, "samples views image_length"]:
     device = next(vqvae.parameters()).device
     generator = torch.Generator().manual_seed(0)
     views = []
+    num_views, max_shift = variation.num_views, variation.max_shift
     for view in range(num_views):
         shape = (len(pixels), 2)
         offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
+        windows = None
+        if variation.max_zoom > 1:
+            windows = torch.rand((len(pixels), 3), generator=generator)
         ids = []
         for rows in torch.arange(len(pixels)).split(ENCODE_BATCH_SIZE):
-            part = pixels[rows] if view == 0 else shift_images(pixels[rows], offsets[rows])
+            part = pixels[rows]
+            if view > 0 and windows is not None:
+                part = zoom_images(part, windows[rows], max_zoom=variation.max_zoom)
+            if view > 0:
+                part = shift_images(part, offsets[rows])
             part_ids = vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1)
             ids.append(part_ids.flatten(1).int().cpu())
             progress(view * len(pixels) + int(rows[-1]) + 1, num_views * len(pixels))
@@ -196,12 +260,21 @@ def _encode_views(
     return torch.stack(views, dim=1)
 
 
+def _encode_captions(
+    pairs: Sequence[Pair], captions: CaptionEncoder, bpe_dropout: float
+) -> Int[Tensor, "rows text_length"]:
+    texts = [text for pair in pairs for text in pair.captions]
+    if bpe_dropout == 0:
+        return captions.encode(texts)
+    return encode_variants(captions, texts, dropout=bpe_dropout)
+
+
 def _fingerprint(
     pairs: Sequence[Pair],
     pixels: Tensor,
     vqvae: VQVAE,
     captions: CaptionEncoder,
-    settings: tuple[int, ...],
+    settings: tuple[int | float, ...],
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().data)

@@ -11,6 +11,8 @@ to a fixed length with one learned pad per position, which is attended and never
 
 Each position is also told which grid cell it predicts next (the target-aware embedding of RAR,
 Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any order.
+
+Options of ``DecoderConfig`` bring back all of the paper's own choices but the one of heads.
 """
 
 from dataclasses import dataclass, field, fields
@@ -19,13 +21,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from einops import repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import TransformerBlock
+from dalle_mini_impl.transformer.blocks import RADFORD_2019, BlockOptions, TransformerBlock
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
+from dalle_mini_impl.transformer.masks import dalle_layers, dalle_mask
 from dalle_mini_impl.transformer.positions import (
     Rotation,
     grid_coordinates,
@@ -34,11 +37,14 @@ from dalle_mini_impl.transformer.positions import (
 )
 
 PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
+MAX_MASKED_LENGTH = 8192  # positions; a mask of the whole sequence has their square
 ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
 Architecture = Literal["decoder_only", "encoder_decoder"]
 # What a user may choose with an encoder; all else is as it is by default.
 ENCODER_DECODER_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability",
                           "architecture", "num_encoder_layers")  # fmt: skip
+Attention = Literal["dense", "dalle"]
+Block = Literal["swiglu", "gelu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +52,7 @@ class DecoderConfig:
     """The part of a decoder that a user chooses; the rest follows from the data.
 
     Raises:
-        ValueError: If a size is out of range or the positions are unknown.
+        ValueError: If a size is out of range or a word unknown.
     """
 
     hidden_size: int = 256
@@ -66,6 +72,18 @@ class DecoderConfig:
     num_encoder_layers: int = field(default=0, metadata={"later": True})
     """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
     decoder's."""
+    attention: Attention = field(default="dense", metadata={"later": True})
+    """What an image token attends to: all before it, or row, column and, in the last layer,
+    convolutional masks as in DALL-E (Ramesh et al. 2021, arXiv:2102.12092, figure 11), for raster
+    order only."""
+    kernel_size: int = field(default=11, metadata={"later": True})
+    """Side of the convolutional mask, odd; 11 on the 32 x 32 tokens of DALL-E."""
+    block: Block = field(default="swiglu", metadata={"later": True})
+    """``swiglu``: SwiGLU (Shazeer 2020, arXiv:2002.05202), QK-norm, no biases. ``gelu``: GELU of
+    four times the width, biases, no QK-norm, as in GPT-2 (Radford et al. 2019) and DALL-E."""
+    has_target_positions: bool = field(default=True, metadata={"later": True})
+    """Tell each position which grid cell comes next (RAR, Yu et al. 2024, arXiv:2411.00776);
+    without it, as in DALL-E, raster order only."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no decoder can be built from."""
@@ -81,19 +99,20 @@ class DecoderConfig:
             raise ValueError(
                 f"decoder.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
             )
-        if self.positions not in get_args(ImagePositions):
+        for name, words in (("positions", ImagePositions), ("attention", Attention),
+                            ("block", Block), ("architecture", Architecture)):  # fmt: skip
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(
+                    f"decoder.{name}: got {getattr(self, name)!r}, "
+                    f"wanted one of {', '.join(get_args(words))}"
+                )
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(
-                f"decoder.positions: got {self.positions!r}, "
-                f"wanted one of {', '.join(get_args(ImagePositions))}"
+                f"decoder.kernel_size: got {self.kernel_size}, wanted an odd number from 1 on"
             )
         self._check_architecture()
 
     def _check_architecture(self) -> None:
-        if self.architecture not in get_args(Architecture):
-            raise ValueError(
-                f"decoder.architecture: got {self.architecture!r}, "
-                f"wanted one of {', '.join(get_args(Architecture))}"
-            )
         if self.has_encoder != (self.num_encoder_layers > 0) or self.num_encoder_layers < 0:
             wanted = "at least 1" if self.has_encoder else "0"
             raise ValueError(
@@ -121,8 +140,24 @@ class DecoderConfig:
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the feed-forward network: 8/3 of the hidden size, rounded up to 64."""
+        """Width inside the feed-forward network.
+
+        4 times the hidden size for ``gelu``; for ``swiglu``, which has one matrix more, 8/3 of it,
+        rounded up to 64.
+        """
+        if self.block == "gelu":
+            return 4 * self.hidden_size
         return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def block_options(self) -> BlockOptions:
+        """How the blocks are built."""
+        return RADFORD_2019 if self.block == "gelu" else BlockOptions()
+
+    @property
+    def draws_raster_order_only(self) -> bool:
+        """Whether no training could make this decoder draw in any other order."""
+        return self.attention == "dalle" or not self.has_target_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +189,11 @@ class DalleConfig:
             raise ValueError(f"codebook_levels: got {self.codebook_levels}, wanted positive sizes")
         if min(self.image_grid_size) < 1:
             raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
+        if self.decoder.draws_raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
+            raise ValueError(
+                f"image_grid_size: got {self.image_grid_size}, with the caption "
+                f"{self.sequence_length} positions, wanted at most {MAX_MASKED_LENGTH}"
+            )
 
     @property
     def codebook_size(self) -> int:
@@ -218,6 +258,7 @@ class Dalle(nn.Module):
     """The decoder over caption and image tokens."""
 
     grid_coordinates: Tensor
+    image_masks: Tensor
 
     def __init__(self, config: DalleConfig) -> None:
         """Build the decoder with fresh weights.
@@ -235,7 +276,8 @@ class Dalle(nn.Module):
         self.text_positions = nn.Embedding(config.text_length, width)
         self.text_pads = nn.Embedding(config.text_length, width)
         self.image_embedding = DigitTable(config.codebook_levels, width)
-        self.target_positions = nn.Embedding(num_cells, width)
+        if decoder.has_target_positions:
+            self.target_positions = nn.Embedding(num_cells, width)
         if decoder.positions == "learned":
             self.image_positions = nn.Embedding(num_cells, width)
         elif decoder.positions == "axial":
@@ -248,10 +290,24 @@ class Dalle(nn.Module):
                 num_heads=decoder.num_heads,
                 intermediate_size=decoder.intermediate_size,
                 dropout_probability=decoder.dropout_probability,
+                options=decoder.block_options,
             )
             for _ in range(decoder.num_layers)
         )
-        self.output_norm = build_norm(width)
+        if decoder.attention == "dalle":
+            kinds = dalle_layers(decoder.num_layers)
+            self.mask_of_layer = [sorted(set(kinds)).index(kind) for kind in kinds]
+            masks = [
+                dalle_mask(
+                    kind,
+                    num_text_positions=config.text_length + 1,  # text_start stands before it
+                    grid_size=config.image_grid_size,
+                    kernel_size=decoder.kernel_size,
+                )[:-1, :-1]  # the last image token is predicted and never read
+                for kind in sorted(set(kinds))
+            ]
+            self.register_buffer("image_masks", torch.stack(masks), persistent=False)
+        self.output_norm = build_norm(width, use_bias=decoder.block_options.use_bias)
         self.text_head = nn.Linear(width, config.vocab_size, bias=False)
         self.image_head = DigitTable(config.codebook_levels, width)
         self.register_buffer(
@@ -271,7 +327,8 @@ class Dalle(nn.Module):
         Args:
             text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
             image_token_ids: Tokens in the order in which they are drawn.
-            image_order: Grid cell (raster index) of each of them; raster order when None.
+            image_order: Grid cell (raster index) of each of them; raster order when None, and the
+                only one of a decoder that ``draws_raster_order_only``.
 
         Returns:
             Logits of the caption tokens and of the image tokens, in drawing order.
@@ -283,8 +340,10 @@ class Dalle(nn.Module):
         image = self.embed_image(image_token_ids[:, :-1], image_order[:, :-1], image_order[:, 1:])
         hidden_states = torch.cat([text, image], dim=1)  # (batch, sequence, hidden)
         rotation = self.rotation(image_order[:, :-1], num_text_positions=text.shape[1])
-        for block in self.blocks:
-            hidden_states = block(hidden_states, rotation=rotation, is_causal=True)
+        for block, mask in zip(self.blocks, self.masks_of_layers(), strict=True):
+            hidden_states = block(
+                hidden_states, rotation=rotation, attention_mask=mask, is_causal=mask is None
+            )
         hidden_states = self.output_norm(hidden_states)
         text_length = self.config.text_length
         return DalleLogits(
@@ -356,8 +415,15 @@ class Dalle(nn.Module):
         target = torch.full_like(own, next_cell)
         hidden_states = self.embed_image(image_token_ids[:, None], own, target)
         rotation = self.rotation(own, num_text_positions=0)
-        for index, block in enumerate(self.blocks):
-            hidden_states = block(hidden_states, rotation=rotation, cache=cache.layer(index))
+        position = cell + self.config.text_length + 1  # in raster order; else there is no mask
+        masks = self.masks_of_layers(torch.full_like(own[:1], position))
+        for index, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
+            hidden_states = block(
+                hidden_states,
+                rotation=rotation,
+                attention_mask=None if mask is None else mask[..., : position + 1],
+                cache=cache.layer(index),
+            )
         return F.linear(self.output_norm(hidden_states[:, -1]), self.image_head.table())
 
     def decode_window(
@@ -391,26 +457,46 @@ class Dalle(nn.Module):
         hidden_states = self.embed_image(image_token_ids, cells, next_cells)
         rotation = self.rotation(cells, num_text_positions=0)
         positions = steps + self.config.text_length + 1  # text_start stands before the caption
-        mask = cache.mask_at(positions)
-        for index, block in enumerate(self.blocks):
+        everything = cache.mask_at(positions)
+        masks = self.masks_of_layers(positions)
+        for index, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
             hidden_states = block(
                 hidden_states,
                 rotation=rotation,
-                attention_mask=mask,
+                attention_mask=everything if mask is None else mask,
                 cache=cache.layer_at(index, positions),
             )
         return F.linear(self.output_norm(hidden_states), self.image_head.table())
+
+    def masks_of_layers(
+        self, positions: Int[Tensor, "batch length"] | None = None
+    ) -> list[Bool[Tensor, "batch 1 length key_length"] | None]:
+        """Choose what each layer's queries may attend to.
+
+        Args:
+            positions: Of the queries in the sequence, caption included; all of them when None.
+
+        Returns:
+            For each layer a mask over all positions, or None where attention is dense.
+        """
+        if self.config.decoder.attention == "dense":
+            return [None] * len(self.blocks)
+        masks = self.image_masks
+        rows = masks.unsqueeze(1) if positions is None else masks[:, positions]
+        return [rows[kind].unsqueeze(1) for kind in self.mask_of_layer]
 
     def embed_text(
         self,
         text_token_ids: Int[Tensor, "batch text_length"],
         first_cell: Int[Tensor, " batch"],
     ) -> Float[Tensor, "batch text_length_plus_1 hidden"]:
-        """Embed text_start and the caption; the last position is told the first grid cell."""
+        """Embed text_start and the caption; the last position may be told the first grid cell."""
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         tokens = tokens + self.text_positions.weight
         start = self.text_start.expand(len(tokens), 1, -1)
+        if not self.config.decoder.has_target_positions:
+            return torch.cat([start, tokens], dim=1)
         last = tokens[:, -1:] + self.target_positions(first_cell).unsqueeze(1)
         return torch.cat([start, tokens[:, :-1], last], dim=1)
 
@@ -420,9 +506,10 @@ class Dalle(nn.Module):
         cells: Int[Tensor, "batch length"],
         next_cells: Int[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length hidden"]:
-        """Embed drawn tokens, where they stand, and which cell comes next."""
+        """Embed drawn tokens, where they stand, and perhaps which cell comes next."""
         embedded = F.embedding(image_token_ids, self.image_embedding.table())
-        embedded = embedded + self.target_positions(next_cells)
+        if self.config.decoder.has_target_positions:
+            embedded = embedded + self.target_positions(next_cells)
         if self.config.decoder.positions == "learned":
             return embedded + self.image_positions(cells)
         if self.config.decoder.positions == "axial":
@@ -475,7 +562,8 @@ def initialize_weights(model: nn.Module, *, num_branches: int) -> None:
 
     Matrices and embeddings are normal with standard deviation 0.02; the matrices that write into
     the residual stream are divided by sqrt(num_branches), so that its variance does not grow
-    with depth (GPT-2); all heads are zero, so that training starts at the uniform distribution.
+    with depth (GPT-2); all heads are zero, so that training starts at the uniform distribution,
+    and so are biases.
 
     Args:
         model: Changed in place.
@@ -483,7 +571,7 @@ def initialize_weights(model: nn.Module, *, num_branches: int) -> None:
     """
     residual_std = 0.02 / num_branches**0.5
     for name, parameter in model.named_parameters():
-        if "_head." in name:
+        if "_head." in name or name.endswith(".bias"):
             nn.init.zeros_(parameter)
         elif name.endswith("output.weight"):
             nn.init.normal_(parameter, std=residual_std)

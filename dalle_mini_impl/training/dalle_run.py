@@ -1,14 +1,14 @@
 """A whole decoder run: captioned pictures and a tokenizer in, model folder out."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.tokens import build_token_dataset
+from dalle_mini_impl.data.tokens import Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
@@ -21,6 +21,8 @@ from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae import VQVAE
+
+MAX_ZOOM = 4.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,12 @@ class DalleRunConfig:
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     num_views: int = 1
-    """Copies of each image that are tokenized; all but the first are shifted."""
+    """Copies of each image that are tokenized; all but the first are shifted or enlarged."""
     max_shift: int = 0
     """Largest shift of the copies, in pixels."""
+    max_zoom: float = 1.0
+    """Largest enlargement of the copies, of which a window of the old size is kept; 9/8 in DALL-E
+    (Ramesh et al. 2021, arXiv:2102.12092, listing 2)."""
     fixed_prompts: tuple[str, ...] = ()
     """Prompts of the sample grid; held-out captions when empty."""
     text: TextConfig = field(default_factory=TextConfig)
@@ -62,6 +67,14 @@ class DalleRunConfig:
             raise ValueError(f"num_views: got {self.num_views}, wanted at least 1")
         if self.max_shift < 0:
             raise ValueError(f"max_shift: got {self.max_shift}, wanted at least 0")
+        if not 1 <= self.max_zoom <= MAX_ZOOM:
+            raise ValueError(f"max_zoom: got {self.max_zoom}, wanted 1 to {MAX_ZOOM}")
+        if self.decoder.draws_raster_order_only and self.task.random_order_probability:
+            raise ValueError(
+                f"task.random_order_probability: got {self.task.random_order_probability}, wanted "
+                "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
+                "raster order only"
+            )
         if any(not prompt.strip() for prompt in self.fixed_prompts):
             raise ValueError("fixed_prompts: got an empty prompt, wanted some text in each")
 
@@ -138,14 +151,20 @@ def _prepare(
         text_length=config.text.text_length,
     )
     cache_dir = Path(config.output_dir) / "tokens"
+    held_out_variation = Variation(max_shift=config.max_shift)  # none; older data sets have it so
+    variation = replace(
+        held_out_variation,
+        num_views=config.num_views,
+        max_zoom=config.max_zoom,
+        bpe_dropout=config.task.bpe_dropout_probability,
+    )
     tokens = {
         name: build_token_dataset(
             loaded.pairs,
             loaded.pixels,
             vqvae=vqvae,
             captions=captions,
-            num_views=config.num_views if name == "train" else 1,
-            max_shift=config.max_shift,
+            variation=variation if name == "train" else held_out_variation,
             cache_dir=cache_dir,
             show=show,
         )

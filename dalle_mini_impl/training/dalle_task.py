@@ -35,7 +35,10 @@ class DalleTaskConfig:
     random_order_probability: float = 0.0
     """Share of samples drawn in random order instead of raster order, while it lasts."""
     shifted_view_probability: float = 0.0
-    """Share of samples taken from a shifted view, while it lasts."""
+    """Share of samples taken from a shifted or enlarged view, while it lasts."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
+    DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
     augmentation_ends_at: float = 0.75
     """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
 

@@ -31,7 +31,8 @@ class BlockOptions:
     2017, arXiv:1706.03762, section 3.1)."""
     feed_forward: Literal["swiglu", "relu", "gelu"] = "swiglu"
     """SwiGLU (Shazeer 2020, arXiv:2002.05202), ReLU (Vaswani et al. 2017, equation 2) or GELU
-    (Hendrycks & Gimpel 2016, arXiv:1606.08415; in ViT, Dosovitskiy et al. 2021)."""
+    (Hendrycks & Gimpel 2016, arXiv:1606.08415; in GPT-2, Radford et al. 2019, in DALL-E and in ViT,
+    Dosovitskiy et al. 2021)."""
     use_bias: bool = False
     """Biases in projections and norms, as in the papers of 2017 and 2021."""
     use_qk_norm: bool = True
@@ -42,6 +43,7 @@ class BlockOptions:
 
 
 VASWANI_2017 = BlockOptions(norm="post", feed_forward="relu", use_bias=True, use_qk_norm=False)
+RADFORD_2019 = BlockOptions(feed_forward="gelu", use_bias=True, use_qk_norm=False)  # DALL-E's too
 DOSOVITSKIY_2021 = BlockOptions(feed_forward="gelu", use_bias=True, use_qk_norm=False)
 
 

@@ -10,8 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dalle_mini_impl.data.bpe_dropout import NUM_VARIANTS
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.tokens import TokenDataset, build_token_dataset, shift_images
+from dalle_mini_impl.data.tokens import (
+    TokenDataset,
+    Variation,
+    build_token_dataset,
+    shift_images,
+    zoom_images,
+)
 from tests.reference import tiny
 from vqvae import VQVAE
 
@@ -34,10 +41,11 @@ def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
         "pixels": pixels(),
         "vqvae": tiny.build_vqvae(),
         "captions": tiny.build_captions(),
-        "num_views": 2,
-        "max_shift": 2,
     }
-    options |= changes
+    sizes = {"num_views": 2, "max_shift": 2} | {
+        name: changes.pop(name) for name in set(changes) & set(Variation.__dataclass_fields__)
+    }
+    options |= changes | {"variation": Variation(**sizes)}
     pairs, images = options.pop("pairs"), options.pop("pixels")
     dataset = build_token_dataset(pairs, images, cache_dir=folder, show=lines.append, **options)
     return dataset, lines
@@ -95,6 +103,9 @@ def other_pixels() -> Tensor:
         lambda: {"captions": tiny.build_captions(text_length=9)},
         lambda: {"num_views": 3},
         lambda: {"max_shift": 3},
+        lambda: {"max_zoom": 1.25},
+        lambda: {"bpe_dropout": 0.1},
+        lambda: {"bpe_dropout": 0.2},
     ],
 )
 def test_any_change_makes_it_again(tmp_path: Path, change: Any) -> None:
@@ -104,6 +115,15 @@ def test_any_change_makes_it_again(tmp_path: Path, change: Any) -> None:
     assert len(list(tmp_path.iterdir())) == 2
     _, lines = build(tmp_path)  # the first one is still there
     assert "reading" in lines[0]
+
+
+def test_variations_have_keys_of_their_own_and_shifts_their_old_one() -> None:
+    options = [{}, {"max_zoom": 1.25}, {"max_zoom": 1.5}, {"bpe_dropout": 0.1}]
+    options += [{"bpe_dropout": 0.2}, {"max_zoom": 1.25, "bpe_dropout": 0.1}, {"max_shift": 1}]
+    keys = [Variation(num_views=2, **each).key() for each in options]  # type: ignore[arg-type]
+    assert len(set(keys)) == len(options)
+    assert keys[0] == (2, 0)
+    assert keys[-1] == (2, 1)
 
 
 def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,6 +143,23 @@ def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
     assert lines[-1] == "1 of 5 captions were longer than 16 tokens and were cut"
     _, lines = build(tmp_path, captions=captions)
     assert "cut" not in lines[-1]
+
+
+def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -> None:
+    captions = tiny.build_captions(text_length=30)
+    plain, _ = build(tmp_path, captions=captions)
+    dataset, _ = build(tmp_path, captions=captions, bpe_dropout=0.5)
+    assert torch.equal(dataset.caption_offsets, plain.caption_offsets)
+    assert torch.equal(dataset.image_token_ids, plain.image_token_ids)
+    table = dataset.text_token_ids.unflatten(0, (6, NUM_VARIANTS))
+    assert torch.equal(table[:, 0], plain.text_token_ids)
+    for caption, rows in zip(captions.decode(plain.text_token_ids.long()), table, strict=True):
+        assert set(captions.decode(rows.long())) == {caption}
+    ids, draws = torch.arange(3), torch.linspace(0, 0.999, 200)
+    assert torch.equal(dataset.captions_of(ids, torch.zeros(3)), plain.text_token_ids[[0, 2, 3]])
+    seen = dataset.captions_of(torch.full((200,), 2), draws)
+    assert captions.decode(seen) == captions.decode(plain.captions_of(torch.full((200,), 2), draws))
+    assert len(seen.unique(dim=0)) == len(dataset.text_token_ids[-3 * NUM_VARIANTS :].unique(dim=0))
 
 
 def test_lookups_choose_by_their_draws() -> None:
@@ -169,3 +206,28 @@ def test_each_picture_has_its_own_shift() -> None:
     together = shift_images(images, torch.tensor([[1, 2], [-3, 0]]))
     assert torch.equal(together[:1], shift_images(images[:1], torch.tensor([[1, 2]])))
     assert torch.equal(together[1:], shift_images(images[1:], torch.tensor([[-3, 0]])))
+
+
+def test_a_window_of_an_enlarged_picture() -> None:
+    images = torch.arange(64).mul(3).byte().reshape(1, 1, 8, 8).expand(1, 3, 8, 8).contiguous()
+    same = zoom_images(images, torch.tensor([[0.0, 0.9, 0.9]]), max_zoom=1.5)
+    assert torch.equal(same, images)
+    last = torch.tensor([[0.999, 0.999, 0.0]])  # 12 x 12 pixels, of which the lower left 8 x 8
+    window = zoom_images(images, last, max_zoom=1.5)
+    row, column = 3, 2  # in the window; pixel centres lie at (i + 0.5) * 8 / 12 - 0.5
+    down, right = (row + 4.5) / 1.5 - 0.5, (column + 0.5) / 1.5 - 0.5
+    wanted = 3 * (8 * down + right)  # the picture is linear, and so is the enlargement
+    assert window[0, 0, row, column].item() == pytest.approx(wanted, abs=0.51)  # rounded to bytes
+
+
+def test_each_picture_has_its_own_window(tmp_path: Path) -> None:
+    images, draws = pixels(), torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    together = zoom_images(images, draws, max_zoom=1.5)
+    for index in range(3):
+        part = slice(index, index + 1)
+        alone = zoom_images(images[part], draws[part], max_zoom=1.5)
+        assert torch.equal(together[part], alone)
+    plain, _ = build(tmp_path, num_views=4, max_shift=0)
+    zoomed, _ = build(tmp_path, num_views=4, max_shift=0, max_zoom=1.5)
+    assert torch.equal(zoomed.image_token_ids[:, 0], plain.image_token_ids[:, 0])
+    assert (zoomed.image_token_ids[:, 1:] != plain.image_token_ids[:, 1:]).any()

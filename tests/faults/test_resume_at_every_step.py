@@ -1,5 +1,6 @@
 """Fault tests 7 to 10: wherever a run is stopped, and on however many processes it goes on."""
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -122,6 +123,26 @@ def test_a_decoder_run_stopped_after_every_step(
         optimizer=optimizer,
         **OPTIONS,
     )
+    assert_the_same_stopped_or_not(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_published_decoder_stopped_after_every_step(tmp_path: Path) -> None:
+    """Masks, BPE dropout and enlarged views: made again at each resume, and always the same."""
+    data = tiny.write_data(tmp_path / "data")
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    task = {"shifted_view_probability": 1.0, "augmentation_ends_at": 1.0}
+    config = tiny.dalle_run(
+        data,
+        tmp_path / "vqvae",
+        tmp_path / "run",
+        task=task | {"bpe_dropout_probability": 0.3},
+        **OPTIONS,
+    )
+    decoder = dataclasses.replace(
+        config.decoder, attention="dalle", kernel_size=3, block="gelu", has_target_positions=False
+    )
+    config = dataclasses.replace(config, decoder=decoder, max_zoom=1.25)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 

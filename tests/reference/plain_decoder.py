@@ -28,19 +28,21 @@ def plain_logits(
             place if is_pad else token
         ]
         vector = vector + weights["text_positions.weight"][place]
-        if place == len(text) - 1:
+        if place == len(text) - 1 and config.decoder.has_target_positions:
             vector = vector + weights["target_positions.weight"][order[0]]
         vectors.append(vector)
         cells.append(None)
     for place in range(len(image) - 1):
         vector = token_row(weights, config, "image_embedding", image[place])
         vector = vector + position_vector(weights, config, order[place])
-        vectors.append(vector + weights["target_positions.weight"][order[place + 1]])
+        if config.decoder.has_target_positions:
+            vector = vector + weights["target_positions.weight"][order[place + 1]]
+        vectors.append(vector)
         cells.append(order[place])
     stream = torch.stack(vectors)
     for layer in range(config.decoder.num_layers):
-        stream = block(stream, cells, weights, f"blocks.{layer}.", config)
-    stream = norm(stream, weights["output_norm.weight"])
+        stream = block(stream, cells, weights, layer, config)
+    stream = norm(stream, weights, "output_norm")
     text_logits = [weights["text_head.weight"] @ vector for vector in stream[: len(text)]]
     head = [
         token_row(weights, config, "image_head", token) for token in range(config.codebook_size)
@@ -95,17 +97,42 @@ def rotation_matrix(cell: int | None, config: DalleConfig) -> Tensor:
     return matrix
 
 
+def is_seen(query: int | None, key: int | None, layer: int, config: DalleConfig) -> bool:
+    """Whether a cell attends to an earlier one, by DALL-E's figure 11; all see the text."""
+    if config.decoder.attention == "dense" or key is None or query is None:
+        return True
+    width, number = config.image_grid_size[1], layer + 1
+    if number == config.decoder.num_layers:
+        around = [
+            query - up * width + right
+            for up in range(config.decoder.kernel_size // 2 + 1)
+            for right in range(
+                -(config.decoder.kernel_size // 2), config.decoder.kernel_size // 2 + 1
+            )
+        ]
+        return key in around
+    if number in range(2, 100, 4):
+        return key % width == query % width
+    return key in range(query - width, query + 1)
+
+
+def linear(vectors: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """A matrix product, and a bias if there is one."""
+    return vectors @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
+
 def block(
     stream: Tensor,
     cells: list[int | None],
     weights: dict[str, Tensor],
-    name: str,
+    layer: int,
     config: DalleConfig,
 ) -> Tensor:
-    """Attention beside an identity, then SwiGLU beside an identity."""
-    normed = norm(stream, weights[f"{name}attention_norm.weight"])
+    """Attention beside an identity, then SwiGLU or GELU beside an identity."""
+    name = f"blocks.{layer}."
+    normed = norm(stream, weights, f"{name}attention_norm")
     queries, keys, values = (
-        normed @ weights[f"{name}attention.{kind}.weight"].T for kind in ("query", "key", "value")
+        linear(normed, weights, f"{name}attention.{kind}") for kind in ("query", "key", "value")
     )
     size = config.decoder.head_dim
     heads = []
@@ -113,30 +140,40 @@ def block(
         part = slice(start, start + size)
         mixed = []
         for i, cell in enumerate(cells):
-            scale = weights[f"{name}attention.query_norm.weight"]
-            query = rotation_matrix(cell, config) @ norm(queries[i, part], scale)
-            scores = []
+            query = norm(queries[i, part], weights, f"{name}attention.query_norm")
+            query = rotation_matrix(cell, config) @ query
+            scores = {}
             for j in range(i + 1):
-                scale = weights[f"{name}attention.key_norm.weight"]
-                key = rotation_matrix(cells[j], config) @ norm(keys[j, part], scale)
-                scores.append(float(query @ key) / math.sqrt(size))
-            shares = [math.exp(score - max(scores)) for score in scores]
+                if not is_seen(cell, cells[j], layer, config):
+                    continue
+                key = norm(keys[j, part], weights, f"{name}attention.key_norm")
+                key = rotation_matrix(cells[j], config) @ key
+                scores[j] = float(query @ key) / math.sqrt(size)
+            shares = {j: math.exp(score - max(scores.values())) for j, score in scores.items()}
+            total = sum(shares.values())
             mixed.append(
                 sum(
-                    (share / sum(shares) * values[j, part] for j, share in enumerate(shares)),
+                    (share / total * values[j, part] for j, share in shares.items()),
                     torch.zeros(size, dtype=torch.float64),
                 )
             )
         heads.append(torch.stack(mixed))
-    stream = stream + torch.cat(heads, dim=1) @ weights[f"{name}attention.output.weight"].T
-    normed = norm(stream, weights[f"{name}feed_forward_norm.weight"])
-    gate = normed @ weights[f"{name}feed_forward.gate.weight"].T
-    inner = gate / (1 + torch.exp(-gate)) * (normed @ weights[f"{name}feed_forward.value.weight"].T)
-    return stream + inner @ weights[f"{name}feed_forward.output.weight"].T
+    stream = stream + linear(torch.cat(heads, dim=1), weights, f"{name}attention.output")
+    normed = norm(stream, weights, f"{name}feed_forward_norm")
+    if config.decoder.block == "gelu":
+        inner = linear(normed, weights, f"{name}feed_forward.input")
+        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+    else:
+        gate = linear(normed, weights, f"{name}feed_forward.gate")
+        inner = gate / (1 + torch.exp(-gate)) * linear(normed, weights, f"{name}feed_forward.value")
+    return stream + linear(inner, weights, f"{name}feed_forward.output")
 
 
-def norm(vectors: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without bias."""
+def norm(vectors: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """LayerNorm; nothing where the block has no such norm."""
+    if f"{name}.weight" not in weights:
+        return vectors
     centred = vectors - vectors.mean(dim=-1, keepdim=True)
     variance = centred.pow(2).mean(dim=-1, keepdim=True)
-    return centred / torch.sqrt(variance + 1e-6) * scale
+    normed = centred / torch.sqrt(variance + 1e-6) * weights[f"{name}.weight"]
+    return normed + weights.get(f"{name}.bias", 0.0)

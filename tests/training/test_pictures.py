@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dalle_mini_impl import waiting
-from dalle_mini_impl.data.tokens import build_token_dataset
+from dalle_mini_impl.data.tokens import Variation, build_token_dataset
 from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
@@ -59,8 +59,7 @@ def test_long_reading_and_encoding_say_how_far_they_are(
         loaded.pixels,
         vqvae=pipeline.vqvae,
         captions=pipeline.captions,
-        num_views=2,
-        max_shift=1,
+        variation=Variation(num_views=2, max_shift=1),
         cache_dir=tmp_path,
         show=shown.append,
     )

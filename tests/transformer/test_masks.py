@@ -1,8 +1,39 @@
 """Masks: True = may attend."""
 
+import pytest
 import torch
+from torch import Tensor
 
-from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
+from dalle_mini_impl.transformer.masks import (
+    ImageMask,
+    causal_mask,
+    dalle_layers,
+    dalle_mask,
+    padding_mask,
+)
+
+# Each query's view of a grid of 4 x 4: Q is the token itself, x what it attends to, drawn by hand
+# for three queries of each kind. The text is drawn nowhere: every image token attends to all of it.
+DRAWN = {
+    "row": """
+        . . . .    . . . .    x Q . .
+        . . x x    . . . .    . . . .
+        x x Q .    . . . x    . . . .
+        . . . .    x x x Q    . . . .
+    """,
+    "column": """
+        . . x .    . . . x    . Q . .
+        . . x .    . . . x    . . . .
+        . . Q .    . . . x    . . . .
+        . . . .    . . . Q    . . . .
+    """,
+    "convolution": """
+        . . . .    . . . .    x Q . .
+        . x x x    . . . x    . . . .
+        . x Q .    x x . x    . . . .
+        . . . .    Q . . .    . . . .
+    """,
+}
 
 
 def test_causal_mask_shows_the_past_and_oneself() -> None:
@@ -18,3 +49,51 @@ def test_padding_mask_shows_tokens() -> None:
     mask = padding_mask(is_token)
     assert mask.shape == (2, 1, 1, 3)
     assert torch.equal(mask[:, 0, 0], is_token)
+
+
+def drawn_by_hand(kind: str) -> dict[int, Tensor]:
+    """The grids of ``DRAWN`` as (query cell, cells that it may attend to)."""
+    lines = [line.split() for line in DRAWN[kind].strip().splitlines()]
+    found = {}
+    for grid in range(3):
+        marks = [mark for line in lines for mark in line[4 * grid : 4 * grid + 4]]
+        found[marks.index("Q")] = torch.tensor([mark != "." for mark in marks])
+    return found
+
+
+@pytest.mark.parametrize("kind", ["row", "column", "convolution"])
+def test_dalle_masks_are_the_ones_drawn_by_hand(kind: ImageMask) -> None:
+    mask = dalle_mask(kind, num_text_positions=2, grid_size=(4, 4), kernel_size=3)
+    assert mask.shape == (18, 18)
+    drawn = drawn_by_hand(kind)
+    assert len(drawn) == 3
+    for cell, seen in drawn.items():
+        assert torch.equal(mask[2 + cell, 2:], seen), cell
+    assert torch.equal(mask[:2], torch.tensor([[True] + 17 * [False], 2 * [True] + 16 * [False]]))
+    assert mask[2:, :2].all()
+    assert mask.diagonal().all()
+    assert not mask.triu(1).any()
+
+
+def test_the_published_sizes() -> None:
+    """Numbers of image tokens that the last token attends to, on 32 x 32 with a kernel of 11."""
+    counts = {}
+    kinds: list[ImageMask] = ["row", "column", "convolution"]
+    for kind in kinds:
+        mask = dalle_mask(kind, num_text_positions=1, grid_size=(32, 32), kernel_size=11)
+        counts[kind] = int(mask[-6, 1:].sum())  # five columns from the right: no wrap
+    assert counts == {"row": 33, "column": 32, "convolution": 5 * 11 + 6}
+
+
+def test_a_kernel_larger_than_the_grid_sees_the_past() -> None:
+    mask = dalle_mask("convolution", num_text_positions=1, grid_size=(3, 4), kernel_size=11)
+    assert torch.equal(mask, causal_mask(13))
+
+
+def test_layers_follow_the_published_pattern() -> None:
+    assert dalle_layers(1) == ["convolution"]
+    assert dalle_layers(6) == ["row", "column", "row", "row", "row", "convolution"]
+    kinds = dalle_layers(64)
+    columns = [number for number, kind in enumerate(kinds, start=1) if kind == "column"]
+    assert columns == list(range(2, 64, 4))
+    assert [number for number, kind in enumerate(kinds, 1) if kind == "convolution"] == [64]

@@ -1,0 +1,196 @@
+"""The decoder with the masks, blocks and embeddings of DALL-E, and what it refuses."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.complete import complete_image_token_ids
+from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from tests.models.test_dalle import BATCH, TOLERANCE, gap, inputs
+from tests.reference import tiny
+from tests.reference.plain_decoder import is_seen, plain_logits
+from vqvae.json_files import build_config
+
+BuildDalle = Callable[..., Dalle]
+# Three layers: row, column, convolution. A grid 4 wide and a kernel of 3, so that masks hide much.
+MASKED: dict[str, Any] = {"attention": "dalle", "kernel_size": 3, "num_layers": 3}
+PUBLISHED = MASKED | {"block": "gelu", "has_target_positions": False, "positions": "axial"}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PUBLISHED,
+        MASKED,
+        {"block": "gelu"},
+        {"has_target_positions": False},
+        MASKED | {"image_grid_size": (5, 3)},
+    ],
+    ids=["published", "masks", "gelu", "no target", "high grid"],
+)
+def test_equals_the_plain_decoder(build_dalle: BuildDalle, options: dict[str, Any]) -> None:
+    model = build_dalle(**options, dropout_probability=0.0)
+    text, image = inputs(model)
+    with torch.inference_mode():
+        logits = model(text, image)
+    assert logits.image.std() > 0.5
+    for index in range(BATCH):
+        plain_text, plain_image = plain_logits(
+            model.state_dict(),
+            model.config,
+            text[index].tolist(),
+            image[index].tolist(),
+            list(range(model.config.image_length)),
+        )
+        assert gap(logits.text[index], plain_text) <= TOLERANCE
+        assert gap(logits.image[index], plain_image) <= TOLERANCE
+    with_gradient = model.train()(text, image)  # another path through attention
+    assert gap(with_gradient.image, logits.image) <= TOLERANCE
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])  # the first layer is of another kind in each
+@torch.inference_mode()
+def test_cached_logits_equal_uncached(build_dalle: BuildDalle, num_layers: int) -> None:
+    model = build_dalle(**PUBLISHED | {"num_layers": num_layers})
+    text, image = inputs(model)
+    expected = model(text, image).image
+    cache = model.new_cache(BATCH)
+    steps = [model.prefill(text, cache)]
+    for step in range(model.config.image_length - 1):
+        steps.append(model.decode_one(image[:, step], cache, cell=step, next_cell=step + 1))
+    assert gap(torch.stack(steps, dim=1), expected) <= TOLERANCE
+    cache = model.new_cache(BATCH)
+    model.prefill(text, cache)
+    first = torch.zeros(BATCH, dtype=torch.long)
+    model.decode_window(image[:, :5], cache, first_steps=first)
+    rows = torch.stack([image[row, 2 + row : 8 + row] for row in range(BATCH)])
+    got = model.decode_window(rows, cache, first_steps=2 + torch.arange(BATCH))
+    for row in range(BATCH):
+        assert gap(got[row], expected[row, 3 + row : 9 + row]) <= TOLERANCE
+
+
+@torch.inference_mode()
+def test_drawing_is_the_same_by_all_ways(build_dalle: BuildDalle) -> None:
+    model = build_dalle(**PUBLISHED)
+    text, _ = inputs(model)
+    settings = SamplingConfig(guidance_scale=2.0, temperature=1.0)
+    seeds = torch.arange(BATCH)
+    drawn = draw_rows(model, text, seeds=seeds, settings=settings)
+    jacobi = draw_by_jacobi(model, text, seeds=seeds, settings=settings, window=4)
+    assert torch.equal(jacobi.image_token_ids, drawn.image_token_ids)
+    is_redrawn = (torch.arange(12) >= 5).expand(BATCH, -1)
+    completed = complete_image_token_ids(
+        model, text, drawn.image_token_ids, is_redrawn, seeds=seeds, settings=settings
+    )
+    assert torch.equal(completed.image_token_ids, drawn.image_token_ids)  # the same noise
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@torch.inference_mode()
+def test_one_layer_carries_what_its_mask_lets_through_and_no_more(
+    build_dalle: BuildDalle, layer: int
+) -> None:
+    model = build_dalle(**PUBLISHED)
+    config = model.config
+    model.blocks = model.blocks[layer : layer + 1]
+    model.mask_of_layer = model.mask_of_layer[layer : layer + 1]
+    text, image = inputs(model)
+    before = model(text, image).image
+    num_hidden = 0
+    for cell in range(config.image_length - 1):
+        other = image.clone()
+        other[:, cell] = (other[:, cell] + 1) % config.codebook_size
+        moved = (model(text, other).image - before).abs().amax(dim=(0, 2))
+        for query in range(config.image_length - 1):  # it predicts the cell after its own
+            is_moved = query >= cell and is_seen(query, cell, layer, config)
+            assert (moved[query + 1] > 1e-4) == is_moved, (query, cell)
+            assert is_moved or moved[query + 1] == 0
+            num_hidden += query >= cell and not is_moved
+    assert num_hidden > 10
+    other_text = text.clone()
+    other_text[:, 0] = other_text[:, 0] % (config.vocab_size - 1) + 1
+    moved = (model(other_text, image).image - before).abs().amax(dim=-1)
+    assert (moved > 1e-5).all(), "every image token sees all text"
+
+
+def test_names_of_weights_are_the_ones_in_saved_models(build_dalle: BuildDalle) -> None:
+    names = set(build_dalle(**PUBLISHED).state_dict())
+    assert not any(name.startswith(("target_positions", "image_masks")) for name in names)
+    assert not any("query_norm" in name or "gate" in name for name in names)
+    assert {
+        "row_positions.weight",
+        "column_positions.weight",
+        "blocks.0.attention.query.bias",
+        "blocks.0.attention_norm.bias",
+        "blocks.0.feed_forward.input.weight",
+        "blocks.0.feed_forward.output.bias",
+        "output_norm.bias",
+    } <= names
+    assert set(build_dalle(**MASKED).state_dict()) == set(build_dalle(num_layers=3).state_dict())
+
+
+def test_a_fresh_decoder_has_biases_of_zero() -> None:
+    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, block="gelu")
+    assert decoder.intermediate_size == 128
+    model = Dalle(
+        DalleConfig(
+            decoder=decoder,
+            vocab_size=9,
+            text_length=3,
+            codebook_levels=(5,),
+            image_grid_size=(2, 2),
+        )
+    )
+    biases = {name: weight for name, weight in model.named_parameters() if name.endswith("bias")}
+    assert len(biases) == 2 * (4 + 2 + 2) + 1
+    assert not any(bias.any() for bias in biases.values())
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "sparse"}, "decoder.attention: got 'sparse', wanted one of dense, dalle"),
+        ({"block": "relu"}, "decoder.block: got 'relu', wanted one of swiglu, gelu"),
+        ({"kernel_size": 4}, "decoder.kernel_size: got 4, wanted an odd number from 1 on"),
+        ({"kernel_size": -1}, "decoder.kernel_size: got -1"),
+    ],
+)
+def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DecoderConfig(**changes)
+
+
+def test_sequences_that_no_mask_can_hold_are_refused(build_dalle: BuildDalle) -> None:
+    with pytest.raises(ValueError, match=r"image_grid_size: .* wanted at most 8192"):
+        build_dalle(**PUBLISHED, image_grid_size=(100, 100))
+
+
+def test_an_older_file_means_the_defaults() -> None:
+    values = dataclasses.asdict(DecoderConfig(attention="dalle"))
+    assert build_config(DecoderConfig, values) == DecoderConfig(attention="dalle")
+    for name in ("attention", "kernel_size", "block", "has_target_positions"):
+        del values[name]
+    assert build_config(DecoderConfig, values) == DecoderConfig()
+    with pytest.raises(ValueError, match="has_target_positions: got 1, wanted true or false"):
+        build_config(DecoderConfig, values | {"has_target_positions": 1})
+    del values["positions"]
+    with pytest.raises(ValueError, match=r"DecoderConfig: unknown or missing fields: positions$"):
+        build_config(DecoderConfig, values)
+
+
+def test_a_model_folder_cannot_claim_other_orders() -> None:
+    parts = tiny.build_pipeline()
+    decoder = dataclasses.replace(parts.dalle.config.decoder, attention="dalle")
+    dalle = Dalle(dataclasses.replace(parts.dalle.config, decoder=decoder))
+    with pytest.raises(ValueError, match="draws_any_order: got true, but the decoder draws raster"):
+        TextToImagePipeline(
+            dalle=dalle, vqvae=parts.vqvae, captions=parts.captions, draws_any_order=True
+        )
