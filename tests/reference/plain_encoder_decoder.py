@@ -33,12 +33,12 @@ def plain_image_logits(
     unrotated: Cells = [None] * len(text)
     for layer in range(config.decoder.num_encoder_layers):
         name = f"encoder_blocks.{layer}."
-        normed = norm(context, weights[f"{name}attention_norm.weight"])
+        normed = norm(context, weights, f"{name}attention_norm")
         context = context + attention(
             normed, unrotated, normed, unrotated, weights, f"{name}attention.", config, len(text)
         )
         context = context + feed_forward(context, weights, name)
-    context = norm(context, weights["encoder_norm.weight"])
+    context = norm(context, weights, "encoder_norm")
 
     vectors = [weights["image_start"] + weights["target_positions.weight"][order[0]]]
     cells: Cells = [None]
@@ -50,17 +50,17 @@ def plain_image_logits(
     nowhere: Cells = [None] * len(cells)
     for layer in range(config.decoder.num_layers):
         name = f"blocks.{layer}."
-        normed = norm(stream, weights[f"{name}attention_norm.weight"])
+        normed = norm(stream, weights, f"{name}attention_norm")
         stream = stream + attention(
             normed, cells, normed, cells, weights, f"{name}attention.", config, None
         )
-        normed = norm(stream, weights[f"{name}cross_attention_norm.weight"])
+        normed = norm(stream, weights, f"{name}cross_attention_norm")
         stream = stream + attention(
             normed, nowhere, context, unrotated, weights, f"{name}cross_attention.", config,
             len(text),
         )  # fmt: skip
         stream = stream + feed_forward(stream, weights, name)
-    stream = norm(stream, weights["output_norm.weight"])
+    stream = norm(stream, weights, "output_norm")
     codes = range(config.codebook_size)
     head = torch.stack([token_row(weights, config, "image_head", token) for token in codes])
     return stream @ head.T
@@ -85,12 +85,12 @@ def attention(
         mixed = []
         for start in range(0, config.decoder.hidden_size, size):
             part = slice(start, start + size)
-            query = norm(queries[i, part], weights[f"{name}query_norm.weight"])
+            query = norm(queries[i, part], weights, f"{name}query_norm")
             query = rotation_matrix(cell, config) @ query
             seen = range(i + 1 if num_seen is None else num_seen)
             scores = []
             for j in seen:
-                key = norm(keys[j, part], weights[f"{name}key_norm.weight"])
+                key = norm(keys[j, part], weights, f"{name}key_norm")
                 key = rotation_matrix(answering_cells[j], config) @ key
                 scores.append(math.exp(float(query @ key) / math.sqrt(size)))
             total = torch.zeros(size, dtype=torch.float64)
@@ -103,7 +103,7 @@ def attention(
 
 def feed_forward(stream: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     """SwiGLU of the normalised stream."""
-    normed = norm(stream, weights[f"{name}feed_forward_norm.weight"])
+    normed = norm(stream, weights, f"{name}feed_forward_norm")
     gate = normed @ weights[f"{name}feed_forward.gate.weight"].T
     inner = gate / (1 + torch.exp(-gate)) * (normed @ weights[f"{name}feed_forward.value.weight"].T)
     return inner @ weights[f"{name}feed_forward.output.weight"].T
