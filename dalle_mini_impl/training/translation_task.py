@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_mini_impl.data.bpe_dropout import encode_variants
 from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
 from dalle_mini_impl.models.encoder_decoder import PAD_TOKEN_ID
 from dalle_mini_impl.sampling.beam import BeamConfig
@@ -28,19 +29,21 @@ class TranslationTaskConfig:
     label_smoothing: float = 0.1
     """Share of the target's probability spread over all tokens (Szegedy et al. 2016,
     arXiv:1512.00567; Vaswani et al. 2017, section 5.4)."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training text is split into tokens (Provilkov et
+    al. 2020, arXiv:1910.13267)."""
 
     def __post_init__(self) -> None:
         """Refuse shares outside [0, 1)."""
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"task.label_smoothing: got {self.label_smoothing}, wanted 0 to below 1"
-            )
+        for name, value in vars(self).items():
+            if not 0 <= value < 1:
+                raise ValueError(f"task.{name}: got {value}, wanted 0 to below 1")
 
 
 class TranslationTask:
     """Pairs of token rows, and the loss of writing the second from the first."""
 
-    num_draws = 1  # none is used, but the loop wants a number
+    num_draws = 2
 
     def __init__(
         self, pairs: TextPairs, translator: Translator, config: TranslationTaskConfig
@@ -53,10 +56,11 @@ class TranslationTask:
             config: The loss.
         """
         self.pairs, self.translator, self.config = pairs, translator, config
-        self.train, self.held_out = (self._encode(part) for part in (pairs.train, pairs.held_out))
+        self.train = self._encode(pairs.train, dropout=config.bpe_dropout_probability)
+        self.held_out = tuple(table[:, 0] for table in self._encode(pairs.held_out, dropout=0.0))
         self.references = [self.normalize(pair.target) for pair in pairs.held_out]
         self.num_samples = len(pairs.train)
-        self.tokens_per_sample = self.train[0].shape[1] + self.train[1].shape[1]
+        self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
         self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
         digest = hashlib.sha256(translator.captions.fingerprint().encode())
         for token_ids in (*self.train, *self.held_out):
@@ -70,9 +74,11 @@ class TranslationTask:
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
     ) -> dict[str, Tensor]:
-        """Look up the tokens."""
-        del draws
-        source, target = (_trim(token_ids[sample_ids]) for token_ids in self.train)
+        """Look up the tokens, each text in one of its variants."""
+        source, target = (
+            _trim(table[sample_ids, (draw * table.shape[1]).long()])
+            for table, draw in zip(self.train, draws.unbind(1), strict=True)
+        )
         return {"source_token_ids": source, "target_token_ids": target}
 
     def loss(
@@ -101,7 +107,7 @@ class TranslationTask:
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Measure nats per token, and greedy translations, of held-out pairs."""
         step = max(1, self.num_samples // 256)
-        train = [token_ids[::step] for token_ids in self.train]
+        train = [table[::step, 0] for table in self.train]
         greedy = self.translator(
             [pair.source for pair in self.pairs.held_out], beam=BeamConfig(num_beams=1)
         )
@@ -117,13 +123,20 @@ class TranslationTask:
         del model
         return []
 
-    def _encode(self, pairs: list[TextPair]) -> tuple[Tensor, Tensor]:
-        captions = self.translator.captions
+    def _encode(self, pairs: list[TextPair], *, dropout: float) -> tuple[Tensor, Tensor]:
+        """Encode sources and targets: (pairs, variants, length), variant 0 the usual one."""
         source, target = (
-            captions.encode([getattr(pair, name) for pair in pairs])
+            self._encode_texts([getattr(pair, name) for pair in pairs], dropout)
             for name in ("source", "target")
         )
-        return _trim(source), _trim(target)
+        return source, target
+
+    def _encode_texts(self, texts: list[str], dropout: float) -> Tensor:
+        captions = self.translator.captions
+        if dropout == 0:
+            return _trim(captions.encode(texts)).unsqueeze(1)
+        rows = _trim(encode_variants(captions, texts, dropout=dropout))
+        return rows.unflatten(0, (len(texts), -1))
 
     def _nats(self, model: nn.Module, source: Tensor, target: Tensor) -> float:
         device = next(model.parameters()).device

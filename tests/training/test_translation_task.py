@@ -25,13 +25,13 @@ PAIRS = TextPairs(
 )
 
 
-def build_task() -> TranslationTask:
+def build_task(**settings: float) -> TranslationTask:
     texts = [text for pair in PAIRS.train for text in (pair.source, pair.target)]
-    captions = CaptionEncoder(train_text_tokenizer(texts, vocab_size=300), 10)
+    captions = CaptionEncoder(train_text_tokenizer(texts, vocab_size=300), 20)
     torch.manual_seed(0)
     config = EncoderDecoderConfig(hidden_size=16, num_heads=2, intermediate_size=24)
     model = EncoderDecoder(config, vocab_size=captions.vocab_size).eval()
-    return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig())
+    return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig(**settings))
 
 
 def test_the_loss_counts_tokens_and_the_end_and_no_pads() -> None:
@@ -64,12 +64,34 @@ def test_held_out_texts_are_compared_as_the_tokenizer_writes_them() -> None:
 
 def test_batches_hold_no_column_of_pads_alone() -> None:
     task = build_task()
-    batch = task.make_batch(torch.tensor([0]), torch.zeros(1, 1))
-    both = task.make_batch(torch.tensor([0, 1]), torch.zeros(2, 1))
+    batch = task.make_batch(torch.tensor([0]), torch.zeros(1, 2))
+    both = task.make_batch(torch.tensor([0, 1]), torch.zeros(2, 2))
     for name, tokens in batch.items():
         assert (tokens != 0).all()
         assert torch.equal(both[name][:1, : tokens.shape[1]], tokens)
         assert not both[name][:1, tokens.shape[1] :].any()
+
+
+def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_ones() -> None:
+    task = build_task(bpe_dropout_probability=0.5)
+    plain = build_task()
+    decode = task.translator.captions.decode
+    one = torch.tensor([0])
+    usual = task.make_batch(one, torch.zeros(1, 2))
+    seen = set()
+    for draw in torch.arange(8) / 8:
+        batch = task.make_batch(one, torch.stack([draw, torch.zeros(())])[None])
+        assert decode(batch["source_token_ids"].long()) == ["a red box"]
+        assert torch.equal(batch["target_token_ids"], usual["target_token_ids"])
+        seen.add(tuple(batch["source_token_ids"][0].tolist()))
+    assert len(seen) > 1
+    for name, tokens in plain.make_batch(one, torch.full((1, 2), 0.99)).items():
+        assert torch.equal(tokens, usual[name])
+    assert all(map(torch.equal, task.held_out, plain.held_out))
+    with pytest.raises(
+        ValueError, match="task.bpe_dropout_probability: got 1.0, wanted 0 to below"
+    ):
+        TranslationTaskConfig(bpe_dropout_probability=1.0)
 
 
 def test_scores_are_full_for_the_truth_and_nothing_for_strangers() -> None:
