@@ -89,7 +89,7 @@ def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_o
         assert torch.equal(tokens, usual[name])
     assert all(map(torch.equal, task.held_out, plain.held_out))
     with pytest.raises(
-        ValueError, match="task.bpe_dropout_probability: got 1.0, wanted 0 to below"
+        ValueError, match=r"task.bpe_dropout_probability: got 1.0, wanted 0 to below"
     ):
         TranslationTaskConfig(bpe_dropout_probability=1.0)
 
