@@ -3,14 +3,14 @@
     python scripts/prepare_emoji.py --out out/bake_off/emoji
     python -m benchmarks.bake_off --emoji out/bake_off/emoji
 
-Each tokenizer is `configs/demo/vqvae.yaml` with the options below, and a small decoder is trained on
-its tokens. A tokenizer is judged by what its held-out pictures cost that decoder (bits per picture)
-and by how well they come back from the tokens (PSNR). Either is cheap without the other: two FSQ
-tokenizers with few and with many codes span a line, and a tokenizer is good if it lies below it.
+Each tokenizer is `configs/demo/vqvae.yaml` with the options below, and a small decoder is trained
+on its tokens. A tokenizer is judged by what its held-out pictures cost that decoder (bits per
+picture) and by how well they come back from the tokens (PSNR). Either is cheap without the other:
+two FSQ tokenizers with few and with many codes span a line, and a good tokenizer lies below it.
 
 Budgets are steps, so that other programs on the machine change nothing; what a step costs stands
-in the table as seconds of processor time. Data and cells are those of `benchmarks.recipes`. Stopped,
-the same command goes on where it was. Results: `results.jsonl`, and a table at the end.
+in the table as seconds of processor time. Data and cells are those of `benchmarks.recipes`.
+Stopped, the same command goes on where it was. Results: `results.jsonl`, and a table at the end.
 """
 
 import argparse

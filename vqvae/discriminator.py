@@ -113,11 +113,10 @@ class PatchDiscriminator(nn.Module):
         Returns:
             Unbounded logits per patch, and the features of every stage.
         """
-        features = []
+        features = [pixels]
         for stage in self.stages:
-            pixels = stage(pixels)
-            features.append(pixels)
-        return PatchOutput(self.last(pixels), features)
+            features.append(stage(features[-1]))
+        return PatchOutput(self.last(features[-1]), features[1:])
 
 
 class AdversarialVQVAE(nn.Module):

@@ -86,7 +86,9 @@ class VQVAE(nn.Module):
         quantized = self.quantizer(encoder_latents, generator=generator)
         latents = quantized.quantized_latents
         if perturbation is not None:
-            latents = perturb_latents(quantized, self._codebook(), perturbation, generator=generator)
+            latents = perturb_latents(
+                quantized, self._codebook(), perturbation, generator=generator
+            )
         reconstruction = self.decoder(latents)
         return VQVAEOutput(reconstruction, quantized.token_ids, quantized.loss, quantized.metrics)
 

@@ -14,7 +14,7 @@ import importlib.util
 import io
 import pickletools
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,9 +50,7 @@ class _Convolution(nn.Module):
                 max(0, (-(-side // stride) - 1) * stride + size - side)
                 for side in features.shape[:-3:-1]
             ]
-            features = F.pad(
-                features, [part for m in missing for part in (m // 2, m - m // 2)]
-            )
+            features = F.pad(features, [part for m in missing for part in (m // 2, m - m // 2)])
         groups = features.shape[1] // self.weight.shape[1]
         features = F.conv2d(features, self.weight, self.bias, stride, groups=groups)
         return F.relu6(features) if self.bounded else features
@@ -70,7 +68,9 @@ class PerceptualDistance(nn.Module):
         super().__init__()
         weights = _read_weights(_find_file())
 
-        def convolution(name: str, norm: str, *, stride: int = 1, bounded: bool = True) -> nn.Module:
+        def convolution(
+            name: str, norm: str, *, stride: int = 1, bounded: bool = True
+        ) -> nn.Module:
             mean, variance = (weights[f"{norm}.running_{part}"] for part in ("mean", "var"))
             scale = weights[f"{norm}.weight"] / (variance + NORM_EPS).sqrt()
             bias = weights[f"{norm}.bias"] - mean * scale
@@ -88,9 +88,7 @@ class PerceptualDistance(nn.Module):
                 stride = first_stride if index == 0 else 1
                 # The first stage alone does not widen its channels.
                 parts = [convolution(f"{name}._expand_conv", f"{name}._bn0")] if stage else []
-                parts.append(
-                    convolution(f"{name}._depthwise_conv", f"{name}._bn1", stride=stride)
-                )
+                parts.append(convolution(f"{name}._depthwise_conv", f"{name}._bn1", stride=stride))
                 parts.append(convolution(f"{name}._project_conv", f"{name}._bn2", bounded=False))
                 self.blocks.append(nn.Sequential(*parts))
             self.ends.append(len(self.blocks) - 1)
@@ -164,12 +162,12 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return dict(_read_tensor(file, *tensors[key]) for key in keys)
 
 
-def _opcodes(file: IO[bytes]) -> list[tuple[str, Any]]:
+def _opcodes(file: io.BytesIO) -> list[tuple[str, Any]]:
     """List the opcodes of one pickle, up to its end, where the file then stands."""
     return [(opcode.name, argument) for opcode, argument, _ in pickletools.genops(file)]
 
 
-def _list_tensors(file: IO[bytes]) -> dict[str, tuple[str, list[int]]]:
+def _list_tensors(file: io.BytesIO) -> dict[str, tuple[str, list[int]]]:
     """Find each storage's tensor in the dictionary of weights: its name, then sizes and strides."""
     tensors: dict[str, tuple[str, list[int]]] = {}
     texts: list[str] = []
@@ -186,7 +184,7 @@ def _list_tensors(file: IO[bytes]) -> dict[str, tuple[str, list[int]]]:
     return tensors
 
 
-def _read_tensor(file: IO[bytes], name: str, numbers: list[int]) -> tuple[str, Tensor]:
+def _read_tensor(file: io.BytesIO, name: str, numbers: list[int]) -> tuple[str, Tensor]:
     count = int.from_bytes(file.read(8), "little")
     dtype = np.int64 if name.endswith("num_batches_tracked") else np.float32
     flat = np.frombuffer(file.read(count * np.dtype(dtype).itemsize), dtype=dtype)
