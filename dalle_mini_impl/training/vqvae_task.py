@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -177,7 +178,7 @@ class VQVAETask:
             reconstruction = reconstruction + self.config.perceptual_weight * distance
         loss = reconstruction + output.quantizer_loss
         if self.discriminator.is_on:
-            trained = getattr(model, "module", model)  # DDP's, on several processes
+            trained: Any = getattr(model, "module", model)  # DDP's, on several processes
             takes_part = progress >= self.discriminator.starts_at
             judge = self._judge if takes_part else self._wait
             terms, found = judge(trained, reconstruction, output.reconstruction, pixels)

@@ -17,7 +17,15 @@ from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
 from tests.reference import tiny
 from vqvae import VQVAE, perceptual
-from vqvae.discriminator import AdversarialVQVAE, DiscriminatorConfig, PatchDiscriminator
+from vqvae.discriminator import (
+    AdversarialVQVAE,
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_terms,
+    last_layer_of,
+)
+from vqvae.losses import reconstruction_loss
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 
@@ -178,7 +186,13 @@ def test_the_discriminators_terms_are_added_when_it_is_time() -> None:
     parts = parts + 0.5 * late["feature_matching_loss"]
     parts = parts + DISCRIMINATOR_SCALE * late["discriminator_loss"]
     torch.testing.assert_close(loss.detach(), parts)
-    assert late["generator_weight"] > 0
+    copies = vqvae(batch["pixels"]).reconstruction
+    generator_loss = adversarial_terms(both.discriminator, copies, batch["pixels"]).generator
+    weight = 0.8 * adaptive_weight(
+        reconstruction_loss(copies, batch["pixels"]), generator_loss, last_layer_of(vqvae)
+    )
+    assert float(late["generator_weight"]) == pytest.approx(float(weight), rel=1e-4)
+    assert float(weight) != pytest.approx(0.8, rel=1e-2)
     learning = {name for name, weight in both.discriminator.named_parameters() if weight.grad.any()}
     everything = dict(both.discriminator.named_parameters()).keys()
     # Within the hinge's margin both halves pull equally at the last bias.
@@ -196,6 +210,7 @@ def test_a_run_with_a_discriminator_goes_on_exactly_and_leaves_it_behind(tmp_pat
     assert files_at(tmp_path / "run", 6) == straight
     first, last = (weights_at(tmp_path / "run", step) for step in (3, 6))
     own = {name for name in last if name.startswith("discriminator.")}
+    assert len(own) == len(list(PatchDiscriminator(channels=4, num_layers=2).parameters()))
     unchanged = {name for name in own if torch.equal(first[name], last[name])}
     assert unchanged <= {"discriminator.last.bias"}  # whose gradient is 0 within the hinge's margin
     names = load_file(folder / "model.safetensors").keys()
