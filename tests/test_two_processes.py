@@ -1,5 +1,6 @@
 """Two real processes do what one does: the same samples, the same losses, the same pictures."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import pytest
 from dalle_mini_impl.data.order import SampleOrder
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny, training_worker
+from vqvae.discriminator import DiscriminatorConfig
 
 NOT_COMPARED = {
     "time",
@@ -124,3 +126,29 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
     assert pictures_of(pair / "pictures") == expected
     with capsys.disabled():
         print("two processes: " + "; ".join(lines))
+
+
+@pytest.mark.slow
+def test_a_discriminator_on_two_processes_does_what_it_does_on_one(tmp_path: Path) -> None:
+    """With the adaptive weight, which both processes must find from the gradients of both."""
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.vqvae_run(data, tmp_path / "one", max_steps=4, gradient_clip_norm=0.0)
+    critic = DiscriminatorConfig(
+        weight=0.8, adaptive=True, feature_matching_weight=1.0, channels=4, num_layers=2
+    )
+    config = dataclasses.replace(config, discriminator=critic)
+    tiny.train(config)
+    save_config(dataclasses.replace(config, output_dir=str(tmp_path / "two")), tmp_path / "c.yaml")
+    result = torchrun(REPOSITORY / "scripts" / "train_vqvae.py", "--config", tmp_path / "c.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    state = (tmp_path / "two" / "checkpoints" / "step-00000004" / "state.json").read_text()
+    assert json.loads(state)["state"]["num_processes"] == 2
+    one, two = tiny.read_metrics(tmp_path / "one"), tiny.read_metrics(tmp_path / "two")
+    weights = [row["train/generator_weight"] for row in one if "train/loss" in row]
+    assert weights[:2] == [0, 0]
+    assert min(weights[2:]) > 0
+    assert len(one) == len(two)
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() - NOT_COMPARED:  # sums in another order
+            assert second[key] == pytest.approx(first[key], rel=1e-4, abs=1e-6), key

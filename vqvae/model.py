@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vqvae.config import VQVAEConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.networks import Decoder, Encoder
+from vqvae.perturbation import Perturbation, perturb_latents
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
 from vqvae.weights import build_checked, load_weights
 
@@ -69,19 +70,26 @@ class VQVAE(nn.Module):
         pixels: Float[Tensor, "batch 3 image_height image_width"],
         *,
         generator: torch.Generator | None = None,
+        perturbation: Perturbation | None = None,
     ) -> VQVAEOutput:
         """Reconstruct images through the quantizer, with gradients.
 
         Args:
             pixels: In [-1, 1].
             generator: Source of the quantizer's noise (Gumbel, k-means start, restarts).
+            perturbation: Wrong tokens that the decoder is to learn from, if any.
 
         Returns:
             Reconstruction, token ids, and the quantizer's own loss and metrics.
         """
         encoder_latents = self.encoder(pixels)
         quantized = self.quantizer(encoder_latents, generator=generator)
-        reconstruction = self.decoder(quantized.quantized_latents)
+        latents = quantized.quantized_latents
+        if perturbation is not None:
+            latents = perturb_latents(
+                quantized, self._codebook(), perturbation, generator=generator
+            )
+        reconstruction = self.decoder(latents)
         return VQVAEOutput(reconstruction, quantized.token_ids, quantized.loss, quantized.metrics)
 
     @torch.no_grad()
@@ -125,6 +133,12 @@ class VQVAE(nn.Module):
                 f"wanted 0 to {self.codebook_size - 1}"
             )
         return self.decoder(self.quantizer.decode(token_ids)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def _codebook(self) -> Float[Tensor, "codebook_size code_dim"]:
+        device = next(self.parameters()).device
+        ids = torch.arange(self.codebook_size, device=device)
+        return self.quantizer.decode(ids[None, None])[0, :, 0].T
 
     @property
     def codebook_size(self) -> int:

@@ -503,11 +503,12 @@ class Trainer:
         draws = torch.zeros(len(sample_ids), self.task.num_draws)
         batch = self.task.make_batch(sample_ids, draws)
         on_device = {name: value.to(self.accelerator.device) for name, value in batch.items()}
-        with self.accelerator.autocast():
-            loss, _ = self.task.loss(
-                model, on_device, progress=0.0, generator=self._generator(NOISE_PURPOSE)
-            )
-        self.accelerator.backward(loss)
+        for progress in (0.0, 1.0):  # some parts of a loss begin late
+            with self.accelerator.autocast():
+                loss, _ = self.task.loss(
+                    model, on_device, progress=progress, generator=self._generator(NOISE_PURPOSE)
+                )
+            self.accelerator.backward(loss)
         del moments
 
     @torch.no_grad()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
+from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.pictures import RunRecords, load_pairs
 from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
@@ -14,6 +16,7 @@ from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
+from vqvae.discriminator import AdversarialVQVAE, DiscriminatorConfig, PatchDiscriminator
 from vqvae.losses import SSIM_WINDOW, WAVELET_MULTIPLE
 
 
@@ -33,6 +36,8 @@ class VQVAERunConfig:
     """The tokenizer."""
     task: VQVAETaskConfig = field(default_factory=VQVAETaskConfig)
     """Its loss."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """Its opponent, if any: PatchGAN."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Budget and optimizer."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -50,6 +55,17 @@ class VQVAERunConfig:
             raise ValueError(
                 f"vqvae.image_size: got {size}, wanted at least {SSIM_WINDOW} for MS-SSIM; "
                 "or set task.ms_ssim_weight to 0"
+            )
+        smallest = self.discriminator.smallest_side
+        if self.discriminator.is_on and size < smallest:
+            raise ValueError(
+                f"vqvae.image_size: got {size}, wanted at least {smallest} for a discriminator of "
+                f"{self.discriminator.num_layers} layers; or lower discriminator.num_layers"
+            )
+        if self.discriminator.adaptive and self.training.compile:
+            raise ValueError(
+                "discriminator.adaptive: got true, wanted false with training.compile, which keeps "
+                "no gradients for a second look"
             )
 
 
@@ -94,16 +110,22 @@ def _train(
         for split in (config.data.train_split, config.data.validation_split)
     )
     torch.manual_seed(config.training.seed)
-    vqvae = VQVAE(config.vqvae).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    task = VQVAETask(
-        train.pixels,
-        held_out.pixels,
-        config.task,
-        sample_weights=train.weights(config.data.balance_by),
-        vqvae=vqvae,
-    )
+    vqvae = VQVAE(config.vqvae)
+    model = _beside_discriminator(vqvae, config.discriminator)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    try:
+        task = VQVAETask(
+            train.pixels,
+            held_out.pixels,
+            config.task,
+            sample_weights=train.weights(config.data.balance_by),
+            vqvae=vqvae,
+            discriminator=config.discriminator,
+        )
+    except ValueError as error:
+        raise UserError(f"task.perceptual_weight: {error}") from None
     return run_task(
-        vqvae,
+        model,
         task,
         config,
         accelerator=accelerator,
@@ -111,3 +133,11 @@ def _train(
         show=show,
         save_pretrained=vqvae.save_pretrained,
     )
+
+
+def _beside_discriminator(vqvae: VQVAE, config: DiscriminatorConfig) -> nn.Module:
+    """Return what is trained: the tokenizer, with a discriminator beside it if there is one."""
+    if not config.is_on:
+        return vqvae
+    critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers)
+    return AdversarialVQVAE(vqvae, critic)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -11,6 +12,13 @@ from dalle_mini_impl.data.images import pixels_to_images
 from dalle_mini_impl.data.tokens import shift_images
 from dalle_mini_impl.training.loop import PictureGrid
 from dalle_mini_impl.training.schedule import anneal
+from vqvae.discriminator import (
+    AdversarialVQVAE,
+    DiscriminatorConfig,
+    adaptive_weight,
+    adversarial_terms,
+    last_layer_of,
+)
 from vqvae.losses import reconstruction_loss
 from vqvae.metrics import (
     codebook_perplexity,
@@ -20,11 +28,16 @@ from vqvae.metrics import (
     token_counts,
 )
 from vqvae.model import VQVAE
+from vqvae.perceptual import PerceptualDistance
+from vqvae.perturbation import Perturbation
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 EVALUATION_BATCH_SIZE = 64
 NUM_SHOWN = 8
 RESTARTS_END_AT = 0.8  # of the run: ids must be final before the decoder trains on them
+# Adam's steps do not depend on it, but gradients are clipped together, and the discriminator's are
+# some thirty times as long as the tokenizer's.
+DISCRIMINATOR_SCALE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,16 @@ class VQVAETaskConfig:
     """Final weight of the KL to the uniform prior. Read by ``gumbel`` only."""
     gumbel_final_temperature: float = 1 / 16
     """Temperature at the end, from 1 at the start. Read by ``gumbel`` only."""
+    perceptual_weight: float = 0.0
+    """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
+    ``perceptual``."""
+    perturbed_image_share: float = 0.0
+    """Share of the training images in which some tokens are replaced before they are decoded
+    (arXiv:2503.08354)."""
+    perturbed_token_share: float = 0.3
+    """Largest share of such an image's tokens that is replaced."""
+    perturbed_neighbours: int = 8
+    """Nearest codes of which one takes the token's place."""
 
     def __post_init__(self) -> None:
         """Refuse negative weights."""
@@ -53,6 +76,11 @@ class VQVAETaskConfig:
                 raise ValueError(f"task.{name}: got {value}, wanted at least 0")
         if self.gumbel_final_temperature == 0:
             raise ValueError("task.gumbel_final_temperature: got 0, wanted above 0")
+        for name in ("perturbed_image_share", "perturbed_token_share"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"task.{name}: got {getattr(self, name)}, wanted at most 1")
+        if self.perturbed_neighbours < 1:
+            raise ValueError("task.perturbed_neighbours: got 0, wanted at least 1")
 
 
 class VQVAETask:
@@ -68,6 +96,7 @@ class VQVAETask:
         *,
         sample_weights: Tensor | None,
         vqvae: VQVAE,
+        discriminator: DiscriminatorConfig | None = None,
     ) -> None:
         """Collect what training needs.
 
@@ -77,10 +106,21 @@ class VQVAETask:
             config: Loss weights and augmentation.
             sample_weights: How often each image is wanted, or None.
             vqvae: The tokenizer that is trained.
+            discriminator: How a discriminator takes part, if the trained model has one.
+
+        Raises:
+            ValueError: If the network of the perceptual loss is not installed.
         """
         self.train, self.held_out, self.config = train, held_out, config
         self.sample_weights = sample_weights
         self.vqvae = vqvae
+        self.discriminator = discriminator or DiscriminatorConfig()
+        self.perceptual = PerceptualDistance() if config.perceptual_weight else None
+        self.perturbation = Perturbation(
+            config.perturbed_image_share,
+            config.perturbed_token_share,
+            config.perturbed_neighbours,
+        )
         self.num_samples = len(train)
         self.num_draws = 2
         self.tokens_per_sample = prod(vqvae.image_grid_size)
@@ -103,7 +143,7 @@ class VQVAETask:
         progress: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the reconstruction loss plus the quantizer's own loss."""
+        """Return the reconstruction loss plus the quantizer's own, and what options add."""
         quantizer = self.vqvae.quantizer
         if isinstance(quantizer, GumbelQuantizer):
             final = self.config.gumbel_final_temperature
@@ -114,7 +154,10 @@ class VQVAETask:
         elif isinstance(quantizer, VectorQuantizer):
             quantizer.freeze_restarts = progress >= RESTARTS_END_AT
         pixels = batch["pixels"]
-        output = model(pixels, generator=generator)
+        perturbs = self.perturbation.image_share > 0
+        output = model(
+            pixels, generator=generator, **({"perturbation": self.perturbation} if perturbs else {})
+        )
         reconstruction = reconstruction_loss(
             output.reconstruction,
             pixels,
@@ -129,7 +172,42 @@ class VQVAETask:
                 "batch_codebook_perplexity": codebook_perplexity(counts),
                 **output.quantizer_metrics,
             }
-        return reconstruction + output.quantizer_loss, metrics
+        if self.perceptual is not None:
+            distance = self.perceptual.to(pixels.device)(output.reconstruction, pixels)
+            metrics["perceptual_distance"] = distance.detach()
+            reconstruction = reconstruction + self.config.perceptual_weight * distance
+        loss = reconstruction + output.quantizer_loss
+        if self.discriminator.is_on:
+            trained: Any = getattr(model, "module", model)  # DDP's, on several processes
+            takes_part = progress >= self.discriminator.starts_at
+            judge = self._judge if takes_part else self._wait
+            terms, found = judge(trained, reconstruction, output.reconstruction, pixels)
+            loss, metrics = loss + terms, metrics | found
+        return loss, metrics
+
+    def _judge(
+        self, trained: AdversarialVQVAE, loss: Tensor, reconstruction: Tensor, pixels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return what the discriminator adds to the loss, and metrics."""
+        config = self.discriminator
+        terms = adversarial_terms(trained.discriminator, reconstruction, pixels)
+        weight = torch.tensor(config.weight, device=pixels.device)
+        if config.adaptive:
+            layer = last_layer_of(trained.vqvae)
+            weight = weight * adaptive_weight(loss, terms.generator, layer)
+        metrics = {f"{name}_loss": term.detach() for name, term in terms._asdict().items()}
+        total = weight * terms.generator + DISCRIMINATOR_SCALE * terms.discriminator
+        total = total + config.feature_matching_weight * terms.feature_matching
+        return total, metrics | {"generator_weight": weight}
+
+    def _wait(
+        self, trained: AdversarialVQVAE, loss: Tensor, *_: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Keep the discriminator as it is, with gradients of 0: DDP waits for every gradient."""
+        nothing = 0.0 * sum(weight.sum() for weight in trained.discriminator.parameters())
+        names = ("generator_loss", "feature_matching_loss", "discriminator_loss")
+        zero = loss.new_zeros(())
+        return zero + nothing, dict.fromkeys((*names, "generator_weight"), zero)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -19,9 +19,11 @@ from dalle_mini_impl.errors import StoppedError
 from dalle_mini_impl.training.dalle_run import train_dalle
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
 from tests.reference import line_runs, tiny
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.processes import Script, run_script
+from vqvae.discriminator import DiscriminatorConfig
 
 STEPS = 8  # 25 training pictures in batches of 8: the epoch ends within the fourth
 RANDOM = {
@@ -102,6 +104,20 @@ def assert_the_same_stopped_or_not(config: Any, tmp_path: Path) -> None:
 def test_a_tokenizer_run_stopped_after_every_step(tmp_path: Path, quantizer: str) -> None:
     data = tiny.write_data(tmp_path / "data")
     config = tiny.vqvae_run(data, tmp_path / "run", vqvae={"quantizer": quantizer}, **OPTIONS)
+    assert_the_same_stopped_or_not(config, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_with_all_options_of_quality_stopped_after_every_step(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.vqvae_run(data, tmp_path / "run", vqvae={"quantizer": "vq"}, **OPTIONS)
+    config = dataclasses.replace(
+        config,
+        task=VQVAETaskConfig(perturbed_image_share=0.5, perceptual_weight=0.5),
+        discriminator=DiscriminatorConfig(
+            weight=0.8, adaptive=True, feature_matching_weight=1.0, channels=4, num_layers=2
+        ),
+    )
     assert_the_same_stopped_or_not(config, tmp_path)
 
 

@@ -1,15 +1,31 @@
 """The tokenizer's task: batches, schedules of the quantizers, and figures on held-out pictures."""
 
+import dataclasses
 import math
+import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
-from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
 from tests.reference import tiny
-from vqvae import VQVAE
+from vqvae import VQVAE, perceptual
+from vqvae.discriminator import (
+    AdversarialVQVAE,
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_terms,
+    last_layer_of,
+)
+from vqvae.losses import reconstruction_loss
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 
@@ -117,3 +133,142 @@ def test_reconstructions_stand_beside_their_originals() -> None:
     first, last = (np.array(grid.images[index]) for index in (0, -2))
     assert np.array_equal(first, task.held_out[0].permute(1, 2, 0).numpy())
     assert np.array_equal(last, task.held_out[-1].permute(1, 2, 0).numpy())
+
+
+GAN = DiscriminatorConfig(
+    weight=0.8,
+    adaptive=True,
+    feature_matching_weight=0.5,
+    starts_at=0.5,
+    channels=4,
+    num_layers=2,
+)
+
+
+def adversarial_run(data: Path, out: Path, **training: Any) -> VQVAERunConfig:
+    """Six steps, the discriminator from the fourth on, and tokens perturbed from the first."""
+    config = tiny.vqvae_run(data, out, ema_decay=0.9, **training)
+    task = VQVAETaskConfig(perturbed_image_share=0.5)
+    return dataclasses.replace(config, discriminator=GAN, task=task)
+
+
+def weights_at(out: Path, step: int) -> dict[str, Tensor]:
+    return load_file(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
+
+
+def files_at(out: Path, step: int) -> dict[str, bytes]:
+    folder = out / "checkpoints" / f"step-{step:08d}"
+    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+
+
+def test_the_discriminators_terms_are_added_when_it_is_time() -> None:
+    torch.manual_seed(0)
+    vqvae = tiny.build_vqvae().train()
+    both = AdversarialVQVAE(vqvae, PatchDiscriminator(channels=4, num_layers=2))
+    task = build_task(vqvae)
+    task.discriminator = GAN
+    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_draws))
+
+    def loss_at(progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        both.zero_grad()
+        found = task.loss(both, batch, progress=progress, generator=torch.Generator())
+        found[0].backward()
+        return found
+
+    loss, early = loss_at(0.49)
+    assert torch.equal(loss.detach(), early["reconstruction_loss"])
+    assert early["generator_weight"] == early["discriminator_loss"] == 0
+    gradients = [weight.grad for weight in both.discriminator.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+    loss, late = loss_at(0.5)
+    assert late.keys() == early.keys()
+    parts = late["reconstruction_loss"] + late["generator_weight"] * late["generator_loss"]
+    parts = parts + 0.5 * late["feature_matching_loss"]
+    parts = parts + DISCRIMINATOR_SCALE * late["discriminator_loss"]
+    torch.testing.assert_close(loss.detach(), parts)
+    copies = vqvae(batch["pixels"]).reconstruction
+    generator_loss = adversarial_terms(both.discriminator, copies, batch["pixels"]).generator
+    weight = 0.8 * adaptive_weight(
+        reconstruction_loss(copies, batch["pixels"]), generator_loss, last_layer_of(vqvae)
+    )
+    assert float(late["generator_weight"]) == pytest.approx(float(weight), rel=1e-4)
+    assert float(weight) != pytest.approx(0.8, rel=1e-2)
+    learning = {name for name, weight in both.discriminator.named_parameters() if weight.grad.any()}
+    everything = dict(both.discriminator.named_parameters()).keys()
+    # Within the hinge's margin both halves pull equally at the last bias.
+    assert everything - {"last.bias"} <= learning
+
+
+def test_a_run_with_a_discriminator_goes_on_exactly_and_leaves_it_behind(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    config = adversarial_run(data, tmp_path / "run")
+    folder, _ = tiny.train(config)
+    straight = files_at(tmp_path / "run", 6)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")
+    shutil.rmtree(folder)
+    tiny.train(config, resume="latest")
+    assert files_at(tmp_path / "run", 6) == straight
+    first, last = (weights_at(tmp_path / "run", step) for step in (3, 6))
+    own = {name for name in last if name.startswith("discriminator.")}
+    assert len(own) == len(list(PatchDiscriminator(channels=4, num_layers=2).parameters()))
+    unchanged = {name for name in own if torch.equal(first[name], last[name])}
+    assert unchanged <= {"discriminator.last.bias"}  # whose gradient is 0 within the hinge's margin
+    names = load_file(folder / "model.safetensors").keys()
+    assert names == {name.removeprefix("vqvae.") for name in last.keys() - own}
+    VQVAE.from_pretrained(folder)
+
+    plain = dataclasses.replace(
+        config, discriminator=DiscriminatorConfig(), output_dir=str(tmp_path / "plain")
+    )
+    tiny.train(plain)
+    before = weights_at(tmp_path / "plain", 3)  # the discriminator has not begun
+    assert all(torch.equal(value, first[f"vqvae.{name}"]) for name, value in before.items())
+    after = weights_at(tmp_path / "plain", 6)
+    assert any(not torch.equal(value, last[f"vqvae.{name}"]) for name, value in after.items())
+
+
+def test_options_that_are_off_draw_no_random_number() -> None:
+    vqvae = tiny.build_vqvae(quantizer="gumbel").train()
+    task = build_task(vqvae)
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
+    used, wanted = (torch.Generator().manual_seed(3) for _ in range(2))
+    loss, metrics = task.loss(vqvae, batch, progress=0.5, generator=used)
+    plain = vqvae(batch["pixels"], generator=wanted)
+    assert torch.equal(used.get_state(), wanted.get_state())
+    assert torch.equal(loss, metrics["reconstruction_loss"] + plain.quantizer_loss)
+    assert task.perceptual is None
+
+
+def test_the_perceptual_distance_is_added() -> None:
+    vqvae = tiny.build_vqvae().train()
+    plain, task = build_task(vqvae), build_task(vqvae, perceptual_weight=0.5)
+    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_draws))
+    without, _ = plain.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
+    loss, metrics = task.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
+    assert task.perceptual is not None
+    copies = vqvae(batch["pixels"]).reconstruction
+    distance = task.perceptual(copies, batch["pixels"])
+    torch.testing.assert_close(loss, without + 0.5 * distance)
+    torch.testing.assert_close(metrics["perceptual_distance"], distance.detach())
+
+
+def test_options_that_fit_nothing_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("perturbed_image_share", 1.5), ("perturbed_token_share", 2.0)):
+        with pytest.raises(ValueError, match=f"^task.{name}: got {value}, wanted at most 1$"):
+            VQVAETaskConfig(**{name: value})
+    with pytest.raises(ValueError, match=r"^task.perturbed_neighbours: got 0, wanted at least 1$"):
+        VQVAETaskConfig(perturbed_neighbours=0)
+    config = tiny.vqvae_run(tmp_path, tmp_path / "run")
+    large = dataclasses.replace(GAN, num_layers=3)
+    with pytest.raises(ValueError, match=r"^vqvae.image_size: got 16, wanted at least 24"):
+        dataclasses.replace(config, discriminator=large)
+    compiled = dataclasses.replace(config.training, compile=True)
+    with pytest.raises(ValueError, match=r"^discriminator.adaptive: got true, wanted false with"):
+        dataclasses.replace(config, discriminator=GAN, training=compiled)
+    monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
+    task = VQVAETaskConfig(perceptual_weight=1.0)
+    config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "out")
+    with pytest.raises(UserError, match=r"^task.perceptual_weight: .* not installed"):
+        tiny.train(dataclasses.replace(config, task=task))

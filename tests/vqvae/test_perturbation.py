@@ -1,0 +1,77 @@
+"""Wrong tokens: how many, which ones, and that the encoder does not notice."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from vqvae import VQVAE
+from vqvae.perturbation import Perturbation, perturb_latents
+from vqvae.quantizers import QuantizerOutput
+
+
+def quantized(codebook: torch.Tensor, *, batch: int, side: int = 4) -> QuantizerOutput:
+    ids = torch.randint(len(codebook), (batch, side, side))
+    latents = codebook[ids].permute(0, 3, 1, 2).clone().requires_grad_()
+    return QuantizerOutput(latents, ids, torch.zeros(()), {})
+
+
+def test_tokens_become_one_of_the_nearest_others() -> None:
+    torch.manual_seed(0)
+    codebook = torch.randn(9, 3)
+    output = quantized(codebook, batch=40)
+    all_of_them = Perturbation(image_share=1.0, token_share=1.0, num_neighbours=2)
+    found = perturb_latents(output, codebook, all_of_them).permute(0, 2, 3, 1).reshape(-1, 3)
+    taken = set()
+    num_changed = 0
+    for old, vector in zip(output.token_ids.flatten().tolist(), found, strict=True):
+        new = int((codebook - vector).norm(dim=1).argmin())
+        order = (codebook - codebook[old]).norm(dim=1).argsort().tolist()
+        assert order[0] == old
+        assert new in order[:3]
+        num_changed += new != old
+        taken.add(order.index(new))
+    assert taken == {0, 1, 2}
+    # The share of each picture is uniform, so half of all; 640 tokens in 40 pictures.
+    assert 0.35 < num_changed / 640 < 0.65
+
+
+def test_only_the_wanted_share_of_pictures_is_touched() -> None:
+    torch.manual_seed(0)
+    codebook = torch.randn(9, 3)
+    output = quantized(codebook, batch=400)
+    few = Perturbation(image_share=0.25, token_share=0.5, num_neighbours=100)
+    found = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
+    changed = (found != output.quantized_latents).any(dim=1).flatten(1).float().mean(dim=1)
+    # 16 tokens a picture: a quarter of the pictures, less those whose own share is near 0.
+    assert 0.15 < (changed > 0).float().mean() < 0.27
+    assert changed.max() < 0.8
+    again = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(found, again)
+
+
+def test_gradients_pass_as_if_nothing_had_been_replaced() -> None:
+    codebook = torch.randn(9, 3)
+    output = quantized(codebook, batch=4)
+    found = perturb_latents(output, codebook, Perturbation(1.0, 1.0, 3))
+    weights = torch.randn_like(found)
+    (found * weights).sum().backward()
+    torch.testing.assert_close(output.quantized_latents.grad, weights)
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
+def test_every_quantizer_can_be_perturbed(
+    quantizer: str, build_vqvae: Callable[..., VQVAE]
+) -> None:
+    vqvae = build_vqvae(quantizer=quantizer)
+    codebook = vqvae._codebook()
+    assert codebook.shape == (vqvae.codebook_size, vqvae.quantizer.code_dim)
+    ids = torch.arange(vqvae.codebook_size)[None, None]
+    torch.testing.assert_close(vqvae.quantizer.decode(ids)[0, :, 0].T, codebook)
+    pixels = torch.rand(4, 3, 16, 16)
+    plain = vqvae(pixels)
+    none = vqvae(pixels, perturbation=Perturbation(0.0, 0.3, 8))
+    some = vqvae(pixels, perturbation=Perturbation(1.0, 1.0, 8))
+    assert torch.equal(plain.reconstruction, none.reconstruction)
+    assert not torch.equal(plain.reconstruction, some.reconstruction)
+    assert torch.equal(plain.token_ids, some.token_ids)
