@@ -73,8 +73,9 @@ class LifeOfARun(RuleBasedStateMachine):
         for _ in range(min(count, LONGEST - self.trainer.state.step)):
             make_step(self.trainer)
 
-    @rule()
-    def save(self) -> None:
+    @rule(count=st.integers(0, 3))
+    def save(self, count: int = 0) -> None:
+        self.step(count)
         assert self.trainer.save()
         self.remember(self.trainer.state.step)
 
@@ -126,8 +127,8 @@ class LifeOfARun(RuleBasedStateMachine):
         self.resume()
 
     @precondition(lambda self: self.saved)
-    @rule(which=st.integers(0, 4), from_the_end=st.integers(1, 8))
-    def damage_the_newest(self, which: int, from_the_end: int) -> None:
+    @rule(which=st.integers(0, 4), from_the_end=st.integers(1, 8), is_met=st.booleans())
+    def damage_the_newest(self, which: int, from_the_end: int, is_met: bool) -> None:
         """Numbers stand at the end of a file of tensors; its header has checks of its own."""
         newest = self.out / "checkpoints" / f"step-{max(self.saved):08d}"
         if not newest.exists():
@@ -139,6 +140,8 @@ class LifeOfARun(RuleBasedStateMachine):
         if bytes(content) != file.read_bytes():
             file.write_bytes(content)
             self.saved[max(self.saved)] = False
+        if is_met:
+            self.resume()
 
     @rule()
     def resume(self) -> None:
@@ -167,7 +170,7 @@ class LifeOfARun(RuleBasedStateMachine):
 
 TestLifeOfARun = LifeOfARun.TestCase
 TestLifeOfARun.settings = settings(
-    max_examples=10,
+    max_examples=20,
     stateful_step_count=15,
     derandomize=True,
     deadline=None,
