@@ -170,7 +170,7 @@ class LifeOfARun(RuleBasedStateMachine):
 
 TestLifeOfARun = LifeOfARun.TestCase
 TestLifeOfARun.settings = settings(
-    max_examples=20,
+    max_examples=12,
     stateful_step_count=15,
     derandomize=True,
     deadline=None,
