@@ -94,6 +94,15 @@ class LifeOfARun(RuleBasedStateMachine):
         """At one of its renames, flushes or new folders; then the run goes on by itself."""
         if is_saved:  # what is there of this step must stay until the new one is whole
             self.save()
+        step = self.trainer.state.step
+        if not self.save_unless_killed(operation):
+            self.remember(step)
+        elif self.newest_step() == step:
+            self.saved[step] = True  # it was complete; nothing older was deleted yet
+        self.resume()
+
+    def save_unless_killed(self, operation: int) -> bool:
+        """Whether a save got as far as this operation, which is its last."""
         patch, left, rmtree = pytest.MonkeyPatch(), operation, shutil.rmtree
 
         def counting(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,18 +122,13 @@ class LifeOfARun(RuleBasedStateMachine):
         for name in ("fsync", "replace", "mkdir"):
             patch.setattr(os, name, counting(getattr(os, name)))
         patch.setattr(shutil, "rmtree", rmtree_of_the_living)
-        step, killed = self.trainer.state.step, False
         try:
             self.trainer.save()
         except KilledError:
-            killed = True
+            return True
         finally:
             patch.undo()
-        if not killed:
-            self.remember(step)
-        elif self.newest_step() == step:
-            self.saved[step] = True  # it was complete; nothing older was deleted yet
-        self.resume()
+        return False
 
     @precondition(lambda self: self.saved)
     @rule(which=st.integers(0, 4), from_the_end=st.integers(1, 8), is_met=st.booleans())
