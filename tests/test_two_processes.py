@@ -21,6 +21,7 @@ NOT_COMPARED = {
     "train/samples_per_second",
     "train/tokens_per_second",
     "train/data_wait_fraction",
+    "train/save_fraction",
     "train/batch_codebook_perplexity",  # of a process's part: not a mean over samples
 }
 REPOSITORY = Path(__file__).parents[1]

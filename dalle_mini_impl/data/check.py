@@ -120,7 +120,8 @@ def check_data(
     lengths = _token_counts(texts, text_length=text_length, vocab_size=vocab_size) if texts else []
     paths = [printable(pair.path) for pair in pairs]
     findings = [
-        _listed("not usable", [*pairs.skipped, *unreadable]),
+        _listed("not usable, as the picture cannot be read", unreadable),
+        _listed("not usable, as picture or caption is missing", pairs.skipped),
         *_duplicates(facts, paths, splits),
         *_odd_pictures(facts, paths, image_size),
         _long_captions(texts, lengths, text_length),

@@ -252,11 +252,13 @@ class Trainer:
                 is_due |= done or stop_signal > 0 or state.step % config.checkpoint_every_steps == 0
                 # A step that was skipped may be the first of many: its checkpoint waits.
                 if is_due and not state.skipped_in_a_row:
-                    is_due = not self.save()
+                    with meter.saving():
+                        is_due = not self.save()
                 if stop_signal:
                     progress_line.close()
                     raise StoppedError(state.step, stop_signal, saved=not is_due)
         progress_line.close()
+        show(meter.cost_of_saving())
         minutes = state.elapsed_seconds / 60
         if config.max_minutes is not None and minutes >= config.max_minutes:
             speed = state.step / max(1e-9, state.elapsed_seconds)

@@ -8,20 +8,27 @@ from torch import Tensor
 
 
 class Meter:
-    """Averages metrics between two log lines, and times data and steps."""
+    """Averages metrics between two log lines, and times data, steps and checkpoints."""
 
     def __init__(self) -> None:
         """Start at nothing."""
+        self._begun, self._saves, self._save_seconds = time.perf_counter(), 0, 0.0
         self._reset()
 
     def _reset(self) -> None:
         self._totals: dict[str, Tensor] = {}
-        self._count, self._samples, self._wait = 0, 0, 0.0
+        self._count, self._samples = 0, 0
+        self._wait, self._save = _Stopwatch(), _Stopwatch()
         self._started = time.perf_counter()
 
     def waiting(self) -> "_Stopwatch":
         """Time what is done in the ``with`` block as waiting for data."""
-        return _Stopwatch(self)
+        return self._wait
+
+    def saving(self) -> "_Stopwatch":
+        """Time what is done in the ``with`` block as saving a checkpoint."""
+        self._saves += 1
+        return self._save
 
     def add(self, metrics: dict[str, Tensor], *, samples: int) -> None:
         """Count one step.
@@ -43,8 +50,8 @@ class Meter:
             tokens_per_sample: Tokens that one sample makes.
 
         Returns:
-            The means as ``train/<name>``, speeds per second, and the share of time in [0, 1] that
-            was spent waiting for data.
+            The means as ``train/<name>``, speeds per second, and the shares of time in [0, 1] that
+            were spent waiting for data and saving checkpoints.
         """
         seconds = max(1e-9, time.perf_counter() - self._started)
         means = torch.stack(
@@ -55,17 +62,31 @@ class Meter:
         values = dict(zip((f"train/{name}" for name in self._totals), means.tolist(), strict=True))
         values["train/samples_per_second"] = self._samples / seconds
         values["train/tokens_per_second"] = self._samples * tokens_per_sample / seconds
-        values["train/data_wait_fraction"] = self._wait / seconds
+        values["train/data_wait_fraction"] = self._wait.seconds / seconds
+        values["train/save_fraction"] = self._save.seconds / seconds
+        self._save_seconds += self._save.seconds
         self._reset()
         return values
 
+    def cost_of_saving(self) -> str:
+        """Say what the checkpoints have cost since the start.
+
+        Returns:
+            A line with their number, seconds and share of the time.
+        """
+        seconds = self._save_seconds + self._save.seconds
+        share = seconds / max(1e-9, time.perf_counter() - self._begun)
+        return f"checkpoints: {self._saves} in {seconds:.2f} s, {100 * share:.2f} % of the time"
+
 
 class _Stopwatch:
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
+    """Adds up the seconds of its ``with`` blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
 
     def __enter__(self) -> None:
         self._started = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        self._meter._wait += time.perf_counter() - self._started
+        self.seconds += time.perf_counter() - self._started

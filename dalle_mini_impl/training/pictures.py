@@ -178,15 +178,15 @@ def load_pairs(
         source = open_pairs(config.source, split=split)
         # The reader skips before it splits: once is enough to say so.
         skipped = list(source.skipped) if role == "train" else []
-        if are_too_many(len(skipped), source.num_records, config.max_bad_fraction):
-            records.write_skipped(skipped, anew=True)
-            raise UserError(_too_many_skipped(skipped, source.num_records, config))
+        _refuse_too_many(skipped, source.num_records, config, records)
         pixels, kept, unreadable = load_all_pixels(
             source,
             image_size=image_size,
             max_bad_fraction=config.max_bad_fraction,
             progress=show_now_and_then(show, f"{split}: pictures read"),
         )
+        if skipped:
+            _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
     except UserError as error:
         raise UserError(f"data.source: {error}") from None
     found = [source[index] for index in kept]
@@ -243,11 +243,15 @@ def _as_listed(
     return LoadedPairs([listed[place] for place in places], pixels, listed), replaced
 
 
-def _too_many_skipped(
-    skipped: Sequence[SkippedRecord], num_records: int, config: DataConfig
-) -> str:
+def _refuse_too_many(
+    skipped: Sequence[SkippedRecord], num_records: int, config: DataConfig, records: RunRecords
+) -> None:
+    """Stop, with a list of them all, where more records are bad than may be."""
+    if not are_too_many(len(skipped), num_records, config.max_bad_fraction):
+        return
+    records.write_skipped(skipped, anew=True)
     shown = "; ".join(f"{record.path}: {record.reason}" for record in skipped[:MAX_LISTED])
-    return (
+    raise UserError(
         f"{len(skipped)} of {num_records} records cannot be used, more than "
         f"data.max_bad_fraction = {config.max_bad_fraction} allows: {shown}"
     )

@@ -82,8 +82,8 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     report = check(data)
     assert report.has_problems
     assert report.num_bad == 3
-    bad = one(report, "not usable")
-    assert [path.split(":")[0] for path in sorted(bad)] == ["2.png", "3.png", "9.png"]
+    assert [path.split(":")[0] for path in one(report, "cannot be read")] == ["2.png"]
+    assert [path.split(":")[0] for path in one(report, "is missing")] == ["3.png", "9.png"]
     assert one(report, "within a split") == ("0.png = 1.png",)
     assert one(report, "different splits") == ("10.png (train) = 11.png (val)",)
     assert one(report, "tiny") == ("4.png (PNG RGB, 8x8)",)
@@ -97,7 +97,7 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     [long] = one(report, "over 8 tokens")
     assert "many many" in long
     text = "\n".join(report_lines(report))
-    assert "PROBLEM: 3 not usable" in text
+    assert "PROBLEM: 2 not usable, as picture or caption is missing" in text
     assert "over 8" in text
 
 
@@ -163,7 +163,10 @@ def test_the_exit_code_of_the_script_tells(tmp_path: Path) -> None:
         save_config(config, tmp_path / f"{name}.yaml")
         bad = run_script("--config", tmp_path / f"{name}.yaml")
         assert (bad.returncode, bad.stderr) == (1, "")
-        assert "PROBLEM: 1 not usable\n  1.png: empty file (0 bytes)" in bad.stdout
+        assert (
+            "PROBLEM: 1 not usable, as the picture cannot be read\n  1.png: empty file (0 bytes)"
+            in bad.stdout
+        )
         assert "pixels in memory: 0.0 MiB (29 of 16 x 16)" in bad.stdout
         assert "100 steps take about" in bad.stdout
         assert ("token table" in bad.stdout) == (name == "dalle")

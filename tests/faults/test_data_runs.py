@@ -72,6 +72,18 @@ def test_a_run_stops_above_the_share_of_bad_records(kind: str, data: Path, tmp_p
     assert all(row["reason"] for row in listed(tmp_path / "out"))
 
 
+def test_bad_records_of_all_kinds_are_counted_together(data: Path, tmp_path: Path) -> None:
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    for number in (0, 1):  # two unreadable and two without caption: neither is 10 %, the sum is
+        (data / f"{number}.png").write_bytes(b"<html>")
+        lines[number + 2] = json.dumps({"file_name": f"{number + 2}.png", "text": None})
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=r"data\.source: 4 of 30 records cannot be used, more than"):
+        load(data, tmp_path / "out", resumes=False)
+    assert {row["path"] for row in listed(tmp_path / "out")} == {f"{n}.png" for n in range(4)}
+    assert len(load(data, tmp_path / "out", resumes=False, max_bad_fraction=0.14).pairs) == 21
+
+
 def test_a_picture_that_vanishes_while_pictures_are_read_is_left_out(data: Path) -> None:
     pairs = open_pairs(str(data), split="train")
 

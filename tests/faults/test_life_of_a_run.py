@@ -73,8 +73,9 @@ class LifeOfARun(RuleBasedStateMachine):
         for _ in range(min(count, LONGEST - self.trainer.state.step)):
             make_step(self.trainer)
 
-    @rule()
-    def save(self) -> None:
+    @rule(count=st.integers(0, 3))
+    def save(self, count: int = 0) -> None:
+        self.step(count)
         assert self.trainer.save()
         self.remember(self.trainer.state.step)
 
@@ -88,9 +89,20 @@ class LifeOfARun(RuleBasedStateMachine):
         for old in sorted(found for found in self.saved if found <= step)[:-2]:
             del self.saved[old]
 
-    @rule(operation=st.integers(1, 12))
-    def kill_inside_a_save(self, operation: int) -> None:
+    @rule(operation=st.integers(1, 12), is_saved=st.booleans())
+    def kill_inside_a_save(self, operation: int, is_saved: bool) -> None:
         """At one of its renames, flushes or new folders; then the run goes on by itself."""
+        if is_saved:  # what is there of this step must stay until the new one is whole
+            self.save()
+        step = self.trainer.state.step
+        if not self.save_unless_killed(operation):
+            self.remember(step)
+        elif self.newest_step() == step:
+            self.saved[step] = True  # it was complete; nothing older was deleted yet
+        self.resume()
+
+    def save_unless_killed(self, operation: int) -> bool:
+        """Whether a save got as far as this operation, which is its last."""
         patch, left, rmtree = pytest.MonkeyPatch(), operation, shutil.rmtree
 
         def counting(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -110,32 +122,30 @@ class LifeOfARun(RuleBasedStateMachine):
         for name in ("fsync", "replace", "mkdir"):
             patch.setattr(os, name, counting(getattr(os, name)))
         patch.setattr(shutil, "rmtree", rmtree_of_the_living)
-        step, killed = self.trainer.state.step, False
         try:
             self.trainer.save()
         except KilledError:
-            killed = True
+            return True
         finally:
             patch.undo()
-        if not killed:
-            self.remember(step)
-        elif self.newest_step() == step:
-            self.saved[step] = True  # it was complete; nothing older was deleted yet
-        self.resume()
+        return False
 
     @precondition(lambda self: self.saved)
-    @rule(place=st.floats(0, 1))
-    def damage_the_newest(self, place: float) -> None:
+    @rule(which=st.integers(0, 4), from_the_end=st.integers(1, 8), is_met=st.booleans())
+    def damage_the_newest(self, which: int, from_the_end: int, is_met: bool) -> None:
+        """Numbers stand at the end of a file of tensors; its header has checks of its own."""
         newest = self.out / "checkpoints" / f"step-{max(self.saved):08d}"
         if not newest.exists():
             return
         files = sorted(newest.iterdir())
-        file = files[int(place * (len(files) - 1))]
+        file = files[which % len(files)]
         content = bytearray(file.read_bytes())
-        content[int(place * (len(content) - 1))] |= 128  # no ASCII, and no small number
+        content[-min(from_the_end, len(content))] |= 128  # no ASCII, and no small number
         if bytes(content) != file.read_bytes():
             file.write_bytes(content)
             self.saved[max(self.saved)] = False
+        if is_met:
+            self.resume()
 
     @rule()
     def resume(self) -> None:
@@ -164,7 +174,7 @@ class LifeOfARun(RuleBasedStateMachine):
 
 TestLifeOfARun = LifeOfARun.TestCase
 TestLifeOfARun.settings = settings(
-    max_examples=10,
+    max_examples=12,
     stateful_step_count=15,
     derandomize=True,
     deadline=None,

@@ -1,6 +1,7 @@
 """Picture files: names that are never paths, and metadata that comes back."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,20 @@ def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
         **settings,
     }
     assert texts["parameters"].startswith(f"{prompt}\nseed: {2**63 - 1}, guidance_scale: 3.5")
+
+
+def test_a_write_that_is_cut_short_leaves_no_half_of_a_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "picture.png"
+    save_picture(Image.new("RGB", (4, 3), "red"), path, prompt="red", seed=0, settings={})
+    before = path.read_bytes()
+
+    def stop(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_picture(Image.new("RGB", (4, 3), "blue"), path, prompt="blue", seed=0, settings={})
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == before

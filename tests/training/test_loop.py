@@ -168,9 +168,9 @@ def test_a_budget_in_steps_ends_with_almost_no_rate(tmp_path: Path) -> None:
     assert trainer.state.step == 40
     rates = [row["train/learning_rate"] for row in read_metrics(tmp_path) if "progress" in row]
     assert rates[-1] == pytest.approx(0.05 * (1 / 40) / 0.5)
-    assert lines[-1].startswith("100 %  step 40  loss ")
-    assert "tokens/s" in lines[-1]
-    assert lines[-1].endswith(", 00:00 left")
+    assert lines[-2].startswith("100 %  step 40  loss ")
+    assert "tokens/s" in lines[-2]
+    assert lines[-2].endswith(", 00:00 left")
 
 
 def test_the_lines_know_the_time() -> None:
@@ -211,6 +211,31 @@ def test_a_slow_run_gives_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(lines) == 3
 
 
+def test_a_run_says_what_its_checkpoints_cost(tmp_path: Path) -> None:
+    trainer = build_trainer(
+        LineTask(max_steps=6), tmp_path, log_every_steps=2, checkpoint_every_steps=2
+    )
+    save, lines = trainer.save, list[str]()
+
+    def slow_save() -> bool:
+        time.sleep(0.2)
+        return save()
+
+    trainer.save = slow_save  # type: ignore[method-assign]
+    started = time.perf_counter()
+    trainer.train(show=lines.append)
+    all_seconds = time.perf_counter() - started
+    found = re.fullmatch(r"checkpoints: 3 in (\S+) s, (\S+) % of the time", lines[-1])
+    assert found is not None
+    seconds, percent = map(float, found.groups())
+    assert 0.6 <= seconds < all_seconds
+    assert 100 * seconds / all_seconds - 1 < percent < 100  # seconds are given to hundredths
+    rows = read_metrics(tmp_path)
+    fractions = [row["train/save_fraction"] for row in rows if "progress" in row]
+    assert fractions[0] == 0
+    assert all(0 < fraction < 1 for fraction in fractions[1:])
+
+
 def test_the_metrics_are_means_with_speeds_beside_them(tmp_path: Path) -> None:
     task = LineTask(max_steps=6, seconds_per_step=0.02)
     trainer = build_trainer(
@@ -226,6 +251,7 @@ def test_the_metrics_are_means_with_speeds_beside_them(tmp_path: Path) -> None:
         assert row["train/tokens_per_second"] == pytest.approx(7 * row["train/samples_per_second"])
         assert 4 < row["train/samples_per_second"] < 4 / 0.02
         assert 0 <= row["train/data_wait_fraction"] <= 1
+        assert row["train/save_fraction"] == 0  # the one checkpoint comes after the last line
         assert row["train/gradient_norm"] > 0
     evaluated = [step for step, row in enumerate(rows) if "validation/bias" in row]
     assert len(evaluated) == 3

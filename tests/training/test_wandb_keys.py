@@ -19,6 +19,7 @@ OF_EVERY_RUN = {
     "train/samples_per_second",
     "train/tokens_per_second",
     "train/data_wait_fraction",
+    "train/save_fraction",
 }
 OF_A_TOKENIZER = {
     "train/reconstruction_loss",
