@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -43,24 +43,19 @@ def main(arguments: Sequence[str]) -> None:
     # torch loads after the options fit
     from dalle_mini_impl.completing import Edit, complete_to_folder
     from dalle_mini_impl.drawing import Ranking, draw_to_folder, read_prompts
-    from dalle_mini_impl.errors import UserError
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}
     more = read_prompts(options.prompts_file) if options.prompts_file else []
     edit = Edit(options.image, options.mask, options.keep_rows, options.keep_share)
-    ranking = Ranking(options.rank, options.clip)
-    draw: Callable[..., Path | None] = partial(draw_to_folder, ranking=ranking)
-    if edit != Edit(None):
-        if ranking != Ranking():
-            raise UserError("rank: a part of a picture is ranked by likelihood only")
-        draw = partial(complete_to_folder, edit=edit)
+    draw = draw_to_folder if edit == Edit(None) else partial(complete_to_folder, edit=edit)
     grid = draw(
         options.model,
         prompts=[*options.prompt, *more],
         num_images=options.num_images,
         num_candidates=options.num_candidates,
         seed=options.seed,
+        ranking=Ranking(options.rank, options.clip),
         out=options.out,
         overrides={name: value for name, value in overrides.items() if value is not None},
         show=print,

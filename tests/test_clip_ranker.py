@@ -293,3 +293,17 @@ def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
     with pytest.raises(UserError, match=f"^clip: {folder} does not load: ") as caught:
         load_clip_ranker(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_a_part_of_a_picture_is_ranked_by_likelihood_alone(tmp_path: Path) -> None:
+    from dalle_mini_impl.completing import Edit, complete_to_folder
+
+    with pytest.raises(UserError, match=r"^rank: got none with --image, wanted likelihood"):
+        complete_to_folder(
+            str(tmp_path / "never read"),
+            edit=Edit(tmp_path / "a.png", keep_rows=1),
+            prompts=["a blue box"],
+            out=tmp_path / "out",
+            overrides={},
+            ranking=Ranking("none"),
+        )

@@ -28,9 +28,7 @@ CAPTIONS = torch.tensor([[3, 5, 19, 0, 0, 0], [19, 0, 0, 0, 0, 0], [1, 2, 3, 4, 
 
 def build(loss: str = "softmax") -> Clip:
     towers = TowersConfig(image=IMAGE, text=TEXT, embedding_size=10, loss=loss)  # type: ignore[arg-type]
-    config = ClipConfig(
-        towers=towers, image_size=8, vocab_size=VOCAB_SIZE, text_length=TEXT_LENGTH
-    )
+    config = ClipConfig(towers=towers, image_size=8, vocab_size=VOCAB_SIZE, text_length=TEXT_LENGTH)
     model = Clip(config).eval()
     scale = model.log_scale.detach().clone()
     randomize(model)
