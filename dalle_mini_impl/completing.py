@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.data.images import make_grid, read_picture
-from dalle_mini_impl.drawing import Ranking, resources
+from dalle_mini_impl.drawing import BY_LIKELIHOOD, Ranking, resources
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -41,7 +41,7 @@ def complete_to_folder(
     prompts: Sequence[str],
     out: Path,
     overrides: dict[str, Any],
-    ranking: Ranking = Ranking(),
+    ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
     **counts: int,
 ) -> Path | None:
@@ -73,7 +73,7 @@ def complete_to_folder(
         )
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
-    if ranking != Ranking():
+    if ranking != BY_LIKELIHOOD:
         raise UserError(f"rank: got {ranking.by} with --image, wanted likelihood and no --clip")
     picture = read_picture(edit.image, field="image")
     mask = None if edit.mask is None else read_picture(edit.mask, field="mask")

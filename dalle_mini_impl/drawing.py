@@ -73,13 +73,16 @@ class Ranking:
         return load_clip_ranker(self.clip or Path(model) / CLIP_FOLDER).to(device)
 
 
+BY_LIKELIHOOD = Ranking()
+
+
 def draw_to_folder(
     model: str,
     *,
     prompts: Sequence[str],
     out: Path,
     overrides: dict[str, Any],
-    ranking: Ranking = Ranking(),
+    ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
     **counts: int,
 ) -> Path | None:
@@ -121,7 +124,7 @@ def draw_to_folder(
         "model": Path(model).resolve().parent.name,
         "vqvae": pipeline.vqvae.fingerprint(),
         "num_candidates": num_candidates,
-        **({} if ranking == Ranking() else {"rank": ranking.by}),
+        **({} if ranking == BY_LIKELIHOOD else {"rank": ranking.by}),
         **dataclasses.asdict(pipeline.sampling_settings(overrides)),
     }
     make_folder(out, field="out")
