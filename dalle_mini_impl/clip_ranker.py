@@ -277,12 +277,13 @@ class TransformersClipRanker:
         level = noisy.level
         noisy.setLevel(logging.ERROR)  # a table of lost weights; we refuse them in one line
         try:
-            model, info = CLIPModel.from_pretrained(
+            loaded: Any = CLIPModel.from_pretrained(
                 name,
                 use_safetensors=True,
                 local_files_only=is_local,
                 output_loading_info=True,
             )
+            model, info = loaded
             lost = sorted(info["missing_keys"])
             if lost:
                 raise ValueError(f"tensor {lost[0]}: missing")
