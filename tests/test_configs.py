@@ -179,3 +179,20 @@ def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None
     with pytest.raises(UserError, match=key) as caught:
         read_config(DalleRunConfig, tmp_path / "odd.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "option", "message"),
+    [
+        ("clip/emoji", "model.image.hidden_size", "model.image.hidden_size: got 0, wanted at"),
+        ("clip/emoji", "model.text.hidden_size", "model.text.hidden_size: got 0, wanted at"),
+        ("vit/emoji", "model.hidden_size", "model.hidden_size: got 0, wanted at least 1"),
+    ],
+)
+def test_a_value_of_a_tower_is_named_by_its_whole_path(
+    preset: str, option: str, message: str
+) -> None:
+    path = REPOSITORY / "configs" / f"{preset}.yaml"
+    with pytest.raises(UserError) as caught:
+        load_config(class_of(path), ["--config", str(path), f"--{option}", "0"], description="")
+    assert str(caught.value).startswith(message)
