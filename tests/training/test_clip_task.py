@@ -119,7 +119,7 @@ def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int)
         loss=loss,
         max_steps=steps,
         global_batch_size=24,
-        learning_rate=1e-2,
+        learning_rate=5e-3,
         evaluate_every_steps=80,
         sample_every_steps=80,
         checkpoint_every_steps=steps,
