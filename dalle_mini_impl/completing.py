@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.data.images import make_grid, read_picture
-from dalle_mini_impl.drawing import resources
+from dalle_mini_impl.drawing import BY_LIKELIHOOD, Ranking, resources
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -41,6 +41,7 @@ def complete_to_folder(
     prompts: Sequence[str],
     out: Path,
     overrides: dict[str, Any],
+    ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
     **counts: int,
 ) -> Path | None:
@@ -54,6 +55,7 @@ def complete_to_folder(
         prompts: What the whole picture shall show.
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
+        ranking: By likelihood; here there is no other.
         show: Receives plain lines about the work.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
@@ -71,6 +73,8 @@ def complete_to_folder(
         )
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
+    if ranking != BY_LIKELIHOOD:
+        raise UserError(f"rank: got {ranking.by} with --image, wanted likelihood and no --clip")
     picture = read_picture(edit.image, field="image")
     mask = None if edit.mask is None else read_picture(edit.mask, field="mask")
     use_fast_float32()

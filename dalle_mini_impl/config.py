@@ -99,6 +99,11 @@ def _dotted(reason: str, config_class: type[Any]) -> str:
             field.name for field in dataclasses.fields(section.type)
         }:
             return f"{section.name}.{reason}"
+    for section in dataclasses.fields(config_class):
+        if dataclasses.is_dataclass(section.type):
+            inner = _dotted(reason, section.type)  # type: ignore[arg-type]
+            if inner != reason:
+                return f"{section.name}.{inner}"
     return reason
 
 

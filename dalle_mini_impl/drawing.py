@@ -5,15 +5,16 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 
+from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
-from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import (
     grid_name,
     next_number,
@@ -24,19 +25,66 @@ from dalle_mini_impl.training.memory import is_out_of_memory
 from dalle_mini_impl.training.precision import use_fast_float32
 
 PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
+CLIP_FOLDER = "clip"  # of a model folder
 MAX_PICTURES = 100_000  # of one call: days of drawing, and a slip of the finger beyond
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Which of several candidates is kept."""
+
+    by: Literal["likelihood", "clip", "none"] = "likelihood"
+    """The decoder's own likelihoods, a CLIP, or nothing: then it is the first one."""
+    clip: str | None = None
+    """The CLIP: a folder, or a name on the Hub. The folder ``clip`` of the model when None."""
+
+    def check(self, model: str) -> None:
+        """Refuse what cannot rank, before anything is drawn or loaded.
+
+        Args:
+            model: Model folder.
+
+        Raises:
+            UserError: If there is no CLIP to rank by, or one that nobody asked for.
+        """
+        if self.by != "clip" and self.clip is not None:
+            raise UserError(f"clip: got {self.clip} with --rank {self.by}, wanted --rank clip")
+        if self.by == "clip" and self.clip is None and not (Path(model) / CLIP_FOLDER).is_dir():
+            raise UserError(
+                f"rank: got clip, but {model} has no folder {CLIP_FOLDER}; wanted --clip with a "
+                "folder that train_clip.py wrote, or the name of a CLIP of transformers"
+            )
+
+    def load(self, model: str, device: torch.device) -> Rank:
+        """Load the ranker.
+
+        Args:
+            model: Model folder.
+            device: Where it works.
+
+        Returns:
+            What the pipeline takes.
+
+        Raises:
+            UserError: If the CLIP does not load.
+        """
+        if self.by != "clip":
+            return self.by
+        return load_clip_ranker(self.clip or Path(model) / CLIP_FOLDER).to(device)
+
+
+BY_LIKELIHOOD = Ranking()
 
 
 def draw_to_folder(
     model: str,
     *,
     prompts: Sequence[str],
-    num_images: int,
-    num_candidates: int,
-    seed: int,
     out: Path,
     overrides: dict[str, Any],
+    ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
+    **counts: int,
 ) -> Path | None:
     """Draw every prompt's pictures and write them beside those of earlier calls.
 
@@ -45,12 +93,11 @@ def draw_to_folder(
     Args:
         model: Model folder.
         prompts: What to draw; the same prompt twice is drawn once.
-        num_images: Pictures per prompt.
-        num_candidates: Pictures drawn for each one kept.
-        seed: Of the first picture of each prompt.
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
+        ranking: Which candidates are kept.
         show: Receives plain lines about the work, on the main process.
+        **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
     Returns:
         The grid's path on the main process, None on the others.
@@ -60,12 +107,16 @@ def draw_to_folder(
     """
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
+    num_images, num_candidates, seed = (
+        counts[name] for name in ("num_images", "num_candidates", "seed")
+    )
     unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same pictures
     if len(unique) * num_images > MAX_PICTURES:
         raise UserError(
             f"num_images: got {num_images} of {len(unique)} prompts, wanted at most {MAX_PICTURES} "
             "pictures in one call"
         )
+    ranking.check(model)
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
@@ -73,11 +124,13 @@ def draw_to_folder(
         "model": Path(model).resolve().parent.name,
         "vqvae": pipeline.vqvae.fingerprint(),
         "num_candidates": num_candidates,
+        **({} if ranking == BY_LIKELIHOOD else {"rank": ranking.by}),
         **dataclasses.asdict(pipeline.sampling_settings(overrides)),
     }
     make_folder(out, field="out")
     processes = _Processes()
     pipeline.to(processes.device)
+    rank = ranking.load(model, processes.device)
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
     show = show if processes.is_main else (lambda line: None)
@@ -91,6 +144,7 @@ def draw_to_folder(
                 num_images=count,
                 seed=seed + offset * num_candidates,
                 num_candidates=num_candidates,
+                rank=rank,
                 **overrides,
             )
             places = [(number, offset + index) for number in part for index in range(count)]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -34,7 +34,7 @@ from dalle_mini_impl.sampling.complete import (
     is_raster_order,
 )
 from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
-from dalle_mini_impl.sampling.rerank import best_of, caption_gain
+from dalle_mini_impl.sampling.rerank import PictureRanker, best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.model import VQVAE
@@ -66,6 +66,7 @@ different ones).
 It knows what its training pictures showed, and their licences and biases are its own: name them
 here before you share the model.
 """
+Rank = PictureRanker | Literal["likelihood", "none"]
 MAX_SEED = 2**63 - 1
 MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every picture's file
 
@@ -81,7 +82,8 @@ class PipelineOutput:
     """The seed of each picture: with its prompt, the settings and no other candidates it makes the
     picture again."""
     scores: list[float]
-    """log p(image | prompt) - log p(image) of each picture in nats; 0 where it was not needed."""
+    """log p(image | prompt) - log p(image) of each picture in nats; 0 where it was not needed. The
+    scores of the call's ranker, if it had one."""
 
 
 class TextToImagePipeline:
@@ -144,6 +146,7 @@ class TextToImagePipeline:
         num_images: int = 1,
         seed: int = 0,
         num_candidates: int = 1,
+        rank: Rank = "likelihood",
         **overrides: Any,
     ) -> PipelineOutput:
         """Draw pictures.
@@ -156,8 +159,10 @@ class TextToImagePipeline:
             prompt: One prompt, or several.
             num_images: Pictures per prompt.
             seed: Of the first picture of each prompt.
-            num_candidates: Pictures drawn for each one that is kept: the one whose caption gain
-                is largest.
+            num_candidates: Pictures drawn for each one that is kept.
+            rank: Which one is kept: with ``likelihood`` that of the largest caption gain, with
+                ``none`` the first, so that the others need not be drawn; else the one that this
+                object scores highest, such as a ``clip_ranker.ClipRanker``.
             **overrides: Fields of ``SamplingConfig`` for this call, such as ``guidance_scale``.
 
         Returns:
@@ -175,8 +180,10 @@ class TextToImagePipeline:
                 self.dalle, text_token_ids, seeds=seeds, settings=settings
             )
 
-        seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
-        return self._draw(prompts, seeds, draw, num_candidates, settings)
+        seeds = torch.arange(seed, seed + num_images * num_candidates)
+        if rank == "none":
+            seeds = seeds[::num_candidates]
+        return self._draw(prompts, seeds.repeat(len(prompts)), draw, num_images, settings, rank)
 
     @torch.inference_mode()
     def complete(
@@ -242,7 +249,7 @@ class TextToImagePipeline:
                 seeds=seeds, settings=settings,
             )  # fmt: skip
 
-        output = self._draw(prompts, seeds, draw, num_candidates, settings)
+        output = self._draw(prompts, seeds, draw, num_images, settings)
         if region.shown is None:
             return output
         images = [paste_back(each, picture, region.shown) for each in output.images]
@@ -253,8 +260,9 @@ class TextToImagePipeline:
         prompts: list[str],
         seeds: torch.Tensor,
         draw: Callable[[torch.Tensor, torch.Tensor], DrawnTokens],
-        num_candidates: int,
+        num_images: int,
         settings: SamplingConfig,
+        rank: Rank = "likelihood",
     ) -> PipelineOutput:
         """Draw captions and seeds, as many for each prompt, and keep the best candidates."""
         per_prompt = len(seeds) // len(prompts)
@@ -263,30 +271,34 @@ class TextToImagePipeline:
         was_training = self.dalle.training
         self.dalle.eval()
         drawn = draw(text_token_ids, seeds)
-        kept, scores = self._choose(drawn, text_token_ids, num_candidates, settings)
+        if isinstance(rank, str):
+            images = None
+            scores = self._gains(drawn, text_token_ids, per_prompt // num_images, settings)
+        else:
+            images = self.decode(drawn.image_token_ids)
+            scores = rank.score(images, [text for text in prompts for _ in range(per_prompt)])
         self.dalle.train(was_training)
+        kept = best_of(scores, num_candidates=per_prompt // num_images)
         return PipelineOutput(
-            images=self.decode(drawn.image_token_ids[kept]),
-            prompts=[text for text in prompts for _ in range(per_prompt // num_candidates)],
+            images=[images[index] for index in kept.tolist()]
+            if images
+            else self.decode(drawn.image_token_ids[kept]),
+            prompts=[text for text in prompts for _ in range(num_images)],
             seeds=seeds[kept.cpu()].tolist(),
-            scores=scores,
+            scores=scores[kept].tolist(),
         )
 
-    def _choose(
+    def _gains(
         self,
         drawn: DrawnTokens,
         text_token_ids: torch.Tensor,
         num_candidates: int,
         settings: SamplingConfig,
-    ) -> tuple[torch.Tensor, list[float]]:
-        """Return which rows are kept, and their scores."""
-        gains = drawn.caption_gain
-        if num_candidates == 1:
-            return torch.arange(len(gains), device=gains.device), gains.tolist()
-        if settings.guidance_scale == 1.0:
-            gains = caption_gain(self.dalle, text_token_ids, drawn.image_token_ids)
-        kept = best_of(gains, num_candidates=num_candidates)
-        return kept, gains[kept].tolist()
+    ) -> torch.Tensor:
+        """Return the caption gains, which drawing without guidance has not summed up."""
+        if num_candidates > 1 and settings.guidance_scale == 1.0:
+            return caption_gain(self.dalle, text_token_ids, drawn.image_token_ids)
+        return drawn.caption_gain
 
     def check(
         self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int

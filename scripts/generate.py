@@ -8,6 +8,7 @@ from pathlib import Path
 
 from dalle_mini_impl.cli import OneLineParser, run_script
 
+RANK = "by what the kept one is chosen; none keeps the first; default: %(default)s"
 OF_MODEL = "default: the model's own"
 
 
@@ -20,6 +21,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--prompts-file", type=Path, help="text file with one prompt per line")
     add("--num-images", type=int, default=4, help="pictures per prompt; default: %(default)s")
     add("--num-candidates", type=int, default=1, help="draw N, keep one; default: %(default)s")
+    add("--rank", choices=("likelihood", "clip", "none"), default="likelihood", help=RANK)
+    add("--clip", help="CLIP of --rank clip: folder or Hub name; default: MODEL/clip")
     add("--seed", type=int, default=0, help="of each prompt's first picture; default: %(default)s")
     add("--out", type=Path, default=Path("out/pictures"), help="folder; default: %(default)s")
     add("--guidance-scale", type=float, help=f"strength of the caption, 1 = off; {OF_MODEL}")
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     # torch loads after the options fit
     from dalle_mini_impl.completing import Edit, complete_to_folder
-    from dalle_mini_impl.drawing import draw_to_folder, read_prompts
+    from dalle_mini_impl.drawing import Ranking, draw_to_folder, read_prompts
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}
@@ -52,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
         num_images=options.num_images,
         num_candidates=options.num_candidates,
         seed=options.seed,
+        ranking=Ranking(options.rank, options.clip),
         out=options.out,
         overrides={name: value for name, value in overrides.items() if value is not None},
         show=print,

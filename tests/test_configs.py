@@ -11,10 +11,12 @@ import yaml
 from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.clip import Clip, ClipConfig
 from dalle_mini_impl.models.dalle import DalleConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import VisionTransformer
+from dalle_mini_impl.training.clip_run import ClipRunConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.translation_run import TranslationRunConfig
@@ -27,8 +29,13 @@ PRESETS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
 
 def class_of(path: Path) -> type[Any]:
-    if path.parent.name in ("translation", "vit"):
-        return TranslationRunConfig if path.parent.name == "translation" else ViTRunConfig
+    of_folder = {
+        "translation": TranslationRunConfig,
+        "vit": ViTRunConfig,
+        "clip": ClipRunConfig,
+    }
+    if path.parent.name in of_folder:
+        return of_folder[path.parent.name]
     is_decoder = "vqvae_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
     assert path.stem.endswith("dalle" if is_decoder else "vqvae")
     return DalleRunConfig if is_decoder else VQVAERunConfig
@@ -59,6 +66,10 @@ def test_a_preset_loads_builds_and_survives_being_saved(path: Path, tmp_path: Pa
         elif isinstance(config, ViTRunConfig):
             size = 8 if config.data.source == "digits" else config.data.image_size
             model = VisionTransformer(config.model, image_size=size, num_channels=3, num_classes=9)
+        elif isinstance(config, ClipRunConfig):
+            assert config.text.vocab_size >= MIN_VOCAB_SIZE
+            sizes = {"vocab_size": config.text.vocab_size, "text_length": config.text.text_length}
+            model = Clip(ClipConfig(towers=config.model, image_size=config.image_size, **sizes))
         else:
             assert config.vqvae_dir in tokenizers(), "no preset makes this tokenizer"
             tokenizer = tokenizers()[config.vqvae_dir].vqvae
@@ -166,3 +177,20 @@ def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None
     with pytest.raises(UserError, match=key) as caught:
         read_config(DalleRunConfig, tmp_path / "odd.yaml")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("preset", "option", "message"),
+    [
+        ("clip/emoji", "model.image.hidden_size", "model.image.hidden_size: got 0, wanted at"),
+        ("clip/emoji", "model.text.hidden_size", "model.text.hidden_size: got 0, wanted at"),
+        ("vit/emoji", "model.hidden_size", "model.hidden_size: got 0, wanted at least 1"),
+    ],
+)
+def test_a_value_of_a_tower_is_named_by_its_whole_path(
+    preset: str, option: str, message: str
+) -> None:
+    path = REPOSITORY / "configs" / f"{preset}.yaml"
+    with pytest.raises(UserError) as caught:
+        load_config(class_of(path), ["--config", str(path), f"--{option}", "0"], description="")
+    assert str(caught.value).startswith(message)

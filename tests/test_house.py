@@ -79,6 +79,7 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) -> None:
     from dalle_mini_impl.config import load_config
+    from dalle_mini_impl.training.clip_run import ClipRunConfig
     from dalle_mini_impl.training.dalle_run import DalleRunConfig
     from dalle_mini_impl.training.translation_run import TranslationRunConfig
     from dalle_mini_impl.training.vit_run import ViTRunConfig
@@ -92,6 +93,7 @@ def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) 
         "scripts/train_dalle.py": DalleRunConfig,
         "scripts/train_translation.py": TranslationRunConfig,
         "scripts/train_vit.py": ViTRunConfig,
+        "scripts/train_clip.py": ClipRunConfig,
     }
     if script in runs and "--config" in arguments:
         load_config(runs[script], arguments, description="")  # type: ignore[type-var]

@@ -45,15 +45,15 @@ class ViTConfig:
         """Refuse sizes that no model can be built from."""
         for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"model.hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
+                f"hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
                 f"{self.num_heads}"
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
-                f"model.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+                f"dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
             )
 
 

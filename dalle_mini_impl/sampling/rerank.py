@@ -1,13 +1,26 @@
-"""Choosing the best of several pictures by the model's own likelihoods."""
+"""Choosing the best of several pictures: by the model's own likelihoods, or by any ranker."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
+
+
+@runtime_checkable  # for the checks of types in the tests
+class PictureRanker(Protocol):
+    """Says how well pictures fit their prompts."""
+
+    def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Return one score per picture and its prompt; larger is better."""
+        ...
 
 
 @torch.inference_mode()

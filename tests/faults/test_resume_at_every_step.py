@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from dalle_mini_impl.data.order import SampleOrder
 from dalle_mini_impl.errors import StoppedError
-from dalle_mini_impl.training.dalle_run import train_dalle
+from dalle_mini_impl.training.clip_run import ClipRunConfig, train_clip
+from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
 from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
@@ -45,7 +46,11 @@ OPTIONS: dict[str, Any] = {
 
 def stop_after_every_step(config: Any) -> None:
     """Trains with new objects for each step: a signal comes as soon as it is done."""
-    run: Any = train_vqvae if isinstance(config, VQVAERunConfig) else train_dalle
+    run: Any = {
+        VQVAERunConfig: train_vqvae,
+        DalleRunConfig: train_dalle,
+        ClipRunConfig: train_clip,
+    }[type(config)]
     resume = None
     for step in range(1, STEPS + 1):
         lines: list[str] = []
@@ -89,7 +94,7 @@ def assert_the_same_stopped_or_not(config: Any, tmp_path: Path) -> None:
     out = Path(config.output_dir)
     tiny.train(config)
     straight = everything(out)
-    assert len(straight["files"]) >= 6
+    assert len(straight["files"]) >= (4 if isinstance(config, ClipRunConfig) else 6)
     shutil.move(out, tmp_path / "straight")
     stop_after_every_step(config)
     torch.set_float32_matmul_precision(precision)
@@ -159,6 +164,14 @@ def test_a_published_decoder_stopped_after_every_step(tmp_path: Path) -> None:
         config.decoder, attention="dalle", kernel_size=3, block="gelu", has_target_positions=False
     )
     config = dataclasses.replace(config, decoder=decoder, max_zoom=1.25)
+    assert_the_same_stopped_or_not(config, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_a_clip_run_stopped_after_every_step(tmp_path: Path, loss: str) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.clip_run(data, tmp_path / "run", loss=loss, **OPTIONS)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 

@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 import torch
 from PIL import Image, ImageDraw
 
+from dalle_mini_impl.clip_ranker import ClipRanker
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.models.clip import Clip, ClipConfig, TextTowerConfig, TowersConfig
 from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
@@ -17,6 +19,7 @@ from dalle_mini_impl.models.vit import ViTConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.training.clip_run import ClipRunConfig, train_clip
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
 from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
@@ -51,6 +54,11 @@ VQVAE_SIZES = VQVAEConfig(
 )
 DECODER_SIZES = DecoderConfig(hidden_size=16, num_layers=2, num_heads=2, dropout_probability=0.1)
 WITH_ENCODER = {"architecture": "encoder_decoder", "num_encoder_layers": 1}
+TOWERS = TowersConfig(
+    image=ViTConfig(patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
+    text=TextTowerConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
+    embedding_size=8,
+)
 TRAINING = TrainingConfig(
     max_steps=6,
     global_batch_size=8,
@@ -186,6 +194,40 @@ def vit_run(
     )
 
 
+def clip_run(
+    data: Path, out: Path, *, loss: str = "softmax", tracking: str = "disabled", **training: Any
+) -> ClipRunConfig:
+    """A CLIP run of six steps, unless told otherwise."""
+    return ClipRunConfig(
+        data=DataConfig(source=str(data)),
+        output_dir=str(out),
+        image_size=SIZE,
+        text=TextConfig(vocab_size=300, text_length=8),
+        model=dataclasses.replace(TOWERS, loss=loss),  # type: ignore[arg-type]
+        training=dataclasses.replace(TRAINING, **training),
+        tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
+    )
+
+
+def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
+    """A CLIP with random weights and the tokenizer of the twelve captions."""
+    captions = build_captions()
+    config = ClipConfig(
+        towers=dataclasses.replace(TOWERS, **towers),
+        image_size=SIZE,
+        vocab_size=captions.vocab_size,
+        text_length=captions.text_length,
+    )
+    model = Clip(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    return ClipRanker(model, captions)
+
+
 def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
     """Runs a config; returns the model folder and the lines shown. Global flags stay as they were.
 
@@ -202,6 +244,7 @@ def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
         DalleRunConfig: train_dalle,
         TranslationRunConfig: train_translation,
         ViTRunConfig: train_vit,
+        ClipRunConfig: train_clip,
     }[type(config)]
     try:
         return run(config, show=lines.append, **options), lines

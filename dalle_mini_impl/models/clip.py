@@ -1,0 +1,309 @@
+"""CLIP: two towers that put a picture and its caption at the same place.
+
+After Radford et al. 2021 (arXiv:2103.00020): a causal Transformer reads the caption and the state
+of its last token is projected, a Vision Transformer reads the picture, both results are scaled to
+length one, and training pulls each picture towards its own caption and away from the others of the
+batch. By softmax over the batch, as in that paper, or by a sigmoid of each pair (SigLIP, Zhai et
+al. 2023, arXiv:2303.15343). Otherwise than there, a batch may hold a caption or a picture twice:
+all pairs that belong together count (Yang et al. 2022, arXiv:2204.03610). GELU is the exact one,
+and the caption has no marks at its start and end.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
+from dalle_mini_impl.transformer.attention import build_norm
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, TransformerBlock
+
+PAD_TOKEN_ID = 0  # on the right of shorter captions; causal attention hides it from what counts
+MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
+START = {"softmax": (1 / 0.07, 0.0), "sigmoid": (10.0, -10.0)}  # scale and bias, of both papers
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTowerConfig:
+    """Sizes of the Transformer that reads captions.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    hidden_size: int = 128
+    """Width of the residual stream."""
+    num_layers: int = 3
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    intermediate_size: int = 512
+    """Width of the feed-forward network; four times the hidden size in the paper."""
+    dropout_probability: float = 0.1
+    """Share of the channels of each branch, and of the embeddings, dropped in training."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can be built from."""
+        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.text.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.text.hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
+                f"{self.num_heads}"
+            )
+        if not 0 <= self.dropout_probability < 1:
+            raise ValueError(
+                f"model.text.dropout_probability: got {self.dropout_probability}, "
+                "wanted 0 to below 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowersConfig:
+    """Sizes of both towers, and how they are compared.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    image: ViTConfig = field(default_factory=ViTConfig)
+    """The tower that reads pictures."""
+    text: TextTowerConfig = field(default_factory=TextTowerConfig)
+    """The tower that reads captions."""
+    embedding_size: int = 128
+    """Numbers that a picture or a caption becomes."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Over the batch (CLIP), or of each pair (SigLIP), which has a bias to learn."""
+
+    def __post_init__(self) -> None:
+        """Refuse an embedding of nothing."""
+        if self.embedding_size < 1:
+            raise ValueError(f"model.embedding_size: got {self.embedding_size}, wanted at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """A whole model: its towers, and what they read.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    towers: TowersConfig
+    """Sizes of both."""
+    image_size: int
+    """Side of the pictures in pixels."""
+    vocab_size: int
+    """Number of different caption tokens, pad included."""
+    text_length: int
+    """Tokens per caption, padding included."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no model can be built from."""
+        for name in ("image_size", "vocab_size", "text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+
+
+class TextTower(nn.Module):
+    """Reads captions from left to right."""
+
+    def __init__(
+        self, config: TextTowerConfig, *, vocab_size: int, text_length: int, embedding_size: int
+    ) -> None:
+        """Build it with fresh weights.
+
+        Args:
+            config: Its sizes.
+            vocab_size: Number of different tokens, pad included.
+            text_length: Tokens per caption.
+            embedding_size: Of the result.
+        """
+        super().__init__()
+        width = config.hidden_size
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.positions = nn.Parameter(torch.empty(text_length, width))
+        self.dropout = ChannelDropout(config.dropout_probability)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                hidden_size=width,
+                num_heads=config.num_heads,
+                intermediate_size=config.intermediate_size,
+                dropout_probability=config.dropout_probability,
+                options=DOSOVITSKIY_2021,
+            )
+            for _ in range(config.num_layers)
+        )
+        self.output_norm = build_norm(width, use_bias=True)
+        self.head = nn.Linear(width, embedding_size, bias=False)
+
+    def forward(
+        self, text_token_ids: Int[Tensor, "batch text_length"]
+    ) -> Float[Tensor, "batch embedding"]:
+        """Read captions.
+
+        Args:
+            text_token_ids: Padded on the right, or cut where all others are padded.
+
+        Returns:
+            The projected state of each caption's last token; of the first pad, if it has none.
+        """
+        length = text_token_ids.shape[1]
+        hidden_states = self.dropout(self.embedding(text_token_ids) + self.positions[:length])
+        for block in self.blocks:
+            hidden_states = block(hidden_states, is_causal=True)
+        last = ((text_token_ids != PAD_TOKEN_ID).sum(dim=1) - 1).clamp_min(0)  # (batch)
+        rows = torch.arange(len(last), device=last.device)
+        return self.head(self.output_norm(hidden_states[rows, last]))
+
+
+class Clip(nn.Module):
+    """Says how well pictures and captions fit."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        """Build the model with fresh weights.
+
+        Args:
+            config: Its sizes.
+
+        Raises:
+            ValueError: If the patches do not fill the picture.
+        """
+        super().__init__()
+        self.config, towers = config, config.towers
+        self.text_tower = TextTower(
+            towers.text,
+            vocab_size=config.vocab_size,
+            text_length=config.text_length,
+            embedding_size=towers.embedding_size,
+        )
+        # Its classifier serves as the projection into the shared space.
+        self.image_tower = VisionTransformer(
+            towers.image,
+            image_size=config.image_size,
+            num_channels=3,
+            num_classes=towers.embedding_size,
+        )
+        scale, bias = START[towers.loss]
+        self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
+        if towers.loss == "sigmoid":
+            self.bias = nn.Parameter(torch.tensor(bias))
+        initialize_weights(self)
+
+    def forward(
+        self,
+        text_token_ids: Int[Tensor, "texts text_length"],
+        pixels: Float[Tensor, "images 3 height width"],
+    ) -> Float[Tensor, "images texts"]:
+        """Compare every picture with every caption.
+
+        Args:
+            text_token_ids: Padded captions.
+            pixels: In [-1, 1].
+
+        Returns:
+            Logits: scale x cosine, plus the bias of the sigmoid loss.
+        """
+        images, texts = self.embed_images(pixels), self.embed_texts(text_token_ids)
+        with torch.autocast(images.device.type, enabled=False):  # bf16 is too coarse at scale 100
+            cosines = images @ texts.T
+        if self.training:
+            with torch.no_grad():  # the weight itself, so that it can come back from the limit
+                self.log_scale.clamp_(max=math.log(MAX_SCALE))
+        logits = self.log_scale.exp() * cosines
+        return logits + self.bias if self.config.towers.loss == "sigmoid" else logits
+
+    def embed_texts(
+        self, text_token_ids: Int[Tensor, "batch text_length"]
+    ) -> Float[Tensor, "batch embedding"]:
+        """Place captions on the unit sphere.
+
+        Args:
+            text_token_ids: Padded.
+
+        Returns:
+            float32 or better, of length one.
+        """
+        return F.normalize(_at_least_float32(self.text_tower(text_token_ids)), dim=-1)
+
+    def embed_images(
+        self, pixels: Float[Tensor, "batch 3 height width"]
+    ) -> Float[Tensor, "batch embedding"]:
+        """Place pictures on the unit sphere.
+
+        Args:
+            pixels: In [-1, 1].
+
+        Returns:
+            float32 or better, of length one.
+        """
+        return F.normalize(_at_least_float32(self.image_tower(pixels)), dim=-1)
+
+
+def softmax_loss(
+    logits: Float[Tensor, "images texts"], is_match: Bool[Tensor, "images texts"]
+) -> Float[Tensor, ""]:
+    """Ask for the captions of each picture, and for the pictures of each caption.
+
+    Args:
+        logits: Of all pairs.
+        is_match: True where both belong together; one per row and column at least. Several share
+            the target evenly.
+
+    Returns:
+        The mean of both cross-entropies, in nats.
+
+    Source: Radford et al. 2021, arXiv:2103.00020, figure 3; targets as in Yang et al. 2022,
+    arXiv:2204.03610, equations 2 and 3.
+    """
+    matches = is_match.to(logits.dtype)
+    images = F.cross_entropy(logits, matches / matches.sum(dim=1, keepdim=True))
+    texts = F.cross_entropy(logits.T, (matches / matches.sum(dim=0, keepdim=True)).T)
+    return (images + texts) / 2
+
+
+def sigmoid_loss(
+    logits: Float[Tensor, "images texts"], is_match: Bool[Tensor, "images texts"]
+) -> Float[Tensor, ""]:
+    """Ask of each pair whether it belongs together.
+
+    Args:
+        logits: Of all pairs.
+        is_match: True where both belong together.
+
+    Returns:
+        Nats per picture, summed over the captions.
+
+    Source: Zhai et al. 2023, arXiv:2303.15343, equation in section 3.2.
+    """
+    signs = torch.where(is_match, 1.0, -1.0).to(logits.dtype)
+    return -F.logsigmoid(signs * logits).sum(dim=1).mean()
+
+
+def initialize_weights(model: Clip) -> None:
+    """Draw the weights that the Vision Transformer has not drawn itself.
+
+    Embeddings normal with standard deviation 0.02, biases zero, matrices by Glorot, projections
+    normal with width ** -0.5; near to CLIP's own, whose matrices have about that size too.
+
+    Args:
+        model: Changed in place.
+    """
+    for name, parameter in model.text_tower.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif name in ("embedding.weight", "positions"):
+            nn.init.normal_(parameter, std=0.02)
+        elif parameter.ndim == 2:
+            nn.init.xavier_uniform_(parameter)
+    for head in (model.text_tower.head, model.image_tower.head):
+        nn.init.normal_(head.weight, std=head.in_features**-0.5)
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

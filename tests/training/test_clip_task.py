@@ -1,0 +1,152 @@
+"""CLIP's batches, its retrieval scores, and a CLIP that learns colours and shapes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle_mini_impl.clip_ranker import ClipRanker
+from dalle_mini_impl.data.pairs import Pair
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.clip import sigmoid_loss, softmax_loss
+from dalle_mini_impl.training.clip_task import (
+    ClipTask,
+    ClipTaskConfig,
+    build_retrieval,
+    matches,
+    score_retrieval,
+)
+from dalle_mini_impl.training.pictures import LoadedPairs
+from tests.reference import tiny
+
+PAIRS = [
+    Pair("0", ("a red disc", "red disc, big"), {}),
+    Pair("1", ("a blue box",), {}),
+    Pair("2", ("A  Red disc", "another red disc"), {}),
+    Pair("3", ("a green box", "a blue box"), {}),
+]
+
+
+def loaded(pairs: list[Pair]) -> LoadedPairs:
+    shape = (len(pairs), 3, tiny.SIZE, tiny.SIZE)
+    pixels = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
+    return LoadedPairs(pairs, pixels.to(torch.uint8), pairs)
+
+
+def build_task(max_shift: int = 0, **towers: str) -> ClipTask:
+    pictures, config = loaded(PAIRS), ClipTaskConfig(max_shift=max_shift)
+    ranker = tiny.build_ranker(**towers)
+    return ClipTask(pictures, pictures, config, ranker=ranker, sample_weights=None)
+
+
+def test_a_draw_chooses_the_caption_and_the_shift() -> None:
+    task = build_task(max_shift=1)
+    ids = torch.tensor([0, 0, 1, 3])
+    draws = torch.tensor([[0.1, 0.5, 0.5], [0.9, 0.99, 0.5], [0.99, 0.5, 0.5], [0.6, 0.5, 0.0]])
+    batch = task.make_batch(ids, draws)
+    texts = task.ranker.captions.decode(batch["text_token_ids"])
+    assert texts == ["a red disc", "red disc, big", "a blue box", "a blue box"]
+    pixels = (batch["pixels"] + 1) * 127.5
+    true = loaded(PAIRS).pixels.float()
+    torch.testing.assert_close(pixels[0], true[0])
+    torch.testing.assert_close(pixels[1, :, 1:], true[0, :, :-1])
+    torch.testing.assert_close(pixels[3, :, :, :-1], true[3, :, :, 1:])
+
+
+def test_equal_captions_and_equal_pictures_belong_together() -> None:
+    text = torch.tensor([[1, 2], [3, 0], [1, 2], [4, 0], [5, 0]])
+    got = matches(text, torch.tensor([7, 8, 9, 8, 6]))
+    wanted = torch.eye(5, dtype=torch.bool)
+    for row, column in ((0, 2), (2, 0), (1, 3), (3, 1)):
+        wanted[row, column] = True
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_the_loss_is_that_of_the_kind(loss: str) -> None:
+    task = build_task(loss=loss)
+    batch = task.make_batch(torch.arange(4), torch.full((4, 3), 0.9))
+    model = task.ranker.model
+    got, metrics = task.loss(model, batch, progress=0.0, generator=torch.Generator())
+    logits = model(batch["text_token_ids"], batch["pixels"])
+    is_match = matches(batch["text_token_ids"], torch.arange(4))
+    assert int(is_match.sum()) == 6  # pictures 1 and 3 are both "a blue box" now
+    both = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
+    torch.testing.assert_close(got, both[loss](logits, is_match))
+    assert 0 <= float(metrics["batch_r1"]) <= 1
+
+
+def test_retrieval_counts_every_right_answer() -> None:
+    ranker = tiny.build_ranker()
+    asked = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.captions)
+    assert asked.captions == ["a red disc", "a blue box", "a green box"]
+    assert asked.is_right.tolist() == [
+        [True, False, False],
+        [False, True, False],
+        [True, False, False],
+        [False, True, True],
+    ]
+    assert asked.chance == pytest.approx(5 / 12)
+    pictures = ranker.embed_pixels(asked.pixels.float() / 127.5 - 1)
+    texts = ranker.embed_texts(asked.captions)
+    to_text, to_image = [], []
+    for row in range(4):
+        best = max(range(3), key=lambda column: float(pictures[row] @ texts[column]))
+        to_text.append(asked.is_right[row, best].item())
+    for column in range(3):
+        best = max(range(4), key=lambda row: float(pictures[row] @ texts[column]))
+        to_image.append(asked.is_right[best, column].item())
+    scores = score_retrieval(ranker, asked)
+    assert scores["image_to_text_r1"] == pytest.approx(sum(to_text) / 4)
+    assert scores["text_to_image_r1"] == pytest.approx(sum(to_image) / 3)
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps"),
+    [("softmax", 160), pytest.param("sigmoid", 480, marks=pytest.mark.slow)],  # learns later
+)
+def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int) -> None:
+    data = tiny.write_data(tmp_path / "data", count=60)
+    rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):  # all twelve captions are held out
+        row["split"] = "val" if number % 5 == 4 else "train"
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tiny.clip_run(
+        data,
+        tmp_path / "run",
+        loss=loss,
+        max_steps=steps,
+        global_batch_size=24,
+        learning_rate=5e-3,
+        evaluate_every_steps=80,
+        sample_every_steps=80,
+        checkpoint_every_steps=steps,
+    )
+    folder, lines = tiny.train(config)
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["chance_r1"] == pytest.approx(1 / 12)
+    assert report["image_to_text_r1"] > 0.4
+    assert report["text_to_image_r1"] > 0.4
+    assert any("R@1 picture to caption" in line for line in lines)
+    rows = tiny.read_metrics(tmp_path / "run")
+    measured = [row for row in rows if "validation/chance_r1" in row][-1]
+    assert measured["validation/image_to_text_r1"] == report["image_to_text_r1"]
+    # What it is for: of several pictures, the one that was asked for.
+    ranker = ClipRanker.from_pretrained(folder)
+    pictures = [tiny.draw_picture(number) for number in range(12)]
+    found = [int(ranker.score(pictures, [text] * 12).argmax()) for text in tiny.CAPTIONS]
+    assert sum(at == number for number, at in enumerate(found)) >= 6
+
+
+def test_what_no_run_can_use_is_refused(tmp_path: Path) -> None:
+    config = tiny.clip_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
+    image = dataclasses.replace(config.model.image, patch_size=5)
+    towers = dataclasses.replace(config.model, image=image)
+    with pytest.raises(UserError, match=r"patch_size: got 5, wanted a divisor"):
+        tiny.train(dataclasses.replace(config, model=towers))
+    with pytest.raises(ValueError, match=r"training.find_batch_size: got true, wanted false"):
+        tiny.clip_run(tmp_path, tmp_path, find_batch_size=True)
+    with pytest.raises(ValueError, match=r"task.max_shift: got -1"):
+        ClipTaskConfig(max_shift=-1)
