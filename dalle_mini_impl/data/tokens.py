@@ -24,7 +24,7 @@ from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.waiting import show_now_and_then
-from vqvae.model import VQVAE
+from vqvae.tokenizer import ImageTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def build_token_dataset(
     pairs: Sequence[Pair],
     pixels: UInt8[Tensor, "samples 3 height width"],
     *,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     captions: CaptionEncoder,
     num_views: int,
     max_shift: int,
@@ -174,7 +174,7 @@ def build_token_dataset(
 @torch.inference_mode()
 def _encode_views(
     pixels: Tensor,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     *,
     num_views: int,
     max_shift: int,
@@ -199,7 +199,7 @@ def _encode_views(
 def _fingerprint(
     pairs: Sequence[Pair],
     pixels: Tensor,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     captions: CaptionEncoder,
     settings: tuple[int, ...],
 ) -> str:

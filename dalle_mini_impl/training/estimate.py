@@ -15,6 +15,8 @@ from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from vqvae import VQVAE
+from vqvae.pretrained import load_tokenizer
+from vqvae.tokenizer import ImageTokenizer
 
 _STATE_COPIES = 4  # weights, gradients, and two moments of the optimizer
 _TIMED_STEPS = 3
@@ -22,7 +24,7 @@ _TIMED_STEPS = 3
 
 def estimate_lines(
     config: VQVAERunConfig | DalleRunConfig,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     report: DataReport,
 ) -> list[str]:
     """Say what a run needs.
@@ -66,7 +68,7 @@ def estimate_lines(
     return [*lines, _time_line(config.training, seconds, num_train)]
 
 
-def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> Dalle:
+def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> Dalle:
     return Dalle(
         DalleConfig(
             decoder=config.decoder,
@@ -79,7 +81,7 @@ def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> Dalle:
 
 
 @torch.inference_mode()
-def _encoding_seconds(vqvae: VQVAE) -> float:
+def _encoding_seconds(vqvae: ImageTokenizer) -> float:
     size, device = vqvae.config.image_size, next(vqvae.parameters()).device
     pixels = torch.zeros(16, 3, size, size, device=device)
     vqvae.encode_to_token_ids(pixels)
@@ -89,7 +91,7 @@ def _encoding_seconds(vqvae: VQVAE) -> float:
 
 
 def _step_seconds(
-    model: nn.Module, training: TrainingConfig, vqvae: VQVAE, device: torch.device
+    model: nn.Module, training: TrainingConfig, vqvae: ImageTokenizer, device: torch.device
 ) -> float:
     """Time forward and backward of one update on one process, without the optimizer."""
     parts = training.gradient_accumulation_steps
@@ -105,7 +107,9 @@ def _step_seconds(
     return min(seconds) * parts
 
 
-def _some_loss(model: nn.Module, batch: int, vqvae: VQVAE, device: torch.device) -> torch.Tensor:
+def _some_loss(
+    model: nn.Module, batch: int, vqvae: ImageTokenizer, device: torch.device
+) -> torch.Tensor:
     if isinstance(model, Dalle):
         config = model.config
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
@@ -135,7 +139,7 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
 
 def tokenizer_of(
     config: VQVAERunConfig | DalleRunConfig, beside: VQVAERunConfig | None
-) -> VQVAE | None:
+) -> ImageTokenizer | None:
     """Find the image tokenizer that a run would use, trained or as it would be built.
 
     Args:
@@ -152,7 +156,7 @@ def tokenizer_of(
         return VQVAE(config.vqvae)
     if Path(config.vqvae_dir).is_dir():
         try:
-            return VQVAE.from_pretrained(config.vqvae_dir)
+            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         except ValueError as error:
             raise UserError(f"vqvae_dir: {error}") from None
     return None if beside is None else VQVAE(beside.vqvae)
