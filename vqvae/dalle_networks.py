@@ -69,9 +69,7 @@ class DalleEncoder(nn.Module):
             if group > 0:
                 layers.append(nn.MaxPool2d(2))
             for _ in range(num_blocks):
-                layers.append(
-                    BottleneckBlock(before, width, kernel_sizes=(3, 3, 3, 1), gain=gain)
-                )
+                layers.append(BottleneckBlock(before, width, kernel_sizes=(3, 3, 3, 1), gain=gain))
                 before = width
         self.layers = nn.Sequential(*layers, nn.ReLU())
         self.output = _convolution(before, latent_dim, 1)
@@ -107,9 +105,7 @@ class DalleDecoder(nn.Module):
             if group > 0:
                 layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
             for _ in range(num_blocks):
-                layers.append(
-                    BottleneckBlock(before, width, kernel_sizes=(1, 3, 3, 3), gain=gain)
-                )
+                layers.append(BottleneckBlock(before, width, kernel_sizes=(1, 3, 3, 3), gain=gain))
                 before = width
         self.layers = nn.Sequential(*layers, nn.ReLU(), _convolution(before, num_maps, 1))
 

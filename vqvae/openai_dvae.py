@@ -101,9 +101,7 @@ def _renamed(
 ) -> dict[str, Tensor]:
     """Give the tensors of one network our names; a name of neither side fails the strict load."""
     layers = network.get_submodule("layers")
-    blocks = [
-        name for name, each in layers.named_children() if isinstance(each, BottleneckBlock)
-    ]
+    blocks = [name for name, each in layers.named_children() if isinstance(each, BottleneckBlock)]
     ours = {}
     for index, name in enumerate(blocks):
         theirs = f"blocks.group_{index // num_blocks + 1}.block_{index % num_blocks + 1}"

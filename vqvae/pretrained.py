@@ -80,8 +80,9 @@ class PretrainedTokenizer(nn.Module):
         size = self.config.image_size
         if pixels.shape[-2:] != (size, size):
             raise ValueError(f"pixels: got {tuple(pixels.shape[-2:])}, wanted {size} x {size}")
-        parts = [self.config.sizes.encode(self.model, part) for part in self._parts(pixels)]
-        return torch.cat([*parts, self._no_tokens(pixels.device)])
+        return torch.cat([
+            self.config.sizes.encode(self.model, part) for part in self._parts(pixels)
+        ])  # fmt: skip
 
     @torch.no_grad()
     def decode_from_token_ids(
@@ -108,10 +109,12 @@ class PretrainedTokenizer(nn.Module):
                 f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
                 f"wanted 0 to {self.codebook_size - 1}"
             )
-        size = self.config.image_size
-        parts = [self.config.sizes.decode(self.model, part) for part in self._parts(token_ids)]
-        nothing = torch.zeros(0, 3, size, size, device=token_ids.device)
-        return torch.cat([*parts, nothing]).clamp(-1, 1)
+        if not len(token_ids):
+            size = self.config.image_size
+            return torch.zeros(0, 3, size, size, device=token_ids.device)
+        return torch.cat([
+            self.config.sizes.decode(self.model, part) for part in self._parts(token_ids)
+        ]).clamp(-1, 1)  # fmt: skip
 
     @property
     def codebook_size(self) -> int:
@@ -159,10 +162,7 @@ class PretrainedTokenizer(nn.Module):
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
-        return batch.split(max(1, PIXELS_AT_ONCE // self.config.image_size**2)) if len(batch) else ()
-
-    def _no_tokens(self, device: torch.device) -> Tensor:
-        return torch.zeros(0, *self.image_grid_size, dtype=torch.long, device=device)
+        return batch.split(max(1, PIXELS_AT_ONCE // self.config.image_size**2))
 
 
 def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> ImageTokenizer:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 
+@runtime_checkable
 class HasImageSize(Protocol):
     """A tokenizer's config."""
 

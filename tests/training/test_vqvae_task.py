@@ -1,14 +1,18 @@
 """The tokenizer's task: batches, schedules of the quantizers, and figures on held-out pictures."""
 
+import dataclasses
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
-from tests.reference import tiny
+from tests.reference import dvae_loss, tiny
 from vqvae import VQVAE
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
@@ -117,3 +121,80 @@ def test_reconstructions_stand_beside_their_originals() -> None:
     first, last = (np.array(grid.images[index]) for index in (0, -2))
     assert np.array_equal(first, task.held_out[0].permute(1, 2, 0).numpy())
     assert np.array_equal(last, task.held_out[-1].permute(1, 2, 0).numpy())
+
+
+DALLE_SIZES: dict[str, object] = {
+    "architecture": "dalle", "decoder_output": "logit_laplace", "patch_size": 1,
+    "channels": (8, 8, 8), "quantizer": "gumbel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float) -> None:
+    beta, downsampling = 6.6, 4
+    vqvae = tiny.build_vqvae(**DALLE_SIZES).double().train()
+    task = build_task(
+        vqvae,
+        gumbel_kl_weight=beta / (3 * downsampling**2),
+        gumbel_kl_ends_at=0.05,
+        gumbel_temperature_ends_at=0.2,
+    )
+    batch = task.make_batch(torch.arange(3), torch.rand(3, task.num_draws))
+    pixels = batch["pixels"].double()
+    loss, metrics = task.loss(
+        vqvae, {"pixels": pixels}, progress=progress, generator=torch.Generator().manual_seed(5)
+    )
+    now = dvae_loss.cosine(progress / 0.05, 0.0, beta)
+    temperature = dvae_loss.cosine(progress / 0.2, 1.0, 1 / 16)
+
+    logits = vqvae.encoder(pixels).detach()
+    rows = logits.movedim(1, -1).flatten(0, 2)
+    uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(5))
+    weights = ((rows.float() - (-uniform.log()).log()) / temperature).softmax(dim=1)
+    latents = (weights.double() @ vqvae.quantizer.codebook).unflatten(0, (3, 4, 4)).movedim(-1, 1)
+    maps = vqvae.decoder(latents).detach()
+    reconstruction, kl, total = dvae_loss.loss(
+        maps.numpy(), logits.numpy(), pixels.numpy(), beta=now
+    )
+    # Likelihood and KL are computed in float32.
+    assert float(metrics["reconstruction_loss"]) == pytest.approx(reconstruction, rel=2e-5)
+    assert float(metrics["kl"]) == pytest.approx(kl / (3 * 16), rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(total, rel=2e-5)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in vqvae.parameters())
+
+
+@pytest.mark.parametrize("name", ["gumbel_kl_ends_at", "gumbel_temperature_ends_at"])
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_schedules_end_within_the_run(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"task.{name}: got {value}, wanted above 0 and up to 1"):
+        VQVAETaskConfig(**{name: value})
+
+
+def test_dalles_tokenizer_learns_reports_its_gap_and_resumes_exactly(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    sizes = dataclasses.replace(tiny.VQVAE_SIZES, **DALLE_SIZES)  # type: ignore[arg-type]
+
+    def run(out: str, **training: object) -> VQVAERunConfig:
+        base = tiny.vqvae_run(data, tmp_path / out, **training)
+        task = VQVAETaskConfig(gumbel_kl_weight=6.6 / 48, gumbel_kl_ends_at=0.2)
+        return dataclasses.replace(base, vqvae=sizes, task=task)
+
+    settings = {"schedule": "cosine", "cosine_floor": 0.0125, "cosine_ends_at": 0.9,
+                "learning_rate": 0.01, "ema_decay": 0.9}  # fmt: skip
+    whole, _ = tiny.train(run("whole", max_steps=60, evaluate_every_steps=30,
+                              sample_every_steps=30, checkpoint_every_steps=30, **settings))  # fmt: skip
+    rows = tiny.read_metrics(tmp_path / "whole")
+    measured = [row for row in rows if "validation/psnr_db" in row]
+    first = next(row["train/psnr_db"] for row in rows if "train/psnr_db" in row)
+    assert measured[-1]["validation/psnr_db"] > first + 3
+    assert math.isfinite(measured[-1]["validation/hard_soft_gap_db"])
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates[-1] == pytest.approx(0.01 * 0.0125)
+
+    (tmp_path / "part").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000030",
+                    tmp_path / "part" / "checkpoints" / "step-00000030")  # fmt: skip
+    part, _ = tiny.train(run("part", max_steps=60, evaluate_every_steps=30, sample_every_steps=30,
+                             checkpoint_every_steps=30, **settings), resume="latest")  # fmt: skip
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
