@@ -28,15 +28,13 @@ def class_of(path: Path) -> type[Any]:
     if path.parent.name in ("translation", "vit"):
         return TranslationRunConfig if path.parent.name == "translation" else ViTRunConfig
     is_decoder = "vqvae_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert path.name.startswith("dalle" if is_decoder else "vqvae")
+    assert path.stem.endswith("dalle" if is_decoder else "vqvae")
     return DalleRunConfig if is_decoder else VQVAERunConfig
 
 
 def tokenizers() -> dict[str, VQVAERunConfig]:
     """Tokenizer presets by the model folder that they write."""
-    configs = [
-        read_config(VQVAERunConfig, path) for path in PRESETS if path.name.startswith("vqvae")
-    ]
+    configs = [read_config(VQVAERunConfig, path) for path in PRESETS if path.stem.endswith("vqvae")]
     return {f"{config.output_dir}/model": config for config in configs}
 
 

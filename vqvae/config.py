@@ -69,28 +69,9 @@ class VQVAEConfig:
                 "num_encoder_blocks and num_decoder_blocks: got "
                 f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, wanted 0 or more"
             )
-        for name, choices in (("architecture", Architecture), ("decoder_output", DecoderOutput)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(
-                    f"{name}: got {getattr(self, name)!r}, "
-                    f"wanted one of {', '.join(get_args(choices))}"
-                )
-        if self.architecture == "dalle":
-            if self.patch_size != 1:
-                raise ValueError(
-                    f"patch_size: got {self.patch_size}, wanted 1 with architecture dalle"
-                )
-            if any(width % 4 for width in self.channels):
-                raise ValueError(
-                    f"channels: got {self.channels}, wanted multiples of 4 with architecture dalle"
-                )
         if self.encoder_kernel_size not in get_args(EncoderKernelSize):
             raise ValueError(f"encoder_kernel_size: got {self.encoder_kernel_size}, wanted 1 or 3")
-        if self.quantizer not in get_args(QuantizerName):
-            raise ValueError(
-                f"quantizer: got {self.quantizer!r}, "
-                f"wanted one of {', '.join(get_args(QuantizerName))}"
-            )
+        self._check_words()
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels: got {self.fsq_levels}, wanted levels of 2 or more")
         if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
@@ -98,6 +79,21 @@ class VQVAEConfig:
                 f"vq_codebook_size and vq_code_dim: got {self.vq_codebook_size} and "
                 f"{self.vq_code_dim}, wanted at least 2 and 1"
             )
+
+    def _check_words(self) -> None:
+        for name, choices in (
+            ("quantizer", QuantizerName),
+            ("architecture", Architecture),
+            ("decoder_output", DecoderOutput),
+        ):
+            got, wanted = getattr(self, name), get_args(choices)
+            if got not in wanted:
+                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(wanted)}")
+        if self.architecture == "dalle":
+            if self.patch_size != 1:
+                raise ValueError(f"patch_size: got {self.patch_size}, wanted 1 for dalle")
+            if any(width % 4 for width in self.channels):
+                raise ValueError(f"channels: got {self.channels}, wanted multiples of 4 for dalle")
 
     @property
     def downsampling(self) -> int:

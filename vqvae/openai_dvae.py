@@ -2,7 +2,8 @@
 
 The names are those of the state dicts of ``Encoder`` and ``Decoder`` in github.com/openai/DALL-E.
 They were published as pickles of whole modules, which this project does not load: write
-``encoder.safetensors`` and ``decoder.safetensors`` from their ``state_dict()`` where you trust them.
+``encoder.safetensors`` and ``decoder.safetensors`` from their ``state_dict()`` where you trust
+them.
 """
 
 from pathlib import Path

@@ -12,7 +12,7 @@ Weights = dict[str, Tensor]
 def random_weights(
     *, width: int, num_blocks: int, codebook_size: int, code_dim: int, seed: int = 0
 ) -> tuple[Weights, Weights]:
-    """State dicts of an encoder and a decoder, as `dall_e.Encoder` and `dall_e.Decoder` name them."""
+    """State dicts as `dall_e.Encoder` and `dall_e.Decoder` name them."""
     generator = torch.Generator().manual_seed(seed)
 
     def add(weights: Weights, name: str, n_in: int, n_out: int, side: int) -> None:

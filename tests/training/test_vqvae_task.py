@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
@@ -132,7 +133,7 @@ DALLE_SIZES: dict[str, object] = {
 @pytest.mark.parametrize("progress", [0.0, 0.02, 0.1, 0.5, 1.0])
 def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float) -> None:
     beta, downsampling = 6.6, 4
-    vqvae = tiny.build_vqvae(**DALLE_SIZES).double().train()
+    vqvae = tiny.build_vqvae(**DALLE_SIZES).train()
     task = build_task(
         vqvae,
         gumbel_kl_weight=beta / (3 * downsampling**2),
@@ -140,26 +141,26 @@ def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float
         gumbel_temperature_ends_at=0.2,
     )
     batch = task.make_batch(torch.arange(3), torch.rand(3, task.num_draws))
-    pixels = batch["pixels"].double()
-    loss, metrics = task.loss(
-        vqvae, {"pixels": pixels}, progress=progress, generator=torch.Generator().manual_seed(5)
-    )
+    pixels = batch["pixels"]
+    noise = torch.Generator().manual_seed(5)
+    loss, metrics = task.loss(vqvae, batch, progress=progress, generator=noise)
     now = dvae_loss.cosine(progress / 0.05, 0.0, beta)
     temperature = dvae_loss.cosine(progress / 0.2, 1.0, 1 / 16)
 
-    logits = vqvae.encoder(pixels).detach()
-    rows = logits.movedim(1, -1).flatten(0, 2)
-    uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(5))
-    weights = ((rows.float() - (-uniform.log()).log()) / temperature).softmax(dim=1)
-    latents = (weights.double() @ vqvae.quantizer.codebook).unflatten(0, (3, 4, 4)).movedim(-1, 1)
-    maps = vqvae.decoder(latents).detach()
+    with torch.no_grad():
+        logits = vqvae.encoder(pixels)
+        rows = logits.movedim(1, -1).flatten(0, 2).double()
+        uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(5)).double()
+        weights = ((rows - (-uniform.log()).log()) / temperature).softmax(dim=1)
+        codes = weights @ vqvae.quantizer.codebook.double()  # type: ignore[operator]
+        maps = vqvae.decoder(codes.float().unflatten(0, (3, 4, 4)).movedim(-1, 1))
     reconstruction, kl, total = dvae_loss.loss(
-        maps.numpy(), logits.numpy(), pixels.numpy(), beta=now
+        *(each.double().numpy() for each in (maps, logits, pixels)), beta=now
     )
-    # Likelihood and KL are computed in float32.
-    assert float(metrics["reconstruction_loss"]) == pytest.approx(reconstruction, rel=2e-5)
-    assert float(metrics["kl"]) == pytest.approx(kl / (3 * 16), rel=1e-5)
-    assert float(loss.detach()) == pytest.approx(total, rel=2e-5)
+    # Networks, likelihood and KL are computed in float32.
+    assert float(metrics["reconstruction_loss"]) == pytest.approx(reconstruction, rel=1e-4)
+    assert float(metrics["kl"]) == pytest.approx(kl / (3 * 16), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
     loss.backward()
     assert all(parameter.grad is not None for parameter in vqvae.parameters())
 
@@ -171,30 +172,45 @@ def test_schedules_end_within_the_run(name: str, value: float) -> None:
         VQVAETaskConfig(**{name: value})
 
 
-def test_dalles_tokenizer_learns_reports_its_gap_and_resumes_exactly(tmp_path: Path) -> None:
+def dalle_run(data: Path, out: Path, **training: object) -> VQVAERunConfig:
+    sizes = dataclasses.replace(
+        tiny.VQVAE_SIZES,
+        **{**DALLE_SIZES, "channels": (16, 16, 16), "vq_codebook_size": 32, "vq_code_dim": 16},
+    )  # type: ignore[arg-type]
+    settings = {"schedule": "cosine", "cosine_ends_at": 0.5, "cosine_floor": 0.0125,
+                "learning_rate": 0.01, "ema_decay": 0.9, "warmup_steps": 0}  # fmt: skip
+    base = tiny.vqvae_run(data, out, **(settings | training))
+    task = VQVAETaskConfig(gumbel_kl_weight=2 / 48, gumbel_kl_ends_at=0.02)
+    return dataclasses.replace(base, vqvae=sizes, task=task)
+
+
+def test_dalles_tokenizer_follows_its_schedule_and_resumes_exactly(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
-    sizes = dataclasses.replace(tiny.VQVAE_SIZES, **DALLE_SIZES)  # type: ignore[arg-type]
-
-    def run(out: str, **training: object) -> VQVAERunConfig:
-        base = tiny.vqvae_run(data, tmp_path / out, **training)
-        task = VQVAETaskConfig(gumbel_kl_weight=6.6 / 48, gumbel_kl_ends_at=0.2)
-        return dataclasses.replace(base, vqvae=sizes, task=task)
-
-    settings = {"schedule": "cosine", "cosine_floor": 0.0125, "cosine_ends_at": 0.9,
-                "learning_rate": 0.01, "ema_decay": 0.9}  # fmt: skip
-    whole, _ = tiny.train(run("whole", max_steps=60, evaluate_every_steps=30,
-                              sample_every_steps=30, checkpoint_every_steps=30, **settings))  # fmt: skip
+    whole, _ = tiny.train(dalle_run(data, tmp_path / "whole"))
     rows = tiny.read_metrics(tmp_path / "whole")
-    measured = [row for row in rows if "validation/psnr_db" in row]
-    first = next(row["train/psnr_db"] for row in rows if "train/psnr_db" in row)
-    assert measured[-1]["validation/psnr_db"] > first + 3
-    assert math.isfinite(measured[-1]["validation/hard_soft_gap_db"])
     rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
-    assert rates[-1] == pytest.approx(0.01 * 0.0125)
-
-    (tmp_path / "part").mkdir()
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "step-00000030",
-                    tmp_path / "part" / "checkpoints" / "step-00000030")  # fmt: skip
-    part, _ = tiny.train(run("part", max_steps=60, evaluate_every_steps=30, sample_every_steps=30,
-                             checkpoint_every_steps=30, **settings), resume="latest")  # fmt: skip
+    assert rates == pytest.approx([dvae_loss.cosine(step / 3, 1e-2, 1.25e-4) for step in range(6)])
+    name = "checkpoints/step-00000003"
+    shutil.copytree(tmp_path / "whole" / name, tmp_path / "part" / name)
+    part, _ = tiny.train(dalle_run(data, tmp_path / "part"), resume="latest")
     assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_dalles_tokenizer_learns_and_reports_its_gap(tmp_path: Path) -> None:
+    """On fields of eight colours, one per token. Flat white pictures are hard for a likelihood."""
+    data = tiny.write_data(tmp_path / "data")
+    random = np.random.default_rng(1)
+    colors = random.integers(40, 216, (8, 3), dtype=np.uint8)
+    for path in sorted(data.glob("*.png")):
+        fields = colors[random.integers(8, size=(4, 4))]
+        Image.fromarray(fields.repeat(4, axis=0).repeat(4, axis=1)).save(path)
+    steps = {name: 50 for name in ("evaluate_every_steps", "sample_every_steps")}
+    settings = {"max_steps": 250, "checkpoint_every_steps": 250, "cosine_ends_at": 1.0, **steps}
+    run = dalle_run(data, tmp_path / "out", global_batch_size=16, **settings)
+    tiny.train(run)
+    measured = [row for row in tiny.read_metrics(tmp_path / "out") if "validation/psnr_db" in row]
+    found = [round(row["validation/psnr_db"], 1) for row in measured]
+    assert found[-1] > found[0] + 2, found
+    assert found[-1] > 17, found
+    assert abs(measured[-1]["validation/hard_soft_gap_db"]) < 2
