@@ -37,7 +37,8 @@ from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_
 from dalle_mini_impl.sampling.rerank import PictureRanker, best_of, caption_gain
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
-from vqvae.model import VQVAE
+from vqvae.pretrained import load_tokenizer
+from vqvae.tokenizer import ImageTokenizer
 from vqvae.weights import build_checked, load_weights
 
 INDEX_NAME = "model_index.json"
@@ -93,7 +94,7 @@ class TextToImagePipeline:
         self,
         *,
         dalle: TextToImageModel,
-        vqvae: VQVAE,
+        vqvae: ImageTokenizer,
         captions: CaptionEncoder,
         settings: SamplingConfig | None = None,
         draws_any_order: bool = False,
@@ -388,7 +389,7 @@ class TextToImagePipeline:
             "pipeline": type(self).__name__,
             "sampling": dataclasses.asdict(self.settings),
             "draws_any_order": self.draws_any_order,
-            "vqvae_fingerprint": VQVAE.from_pretrained(folder / "vqvae").fingerprint(),
+            "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
             "sha256": file_hashes(folder),
         }
         (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
@@ -417,7 +418,7 @@ class TextToImagePipeline:
             index = _read_index(folder)
             for name in (*HASHED_FILES, *OTHER_FILES):
                 own_file(folder, name)
-            vqvae = VQVAE.from_pretrained(folder / "vqvae")
+            vqvae = load_tokenizer(folder / "vqvae")
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
             settings = build_config(SamplingConfig, index["sampling"])

@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 QuantizerName = Literal["fsq", "vq", "gumbel"]
 EncoderKernelSize = Literal[1, 3]
+Architecture = Literal["patches", "dalle"]
+DecoderOutput = Literal["pixels", "logit_laplace"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,6 +16,10 @@ class VQVAEConfig:
 
     The first stage works on blocks of ``patch_size`` pixels a side and every further stage halves
     the grid, so an image shrinks ``patch_size * 2 ** (len(channels) - 1)`` times.
+
+    DALL-E's own tokenizer (Ramesh et al. 2021, arXiv:2102.12092) has ``architecture`` dalle,
+    ``decoder_output`` logit_laplace, ``image_size`` 256, ``patch_size`` 1, ``channels`` 256, 512,
+    1024, 2048, two blocks per stage, and ``gumbel`` over 8192 codes of length 128.
 
     Raises:
         ValueError: If a size is out of range, the image does not divide into the grid or the
@@ -27,7 +33,8 @@ class VQVAEConfig:
     channels: tuple[int, ...] = (96, 192)
     """Feature channels of each stage, finest first."""
     encoder_kernel_size: EncoderKernelSize = 1
-    """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbours."""
+    """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbours.
+    Read by ``patches`` only."""
     num_encoder_blocks: int = 2
     """Residual blocks per encoder stage."""
     num_decoder_blocks: int = 2
@@ -40,6 +47,11 @@ class VQVAEConfig:
     """Number of codes. Read by ``vq`` and ``gumbel``."""
     vq_code_dim: int = 8
     """Length of a code. Read by ``vq`` and ``gumbel``."""
+    architecture: Architecture = "patches"
+    """Kind of networks: ours on patches, or those of DALL-E, whose ``patch_size`` is 1."""
+    decoder_output: DecoderOutput = "pixels"
+    """What the decoder says of a pixel: its value, or a logit-Laplace distribution, by whose
+    likelihood it is then trained."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no network can be built from."""
@@ -59,11 +71,7 @@ class VQVAEConfig:
             )
         if self.encoder_kernel_size not in get_args(EncoderKernelSize):
             raise ValueError(f"encoder_kernel_size: got {self.encoder_kernel_size}, wanted 1 or 3")
-        if self.quantizer not in get_args(QuantizerName):
-            raise ValueError(
-                f"quantizer: got {self.quantizer!r}, "
-                f"wanted one of {', '.join(get_args(QuantizerName))}"
-            )
+        self._check_words()
         if not self.fsq_levels or min(self.fsq_levels) < 2:
             raise ValueError(f"fsq_levels: got {self.fsq_levels}, wanted levels of 2 or more")
         if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
@@ -71,6 +79,21 @@ class VQVAEConfig:
                 f"vq_codebook_size and vq_code_dim: got {self.vq_codebook_size} and "
                 f"{self.vq_code_dim}, wanted at least 2 and 1"
             )
+
+    def _check_words(self) -> None:
+        for name, choices in (
+            ("quantizer", QuantizerName),
+            ("architecture", Architecture),
+            ("decoder_output", DecoderOutput),
+        ):
+            got, wanted = getattr(self, name), get_args(choices)
+            if got not in wanted:
+                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(wanted)}")
+        if self.architecture == "dalle":
+            if self.patch_size != 1:
+                raise ValueError(f"patch_size: got {self.patch_size}, wanted 1 for dalle")
+            if any(width % 4 for width in self.channels):
+                raise ValueError(f"channels: got {self.channels}, wanted multiples of 4 for dalle")
 
     @property
     def downsampling(self) -> int:

@@ -127,6 +127,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
         fits = isinstance(value, list) and all(type(each) is kinds[0] for each in value)
         fits = fits and (any_length or len(value) == len(kinds))
         words = "a list of whole numbers" if any_length else f"{len(kinds)} whole numbers"
+        words = words.replace("whole numbers", "words") if kinds[0] is str else words
         value = tuple(value) if fits else value
     elif wanted is float:
         fits, words = type(value) in (int, float), "a number"

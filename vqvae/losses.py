@@ -221,11 +221,18 @@ def logit_laplace_loss(
         )
     mean, raw_log_scale = parameters.float().chunk(2, dim=1)
     log_scale = LOG_SCALE_FLOOR + F.softplus(raw_log_scale - LOG_SCALE_FLOOR)
-    unit = (1 - 2 * LOGIT_LAPLACE_EPS) * (pixels.float() + 1) / 2 + LOGIT_LAPLACE_EPS
+    unit = to_open_interval(pixels.float())
     log_jacobian = torch.log(unit * (1 - unit))
     distance = (torch.logit(unit) - mean).abs()
     nats = math.log(2) + log_scale + log_jacobian + distance * torch.exp(-log_scale)
     return nats.mean()
+
+
+def to_open_interval(
+    pixels: Float[Tensor, "batch channels height width"],
+) -> Float[Tensor, "batch channels height width"]:
+    """Map pixels in [-1, 1] into [0.1, 0.9], where logit-Laplace distributions live."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * (pixels + 1) / 2 + LOGIT_LAPLACE_EPS
 
 
 def logit_laplace_pixels(

@@ -9,8 +9,9 @@ import dataclasses
 import hashlib
 import itertools
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -18,7 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
+from vqvae.dalle_networks import DalleDecoder, DalleEncoder
 from vqvae.json_files import build_config, own_file, read_json, shown
+from vqvae.losses import logit_laplace_pixels
 from vqvae.networks import Decoder, Encoder
 from vqvae.perturbation import Perturbation, perturb_latents
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
@@ -28,6 +31,9 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT_VERSION = 1
 BLOCK_COUNTS = ("num_encoder_blocks", "num_decoder_blocks")
+# Fields younger than the first saved models. At their defaults they are neither stored nor hashed,
+# so that those models keep their fingerprints.
+LATER_FIELDS = {"architecture": "patches", "decoder_output": "pixels"}
 
 
 class VQVAEOutput(NamedTuple):
@@ -37,6 +43,8 @@ class VQVAEOutput(NamedTuple):
     token_ids: Int[Tensor, "batch height width"]
     quantizer_loss: Float[Tensor, ""]
     quantizer_metrics: dict[str, Tensor]
+    logit_laplace: Float[Tensor, "batch 6 image_height image_width"] | None = None
+    """mu and ln b of each pixel value; None if the decoder gives pixels."""
 
 
 class VQVAE(nn.Module):
@@ -51,19 +59,7 @@ class VQVAE(nn.Module):
         super().__init__()
         self.config = config
         self.quantizer = build_quantizer(config)
-        self.encoder = Encoder(
-            config.channels,
-            patch_size=config.patch_size,
-            latent_dim=self.quantizer.latent_dim,
-            num_blocks=config.num_encoder_blocks,
-            kernel_size=config.encoder_kernel_size,
-        )
-        self.decoder = Decoder(
-            config.channels,
-            patch_size=config.patch_size,
-            code_dim=self.quantizer.code_dim,
-            num_blocks=config.num_decoder_blocks,
-        )
+        self.encoder, self.decoder = build_networks(config, self.quantizer)
 
     def forward(
         self,
@@ -83,14 +79,21 @@ class VQVAE(nn.Module):
             Reconstruction, token ids, and the quantizer's own loss and metrics.
         """
         encoder_latents = self.encoder(pixels)
-        quantized = self.quantizer(encoder_latents, generator=generator)
+        with self._quantizer_precision(pixels.device):
+            quantized = self.quantizer(encoder_latents, generator=generator)
         latents = quantized.quantized_latents
         if perturbation is not None:
             latents = perturb_latents(
                 quantized, self._codebook(), perturbation, generator=generator
             )
-        reconstruction = self.decoder(latents)
-        return VQVAEOutput(reconstruction, quantized.token_ids, quantized.loss, quantized.metrics)
+        maps = self.decoder(latents)
+        return VQVAEOutput(
+            self._to_pixels(maps),
+            quantized.token_ids,
+            quantized.loss,
+            quantized.metrics,
+            None if self.config.decoder_output == "pixels" else maps,
+        )
 
     @torch.no_grad()
     def encode_to_token_ids(
@@ -132,7 +135,29 @@ class VQVAE(nn.Module):
                 f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
                 f"wanted 0 to {self.codebook_size - 1}"
             )
-        return self.decoder(self.quantizer.decode(token_ids)).clamp(-1, 1)
+        return self.decode_from_latents(self.quantizer.decode(token_ids)).clamp(-1, 1)
+
+    def decode_from_latents(
+        self, quantized_latents: Float[Tensor, "batch code_dim height width"]
+    ) -> Float[Tensor, "batch 3 image_height image_width"]:
+        """Turn codes, or mixtures of codes, into images.
+
+        Args:
+            quantized_latents: As the quantizer gives them.
+
+        Returns:
+            Pixels, nominally in [-1, 1] but not clamped.
+        """
+        return self._to_pixels(self.decoder(quantized_latents))
+
+    def _to_pixels(self, maps: Tensor) -> Tensor:
+        return maps if self.config.decoder_output == "pixels" else logit_laplace_pixels(maps)
+
+    def _quantizer_precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """DALL-E keeps the mixing of codes in float32."""
+        if self.config.architecture == "patches":
+            return nullcontext()
+        return torch.autocast(device.type, enabled=False)
 
     @torch.no_grad()
     def _codebook(self) -> Float[Tensor, "codebook_size code_dim"]:
@@ -163,7 +188,7 @@ class VQVAE(nn.Module):
         Returns:
             16 hexadecimal digits.
         """
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
+        digest = hashlib.sha256(json.dumps(_stored_config(self.config)).encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith("quantizer.") and name != "quantizer.codebook":
                 continue
@@ -185,7 +210,7 @@ class VQVAE(nn.Module):
             for name, tensor in self.state_dict().items()
         }
         save_file(weights, folder / WEIGHTS_NAME)
-        config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
+        config = {"format_version": FORMAT_VERSION, **_stored_config(self.config)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -240,14 +265,66 @@ def build_quantizer(
     return GumbelQuantizer(codebook_size=config.vq_codebook_size, code_dim=config.vq_code_dim)
 
 
+def build_networks(
+    config: VQVAEConfig, quantizer: FiniteScalarQuantizer | VectorQuantizer | GumbelQuantizer
+) -> tuple[nn.Module, nn.Module]:
+    """Build the networks that ``config.architecture`` names around a quantizer.
+
+    Args:
+        config: A tokenizer's config.
+        quantizer: Of this config. With DALL-E's networks its Gumbel codebook starts as published.
+
+    Returns:
+        The encoder and the decoder.
+    """
+    latent_dim, code_dim = quantizer.latent_dim, quantizer.code_dim
+    num_encoder_blocks, num_decoder_blocks = config.num_encoder_blocks, config.num_decoder_blocks
+    num_maps = 3 if config.decoder_output == "pixels" else 6
+    if config.architecture == "dalle":
+        if isinstance(quantizer, GumbelQuantizer):  # DALL-E's convolution from one-hot codes
+            nn.init.normal_(quantizer.codebook, std=config.vq_codebook_size**-0.5)
+        return (
+            DalleEncoder(config.channels, latent_dim=latent_dim, num_blocks=num_encoder_blocks),
+            DalleDecoder(
+                config.channels,
+                code_dim=code_dim,
+                num_blocks=num_decoder_blocks,
+                num_maps=num_maps,
+            ),
+        )
+    return (
+        Encoder(
+            config.channels,
+            patch_size=config.patch_size,
+            latent_dim=latent_dim,
+            num_blocks=num_encoder_blocks,
+            kernel_size=config.encoder_kernel_size,
+        ),
+        Decoder(
+            config.channels,
+            patch_size=config.patch_size,
+            code_dim=code_dim,
+            num_blocks=num_decoder_blocks,
+            num_maps=num_maps,
+        ),
+    )
+
+
 def _least_elements(config: VQVAEConfig) -> int:
     """Count the weights that a tokenizer has at least: kernels of one cell, without biases."""
     channels = config.channels
     blocks = config.num_encoder_blocks + config.num_decoder_blocks
+    if config.architecture == "dalle":
+        blocks //= 4  # bottlenecks of a quarter of the width
     codebook = 0 if config.quantizer == "fsq" else config.vq_codebook_size * config.vq_code_dim
     between = sum(one * other for one, other in itertools.pairwise(channels))
     first = 3 * config.patch_size**2 * channels[0]
     return first + between + blocks * sum(width**2 for width in channels) + codebook
+
+
+def _stored_config(config: VQVAEConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return {name: value for name, value in values.items() if value != LATER_FIELDS.get(name)}
 
 
 def _read_config(path: Path) -> VQVAEConfig:
@@ -256,6 +333,6 @@ def _read_config(path: Path) -> VQVAEConfig:
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
     try:
-        return build_config(VQVAEConfig, values)
+        return build_config(VQVAEConfig, LATER_FIELDS | values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

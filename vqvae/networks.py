@@ -84,7 +84,13 @@ class Decoder(nn.Module):
     """Quantized latents to pixels."""
 
     def __init__(
-        self, channels: Sequence[int], *, patch_size: int, code_dim: int, num_blocks: int
+        self,
+        channels: Sequence[int],
+        *,
+        patch_size: int,
+        code_dim: int,
+        num_blocks: int,
+        num_maps: int = 3,
     ) -> None:
         """Build the decoder.
 
@@ -93,6 +99,7 @@ class Decoder(nn.Module):
             patch_size: Pixels along a side unfolded from channels.
             code_dim: Channels of the quantized latents.
             num_blocks: Residual blocks per stage.
+            num_maps: Numbers per pixel: 3, or 6 parameters of a distribution.
         """
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
@@ -103,13 +110,13 @@ class Decoder(nn.Module):
                 layers.append(nn.PixelShuffle(2))
         layers += [
             nn.SiLU(),
-            nn.Conv2d(channels[0], 3 * patch_size**2, 3, padding=1),
+            nn.Conv2d(channels[0], num_maps * patch_size**2, 3, padding=1),
             nn.PixelShuffle(patch_size),
         ]
         self.layers = nn.Sequential(*layers)
 
     def forward(
         self, quantized_latents: Float[Tensor, "batch code_dim height width"]
-    ) -> Float[Tensor, "batch 3 image_height image_width"]:
+    ) -> Float[Tensor, "batch maps image_height image_width"]:
         """Map quantized latents to pixels, nominally in [-1, 1] but not clamped."""
         return self.layers(quantized_latents)

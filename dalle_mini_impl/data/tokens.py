@@ -27,7 +27,7 @@ from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.waiting import show_now_and_then
-from vqvae.model import VQVAE
+from vqvae.tokenizer import ImageTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,7 @@ def build_token_dataset(
     pairs: Sequence[Pair],
     pixels: UInt8[Tensor, "samples 3 height width"],
     *,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     captions: CaptionEncoder,
     variation: Variation,
     cache_dir: Path,
@@ -231,7 +231,7 @@ def build_token_dataset(
 @torch.inference_mode()
 def _encode_views(
     pixels: Tensor,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     variation: Variation,
     *,
     progress: Callable[[int, int], None],
@@ -272,7 +272,7 @@ def _encode_captions(
 def _fingerprint(
     pairs: Sequence[Pair],
     pixels: Tensor,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     captions: CaptionEncoder,
     settings: tuple[int | float, ...],
 ) -> str:

@@ -18,7 +18,7 @@ from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.waiting import show_now_and_then
-from vqvae.model import VQVAE
+from vqvae.tokenizer import ImageTokenizer
 
 BATCH_SIZE = 64
 Show = Callable[[str], None]
@@ -121,7 +121,7 @@ def join(parts: Sequence[Samples]) -> Samples:
 
 def read_data(
     source: str,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     *,
     language: str = "en",
     styles: Sequence[str] = (),
@@ -193,7 +193,7 @@ def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "pict
 
 
 @torch.inference_mode()
-def encode(vqvae: VQVAE, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
+def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
     """Turn pictures into tokens.
 
     Args:
@@ -212,7 +212,7 @@ def encode(vqvae: VQVAE, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
 
 
 @torch.inference_mode()
-def decode(vqvae: VQVAE, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
+def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
     """Turn tokens into pictures.
 
     Args:

@@ -13,7 +13,7 @@ from dalle_mini_impl.evaluation.intervals import bootstrap_mean
 from dalle_mini_impl.evaluation.samples import Pixels, Samples, decode, to_floats, to_images
 from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
 from vqvae.metrics import codebook_perplexity, codebook_usage, psnr, token_counts
-from vqvae.model import VQVAE
+from vqvae.tokenizer import ImageTokenizer
 
 NUM_WORST = 16
 SSIM_WINDOW = 11  # pixels; of Wang et al. 2004
@@ -70,7 +70,7 @@ def position_entropy(
     return torch.stack(entropies).float()
 
 
-def measure_tokenizer(vqvae: VQVAE, held_out: Samples) -> Section:
+def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
     """Reconstruct held-out pictures.
 
     Args:

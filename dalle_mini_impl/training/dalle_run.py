@@ -20,7 +20,8 @@ from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
-from vqvae import VQVAE
+from vqvae.pretrained import load_tokenizer
+from vqvae.tokenizer import ImageTokenizer
 
 MAX_ZOOM = 4.0
 
@@ -36,7 +37,9 @@ class DalleRunConfig:
     data: DataConfig
     """Captioned pictures to learn from."""
     vqvae_dir: str
-    """Folder of the trained image tokenizer."""
+    """Folder of the trained image tokenizer: ours, or one of those of ``vqvae.pretrained``."""
+    vqvae_image_size: int | None = None
+    """Side of the pictures in pixels, for a tokenizer of others that takes several sizes."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     num_views: int = 1
@@ -63,6 +66,8 @@ class DalleRunConfig:
 
     def __post_init__(self) -> None:
         """Refuse what would fail only when training has begun."""
+        if self.vqvae_image_size is not None and self.vqvae_image_size < 1:
+            raise ValueError(f"vqvae_image_size: got {self.vqvae_image_size}, wanted at least 1")
         if self.num_views < 1:
             raise ValueError(f"num_views: got {self.num_views}, wanted at least 1")
         if self.max_shift < 0:
@@ -115,7 +120,7 @@ def _train(
         resumes=resume is not None,
     )
     try:
-        vqvae = VQVAE.from_pretrained(config.vqvae_dir)
+        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
     except ValueError as error:
         raise UserError(f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote") from None
     with accelerator.main_process_first():  # the others find the main process's tokens
@@ -133,7 +138,7 @@ def _train(
 
 def _prepare(
     config: DalleRunConfig,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     records: RunRecords,
     show: Callable[[str], None],
 ) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:

@@ -16,6 +16,8 @@ from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from vqvae import VQVAE
+from vqvae.pretrained import load_tokenizer
+from vqvae.tokenizer import ImageTokenizer
 
 _STATE_COPIES = 4  # weights, gradients, and two moments of the optimizer
 _TIMED_STEPS = 3
@@ -23,7 +25,7 @@ _TIMED_STEPS = 3
 
 def estimate_lines(
     config: VQVAERunConfig | DalleRunConfig,
-    vqvae: VQVAE,
+    vqvae: ImageTokenizer,
     report: DataReport,
 ) -> list[str]:
     """Say what a run needs.
@@ -67,7 +69,7 @@ def estimate_lines(
     return [*lines, _time_line(config.training, seconds, num_train)]
 
 
-def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> TextToImageModel:
+def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> TextToImageModel:
     return build_text_to_image(
         DalleConfig(
             decoder=config.decoder,
@@ -80,7 +82,7 @@ def _build_dalle(config: DalleRunConfig, vqvae: VQVAE) -> TextToImageModel:
 
 
 @torch.inference_mode()
-def _encoding_seconds(vqvae: VQVAE) -> float:
+def _encoding_seconds(vqvae: ImageTokenizer) -> float:
     size, device = vqvae.config.image_size, next(vqvae.parameters()).device
     pixels = torch.zeros(16, 3, size, size, device=device)
     vqvae.encode_to_token_ids(pixels)
@@ -90,7 +92,7 @@ def _encoding_seconds(vqvae: VQVAE) -> float:
 
 
 def _step_seconds(
-    model: nn.Module, training: TrainingConfig, vqvae: VQVAE, device: torch.device
+    model: nn.Module, training: TrainingConfig, vqvae: ImageTokenizer, device: torch.device
 ) -> float:
     """Time forward and backward of one update on one process, without the optimizer."""
     parts = training.gradient_accumulation_steps
@@ -106,7 +108,9 @@ def _step_seconds(
     return min(seconds) * parts
 
 
-def _some_loss(model: nn.Module, batch: int, vqvae: VQVAE, device: torch.device) -> torch.Tensor:
+def _some_loss(
+    model: nn.Module, batch: int, vqvae: ImageTokenizer, device: torch.device
+) -> torch.Tensor:
     if isinstance(model, TextToImageModel):
         config = model.config
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
@@ -136,7 +140,7 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
 
 def tokenizer_of(
     config: VQVAERunConfig | DalleRunConfig, beside: VQVAERunConfig | None
-) -> VQVAE | None:
+) -> ImageTokenizer | None:
     """Find the image tokenizer that a run would use, trained or as it would be built.
 
     Args:
@@ -153,7 +157,7 @@ def tokenizer_of(
         return VQVAE(config.vqvae)
     if Path(config.vqvae_dir).is_dir():
         try:
-            return VQVAE.from_pretrained(config.vqvae_dir)
+            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         except ValueError as error:
             raise UserError(f"vqvae_dir: {error}") from None
     return None if beside is None else VQVAE(beside.vqvae)

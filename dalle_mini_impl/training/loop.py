@@ -294,6 +294,8 @@ class Trainer:
             warmup_steps=config.warmup_steps,
             schedule=config.schedule,
             decay_fraction=config.decay_fraction,
+            cosine_ends_at=config.cosine_ends_at,
+            cosine_floor=config.cosine_floor,
         )
         self._update(gradient_norm, totals["loss"], factor)
         totals["gradient_norm"] = gradient_norm.detach()

@@ -11,6 +11,8 @@ def learning_rate_factor(
     warmup_steps: int,
     schedule: Literal["wsd", "cosine", "inverse_sqrt"],
     decay_fraction: float = 0.25,
+    cosine_ends_at: float = 1.0,
+    cosine_floor: float = 0.0,
 ) -> float:
     """Scale the base learning rate.
 
@@ -27,13 +29,15 @@ def learning_rate_factor(
             1 / sqrt(step), whatever the progress. The paper's own peak is
             (hidden_size * warmup_steps) ** -0.5.
         decay_fraction: Share of the run in which ``wsd`` decays.
+        cosine_ends_at: Progress in (0, 1] from which ``cosine`` stays at its floor.
+        cosine_floor: Factor at which ``cosine`` ends.
 
     Returns:
         A factor in [0, 1].
     """
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
     if schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+        return warmup * anneal(progress, start=1.0, end=cosine_floor, over=cosine_ends_at)
     if schedule == "inverse_sqrt":
         return warmup * min(1.0, math.sqrt(max(1, warmup_steps) / (step + 1)))
     return warmup * min(1.0, max(0.0, 1 - progress) / decay_fraction)

@@ -59,6 +59,10 @@ class TrainingConfig:
     """Updates over which the learning rate rises."""
     decay_fraction: float = 0.3
     """Share of the run over which ``wsd`` decays to zero."""
+    cosine_ends_at: float = 1.0
+    """Progress in (0, 1] at which ``cosine`` has reached its end."""
+    cosine_floor: float = 0.0
+    """Share of the learning rate at which ``cosine`` ends."""
     gradient_clip_norm: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     ema_decay: float = 0.0
@@ -97,6 +101,8 @@ class TrainingConfig:
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "0 to below 1")
         self._require("ema_decay", 0 <= self.ema_decay < 1, "0 to below 1")
         self._require("decay_fraction", 0 < self.decay_fraction <= 1, "above 0 and up to 1")
+        self._require("cosine_ends_at", 0 < self.cosine_ends_at <= 1, "above 0 and up to 1")
+        self._require("cosine_floor", 0 <= self.cosine_floor <= 1, "0 to 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
         self._require(
             "sample_every_steps",

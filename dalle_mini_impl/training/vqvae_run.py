@@ -45,6 +45,8 @@ class VQVAERunConfig:
 
     def __post_init__(self) -> None:
         """Refuse pictures that the loss cannot take."""
+        if self.vqvae.decoder_output == "logit_laplace":
+            return
         size = self.vqvae.image_size
         if self.task.wavelet_weight and size % WAVELET_MULTIPLE:
             raise ValueError(

@@ -19,7 +19,7 @@ from vqvae.discriminator import (
     adversarial_terms,
     last_layer_of,
 )
-from vqvae.losses import reconstruction_loss
+from vqvae.losses import logit_laplace_loss, reconstruction_loss
 from vqvae.metrics import (
     codebook_perplexity,
     codebook_usage,
@@ -45,19 +45,26 @@ class VQVAETaskConfig:
     """What the tokenizer's loss is made of, and how its data is varied.
 
     Raises:
-        ValueError: If a weight is negative.
+        ValueError: If a weight is negative or a share of the run not in (0, 1].
     """
 
     wavelet_weight: float = 0.5
-    """Weight of the wavelet loss beside the absolute error."""
+    """Weight of the wavelet loss beside the absolute error. Not read where the decoder gives
+    logit-Laplace distributions (``vqvae.decoder_output``): their likelihood is the loss."""
     ms_ssim_weight: float = 0.0
-    """Weight of 1 - MS-SSIM beside the absolute error."""
+    """Weight of 1 - MS-SSIM beside the absolute error; not read there either."""
     max_shift: int = 0
     """Largest random shift of a training image, in pixels."""
     gumbel_kl_weight: float = 1e-3
-    """Final weight of the KL to the uniform prior. Read by ``gumbel`` only."""
+    """Final weight of the KL to the uniform prior, per token, from 0 at the start. DALL-E's beta of
+    6.6 is divided by the pixel values of a token, 3 times downsampling squared: 6.6 / 192 at 8.
+    Read by ``gumbel`` only."""
+    gumbel_kl_ends_at: float = 0.5
+    """Progress in (0, 1] at which that weight is reached, along half a cosine."""
     gumbel_final_temperature: float = 1 / 16
     """Temperature at the end, from 1 at the start. Read by ``gumbel`` only."""
+    gumbel_temperature_ends_at: float = 0.8
+    """Progress in (0, 1] at which that temperature is reached, along half a cosine."""
     perceptual_weight: float = 0.0
     """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
     ``perceptual``."""
@@ -81,6 +88,11 @@ class VQVAETaskConfig:
                 raise ValueError(f"task.{name}: got {getattr(self, name)}, wanted at most 1")
         if self.perturbed_neighbours < 1:
             raise ValueError("task.perturbed_neighbours: got 0, wanted at least 1")
+        for name in ("gumbel_kl_ends_at", "gumbel_temperature_ends_at"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"task.{name}: got {getattr(self, name)}, wanted above 0 and up to 1"
+                )
 
 
 class VQVAETask:
@@ -146,11 +158,13 @@ class VQVAETask:
         """Return the reconstruction loss plus the quantizer's own, and what options add."""
         quantizer = self.vqvae.quantizer
         if isinstance(quantizer, GumbelQuantizer):
-            final = self.config.gumbel_final_temperature
-            quantizer.temperature.fill_(anneal(progress, start=1.0, end=final, over=0.8))
-            quantizer.kl_weight = anneal(
-                progress, start=0.0, end=self.config.gumbel_kl_weight, over=0.5
+            final, over = (
+                self.config.gumbel_final_temperature,
+                self.config.gumbel_temperature_ends_at,
             )
+            quantizer.temperature.fill_(anneal(progress, start=1.0, end=final, over=over))
+            final, over = self.config.gumbel_kl_weight, self.config.gumbel_kl_ends_at
+            quantizer.kl_weight = anneal(progress, start=0.0, end=final, over=over)
         elif isinstance(quantizer, VectorQuantizer):
             quantizer.freeze_restarts = progress >= RESTARTS_END_AT
         pixels = batch["pixels"]
@@ -158,12 +172,15 @@ class VQVAETask:
         output = model(
             pixels, generator=generator, **({"perturbation": self.perturbation} if perturbs else {})
         )
-        reconstruction = reconstruction_loss(
-            output.reconstruction,
-            pixels,
-            wavelet_weight=self.config.wavelet_weight,
-            ms_ssim_weight=self.config.ms_ssim_weight,
-        )
+        if output.logit_laplace is not None:
+            reconstruction = logit_laplace_loss(output.logit_laplace, pixels)
+        else:
+            reconstruction = reconstruction_loss(
+                output.reconstruction,
+                pixels,
+                wavelet_weight=self.config.wavelet_weight,
+                ms_ssim_weight=self.config.ms_ssim_weight,
+            )
         with torch.no_grad():
             counts = token_counts(output.token_ids, self.vqvae.codebook_size)
             metrics = {
@@ -226,7 +243,7 @@ class VQVAETask:
             totals["psnr_db"] += float(psnr(hard, pixels)) * share
             if isinstance(vqvae.quantizer, GumbelQuantizer):
                 latents = vqvae.quantizer.soft_latents(vqvae.encoder(pixels), generator=noise)
-                soft = vqvae.decoder(latents)
+                soft = vqvae.decode_from_latents(latents)
                 totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * share
         if not isinstance(vqvae.quantizer, GumbelQuantizer):
             del totals["hard_soft_gap_db"]

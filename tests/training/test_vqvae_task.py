@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
-from tests.reference import tiny
+from tests.reference import dvae_loss, tiny
 from vqvae import VQVAE, perceptual
 from vqvae.discriminator import (
     AdversarialVQVAE,
@@ -272,3 +273,99 @@ def test_options_that_fit_nothing_are_named(
     config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "out")
     with pytest.raises(UserError, match=r"^task.perceptual_weight: .* not installed"):
         tiny.train(dataclasses.replace(config, task=task))
+
+
+DALLE_SIZES: dict[str, object] = {
+    "architecture": "dalle", "decoder_output": "logit_laplace", "patch_size": 1,
+    "channels": (8, 8, 8), "quantizer": "gumbel",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.02, 0.1, 0.5, 1.0])
+def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float) -> None:
+    beta, downsampling = 6.6, 4
+    vqvae = tiny.build_vqvae(**DALLE_SIZES).train()
+    task = build_task(
+        vqvae,
+        gumbel_kl_weight=beta / (3 * downsampling**2),
+        gumbel_kl_ends_at=0.05,
+        gumbel_temperature_ends_at=0.2,
+    )
+    batch = task.make_batch(torch.arange(3), torch.rand(3, task.num_draws))
+    pixels = batch["pixels"]
+    noise = torch.Generator().manual_seed(5)
+    loss, metrics = task.loss(vqvae, batch, progress=progress, generator=noise)
+    now = dvae_loss.cosine(progress / 0.05, 0.0, beta)
+    temperature = dvae_loss.cosine(progress / 0.2, 1.0, 1 / 16)
+
+    with torch.no_grad():
+        logits = vqvae.encoder(pixels)
+        rows = logits.movedim(1, -1).flatten(0, 2).double()
+        uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(5)).double()
+        weights = ((rows - (-uniform.log()).log()) / temperature).softmax(dim=1)
+        codes = weights @ vqvae.quantizer.codebook.double()  # type: ignore[operator]
+        maps = vqvae.decoder(codes.float().unflatten(0, (3, 4, 4)).movedim(-1, 1))
+    reconstruction, kl, total = dvae_loss.loss(
+        *(each.double().numpy() for each in (maps, logits, pixels)), beta=now
+    )
+    # Networks, likelihood and KL are computed in float32.
+    assert float(metrics["reconstruction_loss"]) == pytest.approx(reconstruction, rel=1e-4)
+    assert float(metrics["kl"]) == pytest.approx(kl / (3 * 16), rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-4)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in vqvae.parameters())
+
+
+@pytest.mark.parametrize("name", ["gumbel_kl_ends_at", "gumbel_temperature_ends_at"])
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_schedules_end_within_the_run(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"task.{name}: got {value}, wanted above 0 and up to 1"):
+        VQVAETaskConfig(**{name: value})
+
+
+def dalle_vqvae_run(data: Path, out: Path, **training: object) -> VQVAERunConfig:
+    sizes = dataclasses.replace(
+        tiny.VQVAE_SIZES,
+        **{**DALLE_SIZES, "channels": (16, 16, 16), "vq_codebook_size": 32, "vq_code_dim": 16},
+    )  # type: ignore[arg-type]
+    settings = {"schedule": "cosine", "cosine_ends_at": 0.5, "cosine_floor": 0.0125,
+                "learning_rate": 0.01, "ema_decay": 0.9, "warmup_steps": 0,
+                "betas": (0.9, 0.999)}  # fmt: skip
+    base = tiny.vqvae_run(data, out, **(settings | training))
+    task = VQVAETaskConfig(gumbel_kl_weight=1 / 48, gumbel_kl_ends_at=0.02)
+    return dataclasses.replace(base, vqvae=sizes, task=task)
+
+
+def test_dalles_tokenizer_follows_its_schedule_and_resumes_exactly(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    whole, _ = tiny.train(dalle_vqvae_run(data, tmp_path / "whole"))
+    rows = tiny.read_metrics(tmp_path / "whole")
+    rates = [row["train/learning_rate"] for row in rows if "train/learning_rate" in row]
+    assert rates == pytest.approx([dvae_loss.cosine(step / 3, 1e-2, 1.25e-4) for step in range(6)])
+    name = "checkpoints/step-00000003"
+    shutil.copytree(tmp_path / "whole" / name, tmp_path / "part" / name)
+    part, _ = tiny.train(dalle_vqvae_run(data, tmp_path / "part"), resume="latest")
+    assert (part / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_dalles_tokenizer_learns_and_reports_its_gap(tmp_path: Path) -> None:
+    """On fields of eight colours, one per token. Flat white pictures are hard for a likelihood."""
+    data = tiny.write_data(tmp_path / "data")
+    random = np.random.default_rng(1)
+    colors = np.array(
+        [(r, g, b) for r in (40, 215) for g in (40, 215) for b in (40, 215)], np.uint8
+    )
+    for path in sorted(data.glob("*.png")):
+        fields = colors[random.integers(8, size=(4, 4))]
+        Image.fromarray(fields.repeat(4, axis=0).repeat(4, axis=1)).save(path)
+    steps = {name: 30 for name in ("evaluate_every_steps", "sample_every_steps")}
+    settings = {"max_steps": 120, "checkpoint_every_steps": 120, "cosine_ends_at": 1.0, **steps}
+    run = dalle_vqvae_run(data, tmp_path / "out", global_batch_size=16, **settings)
+    tiny.train(run)
+    measured = [row for row in tiny.read_metrics(tmp_path / "out") if "validation/psnr_db" in row]
+    found = [round(row["validation/psnr_db"], 1) for row in measured]
+    # No picture of one colour is nearer than that: the rest of the way is what the tokens say.
+    one_color = 10 * math.log10(4 / float((colors / 127.5).var(axis=0).mean()))
+    assert found[-1] > max(found[0], one_color) + 1, found
+    assert abs(measured[-1]["validation/hard_soft_gap_db"]) < 2

@@ -1,0 +1,271 @@
+"""Image tokenizers behind one door: one contract for all, and what the door refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tests.reference import openai_dvae
+from tests.reference.other_tokenizers import (
+    FOREIGN,
+    SIZE,
+    library_model,
+    scatter,
+    source_folder,
+)
+from vqvae import VQVAE
+from vqvae.pretrained import PretrainedTokenizer, load_tokenizer
+from vqvae.tokenizer import ImageTokenizer
+
+KINDS = ("ours", "dalle", "openai", "janus", "emu3", "diffusers")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ImageTokenizer]:
+    folders: dict[str, Path] = {}
+
+    def load_kind(kind: str) -> ImageTokenizer:
+        if kind not in folders:
+            folders[kind] = source_folder(kind, tmp_path_factory.mktemp("tokenizers") / kind)
+        return load_tokenizer(folders[kind], image_size=SIZE)
+
+    return load_kind
+
+
+def pictures(count: int = 5, size: int = SIZE) -> Tensor:
+    """Four coloured fields each, of colours at the ends of their range."""
+    fields = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
+    return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_tokenizer_keeps_the_contract(
+    kind: str, load: Callable[[str], ImageTokenizer], tmp_path: Path
+) -> None:
+    tokenizer = load(kind)
+    assert isinstance(tokenizer, ImageTokenizer)
+    assert tokenizer.config.image_size == SIZE
+    grid, codes = tokenizer.image_grid_size, tokenizer.codebook_size
+    assert torch.tensor(tokenizer.codebook_levels).prod() == codes
+
+    pixels = pictures()
+    token_ids = tokenizer.encode_to_token_ids(pixels)
+    assert token_ids.shape == (5, *grid)
+    assert token_ids.dtype == torch.int64
+    assert 0 <= token_ids.min() <= token_ids.max() < codes
+    assert len(token_ids.unique()) > 2
+    alone = torch.cat([tokenizer.encode_to_token_ids(one[None]) for one in pixels])
+    assert torch.equal(alone, token_ids)
+
+    every_id = torch.arange(4 * grid[0] * grid[1]).reshape(4, *grid) % codes
+    decoded = tokenizer.decode_from_token_ids(every_id)
+    assert decoded.shape == (4, 3, SIZE, SIZE)
+    assert decoded.dtype == torch.float32
+    assert decoded.abs().max() <= 1
+    assert decoded.std() > 0.01
+    assert not decoded.requires_grad
+    for row, one in enumerate(every_id):
+        single = tokenizer.decode_from_token_ids(one[None])
+        # Sums over a batch of another size may be added up in another order.
+        torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-4)
+    assert tokenizer.decode_from_token_ids(every_id[:0]).shape == (0, 3, SIZE, SIZE)
+
+    with pytest.raises(ValueError, match=r"pixels: got \(16, 20\), wanted 16 x 16"):
+        tokenizer.encode_to_token_ids(torch.zeros(1, 3, SIZE, SIZE + 4))
+    for bad in (-1, codes):
+        with pytest.raises(ValueError, match=f"token_ids: got .*wanted 0 to {codes - 1}"):
+            tokenizer.decode_from_token_ids(torch.full((1, *grid), bad))
+
+    before = tokenizer.fingerprint()
+    tokenizer.save_pretrained(tmp_path / "own")
+    again = load_tokenizer(tmp_path / "own")
+    assert type(again) is type(tokenizer)
+    assert again.config == tokenizer.config
+    assert again.fingerprint() == before
+    assert torch.equal(again.encode_to_token_ids(pixels), token_ids)
+    assert torch.equal(again.decode_from_token_ids(every_id), decoded)
+    for weight in again.parameters():
+        with torch.no_grad():
+            weight.view(-1)[0] += 1e-3
+        assert again.fingerprint() != before
+        before = again.fingerprint()
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_tokens_and_pixels_are_the_librarys_own(
+    kind: str, load: Callable[[str], ImageTokenizer]
+) -> None:
+    tokenizer, theirs, pixels = load(kind), library_model(kind).eval(), pictures()
+    scatter(theirs)
+    token_ids = tokenizer.encode_to_token_ids(pixels)
+    with torch.no_grad():
+        if kind == "janus":
+            expected_ids = theirs.encode(pixels).image_tokens.reshape(token_ids.shape)
+            expected = theirs(pixels)[0]
+        elif kind == "emu3":
+            expected_ids = torch.stack(theirs.encode(pixels, [(SIZE, SIZE)] * 5).image_tokens)
+            expected = theirs.decode(expected_ids)
+        else:
+            latents = theirs.encode(pixels).latents
+            expected_ids = theirs.quantize(latents)[2][2].reshape(token_ids.shape)
+            expected = theirs(pixels).sample
+    assert torch.equal(token_ids, expected_ids)
+    torch.testing.assert_close(
+        tokenizer.decode_from_token_ids(token_ids), expected.clamp(-1, 1), rtol=0, atol=1e-5
+    )
+
+
+def test_dalles_own_weights_give_the_tokens_and_pixels_of_a_plain_reading(
+    load: Callable[[str], ImageTokenizer],
+) -> None:
+    encoder, decoder = openai_dvae.random_weights(
+        width=8, num_blocks=1, codebook_size=24, code_dim=5
+    )
+    tokenizer, pixels = load("openai"), pictures()
+    token_ids = tokenizer.encode_to_token_ids(pixels)
+    assert torch.equal(token_ids, openai_dvae.encode(encoder, pixels))
+    torch.testing.assert_close(
+        tokenizer.decode_from_token_ids(token_ids), openai_dvae.decode(decoder, token_ids)
+    )
+
+
+def test_two_blocks_per_group_find_their_places(tmp_path: Path) -> None:
+    encoder, decoder = openai_dvae.random_weights(
+        width=8, num_blocks=2, codebook_size=30, code_dim=3, seed=1
+    )
+    save_file(encoder, tmp_path / "encoder.safetensors")
+    save_file(decoder, tmp_path / "decoder.safetensors")
+    tokenizer, pixels = load_tokenizer(tmp_path, image_size=32), pictures(2, size=32)
+    assert isinstance(tokenizer, VQVAE)
+    assert tokenizer.config.channels == (8, 16, 32, 64)
+    ids = tokenizer.encode_to_token_ids(pixels)
+    assert torch.equal(ids, openai_dvae.encode(encoder, pixels))
+    expected = openai_dvae.decode(decoder, ids)
+    torch.testing.assert_close(tokenizer.decode_from_token_ids(ids), expected)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "infinite", "other names"])
+def test_damaged_files_of_dalle_are_refused(damage: str, tmp_path: Path) -> None:
+    folder = source_folder("openai", tmp_path / "openai")
+    path = folder / "decoder.safetensors"
+    weights, name = load_file(path), "blocks.group_2.block_1.res_path.conv_3.w"
+    if damage == "missing":
+        del weights[name]
+    elif damage == "unknown":
+        weights["blocks.group_5.block_1.res_path.conv_1.w"] = torch.zeros(1)
+    elif damage == "shape":
+        weights[name] = weights[name][:1].clone()
+    elif damage == "infinite":
+        weights[name][0, 0] = torch.inf
+    else:
+        weights = {"weight": torch.zeros(3)}
+    save_file(weights, path)
+    with pytest.raises(ValueError, match="openai") as caught:
+        load_tokenizer(folder, image_size=SIZE)
+    assert "\n" not in str(caught.value)
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "reason"),
+    [
+        ("janus", {"num_res_blocks": 10**7}, "num_res_blocks: got 10000000, the file holds"),
+        ("janus", {"num_embeddings": 10**9}, "num_embeddings: got 1000000000, the file's tensors"),
+        ("janus", {"base_channels": "32"}, "base_channels: got '32', wanted a whole number"),
+        ("janus", {"base_channels": 0}, "base_channels: got 0, wanted at least 1"),
+        ("janus", {"out_channels": 1}, "out_channels: got 1, wanted 3"),
+        ("janus", {"latent_channels": 5}, "tensor decoder.conv_in.weight: got"),
+        ("emu3", {"temporal_downsample_factor": 2**60}, "tensor decoder.time_conv.1"),
+        ("emu3", {"hidden_size": 10**9}, "hidden_size: got 1000000000, the file's tensors"),
+        ("emu3", {"num_attention_heads": 5}, "not loaded"),
+        ("diffusers", {"down_block_types": ["DownBlock2D"] * 3}, "down_block_types: got"),
+        ("diffusers", {"act_fn": "eval"}, "act_fn: got eval"),
+        ("diffusers", {"norm_num_groups": 3}, "not loaded"),
+        ("diffusers", {"layers_per_block": 10**7}, "layers_per_block: got 10000000"),
+    ],
+)
+def test_a_config_that_does_not_fit_its_weights_is_refused_unbuilt(
+    kind: str, changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    folder = source_folder(kind, tmp_path / kind)
+    change_config(folder, **changes)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load_tokenizer(folder, image_size=SIZE)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_what_a_config_says_of_code_is_not_even_read(kind: str, tmp_path: Path) -> None:
+    folder = source_folder(kind, tmp_path / kind)
+    expected = load_tokenizer(folder, image_size=SIZE).fingerprint()
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    change_config(
+        folder, auto_map={"AutoModel": "evil.Model"}, attn_implementation="someone/kernel",
+        _attn_implementation="someone/kernel",
+    )  # fmt: skip
+    assert load_tokenizer(folder, image_size=SIZE).fingerprint() == expected
+    assert not (tmp_path / "ran").exists()
+
+
+def test_pickled_weights_are_not_looked_at(tmp_path: Path) -> None:
+    folder = source_folder("janus", tmp_path / "janus")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"no model\.safetensors there"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize("kind", ["openai", "emu3", "diffusers"])
+def test_the_size_of_images_is_asked_for(kind: str, tmp_path: Path) -> None:
+    folder = source_folder(kind, tmp_path / kind)
+    with pytest.raises(ValueError, match="image_size: got none, wanted pixels a side"):
+        load_tokenizer(folder)
+    with pytest.raises(ValueError, match="image_size: got 18, wanted a multiple of"):
+        load_tokenizer(folder, image_size=18)
+
+
+def test_janus_knows_its_size_and_ours_keep_theirs(tmp_path: Path) -> None:
+    janus = load_tokenizer(source_folder("janus", tmp_path / "janus"))
+    assert janus.config.image_size == SIZE
+    larger = load_tokenizer(tmp_path / "janus", image_size=24)
+    assert larger.encode_to_token_ids(torch.zeros(1, 3, 24, 24)).shape == (1, 6, 6)
+    janus.save_pretrained(tmp_path / "own")
+    for folder in (source_folder("ours", tmp_path / "ours"), tmp_path / "own"):
+        with pytest.raises(ValueError, match="image_size: got 32, this tokenizer's is 16"):
+            load_tokenizer(folder, image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"kind": "llama"}, "kind: got llama, wanted one of janus, emu3, diffusers"),
+        ({"kind": ["janus"]}, "kind: got"),
+        ({"format_version": 7}, "format_version: got 7"),
+        ({"image_size": "16"}, "image_size: got 16, wanted a whole number"),
+        ({"colour": 1}, "unknown fields: colour"),
+        ({"sizes": {}}, "JanusSizes: unknown or missing fields"),
+    ],
+)
+def test_a_stored_config_is_read_strictly(
+    changes: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    load_tokenizer(source_folder("janus", tmp_path / "janus")).save_pretrained(tmp_path / "own")
+    change_config(tmp_path / "own", **changes)
+    with pytest.raises(ValueError, match=f"config.json: {reason}"):
+        load_tokenizer(tmp_path / "own")
+
+
+def test_half_precision_on_disk_is_read_as_float32(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(source_folder("emu3", tmp_path / "emu3"), image_size=SIZE)
+    tokenizer.save_pretrained(tmp_path / "own", dtype=torch.bfloat16)
+    again = load_tokenizer(tmp_path / "own")
+    assert isinstance(again, PretrainedTokenizer)
+    assert all(weight.dtype == torch.float32 for weight in again.parameters())
+    assert not again.training

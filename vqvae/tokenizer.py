@@ -1,0 +1,64 @@
+"""What the rest of the project needs of an image tokenizer, whoever made it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+@runtime_checkable
+class HasImageSize(Protocol):
+    """A tokenizer's config."""
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of an image, in pixels."""
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """Images to a grid of tokens and back: ``VQVAE``, and what ``vqvae.pretrained`` loads."""
+
+    @property
+    def config(self) -> HasImageSize:
+        """Sizes."""
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different tokens."""
+
+    @property
+    def codebook_levels(self) -> tuple[int, ...]:
+        """Digits of a token, the least significant first; their product is the codebook size."""
+
+    @property
+    def image_grid_size(self) -> tuple[int, int]:
+        """Tokens along (height, width)."""
+
+    def encode_to_token_ids(
+        self, pixels: Float[Tensor, "batch 3 image_height image_width"]
+    ) -> Int[Tensor, "batch height width"]:
+        """Turn images in [-1, 1] into their tokens; ``ValueError`` at another size."""
+
+    def decode_from_token_ids(
+        self, token_ids: Int[Tensor, "batch height width"]
+    ) -> Float[Tensor, "batch 3 image_height image_width"]:
+        """Turn tokens into pixels clamped to [-1, 1]; ``ValueError`` outside the codebook."""
+
+    def fingerprint(self) -> str:
+        """Hash config and weights: equal fingerprints mean equal tokens for equal images."""
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write ``config.json`` and ``model.safetensors``, all that ``load_tokenizer`` needs."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its weights, as those of every module."""
+
+    def to(self, device: Any, /) -> Any:
+        """Move it, as every module."""
+
+    def eval(self) -> Any:
+        """Use it, not train it, as every module."""
