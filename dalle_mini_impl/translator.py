@@ -8,7 +8,6 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from dalle_mini_impl.data.captions import CaptionEncoder
-from dalle_mini_impl.data.text_pairs import TextPair, TranslationMemory, read_table
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.encoder_decoder import (
     PAD_TOKEN_ID,
@@ -20,8 +19,6 @@ from vqvae.json_files import build_config, own_file, read_json
 from vqvae.weights import build_checked, load_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
-MEMORY_NAME = "memory.tsv"
-SEPARATOR = "¦"
 BATCH_SIZE = 64
 
 
@@ -29,12 +26,7 @@ class Translator:
     """Translates texts with a trained model."""
 
     def __init__(
-        self,
-        model: EncoderDecoder,
-        captions: CaptionEncoder,
-        *,
-        beam: BeamConfig | None = None,
-        memory: TranslationMemory | None = None,
+        self, model: EncoderDecoder, captions: CaptionEncoder, *, beam: BeamConfig | None = None
     ) -> None:
         """Put the parts together.
 
@@ -42,7 +34,6 @@ class Translator:
             model: Writes the tokens.
             captions: The vocabulary of both languages; its length bounds both texts.
             beam: How to search.
-            memory: Known pairs, if the model reads the translation of the nearest one too.
 
         Raises:
             UserError: If the model has another vocabulary.
@@ -53,7 +44,6 @@ class Translator:
                 "tokenizer, wanted as many in both"
             )
         self.model, self.captions, self.beam = model, captions, beam or BeamConfig()
-        self.memory = memory
 
     def __call__(self, texts: Sequence[str], *, beam: BeamConfig | None = None) -> list[str]:
         """Translate.
@@ -70,8 +60,6 @@ class Translator:
         """
         device = self.model.embedding.weight.device
         translations: list[str] = []
-        if self.memory is not None:
-            texts = [with_match(text, self.memory.nearest(text)[0]) for text in texts]
         for start in range(0, len(texts), BATCH_SIZE):
             source = self.captions.encode(texts[start : start + BATCH_SIZE]).to(device)
             found = beam_search(
@@ -97,11 +85,7 @@ class Translator:
             "model": dataclasses.asdict(self.model.config),
             "beam": dataclasses.asdict(self.beam),
             "vocab_size": self.model.vocab_size,
-            "has_memory": self.memory is not None,
         }
-        if self.memory is not None:
-            lines = [f"{pair.source}\t{pair.target}\n" for pair in self.memory.pairs]
-            (folder / MEMORY_NAME).write_text("".join(lines), encoding="utf-8")
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -137,29 +121,10 @@ class Translator:
             )
             load_weights(model, weights)
             beam = build_config(BeamConfig, values["beam"])
-            memory = None
-            if values["has_memory"]:
-                memory = TranslationMemory(list(read_table(own_file(folder, MEMORY_NAME))))
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(f"model: {folder} is no translator that loads: {reason}") from None
-        captions = CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME)
-        return cls(model, captions, beam=beam, memory=memory)
-
-
-def with_match(text: str, match: TextPair) -> str:
-    """Put the translation of a text that is alike behind a text, as the encoder reads them.
-
-    Args:
-        text: To be translated.
-        match: What a memory found for it.
-
-    Returns:
-        Both, with a sign between that is rare in texts.
-
-    Source: Bulte & Tezcan 2019, "Neural Fuzzy Repair", ACL P19-1175.
-    """
-    return f"{text} {SEPARATOR} {match.target}"
+        return cls(model, CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME), beam=beam)
 
 
 def score_translations(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:

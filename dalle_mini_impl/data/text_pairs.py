@@ -6,7 +6,6 @@ sources of the same Korean name, for training alone. Names that differ by skin t
 family, and so are pairs that share a text. A family is held out as a whole or not at all.
 """
 
-import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -62,7 +61,7 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
     Raises:
         UserError: If the file or a package is missing, a line is no pair, or a split is empty.
     """
-    pairs = _emoji_pairs() if source == EMOJI else read_table(Path(source))
+    pairs = _emoji_pairs() if source == EMOJI else _read_table(Path(source))
     families = _merge_families(pairs)
     named = [
         (TextPair(pair.source, pair.target, families[pair.family], pair.is_plain), is_main)
@@ -81,50 +80,31 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
     return TextPairs(train, held_out)
 
 
-class TranslationMemory:
-    """Known pairs, found by how much their sources are like a text.
+def nearest_targets(sources: Sequence[str], train: Sequence[TextPair]) -> list[str]:
+    """Answer each text with the translation of the training source that is most like it.
 
-    Likeness is the Dice overlap of character trigrams; of equal ones the first counts.
+    Args:
+        sources: Texts to answer.
+        train: Known pairs.
+
+    Returns:
+        Targets of the largest Dice overlap of character trigrams, the first of equal ones.
     """
-
-    def __init__(self, pairs: Sequence[TextPair]) -> None:
-        """Index the pairs.
-
-        Args:
-            pairs: At least one.
-        """
-        self.pairs = list(pairs)
-        self._trigrams = [_trigrams(pair.source) for pair in pairs]
-        self._places: dict[str, list[int]] = {}
-        for number, trigrams in enumerate(self._trigrams):
-            for trigram in trigrams:
-                self._places.setdefault(trigram, []).append(number)
-
-    def nearest(
-        self, source: str, *, count: int = 1, except_family: str | None = None
-    ) -> list[TextPair]:
-        """Find the known pairs whose sources are most like a text.
-
-        Args:
-            source: The text.
-            count: How many at most; the first pair of all where nothing is alike.
-            except_family: Leave this family out.
-
-        Returns:
-            The best first.
-        """
+    known = [_trigrams(pair.source) for pair in train]
+    places: dict[str, list[int]] = {}
+    for number, trigrams in enumerate(known):
+        for trigram in trigrams:
+            places.setdefault(trigram, []).append(number)
+    answers = []
+    for source in sources:
         own = _trigrams(source)
-        shared = Counter(number for trigram in own for number in self._places.get(trigram, ()))
-        known = [number for number in shared if self.pairs[number].family != except_family]
-        best = heapq.nsmallest(
-            count,
-            known,
-            key=lambda number: (
-                -2 * shared[number] / (len(own) + len(self._trigrams[number])),
-                number,
-            ),
+        shared = Counter(number for trigram in own for number in places.get(trigram, ()))
+        best = max(
+            sorted(shared) or [0],
+            key=lambda number: 2 * shared[number] / (len(own) + len(known[number])),
         )
-        return [self.pairs[number] for number in best or [0]]
+        answers.append(train[best].target)
+    return answers
 
 
 def _trigrams(text: str) -> set[str]:
@@ -145,18 +125,7 @@ def _emoji_pairs() -> dict[TextPair, bool]:
     return pairs
 
 
-def read_table(path: Path) -> dict[TextPair, bool]:
-    """Read pairs from a file.
-
-    Args:
-        path: UTF-8, with a source, a tab and a target per line.
-
-    Returns:
-        The pairs, each a family of its own; all of them are main ones.
-
-    Raises:
-        UserError: If the file cannot be read, or a line is no pair.
-    """
+def _read_table(path: Path) -> dict[TextPair, bool]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

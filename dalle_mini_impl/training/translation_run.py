@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.text_pairs import EMOJI, TranslationMemory, load_text_pairs
+from dalle_mini_impl.data.text_pairs import EMOJI, load_text_pairs, nearest_targets
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.training.run import begin_run, run_task
@@ -31,9 +31,6 @@ class TextPairsConfig:
     target per line."""
     held_out_percent: int = 10
     """Share of the families of pairs that are only measured."""
-    uses_memory: bool = False
-    """Show the encoder, behind each text, the translation of the training text that is most like
-    it (Bulte & Tezcan 2019, ACL P19-1175); in training, of a text of another family."""
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing to learn or to measure."""
@@ -114,13 +111,7 @@ def _prepare(config: TranslationRunConfig, show: Callable[[str], None]) -> Trans
     )
     torch.manual_seed(config.training.seed)
     model = EncoderDecoder(config.model, vocab_size=captions.vocab_size)
-    translator = Translator(
-        model,
-        captions,
-        beam=config.beam,
-        memory=TranslationMemory(pairs.train) if config.data.uses_memory else None,
-    )
-    task = TranslationTask(pairs, translator, config.task)
+    task = TranslationTask(pairs, Translator(model, captions, beam=config.beam), config.task)
     if captions.num_truncated:
         show(captions.truncation_report())
     return task
@@ -131,10 +122,10 @@ def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str],
     task.translator.model.eval()
     held_out, references = task.pairs.held_out, task.references
     sources = [pair.source for pair in held_out]
-    memory = TranslationMemory(task.pairs.train)
+    nearest = nearest_targets(sources, task.pairs.train)
     answers = {
         "model": task.translator(sources),
-        "nearest source": [task.normalize(memory.nearest(text)[0].target) for text in sources],
+        "nearest source": [task.normalize(text) for text in nearest],
         "copy": [task.normalize(text) for text in sources],
     }
     plain = [number for number, pair in enumerate(held_out) if pair.is_plain]

@@ -1,7 +1,6 @@
 """Training an encoder-decoder to translate: its loss and its held-out measures."""
 
 import hashlib
-import itertools
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,9 @@ from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
 from dalle_mini_impl.models.encoder_decoder import PAD_TOKEN_ID
 from dalle_mini_impl.sampling.beam import BeamConfig
 from dalle_mini_impl.training.loop import PictureGrid
-from dalle_mini_impl.translator import Translator, score_translations, with_match
+from dalle_mini_impl.translator import Translator, score_translations
 
 EVALUATION_BATCH_SIZE = 128
-NUM_MATCHES = 4  # in training: which one is read changes from epoch to epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,15 +56,8 @@ class TranslationTask:
             config: The loss.
         """
         self.pairs, self.translator, self.config = pairs, translator, config
-        dropout = config.bpe_dropout_probability
-        self.train = (
-            self._encode([self._sources(pair) for pair in pairs.train], dropout),
-            self._encode([[pair.target] for pair in pairs.train], dropout),
-        )
-        self.held_out = (
-            self._encode([self._sources(pair)[:1] for pair in pairs.held_out], 0.0)[:, 0],
-            self._encode([[pair.target] for pair in pairs.held_out], 0.0)[:, 0],
-        )
+        self.train = self._encode(pairs.train, dropout=config.bpe_dropout_probability)
+        self.held_out = tuple(table[:, 0] for table in self._encode(pairs.held_out, dropout=0.0))
         self.references = [self.normalize(pair.target) for pair in pairs.held_out]
         self.num_samples = len(pairs.train)
         self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
@@ -83,7 +74,7 @@ class TranslationTask:
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
     ) -> dict[str, Tensor]:
-        """Look up the tokens, each text in one of the ways to read it."""
+        """Look up the tokens, each text in one of its variants."""
         source, target = (
             _trim(table[sample_ids, (draw * table.shape[1]).long()])
             for table, draw in zip(self.train, draws.unbind(1), strict=True)
@@ -132,23 +123,20 @@ class TranslationTask:
         del model
         return []
 
-    def _sources(self, pair: TextPair) -> list[str]:
-        """What the encoder may read for a pair: with a memory, several matches to choose from."""
-        memory = self.translator.memory
-        if memory is None:
-            return [pair.source]
-        found = memory.nearest(pair.source, count=NUM_MATCHES, except_family=pair.family)
-        matches = itertools.islice(itertools.cycle(found), NUM_MATCHES)
-        return [with_match(pair.source, match) for match in matches]
-
-    def _encode(self, texts: list[list[str]], dropout: float) -> Int[Tensor, "pairs ways length"]:
-        """Encode each pair's texts, each in all variants of BPE dropout; way 0 is the usual one."""
-        captions = self.translator.captions
-        flat = [text for some in texts for text in some]
-        rows = (
-            encode_variants(captions, flat, dropout=dropout) if dropout else captions.encode(flat)
+    def _encode(self, pairs: list[TextPair], *, dropout: float) -> tuple[Tensor, Tensor]:
+        """Encode sources and targets: (pairs, variants, length), variant 0 the usual one."""
+        source, target = (
+            self._encode_texts([getattr(pair, name) for pair in pairs], dropout)
+            for name in ("source", "target")
         )
-        return _trim(rows).unflatten(0, (len(texts), -1))
+        return source, target
+
+    def _encode_texts(self, texts: list[str], dropout: float) -> Tensor:
+        captions = self.translator.captions
+        if dropout == 0:
+            return _trim(captions.encode(texts)).unsqueeze(1)
+        rows = _trim(encode_variants(captions, texts, dropout=dropout))
+        return rows.unflatten(0, (len(texts), -1))
 
     def _nats(self, model: nn.Module, source: Tensor, target: Tensor) -> float:
         device = next(model.parameters()).device

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.text_pairs import TextPair, TextPairs, TranslationMemory
+from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.training.translation_task import (
@@ -119,29 +119,6 @@ def test_a_folder_gives_the_same_translations(tmp_path: Path) -> None:
         Translator.from_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="is no translator that loads"):
         Translator.from_pretrained(tmp_path)
-
-
-def test_a_memory_shows_the_nearest_pair_of_another_family(tmp_path: Path) -> None:
-    task = build_task()
-    translator = task.translator
-    translator.memory = TranslationMemory(PAIRS.train)
-    task = TranslationTask(PAIRS, translator, task.config)
-    decode = translator.captions.decode
-    batch = task.make_batch(torch.tensor([0, 1]), torch.zeros(2, 2))
-    read = decode(batch["source_token_ids"].long())
-    assert read == ["a red box ¦ disc blue", "a blue disc above ¦ box red"]
-    assert decode(batch["target_token_ids"].long()) == ["box red", "disc blue"]
-    assert decode(task.held_out[0].long()) == ["a red disc ¦ box red"]
-
-    texts = ["a red disc", "a blue disc"]
-    translator.save_pretrained(tmp_path / "model")
-    loaded = Translator.from_pretrained(tmp_path / "model")
-    assert loaded(texts) == translator(texts)
-    matches = ["a red disc ¦ box red", "a blue disc ¦ disc blue"]
-    assert translator(texts) == Translator(translator.model, translator.captions)(matches)
-    (tmp_path / "model" / "memory.tsv").write_text("no pair\n")
-    with pytest.raises(UserError, match=r"no translator that loads: .*memory.tsv, line 1"):
-        Translator.from_pretrained(tmp_path / "model")
 
 
 def test_it_learns_to_write_backwards(tmp_path: Path) -> None:
