@@ -3,7 +3,9 @@
 Names of emoji come from Unicode CLDR through the package `emoji`; its English aliases are further
 sources of the same Korean name, for training alone. Names that differ by skin tone or gender only
 ("woman firefighter: dark skin tone", "firefighter"), by their hexcodes or by their words, are one
-family, and so are pairs that share a text. A family is held out as a whole or not at all.
+family, and so are pairs that share a text. Two kinds of names are held out: some families as a
+whole, whose words are mostly new; and, of other families, some names with a skin tone, which are
+new combinations of known words.
 """
 
 import re
@@ -30,7 +32,7 @@ class TextPair:
     source: str
     target: str
     family: str
-    """Pairs of one family never stand on both sides of a split."""
+    """Names that are variants of one thing."""
     is_plain: bool = True
     """False for names with a skin tone, of which there are many alike."""
 
@@ -42,6 +44,11 @@ class TextPairs:
     train: list[TextPair]
     held_out: list[TextPair]
 
+    def is_new_family(self) -> list[bool]:
+        """Tell for each held-out pair whether its whole family is held out."""
+        known = {pair.family for pair in self.train}
+        return [pair.family not in known for pair in self.held_out]
+
     def family_weights(self) -> list[float]:
         """1 / sqrt(size of its family) for each training pair, so that no large one rules."""
         sizes = Counter(pair.family for pair in self.train)
@@ -49,11 +56,12 @@ class TextPairs:
 
 
 def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
-    """Read pairs and hold some families out, always the same ones.
+    """Read pairs and hold some families and some combinations out, always the same ones.
 
     Args:
         source: ``emoji``, or a UTF-8 file with a source and a target per line, a tab between.
-        held_out_percent: Share of the families to hold out, 1 to 50.
+        held_out_percent: Share of the families to hold out, and of the names with a skin tone of
+            the others, 1 to 50.
 
     Returns:
         Both splits.
@@ -67,7 +75,16 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
         (TextPair(pair.source, pair.target, families[pair.family], pair.is_plain), is_main)
         for pair, is_main in pairs.items()
     ]
-    is_held_out = [draw("translation", pair.family) % 100 < held_out_percent for pair, _ in named]
+
+    def is_drawn(purpose: str, name: str) -> bool:
+        return draw(purpose, name) % 100 < held_out_percent
+
+    # By its target, so that no other source of the same name is learned.
+    is_held_out = [
+        is_drawn("translation", pair.family)
+        or (not pair.is_plain and is_drawn("translation of a combination", pair.target))
+        for pair, _ in named
+    ]
     train = [pair for (pair, _), held in zip(named, is_held_out, strict=True) if not held]
     held_out = [
         pair for (pair, is_main), held in zip(named, is_held_out, strict=True) if held and is_main

@@ -30,7 +30,8 @@ class TextPairsConfig:
     """``emoji`` for English and Korean names of emoji, or a UTF-8 file with a source, a tab and a
     target per line."""
     held_out_percent: int = 10
-    """Share of the families of pairs that are only measured."""
+    """Share of the families of pairs that are only measured, and of the names of emoji with a skin
+    tone in the other families."""
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing to learn or to measure."""
@@ -128,14 +129,24 @@ def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str],
         "nearest source": [task.normalize(text) for text in nearest],
         "copy": [task.normalize(text) for text in sources],
     }
-    plain = [number for number, pair in enumerate(held_out) if pair.is_plain]
+    is_new = task.pairs.is_new_family()
+    everything = range(len(held_out))
+    parts = {
+        "all": list(everything),
+        "new combinations": [number for number in everything if not is_new[number]],
+        "new families": [number for number in everything if is_new[number]],
+        "new families, without skin tones": [
+            number for number in everything if is_new[number] and held_out[number].is_plain
+        ],
+    }
     report: dict[str, dict[str, dict[str, float]]] = {}
-    for part, numbers in (("all", list(range(len(held_out)))), ("plain", plain)):
+    for part, numbers in parts.items():
+        if not numbers:
+            continue
         chosen = [references[number] for number in numbers]
         report[part] = {
             name: score_translations([texts[number] for number in numbers], chosen)
             for name, texts in answers.items()
-            if numbers
         }
         show(f"held out, {part} ({len(numbers)}):")
         for name, scores in report[part].items():
