@@ -37,7 +37,7 @@ def class_of(path: Path) -> type[Any]:
     if path.parent.name in of_folder:
         return of_folder[path.parent.name]
     is_decoder = "vqvae_dir" in yaml.safe_load(path.read_text(encoding="utf-8"))
-    assert path.stem.endswith("dalle" if is_decoder else "vqvae")
+    assert ("dalle" if is_decoder else "vqvae") in path.stem
     return DalleRunConfig if is_decoder else VQVAERunConfig
 
 

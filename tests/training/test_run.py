@@ -49,12 +49,11 @@ def results(out: Path) -> dict[str, Any]:
     state = json.loads((checkpoint / "state.json").read_text())["state"]
     timeless = {key: value for key, value in state.items() if key != "elapsed_seconds"}
     later = [row for row in tiny.read_metrics(out) if row["step"] > 3]
+    timed = ("time", "train/data_wait_fraction", "train/save_fraction")
     figures = [
-        {key: value for key, value in row.items() if "second" not in key and "wait" not in key}
+        {key: value for key, value in row.items() if "second" not in key and key not in timed}
         for row in later
     ]
-    for row in figures:
-        del row["time"]
     return {
         "checkpoint": files_of(checkpoint),
         "state": timeless,
