@@ -44,6 +44,27 @@ Floats load(const float* from) {
 
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
+// bfloat16, the upper half of a float32: what keys and values are kept in beside int8 weights.
+typedef uint16_t Half;
+typedef Half Halves __attribute__((vector_size(32)));
+
+Floats load(const Half* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    const Ints bits = __builtin_convertvector(halves, Ints) << 16;
+    Floats value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+void store_one(float* to, float value) { *to = value; }
+
+void store_one(Half* to, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    *to = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to the nearest, ties to even
+}
+
 float total(Floats value) {
     float sum = 0;
     for (int lane = 0; lane < LANES; ++lane) sum += value[lane];
@@ -96,10 +117,10 @@ struct Decoder {
     const float *cosines, *sines;  // [cell][head_dim / 2]; a last row of angle zero for captions
 };
 
-// Keys are [layer][picture][head][panel of 64 positions][head_dim][64], values
+// Float32 beside float32 weights, else bfloat16. Keys are [layer][picture][head][panel of 64 positions][head_dim][64], values
 // [layer][picture][head][position][head_dim]: each as its product reads it.
 struct Cache {
-    float *keys, *values;
+    void *keys, *values;
     int64_t pictures, length;  // length: positions, a multiple of 64
 };
 
@@ -184,8 +205,8 @@ struct Inputs {
 };
 
 // sums[r][b] = sum over k of x[r][k] * w[k][16 b ...]; the heart of float32 and of attention.
-template <int R, int B>
-inline void multiply(const float* x, long x_stride, const float* w, long w_stride, long count,
+template <int R, int B, class Number>
+inline void multiply(const float* x, long x_stride, const Number* w, long w_stride, long count,
                      Floats (&sums)[R][B]) {
     for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b) sums[r][b] = Floats{};
@@ -214,8 +235,10 @@ inline void multiply(const uint8_t* x, long x_stride, const int8_t* w, const int
                      long count, Ints (&sums)[R][4]) {
     for (int r = 0; r < R; ++r) std::memcpy(sums[r], starts, sizeof sums[r]);
     for (long k = 0; k < count; k += 4, w += 4 * PANEL)
-        for (int b = 0; b < 4; ++b)
+        for (int b = 0; b < 4; ++b) {
+            if (R <= 2) __builtin_prefetch(w + PANEL * b + 8192);  // few rows wait for memory
             for (int r = 0; r < R; ++r) add_dot(sums[r][b], x + r * x_stride + k, w + PANEL * b);
+        }
 }
 
 template <int R, class Put>
@@ -286,10 +309,15 @@ struct Pass {
     }
     void run(const Thread& thread);
     void normalise_rows(const float* weight, const Thread& thread);
-    void attend(long layer, const Thread& thread, std::vector<float>& weights);
-    void attend_head(long layer, long head, long first, long last, std::vector<float>& weights);
-    template <int R>
-    void attend_tile(const float* keys, const float* values, long head, long row, float* weights);
+    template <class Number>
+    void attend(long layer, const Thread& thread, float* weights);
+    template <class Number>
+    void attend_head(long layer, long head, long first, long last, float* weights);
+    template <int R, class Number>
+    void attend_tile(const Number* keys, const Number* values, long head, long row, float* weights);
+    template <int R, int B, class Number>
+    void mix(const Number* values, long seen, long head, long row, long start, const float* weights,
+             const float* scales);
 };
 
 void Pass::normalise_rows(const float* weight, const Thread& thread) {
@@ -301,8 +329,8 @@ void Pass::normalise_rows(const float* weight, const Thread& thread) {
 }
 
 // R successive rows of one picture, one head.
-template <int R>
-void Pass::attend_tile(const float* keys, const float* values, long head, long row,
+template <int R, class Number>
+void Pass::attend_tile(const Number* keys, const Number* values, long head, long row,
                        float* weights) {
     const long width = decoder.hidden, length = cache.length;
     const long seen = rows.positions[row + R - 1] + 1;
@@ -334,21 +362,32 @@ void Pass::attend_tile(const float* keys, const float* values, long head, long r
         }
         scales[r] = 1.0f / total(sum);
     }
-    for (long i = 0; i < head_dim; i += LANES) {
-        Floats mixed[R][1];
-        multiply<R, 1>(weights, length, values + i, head_dim, seen, mixed);
-        for (int r = 0; r < R; ++r)
-            store(&inputs.floats[(row + r) * width + head * head_dim + i],
-                  mixed[r][0] * scales[r]);
-    }
+    long start = 0;
+    for (; start + PANEL <= head_dim; start += PANEL)
+        mix<R, 4>(values, seen, head, row, start, weights, scales);
+    for (; start < head_dim; start += LANES)
+        mix<R, 1>(values, seen, head, row, start, weights, scales);
 }
 
-void Pass::attend_head(long layer, long head, long first, long last, std::vector<float>& weights) {
+// Numbers `start` to `start` + 16 B of what a head gathers.
+template <int R, int B, class Number>
+void Pass::mix(const Number* values, long seen, long head, long row, long start,
+               const float* weights, const float* scales) {
+    Floats mixed[R][B];
+    multiply<R, B>(weights, cache.length, values + start, head_dim, seen, mixed);
+    float* to = &inputs.floats[row * decoder.hidden + head * head_dim + start];
+    for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b)
+            store(to + r * decoder.hidden + b * LANES, mixed[r][b] * scales[r]);
+}
+
+template <class Number>
+void Pass::attend_head(long layer, long head, long first, long last, float* weights) {
     const long width = decoder.hidden, half = head_dim / 2;
     const long unit =
         (layer * cache.pictures + rows.pictures[first]) * decoder.num_heads + head;
-    float* keys = cache.keys + unit * cache.length * head_dim;
-    float* values = cache.values + unit * cache.length * head_dim;
+    Number* keys = (Number*)cache.keys + unit * cache.length * head_dim;
+    Number* values = (Number*)cache.values + unit * cache.length * head_dim;
     const float scale = 1.0f / std::sqrt(float(head_dim));
     for (long row = first; row < last; ++row) {
         float* query = &projected[row * 3 * width + head * head_dim];
@@ -358,29 +397,31 @@ void Pass::attend_head(long layer, long head, long first, long last, std::vector
         normalise(query, decoder.layers[layer].query_norm, query, head_dim);
         normalise(key, decoder.layers[layer].key_norm, key, head_dim);
         const long position = rows.positions[row];
-        float* panel = keys + position / PANEL * PANEL * head_dim + position % PANEL;
+        Number* panel = keys + position / PANEL * PANEL * head_dim + position % PANEL;
         for (long i = 0; i < half; ++i) {
             const float a = query[i], b = query[i + half], c = key[i], d = key[i + half];
             query[i] = (a * cosine[i] - b * sine[i]) * scale;
             query[i + half] = (b * cosine[i] + a * sine[i]) * scale;
-            panel[i * PANEL] = c * cosine[i] - d * sine[i];
-            panel[(i + half) * PANEL] = d * cosine[i] + c * sine[i];
+            store_one(panel + i * PANEL, c * cosine[i] - d * sine[i]);
+            store_one(panel + (i + half) * PANEL, d * cosine[i] + c * sine[i]);
         }
-        std::memcpy(values + position * head_dim, key + width, head_dim * sizeof(float));
+        for (long i = 0; i < head_dim; ++i) store_one(values + position * head_dim + i, key[width + i]);
     }
     for (long row = first; row < last; row += 4) switch (std::min(4L, last - row)) {
-            case 1: attend_tile<1>(keys, values, head, row, weights.data()); break;
-            case 2: attend_tile<2>(keys, values, head, row, weights.data()); break;
-            case 3: attend_tile<3>(keys, values, head, row, weights.data()); break;
-            default: attend_tile<4>(keys, values, head, row, weights.data());
+            case 1: attend_tile<1>(keys, values, head, row, weights); break;
+            case 2: attend_tile<2>(keys, values, head, row, weights); break;
+            case 3: attend_tile<3>(keys, values, head, row, weights); break;
+            default: attend_tile<4>(keys, values, head, row, weights);
         }
 }
 
-void Pass::attend(long layer, const Thread& thread, std::vector<float>& weights) {
+template <class Number>
+void Pass::attend(long layer, const Thread& thread, float* weights) {
     const long units = (starts.size() - 1) * decoder.num_heads;
     for (long unit = thread.begin(units); unit < thread.end(units); ++unit) {
         const long group = unit / decoder.num_heads;
-        attend_head(layer, unit % decoder.num_heads, starts[group], starts[group + 1], weights);
+        attend_head<Number>(layer, unit % decoder.num_heads, starts[group], starts[group + 1],
+                            weights);
     }
 }
 
@@ -403,7 +444,8 @@ void Pass::run(const Thread& thread) {
         thread.barrier->meet();
         project(block.query_key_value, inputs, count, thread, put_into(3 * width));
         thread.barrier->meet();
-        attend(layer, thread, weights);
+        if (is_int8) attend<Half>(layer, thread, weights.data());
+        else attend<float>(layer, thread, weights.data());
         thread.barrier->meet();
         if (is_int8) {
             for (long row = thread.begin(count); row < thread.end(count); ++row)
