@@ -92,9 +92,15 @@ class NativeDecoder:
             cells = torch.arange(model.config.image_length).unsqueeze(0)
             rotation = model.rotation(cells, num_text_positions=0)
             half = model.config.decoder.head_dim // 2
-            cosines, sines = torch.ones(cells.numel() + 1, half), torch.zeros(cells.numel() + 1, half)
+            cosines, sines = (
+                torch.ones(cells.numel() + 1, half),
+                torch.zeros(cells.numel() + 1, half),
+            )
             if rotation is not None:  # the last row stays without angle, for captions
-                cosines[:-1], sines[:-1] = rotation.cosine.flatten(0, 2), rotation.sine.flatten(0, 2)
+                cosines[:-1], sines[:-1] = (
+                    rotation.cosine.flatten(0, 2),
+                    rotation.sine.flatten(0, 2),
+                )
             decoder = model.config.decoder
             self._decoder = _Decoder(
                 decoder.hidden_size, decoder.num_heads, decoder.num_layers,
@@ -211,8 +217,9 @@ class NativeDecoder:
         hidden_states = hidden_states.contiguous()
         numbers = [each.int() for each in (pictures, positions, cells, logit_rows)]
         rows = _Rows(
-            len(hidden_states), hidden_states.data_ptr(), *(each.data_ptr() for each in numbers[:3]),
-            len(logit_rows), numbers[3].data_ptr(), logits.data_ptr(),
+            len(hidden_states), hidden_states.data_ptr(),
+            *(each.data_ptr() for each in numbers[:3]), len(logit_rows), numbers[3].data_ptr(),
+            logits.data_ptr(),
         )  # fmt: skip
         memory = _Cache(
             cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3]
@@ -224,16 +231,17 @@ class NativeDecoder:
         return logits[:, : self.config.codebook_size]
 
     def _layer(self, block: TransformerBlock) -> _Layer:
-        attention, feed_forward = block.attention, block.feed_forward
-        norms = (block.attention_norm, attention.query_norm, attention.key_norm)
+        def matrix(*names: str) -> _Matrix:
+            return self._matrix([block.get_parameter(f"{name}.weight") for name in names])
+
+        norms = ("attention_norm", "attention.query_norm", "attention.key_norm",
+                 "feed_forward_norm")  # fmt: skip
         return _Layer(
-            *(self._keep(norm.weight) for norm in (*norms, block.feed_forward_norm)),
-            self._matrix(
-                [attention.query.weight, attention.key.weight, attention.value.weight]
-            ),
-            self._matrix([attention.output.weight]),
-            self._matrix([feed_forward.gate.weight, feed_forward.value.weight]),
-            self._matrix([feed_forward.output.weight]),
+            *(self._keep(block.get_parameter(f"{name}.weight")) for name in norms),
+            matrix("attention.query", "attention.key", "attention.value"),
+            matrix("attention.output"),
+            matrix("feed_forward.gate", "feed_forward.value"),
+            matrix("feed_forward.output"),
         )
 
     def _keep(self, tensor: Tensor) -> int:
@@ -262,10 +270,8 @@ class NativeDecoder:
 
 
 def _reserve(model: Dalle) -> Tensor:
-    """Reserve memory for packed weights in one piece: more than they need, taken as it is used.
-
-    Large pages make reading it a quarter faster where Linux gives them on request only.
-    """
+    # More than the weights need: memory is taken as it is used. In one piece, because large pages,
+    # which Linux gives on request, made reading it a quarter faster.
     config = model.config
     largest = config.codebook_size + PANEL + 5 * config.image_length
     numbers = sum(part.numel() for part in model.blocks.parameters())
@@ -286,6 +292,8 @@ def _require_supported(model: Dalle) -> None:
     Raises:
         UnavailableError: With what it does not know.
     """
+    if type(model) is not Dalle:
+        raise UnavailableError(f"not made for a {type(model).__name__}")
     decoder = model.config.decoder
     for field in dataclasses.fields(decoder):
         if field.name not in KNOWN_FIELDS and getattr(decoder, field.name) != field.default:
