@@ -204,6 +204,29 @@ class NativeDecoder:
         )
         return logits.unflatten(0, (batch, window))
 
+    def gumbel_noise(
+        self, seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "batch 1"], vocab_size: int
+    ) -> Float[Tensor, "batch vocab"]:
+        """Draw the noise of ``sampling.logits.gumbel_noise``, the very same numbers.
+
+        Args:
+            seeds: One per row.
+            steps: Index of each row's token.
+            vocab_size: Number of different tokens.
+
+        Returns:
+            Standard Gumbel noise.
+        """
+        uniform = torch.empty(len(seeds), vocab_size)
+        seeds, steps = seeds.contiguous(), steps.contiguous()
+        self._library.uniforms(
+            *(ctypes.c_void_p(each.data_ptr()) for each in (seeds, steps)),
+            *(ctypes.c_int64(each) for each in uniform.shape),
+            ctypes.c_void_p(uniform.data_ptr()),
+            torch.get_num_threads(),
+        )
+        return uniform.log_().neg_().log_().neg_()
+
     def _decode(
         self,
         hidden_states: Float[Tensor, "rows hidden"],

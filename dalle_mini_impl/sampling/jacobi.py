@@ -21,6 +21,7 @@ from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
 
 MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
@@ -86,7 +87,8 @@ def draw_by_jacobi(
     if window < 1:
         raise ValueError(f"window: got {window}, wanted at least 1 token")
     seeds = seeds.to(text_token_ids.device)
-    choice = TokenChoice(model.config, seeds=seeds, settings=settings)
+    noise = model.gumbel_noise if isinstance(model, NativeDecoder) else gumbel_noise
+    choice = TokenChoice(model.config, seeds=seeds, settings=settings, noise=noise)
     captions = choice.caption_rows(text_token_ids)
     cache = model.new_cache(len(captions))
     num_steps = choice.num_steps

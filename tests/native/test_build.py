@@ -74,7 +74,9 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(
 ) -> None:
     compiler = tmp_path / "bin" / "c++"
     compiler.parent.mkdir()
-    compiler.write_text("#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no space' >&2; exit 1\n")
+    compiler.write_text(
+        "#!/bin/sh\n[ \"$1\" = --version ] && exit 0\necho 'no space' >&2; exit 1\n"
+    )
     compiler.chmod(0o755)
     monkeypatch.setenv("PATH", f"{compiler.parent}:/usr/bin:/bin")
     with pytest.raises(build.UnavailableError, match="no space"):

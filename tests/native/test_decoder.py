@@ -13,6 +13,7 @@ from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.sampling.complete import complete_image_token_ids
 from dalle_mini_impl.sampling.generate import draw_rows, generate_image_token_ids
 from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
+from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 
 BuildDalle = Callable[..., Dalle]
@@ -109,6 +110,16 @@ def test_float32_completes_in_any_order_as_torch_does(build_dalle: BuildDalle) -
         for one in (model, NativeDecoder(model, "float32"))
     )
     assert torch.equal(drawn.image_token_ids, wanted.image_token_ids)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 37, 1000])
+def test_the_noise_is_that_of_torch(build_dalle: BuildDalle, vocab_size: int) -> None:
+    seeds = torch.tensor([0, 1, 2, 77, 2**62 + 5, 2**63 - 1])
+    steps = torch.tensor([0, 255, 3, 3, 1023, 2**31 - 1]).unsqueeze(1)
+    made = NativeDecoder(build_dalle(), "int8").gumbel_noise(
+        seeds, steps=steps, vocab_size=vocab_size
+    )
+    assert torch.equal(made, gumbel_noise(seeds, steps=steps, vocab_size=vocab_size))
 
 
 def rounded_to_8_bits(rows: Tensor) -> Tensor:
