@@ -196,6 +196,7 @@ def require_cache_is_exact(
         model: In evaluation mode.
         size: Its size.
         tolerated_nats: How much less likely than the likeliest token a drawn one may be.
+        native: The compiled pass over its weights, to draw with that.
 
     Raises:
         ValueError: If cached drawing, told to take the likeliest token, took another.

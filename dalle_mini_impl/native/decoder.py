@@ -71,7 +71,7 @@ class _Rows(ctypes.Structure):
 class NativeDecoder:
     """A decoder's weights, packed once, and the compiled pass over them."""
 
-    def __init__(self, model: Dalle, weights: NativeWeights) -> None:
+    def __init__(self, model: TextToImageModel, weights: NativeWeights) -> None:
         """Compile the pass if need be and pack the weights; later changes of the model are missed.
 
         Args:
