@@ -127,6 +127,7 @@ def _compile(compiler: str, library: Path) -> None:
         made.chmod(0o700)
         checksum = _checksum_file(made)
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
+        checksum.chmod(0o600)
         # The same source, flags and compiler make the same bytes: two processes do not disagree.
         made.replace(library)
         checksum.replace(_checksum_file(library))

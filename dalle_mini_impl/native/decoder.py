@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_mini_impl.models.dalle import Dalle, DigitTable
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError, load_library
 from dalle_mini_impl.transformer.blocks import GatedFeedForward, TransformerBlock
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
@@ -81,7 +82,7 @@ class NativeDecoder:
         Raises:
             UnavailableError: If this machine or this model goes without.
         """
-        _require_supported(model)
+        model = _supported(model)
         self._library = load_library()
         self.config, self.weights = model.config, weights
         self._memory, self._used = _reserve(model), 0
@@ -309,13 +310,9 @@ def _reserve(model: Dalle) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def _require_supported(model: Dalle) -> None:
-    """Refuse a model that decoder.cpp does not know.
-
-    Raises:
-        UnavailableError: With what it does not know.
-    """
-    if type(model) is not Dalle:
+def _supported(model: TextToImageModel) -> Dalle:
+    """Return the model if decoder.cpp knows all that it is made of, and refuse it if not."""
+    if not isinstance(model, Dalle):
         raise UnavailableError(f"not made for a {type(model).__name__}")
     decoder = model.config.decoder
     for field in dataclasses.fields(decoder):
@@ -337,6 +334,7 @@ def _require_supported(model: Dalle) -> None:
             and not any(name.endswith("bias") for name, _ in block.named_parameters())
         ):
             raise UnavailableError("not made for blocks with these options")
+    return model
 
 
 def _with_plain_table(model: Dalle) -> Dalle:

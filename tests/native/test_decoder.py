@@ -1,5 +1,6 @@
 """The compiled pass beside torch: the same logits, the same pictures, whatever stands beside it."""
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle import Dalle, DecoderConfig
+from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.native import build
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.sampling.complete import complete_image_token_ids
@@ -185,7 +187,17 @@ def test_other_models_are_refused_by_name(build_dalle: BuildDalle) -> None:
         NativeDecoder(build_dalle(hidden_size=16), "float32")
     with pytest.raises(build.UnavailableError, match="bfloat16"):
         NativeDecoder(build_dalle().to(torch.bfloat16), "float32")
+    for name, value in (("attention", "dalle"), ("block", "gelu"), ("has_target_positions", False)):
+        with pytest.raises(build.UnavailableError, match=f"decoder with {name} {value!r}"):
+            NativeDecoder(build_dalle(**{name: value}), "float32")
     model = build_dalle()
     model.blocks[0].is_pre_norm = False
     with pytest.raises(build.UnavailableError, match="blocks"):
         NativeDecoder(model, "float32")
+    decoder = DecoderConfig(
+        hidden_size=32, num_layers=1, num_heads=2, architecture="encoder_decoder",
+        num_encoder_layers=1,
+    )  # fmt: skip
+    other = build_text_to_image(dataclasses.replace(model.config, decoder=decoder))
+    with pytest.raises(build.UnavailableError, match="DalleEncoderDecoder"):
+        NativeDecoder(other, "float32")
