@@ -9,7 +9,6 @@ from pathlib import Path
 from dalle_mini_impl.cli import OneLineParser, run_script
 
 RANK = "by what the kept one is chosen; none keeps the first; default: %(default)s"
-NATIVE = "draw with a pass compiled on this machine; int8 rounds the weights; default: torch"
 OF_MODEL = "default: the model's own"
 
 
@@ -31,7 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, help=f"below 1 plays safe; {OF_MODEL}")
     add("--top-k", type=int, help=f"draw among this many tokens, 0 = all; {OF_MODEL}")
     add("--top-p", type=float, help=f"draw among tokens of this probability mass; {OF_MODEL}")
-    add("--native", choices=("float32", "int8"), help=NATIVE)
+    add("--native", choices=("float32", "int8"), help="compiled here, not torch; see guide")
     add("--image", type=Path, help="redraw a part of this picture, which is:")
     add("--mask", type=Path, help="what is white in this picture of the same size")
     add("--keep-rows", type=int, help="all but the first rows of image tokens")
