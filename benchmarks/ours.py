@@ -17,6 +17,7 @@ from benchmarks.timing import Job, Precision, require_falling
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.tokens import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
@@ -29,6 +30,7 @@ from vqvae import VQVAE, VQVAEConfig
 COLDEST = 1e-6  # a temperature at which the likeliest token is always drawn
 # By how much a drawn token may be less likely than the best one of an uncached pass, in nats.
 TOLERATED_NATS: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1}
+TOLERATED_NATS_INT8 = 0.2
 GUIDANCE_SCALE = 3.0
 
 
@@ -145,12 +147,15 @@ def _decoder_task(dalle: Dalle, tokens: TokenDataset) -> DalleTask:
     )
 
 
-def decoder_sampler(size: Size, precision: Precision) -> Callable[..., Job]:
+def decoder_sampler(
+    size: Size, precision: Precision, native: NativeWeights | None = None
+) -> Callable[..., Job]:
     """Prepare the drawing of pictures' tokens, and prove that its cache does not change them.
 
     Args:
         size: Of the decoder.
         precision: Float32 gives the same pictures everywhere; bf16 weights are half as large.
+        native: Draw with the compiled pass and such weights.
 
     Returns:
         A function of ``batch`` and ``guided`` that returns the job; items are pictures.
@@ -160,7 +165,9 @@ def decoder_sampler(size: Size, precision: Precision) -> Callable[..., Job]:
     with torch.no_grad():
         model.image_head.rows.normal_(std=0.02)  # fresh heads are zero, and all tokens alike
     reduced = model.to(torch.bfloat16) if precision == "bfloat16" else model
-    require_cache_is_exact(reduced, size, tolerated_nats=TOLERATED_NATS[precision])
+    compiled = NativeDecoder(reduced, native) if native else None
+    tolerated = TOLERATED_NATS_INT8 if native == "int8" else TOLERATED_NATS[precision]
+    require_cache_is_exact(reduced, size, tolerated_nats=tolerated, native=compiled)
     weights: list[Tensor] = [model.image_head.rows]
     weights += [part.weight for part in model.blocks.modules() if isinstance(part, nn.Linear)]
 
@@ -170,30 +177,34 @@ def decoder_sampler(size: Size, precision: Precision) -> Callable[..., Job]:
         settings = SamplingConfig(guidance_scale=scale, guidance_schedule="constant")
         return Job(
             run=lambda: generate_image_token_ids(
-                reduced, text, seeds=torch.arange(batch), settings=settings
+                compiled or reduced, text, seeds=torch.arange(batch), settings=settings
             ),
             items=batch,
             flops=2.0 * sum(map(torch.numel, weights)) * batch * (1 + guided) * size.image_length,
-            bytes=bytes_of(*weights) * size.image_length,
+            bytes=bytes_of(*weights) // (4 if native == "int8" else 1) * size.image_length,
         )
 
     return job
 
 
-def require_cache_is_exact(model: Dalle, size: Size, *, tolerated_nats: float) -> None:
+def require_cache_is_exact(
+    model: Dalle, size: Size, *, tolerated_nats: float, native: NativeDecoder | None = None
+) -> None:
     """Compare cached drawing with one uncached pass over the drawn tokens.
 
     Args:
         model: In evaluation mode.
         size: Its size.
         tolerated_nats: How much less likely than the likeliest token a drawn one may be.
+        native: The compiled pass over its weights, to draw with that.
 
     Raises:
         ValueError: If cached drawing, told to take the likeliest token, took another.
     """
     text, _ = random_pairs(size, batch=2)
     settings = SamplingConfig(guidance_scale=1.0, temperature=COLDEST)
-    drawn = generate_image_token_ids(model, text, seeds=torch.arange(2), settings=settings)
+    drawer = native or model
+    drawn = generate_image_token_ids(drawer, text, seeds=torch.arange(2), settings=settings)
     tokens = drawn.image_token_ids
     with torch.inference_mode():
         logits = model(text, tokens).image.float()

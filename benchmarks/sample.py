@@ -20,8 +20,10 @@ from benchmarks.ceilings import bytes_of
 from benchmarks.settings import Settings
 from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Contestant, Job, Precision, Result, interleave
+from dalle_mini_impl.native.decoder import NativeWeights
 
 MOST_ROUNDS = {1: 9, 4: 9, 16: 2, 64: 1}  # of each batch: a round of many pictures takes minutes
+NATIVE: dict[NativeWeights, str] = {"float32": "ours, native float32", "int8": "ours, native int8"}
 VERIFIED_ROWS = 2  # pictures drawn before timing
 
 
@@ -91,6 +93,15 @@ class Makers:
                 precision=precision,
                 matmul=ours.matmul_setting(),
             )
+            if precision == "float32":
+                for weights, name in NATIVE.items():
+                    yield Contestant(
+                        name=name,
+                        build=functools.partial(self._own_job, precision, batch, guided, weights),
+                        is_ours=True,
+                        precision=precision,
+                        matmul=ours.matmul_setting(),
+                    )
             llama = self.llama if precision == "float32" else self.llama_bf16
             ways = {"dynamic cache": "highest"}
             if precision == "float32":
@@ -114,8 +125,14 @@ class Makers:
             )
         yield from self._dalle(batch, guided=guided)
 
-    def _own_job(self, precision: Precision, batch: int, guided: bool) -> Job:
-        return self.own(precision)(batch=batch, guided=guided)
+    def _own_job(
+        self,
+        precision: Precision,
+        batch: int,
+        guided: bool,
+        native: NativeWeights | None = None,
+    ) -> Job:
+        return self.own(precision, native)(batch=batch, guided=guided)
 
     def _dalle(self, batch: int, *, guided: bool) -> Iterator[Contestant]:
         if guided:

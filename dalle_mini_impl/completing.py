@@ -10,6 +10,7 @@ from dalle_mini_impl.data.images import make_grid, read_picture
 from dalle_mini_impl.drawing import BY_LIKELIHOOD, Ranking, resources
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import (
     grid_name,
@@ -43,6 +44,7 @@ def complete_to_folder(
     overrides: dict[str, Any],
     ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
+    native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
     """Redraw a part of a picture for every prompt, and write the results.
@@ -57,6 +59,7 @@ def complete_to_folder(
         overrides: Fields of ``SamplingConfig``.
         ranking: By likelihood; here there is no other.
         show: Receives plain lines about the work.
+        native: Draw with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
     Returns:
@@ -86,6 +89,8 @@ def complete_to_folder(
         "num_candidates": counts.get("num_candidates", 1),
         **dataclasses.asdict(pipeline.sampling_settings(overrides)),
     }
+    if native is not None and pipeline.use_native(native):
+        settings["native"] = native
     make_folder(out, field="out")
     first = next_number(out)
     unique = list(dict.fromkeys(prompts))

@@ -14,6 +14,7 @@ from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import (
     grid_name,
@@ -84,6 +85,7 @@ def draw_to_folder(
     overrides: dict[str, Any],
     ranking: Ranking = BY_LIKELIHOOD,
     show: Callable[[str], None] = lambda line: None,
+    native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
     """Draw every prompt's pictures and write them beside those of earlier calls.
@@ -97,6 +99,7 @@ def draw_to_folder(
         overrides: Fields of ``SamplingConfig``.
         ranking: Which candidates are kept.
         show: Receives plain lines about the work, on the main process.
+        native: Draw with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
     Returns:
@@ -131,6 +134,8 @@ def draw_to_folder(
     processes = _Processes()
     pipeline.to(processes.device)
     rank = ranking.load(model, processes.device)
+    if native is not None and pipeline.use_native(native):
+        settings["native"] = native
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
     show = show if processes.is_main else (lambda line: None)

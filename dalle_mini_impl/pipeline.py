@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -28,6 +29,8 @@ from dalle_mini_impl.data.regions import choose_region, paste_back
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+from dalle_mini_impl.native.build import UnavailableError
+from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.sampling.complete import (
     complete_image_token_ids,
     completion_order,
@@ -69,6 +72,7 @@ here before you share the model.
 """
 Rank = PictureRanker | Literal["likelihood", "none"]
 MAX_SEED = 2**63 - 1
+logger = logging.getLogger(__name__)
 MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every picture's file
 
 
@@ -123,6 +127,7 @@ class TextToImagePipeline:
         if draws_any_order and dalle.config.decoder.draws_raster_order_only:
             raise ValueError("draws_any_order: got true, but the decoder draws raster order only")
         self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
+        self.native: NativeDecoder | None = None
         self.settings = settings or SamplingConfig()
         self.draws_any_order = draws_any_order
 
@@ -137,7 +142,30 @@ class TextToImagePipeline:
         """
         self.dalle.to(device)
         self.vqvae.to(device)
+        if torch.device(device).type != "cpu":
+            self.native = None
         return self
+
+    def use_native(self, weights: NativeWeights) -> bool:
+        """Draw with a compiled pass of the decoder from now on, where that is possible.
+
+        The first time on a machine it is compiled, with the system's C++ compiler, which takes some
+        ten seconds. Where it cannot be had, a logged line says why, and drawing stays as it is. The
+        decoder's weights are copied: call this again after they change.
+
+        Args:
+            weights: ``float32`` draws what plain torch draws, but for the last digit of sums;
+                ``int8`` rounds weights to 8 bits and is faster.
+
+        Returns:
+            Whether it is used.
+        """
+        try:
+            self.native = NativeDecoder(self.dalle, weights)
+        except UnavailableError as error:
+            self.native = None
+            logger.warning("drawing with plain torch: %s", error)
+        return self.native is not None
 
     @torch.inference_mode()
     def __call__(
@@ -178,7 +206,7 @@ class TextToImagePipeline:
 
         def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
             return generate_image_token_ids(
-                self.dalle, text_token_ids, seeds=seeds, settings=settings
+                self.native or self.dalle, text_token_ids, seeds=seeds, settings=settings
             )
 
         seeds = torch.arange(seed, seed + num_images * num_candidates)
@@ -246,8 +274,8 @@ class TextToImagePipeline:
 
         def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
             return complete_image_token_ids(
-                self.dalle, text_token_ids, image_token_ids.expand(len(seeds), -1), is_redrawn,
-                seeds=seeds, settings=settings,
+                self.native or self.dalle, text_token_ids,
+                image_token_ids.expand(len(seeds), -1), is_redrawn, seeds=seeds, settings=settings,
             )  # fmt: skip
 
         output = self._draw(prompts, seeds, draw, num_images, settings)

@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--temperature", type=float, help=f"below 1 plays safe; {OF_MODEL}")
     add("--top-k", type=int, help=f"draw among this many tokens, 0 = all; {OF_MODEL}")
     add("--top-p", type=float, help=f"draw among tokens of this probability mass; {OF_MODEL}")
+    add("--native", choices=("float32", "int8"), help="compiled here, not torch; see guide")
     add("--image", type=Path, help="redraw a part of this picture, which is:")
     add("--mask", type=Path, help="what is white in this picture of the same size")
     add("--keep-rows", type=int, help="all but the first rows of image tokens")
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         out=options.out,
         overrides={name: value for name, value in overrides.items() if value is not None},
         show=print,
+        native=options.native,
     )
     if grid is not None:
         print(f"pictures: {options.out}\ngrid: {grid}")

@@ -15,8 +15,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, TOKENS_PER_PASS, DrawnTokens
-from dalle_mini_impl.sampling.jacobi import MAX_WINDOW, draw_by_jacobi
+from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, DrawnTokens
+from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 
 
@@ -48,7 +49,7 @@ def is_raster_order(order: Int[Tensor, "batch image_length"]) -> bool:
 
 @torch.inference_mode()
 def complete_image_token_ids(
-    model: TextToImageModel,
+    model: TextToImageModel | NativeDecoder,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
     is_redrawn: Bool[Tensor, "batch image_length"],
@@ -87,7 +88,7 @@ def complete_image_token_ids(
             text_token_ids[rows],
             seeds=seeds[rows],
             settings=settings,
-            window=min(TOKENS_PER_PASS // len(seeds[rows]), MAX_WINDOW),
+            window=best_window(model, len(seeds[rows])),
             image_order=order[rows],
             known_token_ids=known[rows],
         )

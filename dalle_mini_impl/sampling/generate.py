@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
-from dalle_mini_impl.sampling.jacobi import MAX_WINDOW, draw_by_jacobi
+from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
 from dalle_mini_impl.sampling.replay import replay_steps
 from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
 
 ROWS_PER_BATCH = 16  # pictures drawn together
-TOKENS_PER_PASS = 128  # measured on CPUs: more cost as much as they save
 
 
 class DrawnTokens(NamedTuple):
@@ -30,7 +30,7 @@ class DrawnTokens(NamedTuple):
 
 @torch.inference_mode()
 def generate_image_token_ids(
-    model: TextToImageModel,
+    model: TextToImageModel | NativeDecoder,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],
@@ -56,10 +56,10 @@ def generate_image_token_ids(
     for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]
         some_seeds = seeds[start : start + ROWS_PER_BATCH]
-        if text.is_cuda:
+        if text.is_cuda and not isinstance(model, NativeDecoder):
             part = draw_rows(model, text, seeds=some_seeds, settings=settings)
         else:
-            window = min(TOKENS_PER_PASS // max(len(text), 1), MAX_WINDOW)
+            window = best_window(model, len(text))
             tokens, gain, _ = draw_by_jacobi(
                 model, text, seeds=some_seeds, settings=settings, window=window
             )

@@ -1,6 +1,7 @@
 """How the next token of every picture is chosen from the logits: settings, guidance, noise."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -56,7 +57,12 @@ class TokenChoice:
     """
 
     def __init__(
-        self, config: DalleConfig, *, seeds: Int[Tensor, " batch"], settings: SamplingConfig
+        self,
+        config: DalleConfig,
+        *,
+        seeds: Int[Tensor, " batch"],
+        settings: SamplingConfig,
+        noise: Callable[..., Tensor] = gumbel_noise,
     ) -> None:
         """Start with empty pictures.
 
@@ -64,8 +70,9 @@ class TokenChoice:
             config: Of the decoder.
             seeds: One per picture; everything here lives on their device.
             settings: Guidance and filters.
+            noise: ``gumbel_noise``, or the same numbers made faster.
         """
-        self.seeds, self.settings = seeds, settings
+        self.seeds, self.settings, self.noise = seeds, settings, noise
         self.num_steps, self.codebook_size = config.image_length, config.codebook_size
         self.is_guided = settings.guidance_scale != 1.0
         self.tokens = torch.zeros(len(seeds), self.num_steps, dtype=torch.long, device=seeds.device)
@@ -128,7 +135,7 @@ class TokenChoice:
         wanted = keep_top_k(wanted / settings.temperature, settings.top_k)
         wanted = keep_top_p(wanted, settings.top_p)
         seeds = self.seeds.repeat_interleave(window)
-        noise = gumbel_noise(seeds, steps=flat_steps, vocab_size=self.codebook_size)
+        noise = self.noise(seeds, steps=flat_steps, vocab_size=self.codebook_size)
         chosen = (wanted + noise).argmax(dim=-1, keepdim=True)
         gained = torch.zeros_like(chosen, dtype=torch.float32)
         if self.is_guided:

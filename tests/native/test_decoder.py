@@ -1,0 +1,203 @@
+"""The compiled pass beside torch: the same logits, the same pictures, whatever stands beside it."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.models.dalle import Dalle, DecoderConfig
+from dalle_mini_impl.models.text_to_image import build_text_to_image
+from dalle_mini_impl.native import build
+from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
+from dalle_mini_impl.sampling.complete import complete_image_token_ids
+from dalle_mini_impl.sampling.generate import draw_rows, generate_image_token_ids
+from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
+from dalle_mini_impl.sampling.logits import gumbel_noise
+from dalle_mini_impl.sampling.token_choice import SamplingConfig
+
+BuildDalle = Callable[..., Dalle]
+BOTH: tuple[NativeWeights, ...] = ("float32", "int8")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Compile once for this file, in a folder of the tests."""
+    if not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        build.load_library.cache_clear()
+        yield
+        build.load_library.cache_clear()
+
+
+def pairs(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
+    """Captions, the last two of them null, and pictures."""
+    config, generator = model.config, torch.Generator().manual_seed(count)
+    text = torch.randint(0, config.vocab_size, (count, config.text_length), generator=generator)
+    text[-2:] = 0
+    shape = (count, config.image_length)
+    return text, torch.randint(0, config.codebook_size, shape, generator=generator)
+
+
+def stepwise(
+    model: Dalle | NativeDecoder, text: Tensor, image: Tensor, *, window: int = 1
+) -> Tensor:
+    """The logits of all image tokens, some tokens at a time."""
+    cache = model.new_cache(len(text))
+    logits = [model.prefill(text, cache).unsqueeze(1)]
+    for start in range(0, image.shape[1] - 1, window):
+        some = image[:, start : min(start + window, image.shape[1] - 1)]
+        first = torch.full((len(text),), start)
+        logits.append(model.decode_window(some, cache, first_steps=first))
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "axial"])
+@pytest.mark.parametrize(("batch", "window"), [(1, 1), (2, 5), (7, 2)])
+@torch.inference_mode()
+def test_float32_logits_are_those_of_torch(
+    build_dalle: BuildDalle, positions: str, batch: int, window: int
+) -> None:
+    model = build_dalle(positions=positions)
+    text, image = pairs(model, batch)
+    wanted = model(text, image).image
+    logits = stepwise(NativeDecoder(model, "float32"), text, image, window=window)
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)  # float32 sums, other order
+
+
+@torch.inference_mode()
+def test_wide_heads_long_captions_and_odd_sizes(build_dalle: BuildDalle) -> None:
+    # heads of 80: a whole panel of 64 and a rest; 70 positions: more than one panel of keys
+    changes = {"hidden_size": 160, "codebook_levels": (5, 5, 3), "text_length": 70}
+    model = build_dalle(image_grid_size=(3, 3), **changes)
+    text, image = pairs(model, 3)
+    logits = stepwise(NativeDecoder(model, "float32"), text, image, window=3)
+    plain, exact = model(text, image).image, model.double()(text, image).image
+    # Wild weights of this width amplify rounding, torch's own as well.
+    errors = [float((each - exact).abs().max()) for each in (logits, plain)]
+    assert errors[0] <= max(1e-5, 2 * errors[1]), errors
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
+def test_float32_draws_the_pictures_of_torch(
+    build_dalle: BuildDalle, guidance_scale: float
+) -> None:
+    model = build_dalle()
+    text, _ = pairs(model, 5)
+    for choice in ({}, {"top_k": 3, "temperature": 0.7}, {"top_p": 0.6}):
+        settings = SamplingConfig(guidance_scale=guidance_scale, **choice)
+        wanted = draw_rows(model, text, seeds=torch.arange(5), settings=settings)
+        drawn = generate_image_token_ids(
+            NativeDecoder(model, "float32"), text, seeds=torch.arange(5), settings=settings
+        )
+        assert torch.equal(drawn.image_token_ids, wanted.image_token_ids)
+        torch.testing.assert_close(drawn.caption_gain, wanted.caption_gain, atol=1e-4, rtol=1e-4)
+
+
+def test_float32_completes_in_any_order_as_torch_does(build_dalle: BuildDalle) -> None:
+    model = build_dalle()
+    text, image = pairs(model, 4)
+    is_redrawn = torch.zeros_like(image, dtype=torch.bool)
+    is_redrawn[0, ::2] = is_redrawn[1, 1::2] = is_redrawn[2, 3:9] = is_redrawn[3, :6] = True
+    is_redrawn &= is_redrawn.cumsum(dim=1) <= is_redrawn.sum(dim=1).min()
+    wanted, drawn = (
+        complete_image_token_ids(
+            one, text, image, is_redrawn, seeds=torch.arange(4), settings=SamplingConfig()
+        )
+        for one in (model, NativeDecoder(model, "float32"))
+    )
+    assert torch.equal(drawn.image_token_ids, wanted.image_token_ids)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 37, 1000])
+def test_the_noise_is_that_of_torch(build_dalle: BuildDalle, vocab_size: int) -> None:
+    seeds = torch.tensor([0, 1, 2, 77, 2**62 + 5, 2**63 - 1])
+    steps = torch.tensor([0, 255, 3, 3, 1023, 2**31 - 1]).unsqueeze(1)
+    made = NativeDecoder(build_dalle(), "int8").gumbel_noise(
+        seeds, steps=steps, vocab_size=vocab_size
+    )
+    assert torch.equal(made, gumbel_noise(seeds, steps=steps, vocab_size=vocab_size))
+
+
+def rounded_to_8_bits(rows: Tensor) -> Tensor:
+    scales = rows.abs().amax(dim=-1, keepdim=True) / 127
+    return (rows / scales).round() * scales
+
+
+@torch.no_grad()
+def test_int8_costs_what_rounding_costs_in_torch(build_dalle: BuildDalle) -> None:
+    model = build_dalle(hidden_size=64, num_layers=4)
+    text, image = pairs(model, 6)
+    wanted, native = model(text, image).image, NativeDecoder(model, "int8")
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.weight.copy_(rounded_to_8_bits(layer.weight))
+            layer.register_forward_pre_hook(lambda _, rows: rounded_to_8_bits(rows[0]))
+    unavoidable = (model(text, image).image - wanted).std()
+    error = (stepwise(native, text, image) - wanted).std()
+    assert 0.01 < unavoidable / wanted.std() < 0.1
+    assert error < 1.2 * unavoidable  # the head and the cache are rounded too
+
+
+@pytest.mark.parametrize("weights", BOTH)
+@torch.inference_mode()
+def test_logits_do_not_depend_on_what_is_computed_beside_them(
+    build_dalle: BuildDalle, weights: NativeWeights
+) -> None:
+    native = NativeDecoder(build_dalle(hidden_size=160), weights)
+    text, image = pairs(build_dalle(hidden_size=160), 9)
+    together = stepwise(native, text, image)
+    for row in range(9):
+        alone = stepwise(native, text[row : row + 1], image[row : row + 1])
+        assert torch.equal(alone[0], together[row])
+    for window in (2, 3, 8):
+        assert torch.equal(stepwise(native, text, image, window=window), together)
+
+
+@pytest.mark.parametrize("weights", BOTH)
+def test_pictures_do_not_depend_on_window_and_threads(
+    build_dalle: BuildDalle, weights: NativeWeights
+) -> None:
+    model = build_dalle()
+    native, (text, _) = NativeDecoder(model, weights), pairs(model, 5)
+    settings = SamplingConfig(guidance_scale=2.0)
+
+    def draw(rows: slice, window: int) -> Tensor:
+        return draw_by_jacobi(
+            native, text[rows], seeds=torch.arange(5)[rows], settings=settings, window=window
+        ).image_token_ids
+
+    one_by_one = draw(slice(None), 1)
+    assert torch.equal(draw(slice(None), 7), one_by_one)
+    assert torch.equal(draw(slice(3, 4), 4)[0], one_by_one[3])
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(draw(slice(None), 5), one_by_one)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_other_models_are_refused_by_name(build_dalle: BuildDalle) -> None:
+    with pytest.raises(build.UnavailableError, match="heads of 8"):
+        NativeDecoder(build_dalle(hidden_size=16), "float32")
+    with pytest.raises(build.UnavailableError, match="bfloat16"):
+        NativeDecoder(build_dalle().to(torch.bfloat16), "float32")
+    for name, value in (("attention", "dalle"), ("block", "gelu"), ("has_target_positions", False)):
+        with pytest.raises(build.UnavailableError, match=f"decoder with {name} {value!r}"):
+            NativeDecoder(build_dalle(**{name: value}), "float32")
+    model = build_dalle()
+    model.blocks[0].is_pre_norm = False
+    with pytest.raises(build.UnavailableError, match="blocks"):
+        NativeDecoder(model, "float32")
+    decoder = DecoderConfig(
+        hidden_size=32, num_layers=1, num_heads=2, architecture="encoder_decoder",
+        num_encoder_layers=1,
+    )  # fmt: skip
+    other = build_text_to_image(dataclasses.replace(model.config, decoder=decoder))
+    with pytest.raises(build.UnavailableError, match="DalleEncoderDecoder"):
+        NativeDecoder(other, "float32")

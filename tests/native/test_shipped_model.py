@@ -1,0 +1,50 @@
+"""What int8 costs the model that comes with the repository, on pictures that training never saw."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_mini_impl.native import build
+from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.pipeline import TextToImagePipeline
+
+FOLDER = Path(__file__).parents[2] / "checkpoints" / "emoji-64"
+NUM_PICTURES = 40
+
+
+@pytest.mark.slow  # writes the emoji data set
+@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+@torch.inference_mode()
+def test_int8_keeps_the_likelihood_of_held_out_pictures(tmp_path: Path) -> None:
+    from dalle_mini_impl.data.emoji import prepare_emoji
+
+    prepare_emoji(tmp_path, size=64, styles=["twemoji"], npm_dir=None)
+    records = [json.loads(line) for line in (tmp_path / "metadata.jsonl").open(encoding="utf-8")]
+    held_out = [record for record in records if record["split"] == "test_compose"][::5]
+    held_out = held_out[:NUM_PICTURES]
+    pipeline = TextToImagePipeline.from_pretrained(FOLDER)
+    model, native = pipeline.dalle.eval(), NativeDecoder(pipeline.dalle, "int8")
+    images = pipeline.encode([Image.open(tmp_path / record["file_name"]) for record in held_out])
+    text = pipeline.captions.encode([record["text"] for record in held_out])
+    losses = []
+    for start in range(0, NUM_PICTURES, 10):
+        image, captions = images[start : start + 10], text[start : start + 10]
+        cache = native.new_cache(len(image))
+        logits = [native.prefill(captions, cache).unsqueeze(1)]
+        for first in range(0, 255, 15):
+            steps = torch.full((len(image),), first)
+            window = image[:, first : first + 15]
+            logits.append(native.decode_window(window, cache, first_steps=steps))
+        losses.append(
+            [
+                -each.log_softmax(-1).gather(2, image.unsqueeze(2)).mean()
+                for each in (model(captions, image).image, torch.cat(logits, dim=1))
+            ]
+        )
+    plain, int8 = torch.tensor(losses).mean(dim=0).tolist()
+    assert 0.5 < plain < 1  # nats per token: it knows these pictures
+    assert abs(int8 / plain - 1) < 0.005
