@@ -20,7 +20,8 @@ from accelerate.utils import compile_regions
 from torch import nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.sampling.generate import draw_rows
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.optimizer import build_optimizers

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.pictures import write_pictures
-from dalle_mini_impl.models.dalle import DecoderConfig
+from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.training import checkpoint, dalle_run, loop
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig

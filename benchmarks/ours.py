@@ -16,7 +16,8 @@ from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Job, Precision, require_falling
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.tokens import TokenDataset
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids

@@ -18,7 +18,8 @@ from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_an
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.tokens import Variation, build_token_dataset
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from dalle_mini_impl.training.optimizer import build_optimizers

@@ -27,7 +27,7 @@ from dalle_mini_impl.data.images import (
 )
 from dalle_mini_impl.data.regions import choose_region, paste_back
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights

@@ -49,7 +49,7 @@ def build_dalle() -> Callable[..., "TextToImageModel"]:
     A fresh decoder's heads are zero, so that all its logits are equal; here every weight is drawn
     wide enough for a mistake anywhere to move the logits by far more than rounding does.
     """
-    from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
+    from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
     from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 
     def build(*, seed: int = 0, **changes: Any) -> TextToImageModel:

@@ -273,7 +273,7 @@ def test_whole_training_reads_tokenizes_and_trains(tmp_path: Path) -> None:
 
 
 def test_the_model_folder_draws(tmp_path: Path) -> None:
-    from dalle_mini_impl.models.dalle import DecoderConfig
+    from dalle_mini_impl.models.dalle_config import DecoderConfig
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
     decoder = DecoderConfig(hidden_size=32, num_layers=1, num_heads=2)

@@ -12,7 +12,7 @@ from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import VisionTransformer

@@ -9,7 +9,8 @@ import torch
 
 from dalle_mini_impl.config import load_config, read_config
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.sources import DataConfig

@@ -15,7 +15,7 @@ from dalle_mini_impl.data.images import make_grid
 from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.samples import Samples, Show
 from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.rerank import image_token_log_likelihoods

@@ -23,14 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import (
-    PAD_TOKEN_ID,
-    DalleConfig,
-    DalleLogits,
-    DigitTable,
-    build_cache,
-    initialize_weights,
-)
+from dalle_mini_impl.models.dalle import DalleLogits, DigitTable, build_cache, initialize_weights
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.transformer.attention import build_norm
 from dalle_mini_impl.transformer.blocks import BlockOptions, TransformerBlock
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache

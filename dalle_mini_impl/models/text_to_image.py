@@ -2,7 +2,8 @@
 
 from typing import TypeAlias
 
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.dalle_encoder_decoder import DalleEncoderDecoder
 
 TextToImageModel: TypeAlias = Dalle | DalleEncoderDecoder

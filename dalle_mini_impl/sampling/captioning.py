@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 from dalle_mini_impl.sampling.logits import gumbel_noise

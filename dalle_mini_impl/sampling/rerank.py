@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, DalleConfig
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.sampling.guidance import GuidanceSchedule, guide, scale_at
 from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
 

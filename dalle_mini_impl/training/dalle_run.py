@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.tokens import Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.token_choice import SamplingConfig

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_mini_impl.data.tokens import TokenDataset
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID, Dalle
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.loop import PictureGrid
 

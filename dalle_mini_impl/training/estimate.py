@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.data.check import DataReport
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.precision import use_fast_float32

@@ -12,7 +12,7 @@ from dalle_mini_impl.evaluation.likelihood import (
     shuffled,
 )
 from dalle_mini_impl.evaluation.samples import Samples, read_data
-from dalle_mini_impl.models.dalle import PAD_TOKEN_ID
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from tests.reference import tiny
 
 

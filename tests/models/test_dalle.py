@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from tests.reference.plain_decoder import plain_logits
 
 BuildDalle = Callable[..., Dalle]

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.complete import complete_image_token_ids
 from dalle_mini_impl.sampling.generate import draw_rows

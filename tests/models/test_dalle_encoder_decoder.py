@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import Dalle, DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.dalle_encoder_decoder import DalleEncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.sampling.generate import draw_rows

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.models.dalle import Dalle, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.native import build
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig
 
 
 def plain_logits(

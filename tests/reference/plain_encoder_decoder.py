@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.models.dalle import DalleConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig
 from tests.reference.plain_decoder import norm, rotation_matrix, token_row
 
 Cells = list[int | None]

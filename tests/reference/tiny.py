@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from dalle_mini_impl.clip_ranker import ClipRanker
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TextTowerConfig, TowersConfig
-from dalle_mini_impl.models.dalle import DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import ViTConfig

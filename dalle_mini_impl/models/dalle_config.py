@@ -1,0 +1,184 @@
+"""What a text-to-image decoder is made of: two frozen dataclasses, checked when they are made.
+
+The defaults are ours; the other choices are those of the papers that their fields name.
+"""
+
+from dataclasses import dataclass, field, fields
+from math import prod
+from typing import Literal, get_args
+
+from dalle_mini_impl.transformer.blocks import RADFORD_2019, BlockOptions
+
+PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
+MAX_MASKED_LENGTH = 8192  # positions; a mask of the whole sequence has their square
+ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
+Architecture = Literal["decoder_only", "encoder_decoder"]
+# What a user may choose with an encoder; all else is as it is by default.
+ENCODER_DECODER_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability",
+                          "architecture", "num_encoder_layers")  # fmt: skip
+Attention = Literal["dense", "dalle"]
+Block = Literal["swiglu", "gelu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The part of a decoder that a user chooses; the rest follows from the data.
+
+    Raises:
+        ValueError: If a size is out of range or a word unknown.
+    """
+
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    num_layers: int = 6
+    """Transformer blocks."""
+    num_heads: int = 4
+    """Attention heads per block."""
+    dropout_probability: float = 0.1
+    """Share of each branch's output dropped in training."""
+    positions: ImagePositions = "rotary"
+    """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
+    and column embeddings as in DALL-E."""
+    architecture: Architecture = field(default="decoder_only", metadata={"later": True})
+    """One causal Transformer over caption and picture as in DALL-E, or a caption encoder and a
+    picture decoder as in DALL-E mini."""
+    num_encoder_layers: int = field(default=0, metadata={"later": True})
+    """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
+    decoder's."""
+    attention: Attention = field(default="dense", metadata={"later": True})
+    """What an image token attends to: all before it, or row, column and, in the last layer,
+    convolutional masks as in DALL-E (Ramesh et al. 2021, arXiv:2102.12092, figure 11), for raster
+    order only."""
+    kernel_size: int = field(default=11, metadata={"later": True})
+    """Side of the convolutional mask, odd; 11 on the 32 x 32 tokens of DALL-E."""
+    block: Block = field(default="swiglu", metadata={"later": True})
+    """``swiglu``: SwiGLU (Shazeer 2020, arXiv:2002.05202), QK-norm, no biases. ``gelu``: GELU of
+    four times the width, biases, no QK-norm, as in GPT-2 (Radford et al. 2019) and DALL-E."""
+    has_target_positions: bool = field(default=True, metadata={"later": True})
+    """Tell each position which grid cell comes next (RAR, Yu et al. 2024, arXiv:2411.00776);
+    without it, as in DALL-E, raster order only."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no decoder can be built from."""
+        for name in ("hidden_size", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"decoder.{name}: got {getattr(self, name)}, wanted at least 1")
+        if self.hidden_size % (4 * self.num_heads):
+            raise ValueError(
+                f"decoder.hidden_size: got {self.hidden_size}, wanted a multiple of "
+                f"4 * num_heads = {4 * self.num_heads}"
+            )
+        if not 0 <= self.dropout_probability < 1:
+            raise ValueError(
+                f"decoder.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+            )
+        for name, words in (("positions", ImagePositions), ("attention", Attention),
+                            ("block", Block), ("architecture", Architecture)):  # fmt: skip
+            if getattr(self, name) not in get_args(words):
+                raise ValueError(
+                    f"decoder.{name}: got {getattr(self, name)!r}, "
+                    f"wanted one of {', '.join(get_args(words))}"
+                )
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(
+                f"decoder.kernel_size: got {self.kernel_size}, wanted an odd number from 1 on"
+            )
+        self._check_architecture()
+
+    def _check_architecture(self) -> None:
+        if self.has_encoder != (self.num_encoder_layers > 0) or self.num_encoder_layers < 0:
+            wanted = "at least 1" if self.has_encoder else "0"
+            raise ValueError(
+                f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
+                f"wanted {wanted} with architecture {self.architecture}"
+            )
+        if self.has_encoder:
+            others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
+            for each in others:
+                if (value := getattr(self, each.name)) != each.default:
+                    raise ValueError(
+                        f"decoder.{each.name}: got {value!r}, wanted {each.default!r} with "
+                        f"architecture {self.architecture}"
+                    )
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether an encoder reads the caption."""
+        return self.architecture == "encoder_decoder"
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the feed-forward network.
+
+        4 times the hidden size for ``gelu``; for ``swiglu``, which has one matrix more, 8/3 of it,
+        rounded up to 64.
+        """
+        if self.block == "gelu":
+            return 4 * self.hidden_size
+        return -(-8 * self.hidden_size // (3 * 64)) * 64
+
+    @property
+    def block_options(self) -> BlockOptions:
+        """How the blocks are built."""
+        return RADFORD_2019 if self.block == "gelu" else BlockOptions()
+
+    @property
+    def draws_raster_order_only(self) -> bool:
+        """Whether no training could make this decoder draw in any other order."""
+        return self.attention == "dalle" or not self.has_target_positions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleConfig:
+    """Everything that decides a decoder's weights' shapes.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    decoder: DecoderConfig
+    """Width, depth and positions."""
+    vocab_size: int
+    """Number of different caption tokens, pad included."""
+    text_length: int
+    """Caption tokens per picture, padded or truncated to this."""
+    codebook_levels: tuple[int, ...]
+    """Digits of an image token: (8, 5, 5, 5) for FSQ with these levels, (1024,) for 1024 codes
+    without such structure. Their product is the codebook size."""
+    image_grid_size: tuple[int, int]
+    """Image tokens along (height, width)."""
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that no decoder can be built from."""
+        for name in ("vocab_size", "text_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+        if not self.codebook_levels or min(self.codebook_levels) < 1:
+            raise ValueError(f"codebook_levels: got {self.codebook_levels}, wanted positive sizes")
+        if min(self.image_grid_size) < 1:
+            raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
+        if self.decoder.draws_raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
+            raise ValueError(
+                f"image_grid_size: got {self.image_grid_size}, with the caption "
+                f"{self.sequence_length} positions, wanted at most {MAX_MASKED_LENGTH}"
+            )
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of different image tokens."""
+        return prod(self.codebook_levels)
+
+    @property
+    def image_length(self) -> int:
+        """Image tokens per picture."""
+        return self.image_grid_size[0] * self.image_grid_size[1]
+
+    @property
+    def sequence_length(self) -> int:
+        """Input positions of the decoder: start, caption (if no encoder reads it), picture."""
+        return self.image_length + (0 if self.decoder.has_encoder else self.text_length)
