@@ -20,7 +20,7 @@ from dalle_mini_impl.evaluation.distribution import measure_distribution
 from dalle_mini_impl.evaluation.drawings import draw
 from dalle_mini_impl.evaluation.emoji import ask, measure_emoji
 from dalle_mini_impl.evaluation.emoji_grid import Question
-from dalle_mini_impl.evaluation.features import FeatureSpace
+from dalle_mini_impl.evaluation.features import FeatureSpace, network_or_none
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.report import numbers_in, write_report
 from dalle_mini_impl.evaluation.samples import (
@@ -188,11 +188,22 @@ def _compare(
     nearest = torch.cdist(features["held_out"], features["train"]).argmin(dim=1)
     copies = decode(pipeline.vqvae, data.train.image_token_ids[nearest])
     features["copies"] = space(copies)
-    others = {"drawings": features["drawn"], "true pictures, rebuilt": features["rebuilt"]}
+    others = {"drawings": drawn.pixels, "true pictures, rebuilt": rebuilt}
     if len(data.train) >= len(wanted):
-        others["training pictures"] = space(data.train.spread(len(wanted)).pixels)
+        others["training pictures"] = data.train.spread(len(wanted)).pixels
+    spaces = [space]
+    if network := network_or_none():
+        spaces.append(FeatureSpace(wanted.pixels, describe=network))
     return [
-        measure_distribution(features["held_out"], others, seed=seed),
+        *(
+            measure_distribution(
+                each(wanted.pixels),
+                {name: each(pixels) for name, pixels in others.items()},
+                seed=seed,
+                by_network=each is not space,
+            )
+            for each in spaces
+        ),
         measure_copying(drawn, wanted, data.train, features, seed=seed),
     ]
 

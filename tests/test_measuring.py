@@ -18,7 +18,10 @@ from tests.reference import tiny
 from tests.reference.grid_data import write_grid_data
 from tests.reference.wandb_file import read_wandb_file
 
-SECTIONS = ["protocol", "tokenizer", "decoder", "composition", "distribution", "memorisation"]
+SECTIONS = [
+    "protocol", "tokenizer", "decoder", "composition", "distribution", "distribution by a network",
+    "memorisation",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +72,9 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
     assert list(found["composition"]) == ["chance", *ways]
     assert set(found["composition"]["one picture"]) == {"twemoji", "noto", "all styles"}
     assert found["distribution"]["num_pictures"] == found["memorisation"]["num_drawings"] == 18
+    by_network = found["distribution by a network"]
+    assert by_network.keys() == found["distribution"].keys()
+    assert by_network["drawings"]["distance"] != found["distribution"]["drawings"]["distance"]
     text = (first / "report.md").read_text(encoding="utf-8")
     for name in one:
         assert name.endswith(".json") or f"({name})" in text

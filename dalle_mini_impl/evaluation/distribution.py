@@ -21,6 +21,14 @@ NUM_HALVINGS = 200
 NUM_DIRECTIONS = 256
 NUM_NEIGHBOURS = 3
 MIN_PICTURES = 16
+PLAIN_FEATURES = (
+    "Features: colours and contrasts of the Laplacian pyramid on 8 x 8 cells "
+    "(`evaluation/features.py`); they need no weights."
+)
+NETWORK_FEATURES = (
+    "Features: means and deviations of the channels of EfficientNet-Lite0 at four sizes "
+    "(`evaluation/features.py`), which was trained on photographs."
+)
 
 Features = Float[Tensor, "_ features"]
 
@@ -115,20 +123,24 @@ def _distances(left: Features, right: Features) -> Float[Tensor, "left right"]:
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def measure_distribution(true: Features, others: Mapping[str, Features], *, seed: int) -> Section:
+def measure_distribution(
+    true: Features, others: Mapping[str, Features], *, seed: int, by_network: bool = False
+) -> Section:
     """Compare the drawings as a set with true pictures, and put baselines beside.
 
     Args:
         true: Features of the true pictures of the captions that were drawn.
         others: Drawings first, then the baselines.
         seed: Of all random choices.
+        by_network: Whether the features are those of a network.
 
     Returns:
         The section; without figures where there are too few pictures.
     """
+    title = "Distribution by a network" if by_network else "Distribution"
     text = (
-        "Features: colours and contrasts of the Laplacian pyramid on 8 x 8 cells "
-        "(`evaluation/features.py`); they need no weights. Sliced Wasserstein distance: 0 is best, "
+        f"{NETWORK_FEATURES if by_network else PLAIN_FEATURES} "
+        "Sliced Wasserstein distance: 0 is best, "
         "but no smaller than that of true pictures. Precision and recall: Kynkaanniemi et al. "
         f"2019, k = {NUM_NEIGHBOURS}. Every row compares half of its pictures with the true "
         f"pictures of the other captions; interval: the middle 95 % of {NUM_HALVINGS} random "
@@ -137,7 +149,7 @@ def measure_distribution(true: Features, others: Mapping[str, Features], *, seed
     )
     if len(true) < MIN_PICTURES:
         reason = f"too few pictures: {len(true)}, wanted {MIN_PICTURES}"
-        return Section("Distribution", f"{text} Left out here: {reason}.", {"left_out": reason})
+        return Section(title, f"{text} Left out here: {reason}.", {"left_out": reason})
     found = compare_sets(true, {**others, "true pictures": true}, seed=seed)
     figures: dict[str, Any] = {"num_pictures": len(true), **found}
     rows = [
@@ -145,4 +157,4 @@ def measure_distribution(true: Features, others: Mapping[str, Features], *, seed
         for name, row in found.items()
     ]
     columns = ("set", "sliced Wasserstein", "precision", "recall")
-    return Section("Distribution", text, figures, [Table("distribution", columns, rows)])
+    return Section(title, text, figures, [Table("distribution", columns, rows)])

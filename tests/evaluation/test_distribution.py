@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from dalle_mini_impl.evaluation.distribution import (
     compare_sets,
@@ -10,7 +11,8 @@ from dalle_mini_impl.evaluation.distribution import (
     share_inside,
     sliced_distance,
 )
-from dalle_mini_impl.evaluation.features import FeatureSpace
+from dalle_mini_impl.evaluation.features import FeatureSpace, network_or_none
+from vqvae import perceptual
 
 
 def cloud(count: int, *, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -83,3 +85,18 @@ def test_features_see_colour_and_contrast_where_they_are(size: int) -> None:
     assert changed[0, :4, :4].all()
     assert not changed[1:].any()
     assert not changed[0, 5:, 5:].any()
+
+
+def test_a_network_tells_blurred_pictures_from_sharp_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 2, (64, 3, 8, 8), generator=generator).float() * 255
+    sharp = F.interpolate(coarse, scale_factor=4.0)
+    blurred = F.avg_pool2d(F.pad(sharp, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    true, same, worse = sharp[:32].byte(), sharp[32:].byte(), blurred[32:].byte()
+    network = network_or_none()
+    assert network is not None
+    space = FeatureSpace(true, describe=network)
+    found = compare_sets(space(true), {"same": space(same), "worse": space(worse)}, seed=0)
+    assert found["worse"]["distance"].low > 3 * found["same"]["distance"].high
+    monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
+    assert network_or_none() is None

@@ -101,7 +101,9 @@ def test_first_weights_have_the_published_spread() -> None:
         num_weights = layer.weight.numel()
         # Five standard errors of a mean and of a standard deviation of that many numbers.
         assert abs(layer.weight.mean()) < 5 * wanted / num_weights**0.5
-        assert float(layer.weight.detach().std()) == pytest.approx(wanted, rel=5 / (2 * num_weights) ** 0.5)
+        assert float(layer.weight.detach().std()) == pytest.approx(
+            wanted, rel=5 / (2 * num_weights) ** 0.5
+        )
         assert layer.bias is not None
         assert not layer.bias.any()
     codebook: Tensor = model.quantizer.codebook  # type: ignore[assignment]
