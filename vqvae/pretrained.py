@@ -182,9 +182,9 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
             wrong.
     """
     folder = Path(folder)
-    if (folder / ENCODER_NAME).is_file() and (folder / DECODER_NAME).is_file():
-        return load_openai_dvae(folder, image_size=_required(image_size, "DALL-E's tokenizer"))
     if not (folder / CONFIG_NAME).is_file():
+        if (folder / ENCODER_NAME).is_file() and (folder / DECODER_NAME).is_file():
+            return load_openai_dvae(folder, image_size=_required(image_size, "DALL-E's tokenizer"))
         raise ValueError(f"image tokenizer {folder}: no {CONFIG_NAME} there")
     path = own_file(folder, CONFIG_NAME)
     values = read_json(path)

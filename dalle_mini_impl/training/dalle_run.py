@@ -122,7 +122,10 @@ def _train(
     try:
         vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
     except ValueError as error:
-        raise UserError(f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote") from None
+        raise UserError(
+            f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote, or somebody else's "
+            "tokenizer and perhaps vqvae_image_size"
+        ) from None
     with accelerator.main_process_first():  # the others find the main process's tokens
         task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records, show)
     return run_task(
