@@ -269,3 +269,11 @@ def test_half_precision_on_disk_is_read_as_float32(tmp_path: Path) -> None:
     assert isinstance(again, PretrainedTokenizer)
     assert all(weight.dtype == torch.float32 for weight in again.parameters())
     assert not again.training
+
+
+def test_files_beside_a_config_are_not_opened(tmp_path: Path) -> None:
+    folder = source_folder("ours", tmp_path / "ours")
+    before = load_tokenizer(folder).fingerprint()
+    for name in ("encoder.safetensors", "decoder.safetensors"):
+        (folder / name).write_text("not to be read")
+    assert load_tokenizer(folder).fingerprint() == before
