@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.clip_score import measure_clip_score
 from dalle_mini_impl.evaluation.copying import measure_copying
 from dalle_mini_impl.evaluation.distribution import measure_distribution
 from dalle_mini_impl.evaluation.drawings import draw
@@ -36,6 +38,7 @@ from dalle_mini_impl.evaluation.shapes_accuracy import measure_shapes
 from dalle_mini_impl.evaluation.tokenizer import measure_tokenizer
 from dalle_mini_impl.folders import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline, file_hashes
+from dalle_mini_impl.sampling.rerank import PictureRanker
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.precision import use_fast_float32
@@ -70,6 +73,8 @@ class EvaluationConfig:
     """Pictures per style or split that are drawn, or whose loss is measured."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``SamplingConfig``."""
+    clip: str | None = None
+    """Folder or name of a CLIP that says how well drawings fit their captions."""
     tracking: Literal["auto", "online", "offline", "disabled"] | None = None
     """W&B mode; None asks the model's run."""
 
@@ -94,12 +99,13 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
     settings = pipeline.sampling_settings(config.overrides)
+    ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
     clock = _Clock(show)
     data = read_data(
         config.data, pipeline.vqvae, language=config.language, styles=config.styles, show=show
     )
     clock.lap("pictures read and tokenized")
-    sections = _measure(pipeline, data, settings, config, clock)
+    sections = _measure(pipeline, data, settings, config, clock, ranker)
     protocol = _protocol(pipeline, data, settings, config)
     write_report(config.out, f"Evaluation of {config.model}", protocol, sections)
     seconds = json.dumps(clock.seconds, indent=1)
@@ -129,6 +135,7 @@ def _measure(
     settings: SamplingConfig,
     config: EvaluationConfig,
     clock: _Clock,
+    ranker: PictureRanker | None,
 ) -> list[Section]:
     """Draw, and judge the drawings in every way."""
     vqvae, seed = pipeline.vqvae, config.seed
@@ -156,6 +163,8 @@ def _measure(
         sections.append(measure_emoji(questions, wanted.captions, ways, rebuilt, seed=seed))
     elif data.kind == "shapes":
         sections.append(measure_shapes(wanted, ways, rebuilt, seed=seed))
+    if ranker is not None:
+        sections.append(measure_clip_score(ranker, ways, wanted.pixels, wanted.captions, seed=seed))
     clock.lap("drawings judged")
     drawn = Samples(wanted.pairs, ways[ONE], drawings.first)
     sections += _compare(pipeline, data, drawn, wanted, rebuilt, seed=seed)
@@ -233,6 +242,7 @@ def _protocol(
             "max_samples": config.max_samples,
             "language": config.language,
             "styles": " ".join(config.styles) or "all",
+            **({"clip": Path(config.clip).name} if config.clip else {}),
         },
         "machine": {
             "device": next(pipeline.dalle.parameters()).device.type,

@@ -27,6 +27,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--guidance-scale", type=float, help="strength of the caption; 1 = off")
     parser.add_argument("--temperature", type=float, help="below 1 plays safe")
+    parser.add_argument("--clip", help="folder or name of a CLIP, for the CLIP score")
     parser.add_argument(
         "--wandb",
         choices=("auto", "online", "offline", "disabled"),
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
             seed=options.seed,
             max_samples=options.max_samples,
             overrides={name: value for name, value in overrides.items() if value is not None},
+            clip=options.clip,
             tracking=options.wandb,
         ),
         show=print,

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 import wandb
+from PIL import Image
 
+from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
 from dalle_mini_impl.measuring import EvaluationConfig, evaluate
@@ -83,6 +85,26 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
     assert other["tokenizer"] == found["tokenizer"]
     for part in ("model", "data", "versions"):
         assert other["protocol"][part] == found["protocol"][part]
+
+
+def test_a_clip_scores_drawings_true_pictures_and_wrong_captions(
+    tmp_path: Path, model: Path
+) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    ranker = tiny.build_ranker()
+    ranker.save_pretrained(tmp_path / "clip")
+    found, out = measure(model, data, tmp_path / "out", clip=str(tmp_path / "clip"))
+    scores = found["clip score"]
+    assert list(scores) == ["one picture", "true pictures", FLOOR]
+    assert found["protocol"]["options"]["clip"] == "clip"
+    pairs = list(open_pairs(str(data), split="val"))
+    pictures = [Image.open(data / pair.path) for pair in pairs]
+    cosines = ranker.score(pictures, [pair.captions[0] for pair in pairs])
+    expected = float(100 * cosines.clamp(min=0).mean())
+    assert scores["true pictures"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert "CLIP score" in (out / "report.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="none"):
+        measure(model, data, tmp_path / "other", clip=str(tmp_path / "none"))
 
 
 def test_any_captioned_pictures_will_do(tmp_path: Path, model: Path) -> None:

@@ -144,8 +144,7 @@ def measure_distribution(
         "but no smaller than that of true pictures. Precision and recall: Kynkaanniemi et al. "
         f"2019, k = {NUM_NEIGHBOURS}. Every row compares half of its pictures with the true "
         f"pictures of the other captions; interval: the middle 95 % of {NUM_HALVINGS} random "
-        "halvings. FID and CLIP score are left out: they need weights that do not come with this "
-        "project."
+        "halvings. FID is left out: its network's weights do not come with this project."
     )
     if len(true) < MIN_PICTURES:
         reason = f"too few pictures: {len(true)}, wanted {MIN_PICTURES}"

@@ -1,0 +1,52 @@
+"""Do drawings fit their captions, by a CLIP that somebody has at hand?"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.samples import Pixels, to_images
+from dalle_mini_impl.evaluation.sections import FLOOR, Section, Table, number
+from dalle_mini_impl.sampling.rerank import PictureRanker
+
+TRUE = "true pictures"
+
+
+def measure_clip_score(
+    ranker: PictureRanker,
+    ways: Mapping[str, Pixels],
+    true: Pixels,
+    captions: Sequence[str],
+    *,
+    seed: int,
+) -> Section:
+    """Average the cosines of pictures and captions, beside true pictures and wrong captions.
+
+    Args:
+        ranker: Compares them; its scores are cosines.
+        ways: Drawings of the captions, by how they were chosen.
+        true: The pictures that the captions belong to.
+        captions: One per picture.
+        seed: Of the shuffling and the intervals.
+
+    Returns:
+        The section.
+
+    Source: Hessel et al. 2021, arXiv:2104.08718, equation 1, with a weight of 100, as is usual
+        since, where they have 2.5.
+    """
+    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
+    shuffled = [captions[index] for index in order.tolist()]
+
+    def score(pixels: Pixels, texts: Sequence[str]) -> Estimate:
+        cosines = ranker.score(to_images(pixels), texts)
+        return bootstrap_mean((100 * cosines.clamp(min=0)).tolist(), seed=seed)
+
+    found = {name: score(pixels, captions) for name, pixels in {**ways, TRUE: true}.items()}
+    found[FLOOR] = score(next(iter(ways.values())), shuffled)
+    rows = [(name, number(estimate, 2)) for name, estimate in found.items()]
+    text = (
+        "100 times the cosine of picture and caption, or 0 where it is negative (Hessel et al. "
+        "2021). Scores of different CLIPs cannot be compared."
+    )
+    return Section("CLIP score", text, dict(found), [Table("clip score", ("set", "score"), rows)])
