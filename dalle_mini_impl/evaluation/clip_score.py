@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-import torch
-
 from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.likelihood import shuffled
 from dalle_mini_impl.evaluation.samples import Pixels, to_images
 from dalle_mini_impl.evaluation.sections import FLOOR, Section, Table, number
 from dalle_mini_impl.sampling.rerank import PictureRanker
@@ -35,15 +34,14 @@ def measure_clip_score(
     Source: Hessel et al. 2021, arXiv:2104.08718, equation 1, with a weight of 100, as is usual
         since, where they have 2.5.
     """
-    order = torch.randperm(len(captions), generator=torch.Generator().manual_seed(seed))
-    shuffled = [captions[index] for index in order.tolist()]
+    others = [captions[index] for index in shuffled(len(captions), seed=seed).tolist()]
 
     def score(pixels: Pixels, texts: Sequence[str]) -> Estimate:
         cosines = ranker.score(to_images(pixels), texts)
         return bootstrap_mean((100 * cosines.clamp(min=0)).tolist(), seed=seed)
 
     found = {name: score(pixels, captions) for name, pixels in {**ways, TRUE: true}.items()}
-    found[FLOOR] = score(next(iter(ways.values())), shuffled)
+    found[FLOOR] = score(next(iter(ways.values())), others)
     rows = [(name, number(estimate, 2)) for name, estimate in found.items()]
     text = (
         "100 times the cosine of picture and caption, or 0 where it is negative (Hessel et al. "

@@ -275,11 +275,7 @@ class Dalle(nn.Module):
         Returns:
             Logits of the token of the next step after each one.
         """
-        window = torch.arange(image_token_ids.shape[1], device=image_token_ids.device)
-        steps = first_steps.unsqueeze(1) + window  # (batch, window)
-        cells, next_cells = steps, steps + 1
-        if image_order is not None:
-            cells, next_cells = image_order.gather(1, cells), image_order.gather(1, next_cells)
+        steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self.embed_image(image_token_ids, cells, next_cells)
         rotation = self.rotation(cells, num_text_positions=0)
         positions = steps + self.config.text_length + 1  # text_start stands before the caption
@@ -359,6 +355,29 @@ class Dalle(nn.Module):
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """Reserve a cache for ``batch_size`` rows of this model, on its device and dtype."""
         return build_cache(self.config, batch_size, like=self.image_head.rows)
+
+
+def steps_and_cells(
+    first_steps: Int[Tensor, " batch"],
+    image_token_ids: Int[Tensor, "batch window"],
+    image_order: Int[Tensor, "batch image_length"] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tell where the tokens of a window stand.
+
+    Args:
+        first_steps: Step of each row's first token.
+        image_token_ids: Tokens of consecutive steps.
+        image_order: Grid cell of each step; raster order when None.
+
+    Returns:
+        Step and grid cell of each token, and the cell that comes next: each (batch, window).
+    """
+    steps = first_steps.unsqueeze(1) + torch.arange(
+        image_token_ids.shape[1], device=image_token_ids.device
+    )
+    if image_order is None:
+        return steps, steps, steps + 1
+    return steps, image_order.gather(1, steps), image_order.gather(1, steps + 1)
 
 
 def build_cache(config: DalleConfig, batch_size: int, *, like: Tensor) -> KeyValueCache:

@@ -23,7 +23,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import DalleLogits, DigitTable, build_cache, initialize_weights
+from dalle_mini_impl.models.dalle import (
+    DalleLogits,
+    DigitTable,
+    build_cache,
+    initialize_weights,
+    steps_and_cells,
+)
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.transformer.attention import build_norm
 from dalle_mini_impl.transformer.blocks import BlockOptions, TransformerBlock
@@ -189,11 +195,7 @@ class DalleEncoderDecoder(nn.Module):
         Returns:
             Logits of the token of the next step after each one.
         """
-        window = torch.arange(image_token_ids.shape[1], device=image_token_ids.device)
-        steps = first_steps.unsqueeze(1) + window  # (batch, window)
-        cells, next_cells = steps, steps + 1
-        if image_order is not None:
-            cells, next_cells = image_order.gather(1, cells), image_order.gather(1, next_cells)
+        steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self.embed_image(image_token_ids, next_cells)
         rotation = self.rotation(cells)
         positions = steps + 1  # the start stands before the picture

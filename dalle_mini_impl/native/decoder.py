@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.models.dalle import Dalle, DigitTable
+from dalle_mini_impl.models.dalle import Dalle, DigitTable, steps_and_cells
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError, load_library
 from dalle_mini_impl.transformer.blocks import GatedFeedForward, TransformerBlock
@@ -189,10 +189,7 @@ class NativeDecoder:
             Logits of the token of the next step after each one.
         """
         batch, window = image_token_ids.shape
-        steps = first_steps.unsqueeze(1) + torch.arange(window)
-        cells, next_cells = steps, steps + 1
-        if image_order is not None:
-            cells, next_cells = image_order.gather(1, cells), image_order.gather(1, next_cells)
+        steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self._embedder.embed_image(image_token_ids, cells, next_cells)
         rows = torch.arange(batch * window)
         logits = self._decode(
