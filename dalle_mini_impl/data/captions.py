@@ -113,6 +113,22 @@ class CaptionEncoder:
         self.num_encoded = 0
         self.num_truncated = 0
 
+    @classmethod
+    def learn(
+        cls, captions: Iterable[str], *, vocab_size: int, text_length: int
+    ) -> "CaptionEncoder":
+        """Trains a tokenizer and wraps it.
+
+        Args:
+            captions: As `train_text_tokenizer` takes them.
+            vocab_size: As `train_text_tokenizer` takes it.
+            text_length: Tokens per caption, padding included.
+
+        Returns:
+            The encoder.
+        """
+        return cls(train_text_tokenizer(captions, vocab_size=vocab_size), text_length)
+
     @property
     def vocab_size(self) -> int:
         """Number of different token ids."""

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, TransformerBlock
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, build_blocks
 
 PAD_TOKEN_ID = 0  # on the right of shorter captions; causal attention hides it from what counts
 MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
@@ -129,16 +129,7 @@ class TextTower(nn.Module):
         self.embedding = nn.Embedding(vocab_size, width)
         self.positions = nn.Parameter(torch.empty(text_length, width))
         self.dropout = ChannelDropout(config.dropout_probability)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                hidden_size=width,
-                num_heads=config.num_heads,
-                intermediate_size=config.intermediate_size,
-                dropout_probability=config.dropout_probability,
-                options=DOSOVITSKIY_2021,
-            )
-            for _ in range(config.num_layers)
-        )
+        self.blocks = build_blocks(config, config.num_layers, DOSOVITSKIY_2021)
         self.output_norm = build_norm(width, use_bias=True)
         self.head = nn.Linear(width, embedding_size, bias=False)
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import TransformerBlock
+from dalle_mini_impl.transformer.blocks import build_blocks
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 from dalle_mini_impl.transformer.masks import dalle_layers, dalle_mask
 from dalle_mini_impl.transformer.positions import (
@@ -110,16 +110,7 @@ class Dalle(nn.Module):
             self.row_positions = nn.Embedding(config.image_grid_size[0], width)
             self.column_positions = nn.Embedding(config.image_grid_size[1], width)
 
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                hidden_size=width,
-                num_heads=decoder.num_heads,
-                intermediate_size=decoder.intermediate_size,
-                dropout_probability=decoder.dropout_probability,
-                options=decoder.block_options,
-            )
-            for _ in range(decoder.num_layers)
-        )
+        self.blocks = build_blocks(decoder, decoder.num_layers, decoder.block_options)
         if decoder.attention == "dalle":
             kinds = dalle_layers(decoder.num_layers)
             self.mask_of_layer = [sorted(set(kinds)).index(kind) for kind in kinds]

@@ -32,7 +32,7 @@ from dalle_mini_impl.models.dalle import (
 )
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import BlockOptions, TransformerBlock
+from dalle_mini_impl.transformer.blocks import BlockOptions, build_blocks
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 from dalle_mini_impl.transformer.positions import Rotation, grid_coordinates, rotation_after
 
@@ -61,14 +61,14 @@ class DalleEncoderDecoder(nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.text_positions = nn.Embedding(config.text_length, width)
         self.text_pads = nn.Embedding(config.text_length, width)
-        self.encoder_blocks = _build_blocks(config, decoder.num_encoder_layers, BlockOptions())
+        self.encoder_blocks = build_blocks(decoder, decoder.num_encoder_layers)
         self.encoder_norm = build_norm(width)
 
         self.image_start = nn.Parameter(torch.empty(width))
         self.image_embedding = DigitTable(config.codebook_levels, width)
         self.target_positions = nn.Embedding(config.image_length, width)
         options = replace(BlockOptions(), has_cross_attention=True)
-        self.blocks = _build_blocks(config, decoder.num_layers, options)
+        self.blocks = build_blocks(decoder, decoder.num_layers, options)
         self.output_norm = build_norm(width)
         self.image_head = DigitTable(config.codebook_levels, width)
         self.register_buffer(
@@ -250,17 +250,3 @@ class DalleEncoderDecoder(nn.Module):
     def new_cache(self, batch_size: int) -> KeyValueCache:
         """Reserve a cache for ``batch_size`` rows of this model, on its device and dtype."""
         return build_cache(self.config, batch_size, like=self.image_head.rows)
-
-
-def _build_blocks(config: DalleConfig, num_layers: int, options: BlockOptions) -> nn.ModuleList:
-    decoder = config.decoder
-    return nn.ModuleList(
-        TransformerBlock(
-            hidden_size=decoder.hidden_size,
-            num_heads=decoder.num_heads,
-            intermediate_size=decoder.intermediate_size,
-            dropout_probability=decoder.dropout_probability,
-            options=options,
-        )
-        for _ in range(num_layers)
-    )

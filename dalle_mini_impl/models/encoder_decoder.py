@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_mini_impl.transformer.attention import KeysAndValues, build_norm
-from dalle_mini_impl.transformer.blocks import VASWANI_2017, ChannelDropout, TransformerBlock
+from dalle_mini_impl.transformer.blocks import VASWANI_2017, ChannelDropout, build_blocks
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 from dalle_mini_impl.transformer.masks import padding_mask
 from dalle_mini_impl.transformer.positions import sinusoidal_positions
@@ -232,16 +232,7 @@ def _build_blocks(
     config: EncoderDecoderConfig, num_layers: int, *, is_decoder: bool
 ) -> nn.ModuleList:
     options = replace(VASWANI_2017, norm=config.norm, has_cross_attention=is_decoder)
-    return nn.ModuleList(
-        TransformerBlock(
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            intermediate_size=config.intermediate_size,
-            dropout_probability=config.dropout_probability,
-            options=options,
-        )
-        for _ in range(num_layers)
-    )
+    return build_blocks(config, num_layers, options)
 
 
 def initialize_weights(model: EncoderDecoder) -> None:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, TransformerBlock
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, build_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +89,7 @@ class VisionTransformer(nn.Module):
             self.class_token = nn.Parameter(torch.empty(width))
         self.positions = nn.Parameter(torch.empty(num_patches + has_class_token, width))
         self.dropout = ChannelDropout(config.dropout_probability)
-        self.blocks = nn.ModuleList(
-            TransformerBlock(
-                hidden_size=width,
-                num_heads=config.num_heads,
-                intermediate_size=config.intermediate_size,
-                dropout_probability=config.dropout_probability,
-                options=DOSOVITSKIY_2021,
-            )
-            for _ in range(config.num_layers)
-        )
+        self.blocks = build_blocks(config, config.num_layers, DOSOVITSKIY_2021)
         self.output_norm = build_norm(width, use_bias=True)
         self.head = nn.Linear(width, num_classes)
         initialize_weights(self)

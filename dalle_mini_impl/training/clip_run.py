@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from dalle_mini_impl.clip_ranker import ClipRanker
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig
 from dalle_mini_impl.training.clip_task import ClipTask, ClipTaskConfig, score_retrieval
@@ -110,11 +110,9 @@ def _prepare(
             load_pairs(config.data, split, image_size=config.image_size, records=records, show=show)
             for split in (config.data.train_split, config.data.validation_split)
         )
-    captions = CaptionEncoder(
-        train_text_tokenizer(
-            (text for pair in train.listed for text in pair.captions),
-            vocab_size=config.text.vocab_size,
-        ),
+    captions = CaptionEncoder.learn(
+        (text for pair in train.listed for text in pair.captions),
+        vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
     )
     torch.manual_seed(config.training.seed)

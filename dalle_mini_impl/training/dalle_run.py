@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.tokens import Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
@@ -151,11 +151,9 @@ def _prepare(
         load_pairs(config.data, split, image_size=size, records=records, show=show)
         for split in (config.data.train_split, config.data.validation_split)
     )
-    captions = CaptionEncoder(
-        train_text_tokenizer(
-            (text for pair in train.listed for text in pair.captions),
-            vocab_size=config.text.vocab_size,
-        ),
+    captions = CaptionEncoder.learn(
+        (text for pair in train.listed for text in pair.captions),
+        vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
     )
     cache_dir = Path(config.output_dir) / "tokens"

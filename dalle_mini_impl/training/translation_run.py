@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.text_pairs import EMOJI, load_text_pairs, nearest_targets
 from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam import BeamConfig
@@ -103,11 +103,9 @@ def _prepare(config: TranslationRunConfig, show: Callable[[str], None]) -> Trans
     score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
     pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
     show(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
-    captions = CaptionEncoder(
-        train_text_tokenizer(
-            (text for pair in pairs.train for text in (pair.source, pair.target)),
-            vocab_size=config.text.vocab_size,
-        ),
+    captions = CaptionEncoder.learn(
+        (text for pair in pairs.train for text in (pair.source, pair.target)),
+        vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
     )
     torch.manual_seed(config.training.seed)

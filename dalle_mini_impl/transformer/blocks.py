@@ -6,7 +6,7 @@ instead.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -229,6 +229,52 @@ class TransformerBlock(nn.Module):
     def _add(self, norm: nn.Module, hidden_states: Tensor, branch: Tensor) -> Tensor:
         total = hidden_states + self.dropout(branch)
         return total if self.is_pre_norm else norm(total)
+
+
+@runtime_checkable  # for the checks of types in the tests
+class BlockSizes(Protocol):
+    """What a model's config says of its blocks."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def num_heads(self) -> int:
+        """Attention heads per block."""
+
+    @property
+    def intermediate_size(self) -> int:
+        """Width inside the feed-forward network."""
+
+    @property
+    def dropout_probability(self) -> float:
+        """Share of each branch's channels dropped in training."""
+
+
+def build_blocks(
+    sizes: BlockSizes, num_layers: int, options: BlockOptions = BlockOptions()
+) -> nn.ModuleList:
+    """Build blocks that are all alike.
+
+    Args:
+        sizes: Of each.
+        num_layers: How many.
+        options: Norms, nonlinearity, biases and cross-attention.
+
+    Returns:
+        The blocks, with fresh weights.
+    """
+    return nn.ModuleList(
+        TransformerBlock(
+            hidden_size=sizes.hidden_size,
+            num_heads=sizes.num_heads,
+            intermediate_size=sizes.intermediate_size,
+            dropout_probability=sizes.dropout_probability,
+            options=options,
+        )
+        for _ in range(num_layers)
+    )
 
 
 def _build_feed_forward(
