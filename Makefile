@@ -61,6 +61,6 @@ $(VENV)/.dev: pyproject.toml requirements-dev.txt
 # dalle-pytorch has a dependency that no longer builds; benchmarks/peers.py stubs what its import misses.
 $(BENCH_VENV)/.bench: pyproject.toml requirements-dev.txt
 	$(PYTHON) -m venv $(BENCH_VENV)
-	$(BENCH_VENV)/bin/pip install -q -r requirements-dev.txt -e '.[bench]'
+	$(BENCH_VENV)/bin/pip install -q -r requirements-dev.txt -e '.[bench,demo-data]'
 	$(BENCH_VENV)/bin/pip install -q --no-deps dalle-pytorch==1.6.6
 	touch $@

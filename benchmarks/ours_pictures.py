@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +23,17 @@ from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.loop import Trainer
 from dalle_mini_impl.training.optimizer import build_optimizers
 from dalle_mini_impl.training.precision import has_fast_bf16
 from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
-from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.sources import DataConfig, build_accelerator
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
+
+QUALITY_STEPS = 200  # over which the rate decays
 
 
 def tokenizer(image_size: int) -> VQVAE:
@@ -74,6 +78,46 @@ def tokenizer_job(
                 return vqvae.decode_from_token_ids(token_ids)
 
     return Job(run=run, items=len(pixels), flops=count_flops(run, with_batched=True))
+
+
+def tokenizer_to_quality(train: Tensor) -> tuple[Callable[[], object], Callable[[Tensor], Tensor]]:
+    """Train a tokenizer of 4 x 4 px patches with the trainer's own step.
+
+    Args:
+        train: Pictures as bytes, (pictures, 3, side, side).
+
+    Returns:
+        A training step, and the way of pictures in [-1, 1] through single codes.
+    """
+    torch.manual_seed(0)
+    config = VQVAEConfig(
+        image_size=train.shape[-1],
+        patch_size=4,
+        channels=(128,),
+        num_encoder_blocks=2,
+        num_decoder_blocks=2,
+        fsq_levels=(8, 5, 5, 5),
+    )
+    vqvae = VQVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    task = VQVAETask(train, train, VQVAETaskConfig(), sample_weights=None, vqvae=vqvae)
+    training = TrainingConfig(
+        max_steps=QUALITY_STEPS,
+        global_batch_size=32,
+        learning_rate=3e-3,
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        decay_fraction=0.4,
+        warmup_steps=30,
+    )
+    accelerator = build_accelerator("bf16" if has_fast_bf16() else "no")
+    folder = Path(tempfile.gettempdir())  # for checkpoints, which are never written
+    trainer = Trainer(vqvae, task, training, accelerator=accelerator, output_dir=folder)
+
+    def rebuild(pixels: Tensor) -> Tensor:
+        vqvae.eval()
+        return vqvae.decode_from_token_ids(vqvae.encode_to_token_ids(pixels))
+
+    return trainer_step(trainer), rebuild
 
 
 def gumbel_training(

@@ -23,6 +23,7 @@ PARTS: dict[str, Callable[[Settings], list[Result]]] = {
     "lookup": _plain("lookup"),
     "data": _plain("data"),
     "tokenizer": _plain("tokenizer"),
+    "quality": _plain("quality"),
     "memory": _sized("memory", MEDIUM),
     "train_small": _sized("train", SMALL),
     "train_medium": _sized("train", MEDIUM),

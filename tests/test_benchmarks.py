@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ours, ours_pictures, peers, timing
+from benchmarks import ours, ours_pictures, peers, quality, timing
 from benchmarks.ceilings import attention_flops, count_flops, measure_ceilings, share_of_ceiling
 from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
 from benchmarks.memory import peak_gib
@@ -287,3 +287,53 @@ def test_peak_memory_grows_and_never_shrinks() -> None:
     before = peak_gib()
     torch.ones(2**26).sum()  # a quarter of a GiB
     assert peak_gib() >= before > 0.01
+
+
+def test_quality_is_the_mean_psnr_of_pictures() -> None:
+    pictures_of_bytes = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
+    far = torch.tensor([0.2, 0.02, 0.002]).view(3, 1, 1, 1)
+    found = quality.quality(lambda pixels: pixels + far, pictures_of_bytes)
+    assert found == pytest.approx((20 + 40 + 60) / 3, abs=1e-3)  # 0.2 of [-1, 1] is 0.1 of [0, 1]
+
+
+def test_learners_take_turns_until_the_goal_or_six_times_our_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    held_out = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    turns: list[str] = []
+
+    def own_step() -> None:
+        turns.append("ours")
+
+    def own_rebuild(pixels: torch.Tensor) -> torch.Tensor:
+        turns.append("measured")
+        return pixels if turns.count("measured") > 2 else torch.zeros_like(pixels)
+
+    def peer(sizes: dict[str, int], train: torch.Tensor) -> tuple[object, object]:
+        if sizes is quality.DEFAULT_DVAE:
+            raise ValueError("no such peer")
+        return lambda: turns.append("peer"), torch.zeros_like
+
+    monkeypatch.setattr(quality, "emoji", lambda folder, few: (held_out, held_out))
+    monkeypatch.setattr(quality, "dvae", peer)
+    own = (own_step, own_rebuild)
+    monkeypatch.setattr(quality.ours_pictures, "tokenizer_to_quality", lambda train: own)
+    monkeypatch.setattr(quality, "TURN_SECONDS", 0.0001)
+    monkeypatch.setattr(quality, "GOAL_DB", 22.0)
+    ours_row, stopped, failed = quality.run(Settings(rounds=1, quick=False, bf16=False))
+    assert len(ours_row.costs) == 1
+    assert "dB after" in ours_row.note
+    assert stopped.failure.startswith("more than")
+    assert not stopped.costs
+    assert failed.failure == "failed: no such peer"
+    assert turns.index("peer") < len(turns) - 1 - turns[::-1].index("ours")  # in turns
+
+
+def test_our_tokenizer_learns_to_a_quality(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ours_pictures, "QUALITY_STEPS", 40)
+    train = ((pictures(32, 16) + 1) * 127.5).byte()
+    step, rebuild = ours_pictures.tokenizer_to_quality(train)
+    before = quality.quality(rebuild, train)
+    for _ in range(40):
+        step()
+    assert quality.quality(rebuild, train) > before + 2
