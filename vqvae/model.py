@@ -6,7 +6,6 @@ Mentzer et al. 2023 (arXiv:2309.15505).
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 from contextlib import AbstractContextManager, nullcontext
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
@@ -25,7 +23,8 @@ from vqvae.losses import logit_laplace_pixels
 from vqvae.networks import Decoder, Encoder
 from vqvae.perturbation import Perturbation, perturb_latents
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from vqvae.weights import build_checked, load_weights
+from vqvae.tokenizer import require_pixels, require_token_ids
+from vqvae.weights import build_checked, hash_weights, load_weights, save_weights
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -110,9 +109,7 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: If the images have another size.
         """
-        size = self.config.image_size
-        if pixels.shape[-2:] != (size, size):
-            raise ValueError(f"pixels: got {tuple(pixels.shape[-2:])}, wanted {size} x {size}")
+        require_pixels(pixels, self.config.image_size)
         return self.quantizer.encode(self.encoder(pixels))
 
     @torch.no_grad()
@@ -130,11 +127,7 @@ class VQVAE(nn.Module):
         Raises:
             ValueError: If an id is outside the codebook.
         """
-        if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < self.codebook_size:
-            raise ValueError(
-                f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
-                f"wanted 0 to {self.codebook_size - 1}"
-            )
+        require_token_ids(token_ids, self.codebook_size)
         return self.decode_from_latents(self.quantizer.decode(token_ids)).clamp(-1, 1)
 
     def decode_from_latents(
@@ -188,13 +181,12 @@ class VQVAE(nn.Module):
         Returns:
             16 hexadecimal digits.
         """
-        digest = hashlib.sha256(json.dumps(_stored_config(self.config)).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith("quantizer.") and name != "quantizer.codebook":
-                continue
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        kept = (
+            (name, tensor)
+            for name, tensor in self.state_dict().items()
+            if name == "quantizer.codebook" or not name.startswith("quantizer.")
+        )
+        return hash_weights(_stored_config(self.config), kept)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
@@ -205,11 +197,7 @@ class VQVAE(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in self.state_dict().items()
-        }
-        save_file(weights, folder / WEIGHTS_NAME)
+        save_weights(self, folder / WEIGHTS_NAME, dtype=dtype)
         config = {"format_version": FORMAT_VERSION, **_stored_config(self.config)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

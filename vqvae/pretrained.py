@@ -6,22 +6,20 @@ safetensors are read, and no code comes from a folder.
 """
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.model import CONFIG_NAME, FORMAT_VERSION, VQVAE, WEIGHTS_NAME
 from vqvae.openai_dvae import DECODER_NAME, ENCODER_NAME, load_openai_dvae
 from vqvae.pretrained_kinds import KINDS, Sizes, kind_of, read_sizes
-from vqvae.tokenizer import ImageTokenizer
-from vqvae.weights import build_checked, load_weights
+from vqvae.tokenizer import ImageTokenizer, require_pixels, require_token_ids
+from vqvae.weights import build_checked, hash_weights, load_weights, save_weights
 
 PIXELS_AT_ONCE = 2**20  # of a batch: networks of hundreds of channels at full size are large
 
@@ -77,9 +75,7 @@ class PretrainedTokenizer(nn.Module):
         Raises:
             ValueError: If the images have another size.
         """
-        size = self.config.image_size
-        if pixels.shape[-2:] != (size, size):
-            raise ValueError(f"pixels: got {tuple(pixels.shape[-2:])}, wanted {size} x {size}")
+        require_pixels(pixels, self.config.image_size)
         return torch.cat([
             self.config.sizes.encode(self.model, part) for part in self._parts(pixels)
         ])  # fmt: skip
@@ -104,11 +100,7 @@ class PretrainedTokenizer(nn.Module):
                 f"token_ids: got a grid of {tuple(token_ids.shape[1:])}, "
                 f"wanted {self.image_grid_size}"
             )
-        if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < self.codebook_size:
-            raise ValueError(
-                f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
-                f"wanted 0 to {self.codebook_size - 1}"
-            )
+        require_token_ids(token_ids, self.codebook_size)
         if not len(token_ids):
             size = self.config.image_size
             return torch.zeros(0, 3, size, size, device=token_ids.device)
@@ -138,11 +130,7 @@ class PretrainedTokenizer(nn.Module):
         Returns:
             16 hexadecimal digits.
         """
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.config)).encode())
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return hash_weights(dataclasses.asdict(self.config), self.model.state_dict().items())
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write ``config.json`` and ``model.safetensors`` into ``folder``.
@@ -153,11 +141,7 @@ class PretrainedTokenizer(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
-            for name, tensor in self.model.state_dict().items()
-        }
-        save_file(weights, folder / WEIGHTS_NAME)
+        save_weights(self.model, folder / WEIGHTS_NAME, dtype=dtype)
         config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self.config)}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

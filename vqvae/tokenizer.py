@@ -62,3 +62,35 @@ class ImageTokenizer(Protocol):
 
     def eval(self) -> Any:
         """Use it, not train it, as every module."""
+
+
+def require_pixels(pixels: Tensor, image_size: int) -> None:
+    """Refuse images of another size.
+
+    Args:
+        pixels: (batch, 3, height, width).
+        image_size: Wanted height and width.
+
+    Raises:
+        ValueError: If they have another one.
+    """
+    if pixels.shape[-2:] != (image_size, image_size):
+        got = tuple(pixels.shape[-2:])
+        raise ValueError(f"pixels: got {got}, wanted {image_size} x {image_size}")
+
+
+def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None:
+    """Refuse ids that no code has.
+
+    Args:
+        token_ids: Of any shape, none of them included.
+        codebook_size: Number of codes.
+
+    Raises:
+        ValueError: If an id is outside the codebook.
+    """
+    if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < codebook_size:
+        raise ValueError(
+            f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
+            f"wanted 0 to {codebook_size - 1}"
+        )

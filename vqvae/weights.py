@@ -1,14 +1,19 @@
-"""Loading weights into a model whose sizes come from another file, which may be damaged."""
+"""Weights: hashed, saved, and loaded into a model whose sizes come from another file.
 
-from collections.abc import Callable, Mapping
+That file may be damaged.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -116,3 +121,35 @@ def _shown(stored: tuple[tuple[int, ...], torch.dtype | None] | None) -> str:
 
 def _not_loaded(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path}: not loaded: {' '.join(str(error).split())[:300]}")
+
+
+def hash_weights(config: Mapping[str, Any], weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Hash a config and weights.
+
+    Args:
+        config: What JSON can hold.
+        weights: Names and tensors, in any order.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(json.dumps(config).encode())
+    for name, tensor in sorted(weights, key=lambda pair: pair[0]):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_weights(model: nn.Module, path: Path, *, dtype: torch.dtype) -> None:
+    """Write the weights of a model as safetensors.
+
+    Args:
+        model: On any device.
+        path: File to write.
+        dtype: Of the floating-point ones.
+    """
+    weights = {
+        name: (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(weights, path)
