@@ -59,6 +59,8 @@ CONTENDERS = (
     Contender("adaptive PatchGAN", "as the fixed one, less stable",
               GAN | {"discriminator.weight": 0.8, "discriminator.adaptive": "true",
                      "discriminator.feature_matching_weight": 0.0}),
+    Contender("next-feature loss", "4 % fewer bits, 0.1 dB less, a tenth fewer codes",
+              {"task.next_feature_weight": 0.1}),
 )  # fmt: skip
 
 

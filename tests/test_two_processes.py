@@ -13,6 +13,7 @@ import pytest
 
 from dalle_mini_impl.data.order import SampleOrder
 from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
 from tests.reference import tiny, training_worker
 from vqvae.discriminator import DiscriminatorConfig
 
@@ -127,6 +128,28 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
     assert pictures_of(pair / "pictures") == expected
     with capsys.disabled():
         print("two processes: " + "; ".join(lines))
+
+
+@pytest.mark.slow
+def test_a_next_feature_on_two_processes_gives_every_weight_a_gradient(tmp_path: Path) -> None:
+    """Or DDP would refuse the second step. Variances are of a process's part, so not the same."""
+    data = tiny.write_data(tmp_path / "data")
+    config = tiny.vqvae_run(data, tmp_path / "two", vqvae={"patch_size": 2}, max_steps=4)
+    config = dataclasses.replace(
+        config,
+        task=VQVAETaskConfig(next_feature_weight=0.1),
+        discriminator=DiscriminatorConfig(weight=0.1, channels=4, num_layers=2),
+    )
+    save_config(config, tmp_path / "c.yaml")
+    result = torchrun(REPOSITORY / "scripts" / "train_vqvae.py", "--config", tmp_path / "c.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    one = dataclasses.replace(config, output_dir=str(tmp_path / "one"))
+    tiny.train(one)
+    key = "train/next_feature_loss"
+    rows = [tiny.read_metrics(tmp_path / name) for name in ("one", "two")]
+    alone, together = ([row[key] for row in part if key in row] for part in rows)
+    assert len(together) == 4
+    assert together == pytest.approx(alone, rel=0.2)
 
 
 @pytest.mark.slow

@@ -122,11 +122,11 @@ class PatchDiscriminator(nn.Module):
 class AdversarialVQVAE(nn.Module):
     """The tokenizer and its discriminator as one module, so that a checkpoint holds both."""
 
-    def __init__(self, vqvae: VQVAE, discriminator: PatchDiscriminator) -> None:
+    def __init__(self, vqvae: nn.Module, discriminator: PatchDiscriminator) -> None:
         """Put them side by side.
 
         Args:
-            vqvae: What is wanted in the end.
+            vqvae: What is wanted in the end; may have a ``NextFeatureVQVAE`` around it.
             discriminator: What it is trained against.
         """
         super().__init__()

@@ -44,6 +44,10 @@ class VQVAEOutput(NamedTuple):
     quantizer_metrics: dict[str, Tensor]
     logit_laplace: Float[Tensor, "batch 6 image_height image_width"] | None = None
     """mu and ln b of each pixel value; None if the decoder gives pixels."""
+    encoder_latents: Float[Tensor, "batch latent_dim height width"] | None = None
+    """What was quantized."""
+    next_feature_loss: Float[Tensor, ""] | None = None
+    """How badly the next feature is foretold; None without a predictor."""
 
 
 class VQVAE(nn.Module):
@@ -92,6 +96,7 @@ class VQVAE(nn.Module):
             quantized.loss,
             quantized.metrics,
             None if self.config.decoder_output == "pixels" else maps,
+            encoder_latents,
         )
 
     @torch.no_grad()

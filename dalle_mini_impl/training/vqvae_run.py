@@ -18,6 +18,7 @@ from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.discriminator import AdversarialVQVAE, DiscriminatorConfig, PatchDiscriminator
 from vqvae.losses import SSIM_WINDOW, WAVELET_MULTIPLE
+from vqvae.next_feature import NextFeatureVQVAE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,11 @@ class VQVAERunConfig:
 
     def __post_init__(self) -> None:
         """Refuse pictures that the loss cannot take."""
+        if self.task.next_feature_weight and self.vqvae.image_grid_size == (1, 1):
+            raise ValueError(
+                f"task.next_feature_weight: got {self.task.next_feature_weight}, wanted 0 for "
+                "pictures of one token (vqvae.image_size), which has no next one"
+            )
         if self.vqvae.decoder_output == "logit_laplace":
             return
         size = self.vqvae.image_size
@@ -113,7 +119,8 @@ def _train(
     )
     torch.manual_seed(config.training.seed)
     vqvae = VQVAE(config.vqvae)
-    model = _beside_discriminator(vqvae, config.discriminator)
+    with_predictor = NextFeatureVQVAE(vqvae) if config.task.next_feature_weight else vqvae
+    model = _beside_discriminator(with_predictor, config.discriminator)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         task = VQVAETask(
@@ -137,7 +144,7 @@ def _train(
     )
 
 
-def _beside_discriminator(vqvae: VQVAE, config: DiscriminatorConfig) -> nn.Module:
+def _beside_discriminator(vqvae: nn.Module, config: DiscriminatorConfig) -> nn.Module:
     """Return what is trained: the tokenizer, with a discriminator beside it if there is one."""
     if not config.is_on:
         return vqvae

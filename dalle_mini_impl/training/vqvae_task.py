@@ -75,6 +75,9 @@ class VQVAETaskConfig:
     """Largest share of such an image's tokens that is replaced."""
     perturbed_neighbours: int = 8
     """Nearest codes of which one takes the token's place."""
+    next_feature_weight: float = 0.0
+    """Weight of the error of a small Transformer that is trained along and predicts each cell's
+    feature from those before (arXiv:2412.16326), as a share of the features' variance."""
 
     def __post_init__(self) -> None:
         """Refuse negative weights."""
@@ -194,6 +197,9 @@ class VQVAETask:
             metrics["perceptual_distance"] = distance.detach()
             reconstruction = reconstruction + self.config.perceptual_weight * distance
         loss = reconstruction + output.quantizer_loss
+        if output.next_feature_loss is not None:
+            metrics["next_feature_loss"] = output.next_feature_loss.detach()
+            loss = loss + self.config.next_feature_weight * output.next_feature_loss
         if self.discriminator.is_on:
             trained: Any = getattr(model, "module", model)  # DDP's, on several processes
             takes_part = progress >= self.discriminator.starts_at
@@ -210,7 +216,7 @@ class VQVAETask:
         terms = adversarial_terms(trained.discriminator, reconstruction, pixels)
         weight = torch.tensor(config.weight, device=pixels.device)
         if config.adaptive:
-            layer = last_layer_of(trained.vqvae)
+            layer = last_layer_of(self.vqvae)
             weight = weight * adaptive_weight(loss, terms.generator, layer)
         metrics = {f"{name}_loss": term.detach() for name, term in terms._asdict().items()}
         total = weight * terms.generator + DISCRIMINATOR_SCALE * terms.discriminator

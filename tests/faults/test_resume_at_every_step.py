@@ -118,7 +118,9 @@ def test_a_run_with_all_options_of_quality_stopped_after_every_step(tmp_path: Pa
     config = tiny.vqvae_run(data, tmp_path / "run", vqvae={"quantizer": "vq"}, **OPTIONS)
     config = dataclasses.replace(
         config,
-        task=VQVAETaskConfig(perturbed_image_share=0.5, perceptual_weight=0.5),
+        task=VQVAETaskConfig(
+            perturbed_image_share=0.5, perceptual_weight=0.5, next_feature_weight=0.1
+        ),
         discriminator=DiscriminatorConfig(
             weight=0.8, adaptive=True, feature_matching_weight=1.0, channels=4, num_layers=2
         ),

@@ -27,6 +27,7 @@ from vqvae.discriminator import (
     last_layer_of,
 )
 from vqvae.losses import reconstruction_loss
+from vqvae.next_feature import NextFeatureVQVAE
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 
@@ -228,6 +229,62 @@ def test_a_run_with_a_discriminator_goes_on_exactly_and_leaves_it_behind(tmp_pat
     assert any(not torch.equal(value, last[f"vqvae.{name}"]) for name, value in after.items())
 
 
+def test_a_run_with_a_next_feature_goes_on_exactly_and_leaves_it_behind(tmp_path: Path) -> None:
+    """Alone, and together with a discriminator."""
+    data = tiny.write_data(tmp_path / "data")
+    task = VQVAETaskConfig(next_feature_weight=0.1)
+    sizes = {"vqvae": {"patch_size": 2}, "ema_decay": 0.9}
+    alone = tiny.vqvae_run(data, tmp_path / "alone", **sizes)
+    alone = dataclasses.replace(alone, task=task)
+    both = dataclasses.replace(alone, discriminator=GAN, output_dir=str(tmp_path / "both"))
+    for config, around in ((alone, "vqvae."), (both, "vqvae.vqvae.")):
+        out = Path(config.output_dir)
+        folder, _ = tiny.train(config)
+        straight = files_at(out, 6)
+        shutil.rmtree(out / "checkpoints" / "step-00000006")
+        shutil.rmtree(folder)
+        tiny.train(config, resume="latest")
+        assert files_at(out, 6) == straight
+        first, last = (weights_at(out, step) for step in (3, 6))
+        helpers = {name for name in last if not name.startswith(around)}
+        assert {"predictor." in name or "discriminator." in name for name in helpers} == {True}
+        assert sum("predictor." in name for name in helpers) > 20
+        unchanged = {name for name in helpers if torch.equal(first[name], last[name])}
+        assert unchanged <= {"discriminator.last.bias"}
+        names = load_file(folder / "model.safetensors").keys()
+        assert names == {name.removeprefix(around) for name in last.keys() - helpers}
+        VQVAE.from_pretrained(folder)
+
+
+def test_a_next_feature_that_is_off_leaves_a_run_as_it_is(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    off = tiny.vqvae_run(data, tmp_path / "off", vqvae={"patch_size": 2})
+    on = dataclasses.replace(
+        off, output_dir=str(tmp_path / "on"), task=VQVAETaskConfig(next_feature_weight=1e-30)
+    )
+    for config in (off, on):
+        tiny.train(config)
+    rows = [tiny.read_metrics(tmp_path / name) for name in ("off", "on")]
+    assert not any("next_feature" in key for row in rows[0] for key in row)
+    assert any("train/next_feature_loss" in row for row in rows[1])
+    plain, with_it = (weights_at(tmp_path / name, 6) for name in ("off", "on"))
+    assert plain.keys() == tiny.build_vqvae(patch_size=2).state_dict().keys()
+    # So light a weight vanishes in every sum: the tokenizer's numbers are those without it.
+    assert all(torch.equal(value, with_it[f"vqvae.{name}"]) for name, value in plain.items())
+
+
+def test_the_next_features_loss_is_added() -> None:
+    vqvae = tiny.build_vqvae(patch_size=2).train()
+    model = NextFeatureVQVAE(vqvae).train()
+    plain, task = build_task(vqvae), build_task(vqvae, next_feature_weight=0.5)
+    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_draws))
+    without, _ = plain.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
+    loss, metrics = task.loss(model, batch, progress=0.0, generator=torch.Generator())
+    torch.testing.assert_close(loss, without + 0.5 * model(batch["pixels"]).next_feature_loss)
+    assert not metrics["next_feature_loss"].requires_grad
+    assert metrics["next_feature_loss"] > 0
+
+
 def test_options_that_are_off_draw_no_random_number() -> None:
     vqvae = tiny.build_vqvae(quantizer="gumbel").train()
     task = build_task(vqvae)
@@ -268,6 +325,9 @@ def test_options_that_fit_nothing_are_named(
     compiled = dataclasses.replace(config.training, compile=True)
     with pytest.raises(ValueError, match=r"^discriminator.adaptive: got true, wanted false with"):
         dataclasses.replace(config, discriminator=GAN, training=compiled)
+    one_token = dataclasses.replace(config.vqvae, channels=(4, 4, 4))
+    with pytest.raises(ValueError, match=r"^task.next_feature_weight: got 0.1, wanted 0 for"):
+        dataclasses.replace(config, vqvae=one_token, task=VQVAETaskConfig(next_feature_weight=0.1))
     monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
     task = VQVAETaskConfig(perceptual_weight=1.0)
     config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "out")

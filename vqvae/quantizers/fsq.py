@@ -77,6 +77,12 @@ class FiniteScalarQuantizer(nn.Module):
             metrics={},
         )
 
+    def features(
+        self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
+    ) -> Float[Tensor, "batch code_dim height width"]:
+        """What is rounded, with gradients: in [-1, 1] and half a level beyond."""
+        return self._scale(encoder_latents)
+
     def encode(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Int[Tensor, "batch height width"]:

@@ -116,6 +116,13 @@ class GumbelQuantizer(nn.Module):
         """What the decoder receives in use: the most likely code of each cell."""
         return self.decode(self.encode(encoder_latents))
 
+    def features(
+        self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
+    ) -> Float[Tensor, "batch code_dim height width"]:
+        """The codes' mean under the logits, with gradients, without noise or temperature."""
+        probabilities = _to_rows(encoder_latents).softmax(dim=1)
+        return _to_grid(probabilities @ self.codebook, like=encoder_latents)
+
     def encode(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Int[Tensor, "batch height width"]:

@@ -131,6 +131,12 @@ class VectorQuantizer(nn.Module):
             },
         )
 
+    def features(
+        self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
+    ) -> Float[Tensor, "batch code_dim height width"]:
+        """What a code is chosen for, with gradients: vectors of length 1."""
+        return F.normalize(encoder_latents.to(self.codebook.dtype), dim=1)
+
     def encode(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Int[Tensor, "batch height width"]:

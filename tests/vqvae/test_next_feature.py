@@ -1,0 +1,226 @@
+"""The next feature: loss and Transformer against plain ones, and what the encoder learns."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vqvae import VQVAE, VQVAEConfig
+from vqvae.next_feature import (
+    NUM_HEADS,
+    SMALLEST_VARIANCE,
+    NextFeaturePredictor,
+    NextFeatureVQVAE,
+    next_feature_loss,
+)
+
+
+def build_predictor(code_dim: int = 3, num_cells: int = 6) -> NextFeaturePredictor:
+    """One in which every weight matters; a fresh one predicts 0."""
+    predictor = NextFeaturePredictor(code_dim=code_dim, num_cells=num_cells)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in predictor.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.3 * noise if "norm" in name and noise.ndim == 1 else 0.3 * noise)
+    return predictor
+
+
+def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tensor:
+    """One picture, one cell after the other, in float64: pre-norm blocks, heads by slices."""
+    weights = {name: value.double() for name, value in predictor.state_dict().items()}
+
+    def linear(name: str, x: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
+        return weights[f"{name}{weight}"] @ x + weights[f"{name}{bias}"]
+
+    def norm(name: str, x: Tensor) -> Tensor:
+        scaled = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    cells = [cell for row in features.double().permute(1, 2, 0) for cell in row][:-1]
+    states = [
+        linear("stem.", cell) + weights["positions"][place] for place, cell in enumerate(cells)
+    ]
+    size = len(states[0]) // NUM_HEADS
+    for layer in range(len(predictor.layers)):
+        at = f"layers.{layer}"
+        mixed = [
+            linear(f"{at}.self_attn.", norm(f"{at}.norm1", x), "in_proj_weight", "in_proj_bias")
+            for x in states
+        ]
+        for place in range(len(states)):
+            parts = []
+            for head in range(NUM_HEADS):
+                starts = [part * len(states[0]) + head * size for part in range(3)]
+                own, key, value = (slice(start, start + size) for start in starts)
+                seen = range(place + 1)
+                scores = [mixed[place][own] @ mixed[other][key] / math.sqrt(size) for other in seen]
+                shares = torch.stack(scores).softmax(dim=0)
+                parts.append(sum(shares[other] * mixed[other][value] for other in seen))
+            states[place] = states[place] + linear(f"{at}.self_attn.out_proj.", torch.cat(parts))  # type: ignore[arg-type]
+        for place, x in enumerate(states):
+            inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
+            gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+            states[place] = x + linear(f"{at}.linear2.", gelu)
+    return torch.stack([linear("head.", norm("norm", x)) for x in states])
+
+
+def test_predictions_and_loss_equal_plain_ones_in_float64() -> None:
+    predictor = build_predictor()
+    features = torch.randn(4, 3, 2, 3)
+    predictions = predictor(features)
+    plain = torch.stack([plain_predictions(predictor, picture) for picture in features])
+    torch.testing.assert_close(predictions.double(), plain, rtol=1e-4, atol=1e-4)
+
+    wanted, found = features.double().numpy(), plain.numpy()
+    ratios = []
+    for channel in range(3):
+        came = [picture[channel].flatten()[1:] for picture in wanted]
+        variance = np.concatenate(came).var() + SMALLEST_VARIANCE
+        errors = [
+            (prediction[place, channel] - values[place]) ** 2
+            for prediction, values in zip(found, came, strict=True)
+            for place in range(5)
+        ]
+        ratios.append(sum(errors) / len(errors) / variance)
+    loss = float(next_feature_loss(predictions, features).detach())
+    assert loss == pytest.approx(sum(ratios) / 3, rel=1e-4)
+
+
+def test_a_later_feature_changes_no_earlier_prediction() -> None:
+    predictor = build_predictor()
+    features = torch.randn(2, 3, 2, 3)
+    before = predictor(features)
+    for cell in range(6):
+        changed = features.clone()
+        changed.flatten(2)[:, :, cell] += 1
+        after = predictor(changed)
+        # The prediction in row i is of cell i + 1: it may know cells 0 to i.
+        assert torch.equal(after[:, :cell], before[:, :cell])
+        assert (after[:, cell:] != before[:, cell:]).any(dim=2).all()
+
+
+def test_a_fresh_predictor_says_zero_and_teaches_only_the_targets() -> None:
+    predictor = NextFeaturePredictor(code_dim=3, num_cells=6)
+    features = torch.randn(2, 3, 2, 3, requires_grad=True)
+    predictions = predictor(features)
+    assert not predictions.any()
+    (predictions * torch.randn_like(predictions)).sum().backward()
+    assert features.grad is not None
+    assert not features.grad.any()
+    assert not torch.equal(*(layer.linear1.weight for layer in predictor.layers))
+
+
+def test_smaller_features_are_no_better() -> None:
+    """Nor is one channel that dies: the loss has no slope along a channel's scale."""
+    predictions, features = torch.randn(4, 5, 3), torch.randn(4, 3, 2, 3)
+    scale = torch.ones(3, requires_grad=True)
+    loss = next_feature_loss(predictions * scale, features * scale[:, None, None])
+    loss.backward()
+    assert scale.grad is not None
+    # What is left is of the variance that keeps a dead channel from dividing by 0.
+    assert scale.grad.abs().max() < 10 * SMALLEST_VARIANCE
+    small = next_feature_loss(predictions / 8, features / 8)
+    assert float(small) == pytest.approx(float(loss.detach()), rel=0.02)
+    dead = torch.zeros_like(features)
+    assert float(next_feature_loss(torch.zeros_like(predictions), dead)) == 0
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
+def test_all_learn_from_it_but_the_tokenizers_decoder(
+    quantizer: str, build_vqvae: Callable[..., VQVAE]
+) -> None:
+    vqvae = build_vqvae(quantizer=quantizer).train()
+    both = NextFeatureVQVAE(vqvae).train()
+    both.predictor.load_state_dict(build_predictor(vqvae.quantizer.code_dim, 16).state_dict())
+    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    noise, same = (torch.Generator().manual_seed(1) for _ in range(2))
+    copy.deepcopy(vqvae)(pixels, generator=same)
+    output = both(pixels, generator=noise)
+    assert torch.equal(noise.get_state(), same.get_state())
+    output.next_feature_loss.backward()
+    for part in (both.predictor, vqvae.encoder):
+        assert all(weight.grad is not None and weight.grad.any() for weight in part.parameters())
+    assert all(weight.grad is None for weight in vqvae.decoder.parameters())
+    assert vqvae(pixels, generator=noise).next_feature_loss is None
+
+
+@pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
+def test_features_are_what_tokens_are_chosen_for(
+    quantizer: str, build_vqvae: Callable[..., VQVAE]
+) -> None:
+    vqvae = build_vqvae(quantizer=quantizer)
+    latents = 2 * torch.randn(2, vqvae.quantizer.latent_dim, 3, 3)
+    if quantizer == "gumbel":  # one logit far above the rest: the mean is that code
+        latents = 100 * torch.eye(vqvae.codebook_size)[torch.randint(20, (2, 3, 3))].movedim(3, 1)
+    features = vqvae.quantizer.features(latents)
+    codes = vqvae._codebook()
+    nearest = torch.cdist(features.movedim(1, 3).flatten(0, 2), codes).argmin(dim=1)
+    assert torch.equal(nearest.reshape(2, 3, 3), vqvae.quantizer.encode(latents))
+    assert features.abs().max() <= max(1.5, float(codes.abs().max()))
+
+
+WEIGHT = 0.1  # the guide's
+
+
+def draw_pictures(count: int, generator: torch.Generator) -> Tensor:
+    """Red flows over the whole picture; green and blue are drawn anew for each cell of 4 x 4."""
+    flowing = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
+    sudden = torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1
+    sizes: dict[str, Any] = {"size": (16, 16)}
+    parts = [F.interpolate(flowing, mode="bilinear", **sizes), F.interpolate(sudden, **sizes)]
+    return torch.cat(parts, dim=1)
+
+
+def descend(model: nn.Module, loss: Callable[[], Tensor], *, rate: float, steps: int) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+
+def learned(weight: float) -> tuple[float, float]:
+    """Trains a tokenizer; what a fresh predictor cannot foretell, and the share of codes in use."""
+    torch.manual_seed(0)
+    draws = torch.Generator().manual_seed(0)
+    config = VQVAEConfig(image_size=16, patch_size=4, channels=(16,), num_encoder_blocks=1,
+                         num_decoder_blocks=1, fsq_levels=(4, 4, 4))  # fmt: skip
+    vqvae = VQVAE(config).train()
+    model: nn.Module = NextFeatureVQVAE(vqvae) if weight else vqvae
+
+    def loss() -> Tensor:
+        pixels = draw_pictures(32, draws)
+        output = model(pixels)
+        distance = F.l1_loss(output.reconstruction, pixels)
+        return distance + weight * output.next_feature_loss if weight else distance
+
+    descend(model, loss, rate=5e-3, steps=150)
+
+    def features(count: int) -> Tensor:
+        with torch.no_grad():
+            return vqvae.quantizer.features(vqvae.encoder(draw_pictures(count, draws)))
+
+    torch.manual_seed(0)
+    probe = NextFeaturePredictor(code_dim=3, num_cells=16)
+
+    def probe_loss(count: int = 32) -> Tensor:
+        known = features(count)
+        return next_feature_loss(probe(known), known)
+
+    descend(probe, probe_loss, rate=2e-3, steps=120)
+    ids = vqvae.encode_to_token_ids(draw_pictures(200, draws))
+    return float(probe_loss(200).detach()), len(ids.unique()) / vqvae.codebook_size
+
+
+@pytest.mark.slow
+def test_features_become_predictable_and_the_codes_stay_in_use() -> None:
+    (share, used), (share_with, used_with) = learned(0.0), learned(WEIGHT)
+    assert share_with < 0.92 * share, (share, share_with)
+    assert used_with > 0.85 * used, (used, used_with)
