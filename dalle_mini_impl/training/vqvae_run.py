@@ -44,7 +44,12 @@ class VQVAERunConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        """Refuse pictures that the loss cannot take."""
+        """Refuse what would fail only when the pictures are read, or training has begun."""
+        if self.training.activation_checkpointing:
+            raise ValueError(
+                "training.activation_checkpointing: got true, wanted false: the image tokenizer "
+                "has no Transformer blocks"
+            )
         if self.vqvae.decoder_output == "logit_laplace":
             return
         size = self.vqvae.image_size
