@@ -3,9 +3,11 @@
 python -m benchmarks.memory NAME SIZE PRECISION prints the GiB of one contestant.
 """
 
+import dataclasses
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ import torch
 from benchmarks import ours, train
 from benchmarks.settings import Settings
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
-from benchmarks.timing import Precision, Result
+from benchmarks.timing import Contestant, Precision, Result
 
 SIZES = {size.name: size for size in (SMALL, MEDIUM, TOY)}
 GIB = 2**30
@@ -34,7 +36,7 @@ def run(settings: Settings, size: Size) -> list[Result]:
     floor = BYTES_PER_WEIGHT * sum(w.numel() for w in ours.build_decoder(size).parameters()) / GIB
     results = []
     for precision in settings.precisions():
-        for one in train.contestants(size, precision, with_compiled=False):
+        for one in contestants(size, precision):
             result = Result(
                 work=f"peak memory, train {size.name} at batch {size.batch}, {precision}",
                 contestant=one.name,
@@ -51,11 +53,32 @@ def run(settings: Settings, size: Size) -> list[Result]:
     return results
 
 
+def contestants(size: Size, precision: Precision) -> Iterator[Contestant]:
+    """Name the rows: those of training, and ours when it keeps less.
+
+    Args:
+        size: Of the decoder.
+        precision: Of the training.
+
+    Yields:
+        Contestants.
+    """
+    for one in train.contestants(size, precision, with_compiled=False):
+        yield one
+        if one.is_ours:
+            yield dataclasses.replace(
+                one,
+                name="ours, activation checkpointing",
+                build=lambda: ours.decoder_training(size, precision, activation_checkpointing=True),
+                is_ours=False,  # not the row that others are compared with
+            )
+
+
 def measure(name: str, size: Size, precision: Precision) -> float:
     """Train for a few steps in a fresh process.
 
     Args:
-        name: Of a contestant of `train.contestants`.
+        name: Of a contestant.
         size: Of the decoder.
         precision: Of the training.
 
@@ -94,7 +117,7 @@ def peak_gib() -> float:
 
 def main(name: str, size: str, precision: Precision) -> None:
     """Train one contestant and print the peak."""
-    every = train.contestants(SIZES[size], precision, with_compiled=False)
+    every = contestants(SIZES[size], precision)
     [one] = [contestant for contestant in every if contestant.name == name]
     torch.set_float32_matmul_precision(one.matmul)
     job = one.build()

@@ -72,10 +72,21 @@ def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
     return TextToImagePipeline(dalle=dalle, vqvae=vqvae, captions=captions)
 
 
-def build_trainer(model: nn.Module, task: Task, *, batch: int, precision: Precision) -> Trainer:
+def build_trainer(
+    model: nn.Module,
+    task: Task,
+    *,
+    batch: int,
+    precision: Precision,
+    activation_checkpointing: bool = False,
+) -> Trainer:
     """Build the trainer of a run that never ends and never saves."""
     config = TrainingConfig(
-        max_steps=10**9, global_batch_size=batch, learning_rate=3e-4, warmup_steps=0
+        max_steps=10**9,
+        global_batch_size=batch,
+        learning_rate=3e-4,
+        warmup_steps=0,
+        activation_checkpointing=activation_checkpointing,
     )
     accelerator = build_accelerator("bf16" if precision == "bfloat16" else "no")
     folder = Path(tempfile.gettempdir())  # for checkpoints, which are never written
@@ -93,13 +104,20 @@ def trainer_step(trainer: Trainer) -> Callable[[], float]:
     return step
 
 
-def decoder_training(size: Size, precision: Precision, *, verify_steps: int = 3) -> Job:
+def decoder_training(
+    size: Size,
+    precision: Precision,
+    *,
+    verify_steps: int = 3,
+    activation_checkpointing: bool = False,
+) -> Job:
     """Train a decoder on made-up tokens.
 
     Args:
         size: Of the decoder and its batch.
         precision: Float32, or bf16 as `mixed_precision` gives it.
         verify_steps: Steps over which the loss must fall.
+        activation_checkpointing: Whether blocks are computed again in the backward pass.
 
     Returns:
         One training step; items are tokens.
@@ -116,6 +134,7 @@ def decoder_training(size: Size, precision: Precision, *, verify_steps: int = 3)
         _decoder_task(dalle, tokens),
         batch=size.batch,
         precision=precision,
+        activation_checkpointing=activation_checkpointing,
     )
     step = trainer_step(trainer)
     flops = count_flops(step) + attention_flops(

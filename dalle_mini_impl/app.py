@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
 from dalle_mini_impl.training.precision import use_fast_float32
@@ -82,6 +83,7 @@ class Painter:
             "model": self.name,
             "num_candidates": 1,
             **dataclasses.asdict(self.pipeline.sampling_settings(changes)),
+            **self.pipeline.native_settings,
         }
         folder = self._new_folder()
         pictures = []
@@ -160,7 +162,14 @@ def build_page(painter: Painter) -> Any:
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
-def serve(model: str, *, host: str, port: int, show: Callable[[str], None]) -> None:
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    show: Callable[[str], None],
+    native: NativeWeights | None = None,
+) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
 
     Args:
@@ -168,6 +177,7 @@ def serve(model: str, *, host: str, port: int, show: Callable[[str], None]) -> N
         host: Address to listen on.
         port: Its port.
         show: Receives plain lines.
+        native: Draw with the compiled pass and weights of this kind, where that is possible.
 
     Raises:
         UserError: If the model does not load, Gradio is missing or the port is taken.
@@ -178,6 +188,8 @@ def serve(model: str, *, host: str, port: int, show: Callable[[str], None]) -> N
             raise UserError("app: Gradio is missing; wanted pip install -e '.[app]'")
         use_fast_float32()
         pipeline = TextToImagePipeline.from_pretrained(model)
+        if native is not None:
+            pipeline.use_native(native)
         import gradio as gr  # takes seconds: after the model is known to load
 
         page = build_page(Painter(pipeline, Path(folder), name=Path(model).resolve().name))

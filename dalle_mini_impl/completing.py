@@ -89,8 +89,9 @@ def complete_to_folder(
         "num_candidates": counts.get("num_candidates", 1),
         **dataclasses.asdict(pipeline.sampling_settings(overrides)),
     }
-    if native is not None and pipeline.use_native(native):
-        settings["native"] = native
+    if native is not None:
+        pipeline.use_native(native)
+    settings |= pipeline.native_settings
     make_folder(out, field="out")
     first = next_number(out)
     unique = list(dict.fromkeys(prompts))

@@ -134,8 +134,9 @@ def draw_to_folder(
     processes = _Processes()
     pipeline.to(processes.device)
     rank = ranking.load(model, processes.device)
-    if native is not None and pipeline.use_native(native):
-        settings["native"] = native
+    if native is not None:
+        pipeline.use_native(native)
+    settings |= pipeline.native_settings
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
     show = show if processes.is_main else (lambda line: None)

@@ -37,6 +37,7 @@ from dalle_mini_impl.evaluation.sections import Section
 from dalle_mini_impl.evaluation.shapes_accuracy import measure_shapes
 from dalle_mini_impl.evaluation.tokenizer import measure_tokenizer
 from dalle_mini_impl.folders import make_folder
+from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline, file_hashes
 from dalle_mini_impl.sampling.rerank import PictureRanker
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
@@ -73,6 +74,9 @@ class EvaluationConfig:
     """Pictures per style or split that are drawn, or whose loss is measured."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``SamplingConfig``."""
+    native: NativeWeights | None = None
+    """Draw with the compiled pass and weights of this kind, where that is possible; likelihoods are
+    torch's in any case."""
     clip: str | None = None
     """Folder or name of a CLIP that says how well drawings fit their captions."""
     tracking: Literal["auto", "online", "offline", "disabled"] | None = None
@@ -99,6 +103,8 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
     settings = pipeline.sampling_settings(config.overrides)
+    if config.native is not None:
+        pipeline.use_native(config.native)
     ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
     clock = _Clock(show)
     data = read_data(
@@ -236,7 +242,11 @@ def _protocol(
             "train": len(data.train),
             **{name: len(split) for name, split in data.held_out.items()},
         },
-        "sampling": {**dataclasses.asdict(settings), "num_candidates": config.num_candidates},
+        "sampling": {
+            **dataclasses.asdict(settings),
+            "num_candidates": config.num_candidates,
+            **pipeline.native_settings,
+        },
         "options": {
             "seed": config.seed,
             "max_samples": config.max_samples,

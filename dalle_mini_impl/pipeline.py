@@ -167,6 +167,11 @@ class TextToImagePipeline:
             logger.warning("drawing with plain torch: %s", error)
         return self.native is not None
 
+    @property
+    def native_settings(self) -> dict[str, Any]:
+        """What to keep beside a picture: ``native`` and its weights; nothing if torch draws."""
+        return {"native": self.native.weights} if self.native else {}
+
     @torch.inference_mode()
     def __call__(
         self,

@@ -14,6 +14,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--model", default="checkpoints/emoji-64", help="model folder; default: %(default)s")
     add("--port", type=int, default=7860, help="default: %(default)s")
     add("--host", default="127.0.0.1", help="0.0.0.0 lets others in; default: %(default)s")
+    add("--native", choices=("float32", "int8"), help="compiled here, not torch; see guide")
     return parser.parse_args(arguments)
 
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     from dalle_mini_impl.app import serve  # torch loads after the options fit
 
-    serve(options.model, host=options.host, port=options.port, show=print)
+    serve(options.model, host=options.host, port=options.port, show=print, native=options.native)
 
 
 if __name__ == "__main__":

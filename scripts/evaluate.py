@@ -27,6 +27,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--guidance-scale", type=float, help="strength of the caption; 1 = off")
     parser.add_argument("--temperature", type=float, help="below 1 plays safe")
+    parser.add_argument(
+        "--native", choices=("float32", "int8"), help="draw as compiled here, not torch; see guide"
+    )
     parser.add_argument("--clip", help="folder or name of a CLIP, for the CLIP score")
     parser.add_argument(
         "--wandb",
@@ -53,6 +56,7 @@ def main(arguments: Sequence[str]) -> None:
             seed=options.seed,
             max_samples=options.max_samples,
             overrides={name: value for name, value in overrides.items() if value is not None},
+            native=options.native,
             clip=options.clip,
             tracking=options.wandb,
         ),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
 from dalle_mini_impl.measuring import EvaluationConfig, evaluate
+from dalle_mini_impl.native import build
 from dalle_mini_impl.training.checkpoint import save_checkpoint
 from tests.reference import tiny
 from tests.reference.grid_data import write_grid_data
@@ -85,6 +87,31 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
     assert other["tokenizer"] == found["tokenizer"]
     for part in ("model", "data", "versions"):
         assert other["protocol"][part] == found["protocol"][part]
+
+
+@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+def test_the_report_says_by_what_pass_it_drew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.load_library.cache_clear()
+    data = tiny.write_data(tmp_path / "data", count=120)
+    wide, narrow = tmp_path / "wide", tmp_path / "narrow"
+    tiny.build_pipeline(hidden_size=32).save_pretrained(wide)  # heads of 16, which it can compute
+    tiny.build_pipeline().save_pretrained(narrow)
+    plain, _ = measure(wide, data, tmp_path / "plain", max_samples=18)
+    native, out = measure(wide, data, tmp_path / "native", max_samples=18, native="int8")
+    assert "native" not in plain["protocol"]["sampling"]
+    assert native["protocol"]["sampling"].pop("native") == "int8"
+    assert native["protocol"] == plain["protocol"]
+    assert "native int8" in (out / "report.md").read_text(encoding="utf-8")
+    assert native["distribution"]["drawings"] != plain["distribution"]["drawings"]
+    assert native["decoder"] == plain["decoder"]  # likelihoods are torch's
+    assert caplog.text == ""
+    other, _ = measure(narrow, data, tmp_path / "other", max_samples=2, native="int8")
+    assert "native" not in other["protocol"]["sampling"]
+    assert "drawing with plain torch: heads of 8" in caplog.text
+    build.load_library.cache_clear()
 
 
 def test_a_clip_scores_drawings_true_pictures_and_wrong_captions(

@@ -308,6 +308,16 @@ BAD_INPUT = {
         ["--model", "MODEL", "--data", "DATA", "--out", "PICTURE"],
         ["out: PICTURE: File exists; wanted a folder"],
     ),
+    "a pass to measure": (
+        "evaluate",
+        ["--model", "MODEL", "--native", "int4"],
+        ["--native: invalid choice: 'int4'", "--help"],
+    ),
+    "a pass for the page": (
+        "app",
+        ["--native", "int4"],
+        ["--native: invalid choice: 'int4'", "--help"],
+    ),
     "unknown option": ("evaluate", ["--model", "MODEL", "--fast"], ["--fast", "--help"]),
     "unknown option of the demo": ("demo", ["--fast"], ["--fast", "--help"]),
 }

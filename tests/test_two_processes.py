@@ -42,7 +42,7 @@ def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def write_configs(data: Path, folder: Path, vqvae_dir: Path) -> dict[str, Any]:
+def write_configs(data: Path, folder: Path, vqvae_dir: Path, **training: Any) -> dict[str, Any]:
     """Configs whose losses do not depend on the process: no dropout of the network."""
     random = {
         "caption_dropout_probability": 0.3,
@@ -53,7 +53,13 @@ def write_configs(data: Path, folder: Path, vqvae_dir: Path) -> dict[str, Any]:
     configs = {
         "vqvae": tiny.vqvae_run(data, folder / "vqvae", max_steps=4),
         "dalle": tiny.dalle_run(
-            data, vqvae_dir, folder / "dalle", task=random, dropout_probability=0.0, max_steps=4
+            data,
+            vqvae_dir,
+            folder / "dalle",
+            task=random,
+            dropout_probability=0.0,
+            max_steps=4,
+            **training,
         ),
     }
     folder.mkdir()
@@ -94,7 +100,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
     data = tiny.write_data(tmp_path / "data")
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     pair, alone = tmp_path / "pair", tmp_path / "alone"
-    write_configs(data, pair, tmp_path / "vqvae")
+    # Recomputed under DDP, kept in one process: the same numbers.
+    write_configs(data, pair, tmp_path / "vqvae", activation_checkpointing=True)
     configs = write_configs(data, alone, tmp_path / "vqvae")
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
     result = torchrun(training_worker.__file__, pair)

@@ -74,7 +74,10 @@ def draw(
         parts = []
         for rows in torch.arange(count).split(ROWS_PER_BATCH):
             drawn = generate_image_token_ids(
-                pipeline.dalle, text[rows.to(device)], seeds=seeds[rows], settings=settings
+                pipeline.native or pipeline.dalle,
+                text[rows.to(device)],
+                seeds=seeds[rows],
+                settings=settings,
             )
             gains = drawn.caption_gain
             if num_candidates > 1 and settings.guidance_scale == 1.0:

@@ -15,6 +15,7 @@ from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from dalle_mini_impl.transformer.blocks import recompute_activations
 from vqvae import VQVAE
 from vqvae.pretrained import load_tokenizer
 from vqvae.tokenizer import ImageTokenizer
@@ -63,6 +64,8 @@ def estimate_lines(
             f"encoding the pictures: {encoding:.0f} s",
         ]
         model = _build_dalle(config, vqvae).to(device).train()
+        if config.training.activation_checkpointing:
+            recompute_activations(model)
     state = sum(parameter.numel() for parameter in model.parameters()) * 4 * _STATE_COPIES
     lines.append(f"weights, gradients and optimizer: {_readable(state)}, activations come on top")
     seconds = _step_seconds(model, config.training, vqvae, device)

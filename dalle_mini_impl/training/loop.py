@@ -51,6 +51,7 @@ from dalle_mini_impl.training.schedule import learning_rate_factor
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.stopping import StopRequest
 from dalle_mini_impl.training.tracking import Tracker
+from dalle_mini_impl.transformer.blocks import recompute_activations
 
 logger = logging.getLogger(__name__)
 
@@ -150,7 +151,8 @@ class Trainer:
             tracker: Where metrics and pictures go; nowhere when None.
 
         Raises:
-            UserError: If the global batch does not divide among processes and accumulation.
+            UserError: If the global batch does not divide among processes and accumulation, or
+                activations shall be recomputed in a model without our Transformer blocks.
         """
         self.config, self.task = config, task
         self.tracker = tracker or Tracker(None, None)
@@ -159,6 +161,11 @@ class Trainer:
         self.checkpoint_dir = output_dir / "checkpoints"
         self.not_finite_file = output_dir / NOT_FINITE_NAME
         self.model = model.to(accelerator.device)
+        if config.activation_checkpointing and not recompute_activations(self.model):
+            raise UserError(
+                "training.activation_checkpointing: got true, wanted false: "
+                f"{type(model).__name__} has none of our Transformer blocks"
+            )
         self.wrapped = accelerator.prepare_model(self.model)
         if config.compile:  # evaluation and drawing, whose shapes vary, go through self.model
             # CUDA graphs keep gradients where the next micro-batch would write over them.
@@ -204,8 +211,9 @@ class Trainer:
                 f"training: out of memory after step {self.state.step}; raise "
                 "training.gradient_accumulation_steps (now "
                 f"{self.config.gradient_accumulation_steps}) or pass --training.find_batch_size "
-                f"true, lower training.global_batch_size (now {self.config.global_batch_size}), or "
-                "take a smaller model; checkpoints are whole"
+                f"true, --training.activation_checkpointing true for a Transformer, lower "
+                f"training.global_batch_size (now {self.config.global_batch_size}), or take a "
+                "smaller model; checkpoints are whole"
             ) from None
 
     def _train(self, show: Callable[[str], None]) -> None:

@@ -45,6 +45,9 @@ class TrainingConfig:
     find_batch_size: bool = False
     """Before the run, look for the largest micro-batch that fits into memory; the global batch
     stays, in as many gradient_accumulation_steps as it then takes. One process only."""
+    activation_checkpointing: bool = False
+    """Compute the inner activations of each Transformer block again in the backward pass instead
+    of keeping them: less memory, more time, the same numbers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on hidden matrices with AdamW on the rest."""
     learning_rate: float = 1e-3

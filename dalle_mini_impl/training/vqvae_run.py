@@ -45,7 +45,12 @@ class VQVAERunConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        """Refuse pictures that the loss cannot take."""
+        """Refuse what would fail only when the pictures are read, or training has begun."""
+        if self.training.activation_checkpointing:
+            raise ValueError(
+                "training.activation_checkpointing: got true, wanted false: the image tokenizer "
+                "has no Transformer blocks"
+            )
         if self.task.next_feature_weight and self.vqvae.image_grid_size == (1, 1):
             raise ValueError(
                 f"task.next_feature_weight: got {self.task.next_feature_weight}, wanted 0 for "

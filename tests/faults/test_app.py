@@ -25,6 +25,7 @@ from PIL import Image
 
 from dalle_mini_impl.app import CALLS_KEPT, MAX_PROMPT_LENGTH, MAX_SEED, MAX_WAITING, Painter
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
 
@@ -104,13 +105,55 @@ def test_pictures_of_old_calls_are_deleted(painter: Painter) -> None:
     assert len(list(painter.folder.iterdir())) == CALLS_KEPT
 
 
+@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+def test_pictures_say_by_what_pass_they_were_drawn(
+    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.load_library.cache_clear()
+    painter.pipeline = tiny.build_pipeline(hidden_size=32)  # heads of 16, which it can compute
+    assert "native" not in facts_of(painter.draw(*GOOD)[0][0])
+    assert painter.pipeline.use_native("int8")
+    assert facts_of(painter.draw(*GOOD)[0][0])["native"] == "int8"
+    build.load_library.cache_clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
+def test_the_page_draws_with_a_compiled_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gradio")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    tiny.build_pipeline(hidden_size=32).save_pretrained(tmp_path / "model")
+    number = free_port()
+    server = start(tmp_path / "model", number, tmp_path, "--native", "float32")
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert "the page is at" in line, line + server.stdout.read()
+    try:
+        status, kind, (_, files) = call(number, list(GOOD))
+        assert (status, kind) == (200, "complete")
+        _, content = request(number, "GET", f"/gradio_api/file={files[0]['path']}")
+        assert facts_of(io.BytesIO(content))["native"] == "float32"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+
+
+def facts_of(file: Any) -> dict[str, Any]:
+    """What a picture says of its making."""
+    with Image.open(file) as image:
+        return dict(json.loads(image.text["dalle_mini_impl"]))  # type: ignore[attr-defined]
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
 
 
-def start(model: Path, port: int, folder: Path) -> "subprocess.Popen[str]":
+def start(model: Path, port: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
@@ -121,7 +164,7 @@ def start(model: Path, port: int, folder: Path) -> "subprocess.Popen[str]":
         "GRADIO_ANALYTICS_ENABLED": "True",
     }
     return subprocess.Popen(
-        [sys.executable, "scripts/app.py", "--model", str(model), "--port", str(port)],
+        [sys.executable, "scripts/app.py", "--model", str(model), "--port", str(port), *options],
         env=environment,
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,

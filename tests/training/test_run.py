@@ -95,6 +95,20 @@ def test_a_decoder_run_resumes_bit_for_bit(
     assert_resumes_exactly(config)
 
 
+@pytest.mark.parametrize("decoder", [{}, tiny.WITH_ENCODER], ids=["decoder", "encoder_decoder"])
+def test_a_run_that_recomputes_activations_resumes_bit_for_bit(
+    data: Path, vqvae_dir: Path, tmp_path: Path, decoder: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "ema_decay": 0.9}
+    out, task = tmp_path / "run", EVERYTHING_RANDOM
+    assert_resumes_exactly(
+        tiny.dalle_run(
+            data, vqvae_dir, out, task=task, decoder=decoder, activation_checkpointing=True,
+            **options,
+        )
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
 def test_a_tokenizer_run_resumes_bit_for_bit(data: Path, tmp_path: Path, quantizer: str) -> None:
     config = tiny.vqvae_run(

@@ -12,6 +12,7 @@ from dalle_mini_impl.transformer.blocks import (
     ChannelDropout,
     GatedFeedForward,
     TransformerBlock,
+    recompute_activations,
 )
 from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
 from tests.reference.torch_transformer import copy_block
@@ -153,3 +154,28 @@ def test_a_gated_block_may_have_biases() -> None:
         if isinstance(module, nn.Linear):
             assert module.bias is not None
     assert layer.attention_norm.bias is not None
+
+
+def test_recomputing_keeps_the_inputs_alone_and_changes_no_gradient() -> None:
+    layers = nn.Sequential(*(block(dropout_probability=0.5) for _ in range(3)))
+    x, found = torch.randn(4, 6, 8, requires_grad=True), []
+    for recomputes in (False, True):
+        if recomputes:
+            assert recompute_activations(layers) == 3
+        kept: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+            layers(x)
+        torch.manual_seed(1)
+        output = layers(x)
+        torch.rand(7)  # the backward pass finds the generator elsewhere
+        found.append(torch.autograd.grad(output.square().sum(), [x, *layers.parameters()]))
+        after = torch.rand(1)
+        numbers = sum(tensor.numel() for tensor in kept)
+        assert (numbers == 3 * x.numel()) == recomputes, numbers
+        found[-1] += (output, after)
+    for plain, recomputed in zip(*found, strict=True):
+        assert torch.equal(plain, recomputed)
+
+
+def test_a_model_without_blocks_recomputes_nothing() -> None:
+    assert recompute_activations(nn.Linear(2, 2)) == 0
