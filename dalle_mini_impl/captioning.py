@@ -34,6 +34,9 @@ def complete_captions(
     for name, count in (("num_samples", num_samples), ("num_tokens", num_tokens)):
         if count < 1:
             raise UserError(f"{name}: got {count}, wanted at least 1")
+    longest = pipeline.captions.text_length
+    if num_tokens > longest:
+        raise UserError(f"num_tokens: got {num_tokens}, wanted at most the model's {longest}")
     if not 0 <= seed < 2**63 - num_samples:
         raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {num_samples + 1}")
     dalle = _writer_of_captions(pipeline, "complete")
@@ -45,7 +48,9 @@ def complete_captions(
         seeds = torch.arange(seed, seed + num_samples - 1)
         drawn = beginning.expand(len(seeds), -1)
         rows.append(complete_text(dalle, drawn, num_tokens=num_tokens, seeds=seeds))
-    return list(dict.fromkeys(captions.decode(torch.cat(rows))))
+    written = captions.decode(torch.cat(rows))
+    # Tokens may be parts of a letter, and a caption may begin or end within one.
+    return list(dict.fromkeys(text.strip("\N{REPLACEMENT CHARACTER}") for text in written))
 
 
 def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
@@ -54,7 +59,7 @@ def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
         return pipeline.dalle
     raise UserError(
         f"{option}: this model reads captions and writes none (its decoder.architecture is "
-        f"{pipeline.dalle.config.decoder.architecture}); wanted one of decoder_only"
+        f"{pipeline.dalle.config.decoder.architecture}); wanted decoder_only"
     )
 
 

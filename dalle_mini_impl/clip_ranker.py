@@ -28,6 +28,7 @@ from vqvae.weights import build_checked, load_weights
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 BATCH_SIZE = 32
+WANTED = "wanted a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
 
 
 class ClipRanker:
@@ -166,7 +167,7 @@ class ClipRanker:
             return cls(model, CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"clip: {folder} does not load: {reason}") from None
+            raise UserError(f"clip: {folder} does not load: {reason}; {WANTED}") from None
 
 
 def _load_model(config: ClipConfig, weights: Path) -> Clip:
@@ -290,10 +291,7 @@ class TransformersClipRanker:
             processor = CLIPProcessor.from_pretrained(name, local_files_only=is_local)
         except Exception as error:  # the library raises whatever its parts raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(
-                f"clip: {name} does not load: {reason}; wanted a folder that train_clip.py wrote, "
-                "or a CLIP of transformers with safetensors"
-            ) from None
+            raise UserError(f"clip: {name} does not load: {reason}; {WANTED}") from None
         finally:
             noisy.setLevel(level)
         return cls(model, processor)
@@ -312,6 +310,9 @@ def load_clip_ranker(name: str | Path) -> ClipRanker | TransformersClipRanker:
         UserError: If it does not load.
     """
     folder = Path(name)
+    # A name on the Hub is owner/name; of a mistyped path the folder above is often there.
+    if not folder.exists() and (folder.parent.exists() or len(folder.parts) != 2):
+        raise UserError(f"clip: {name}: no such folder; {WANTED}")
     if (folder / TOKENIZER_NAME).is_dir() or (folder.is_dir() and not is_of_transformers(folder)):
         return ClipRanker.from_pretrained(folder)
     return TransformersClipRanker.from_pretrained(str(name))

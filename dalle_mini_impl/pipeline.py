@@ -270,10 +270,11 @@ class TextToImagePipeline:
         )  # fmt: skip
         is_redrawn = region.is_redrawn.to(device)
         if not self.draws_any_order and not is_raster_order(completion_order(is_redrawn)):
+            field = "mask" if keep_share is None else "keep_share"
             raise UserError(
-                "mask: something stays after the first redrawn token, and this model draws from "
-                "the top left to the bottom right only; wanted keep_rows, or a model trained with "
-                "--task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
+                f"{field}: something stays after the first redrawn token, and this model draws "
+                "from the top left to the bottom right only; wanted keep_rows, or a model trained "
+                "with --task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
             )
         image_token_ids = self.encode([picture])
 

@@ -56,8 +56,12 @@ class Translator:
             A translation of each, in lower case as all texts are read.
 
         Raises:
-            UserError: If a text is empty.
+            UserError: If a text is empty, or none.
         """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise UserError(f"texts: got {texts!r:.60}, wanted a list of strings")
+        if not all(text.strip() for text in texts):
+            raise UserError("texts: got an empty one, wanted some text in each")
         device = self.model.embedding.weight.device
         translations: list[str] = []
         for start in range(0, len(texts), BATCH_SIZE):
@@ -102,6 +106,8 @@ class Translator:
             UserError: If the folder is none, or its parts are damaged or do not fit.
         """
         folder = Path(folder)
+        if not folder.is_dir():
+            raise UserError(f"model: {folder}: no such folder")
         try:
             values = read_json(own_file(folder, CONFIG_NAME))
             config = build_config(EncoderDecoderConfig, values["model"])
@@ -123,7 +129,10 @@ class Translator:
             beam = build_config(BeamConfig, values["beam"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"model: {folder} is no translator that loads: {reason}") from None
+            raise UserError(
+                f"model: {folder} is no translator that loads: {reason}; wanted a folder that "
+                "train_translation.py wrote"
+            ) from None
         return cls(model, CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME), beam=beam)
 
 

@@ -1,6 +1,7 @@
 """Rankers: the same score beside anything, strict folders, and a CLIP of transformers."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_a_clip_beside_the_model_ranks_what_it_draws(
     ("ranking", "message"),
     [
         (Ranking("clip"), "rank: got clip, but .* has no folder clip; wanted --clip"),
-        (Ranking("clip", "no/such/folder/x"), "clip: no/such/folder/x does not load: "),
+        (Ranking("clip", "no/such/folder/x"), "clip: no/such/folder/x: no such folder; wanted"),
         (Ranking("none", "x"), "clip: got x with --rank none, wanted --rank clip"),
     ],
 )
@@ -307,3 +308,12 @@ def test_a_part_of_a_picture_is_ranked_by_likelihood_alone(tmp_path: Path) -> No
             overrides={},
             ranking=Ranking("none"),
         )
+
+
+@pytest.mark.parametrize("name", ["/no/where", "./nowhere", "nowhere", "a/b/c"])
+def test_a_missing_folder_is_not_looked_for_on_the_network(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TransformersClipRanker, "from_pretrained", pytest.fail)
+    with pytest.raises(UserError, match=f"clip: {re.escape(name)}: no such folder; wanted"):
+        load_clip_ranker(name)

@@ -506,9 +506,12 @@ def test_a_part_of_a_picture_is_redrawn(
     capsys.readouterr()
     for options, message in (
         (("--mask", tmp_path / "mask.png"), "error: image: none given; wanted --image with"),
-        (picture, "error: mask: wanted exactly one of mask, keep_rows and keep_share"),
+        (
+            picture,
+            "error: mask: got none of them, wanted exactly one of mask, ",
+        ),
         (("--image", tmp_path / "no.png", "--keep-rows", "1"), "error: image: .*No such file"),
-        ((*picture, "--keep-share", "0.75"), "error: mask: something stays after"),
+        ((*picture, "--keep-share", "0.75"), "error: keep_share: something stays after"),
     ):
         assert run_here("generate", *shared, *options, "--out", out) == 2
         assert re.match(message, capsys.readouterr().err)
@@ -582,4 +585,5 @@ def test_captions_are_ranked_and_completed(
     assert "caption: none given" in capsys.readouterr().err
     assert run_here("caption", "--model", model_dir) == 2
     assert run_here("caption", *shared, "--complete", "a", "--num-tokens", "0") == 2
+    assert run_here("caption", *shared, "--complete", "a", "--num-tokens", "1000") == 2
     assert "num_tokens: got 0, wanted at least 1" in capsys.readouterr().err

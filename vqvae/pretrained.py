@@ -196,6 +196,8 @@ def _own_config(values: dict[str, Any]) -> PretrainedConfig:
     version, kind, image_size = (
         values.get(name) for name in ("format_version", "kind", "image_size")
     )
+    if kind is None:
+        raise ValueError("no image tokenizer's config: it has no kind")
     if version != FORMAT_VERSION:
         raise ValueError(f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
     if not isinstance(kind, str) or kind not in KINDS:

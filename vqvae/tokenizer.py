@@ -94,3 +94,22 @@ def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None
             f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
             f"wanted 0 to {codebook_size - 1}"
         )
+
+
+def require_working(tokenizer: ImageTokenizer) -> None:
+    """Send one grey picture through a tokenizer: sizes that load may still contradict each other.
+
+    Args:
+        tokenizer: On any device.
+
+    Raises:
+        ValueError: If the picture does not come back.
+    """
+    size = tokenizer.config.image_size
+    device = next(tokenizer.parameters()).device
+    try:
+        token_ids = tokenizer.encode_to_token_ids(torch.zeros(1, 3, size, size, device=device))
+        tokenizer.decode_from_token_ids(token_ids)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"this tokenizer loads but takes no picture: {reason}") from None

@@ -152,6 +152,8 @@ def read_picture(path: Path, *, field: str) -> Image.Image:
     """
     try:
         return decode_image(path.read_bytes(), source=str(path))
+    except BadImageError as error:
+        raise UserError(f"{field}: {error}") from None
     except OSError as error:
         raise UserError(f"{field}: {path}: {error.strerror}; wanted a picture file") from None
 

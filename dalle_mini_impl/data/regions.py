@@ -58,7 +58,9 @@ def choose_region(
         UserError: If not one of the three is given, it is out of range, or it redraws nothing.
     """
     if [mask, keep_rows, keep_share].count(None) != 2:
-        raise UserError("mask: wanted exactly one of mask, keep_rows and keep_share")
+        ways = {"mask": mask, "keep_rows": keep_rows, "keep_share": keep_share}
+        got = ", ".join(name for name, value in ways.items() if value is not None) or "none of them"
+        raise UserError(f"mask: got {got}, wanted exactly one of {', '.join(ways)}")
     if keep_share is not None:
         return Region(random_cells(keep_share, grid=grid, seeds=seeds), None)
     if keep_rows is not None:
@@ -68,7 +70,10 @@ def choose_region(
         shown = mask_pixels(mask, picture_size=picture_size, size=size)
         cells = touched_cells(shown, grid=grid)
     if not cells.any():
-        raise UserError("mask: all black; wanted white where the picture is redrawn")
+        raise UserError(
+            "mask: no white in the middle square, which is what the model sees of the picture; "
+            "wanted white where it is redrawn"
+        )
     return Region(cells.expand(len(seeds), -1), shown)
 
 

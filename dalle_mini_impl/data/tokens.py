@@ -203,7 +203,10 @@ def build_token_dataset(
         else:
             show(f"image and caption tokens: reading {path}")
             return stored
-    show(f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views")
+    show(
+        f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
+        "they are kept when all are done"
+    )
     captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
         image_token_ids=_encode_views(

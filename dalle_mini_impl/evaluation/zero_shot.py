@@ -87,7 +87,11 @@ def zero_shot_emoji(
                     questions.append(Question(picture, captions, tuple(grid), index))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise UserError(
+            f"data: {metadata}: {error.strerror}; wanted the folder that prepare_emoji.py wrote"
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
             "wanted the folder that prepare_emoji.py wrote"

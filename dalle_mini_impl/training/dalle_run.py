@@ -21,7 +21,7 @@ from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.pretrained import load_tokenizer
-from vqvae.tokenizer import ImageTokenizer
+from vqvae.tokenizer import ImageTokenizer, require_working
 
 MAX_ZOOM = 4.0
 
@@ -121,6 +121,7 @@ def _train(
     )
     try:
         vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+        require_working(vqvae)
     except ValueError as error:
         raise UserError(
             f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote, or somebody else's "

@@ -110,13 +110,19 @@ def test_pixels_outside_the_mask_are_the_pictures_own() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({}, "mask: wanted exactly one of mask, keep_rows and keep_share"),
-        ({"keep_rows": 1, "keep_share": 0.5}, "mask: wanted exactly one of"),
+        ({}, "mask: got none of them, wanted exactly one of mask, keep_rows, keep_share"),
+        (
+            {"keep_rows": 1, "keep_share": 0.5},
+            "mask: got keep_rows, keep_share, wanted",
+        ),
         ({"keep_rows": 0}, "keep_rows: got 0, wanted 1 to 3 rows of tokens"),
         ({"keep_rows": 4}, "keep_rows: got 4, wanted 1 to 3 rows of tokens"),
         ({"keep_share": 0.0}, "keep_share: got 0.0, wanted above 0 and below 1"),
         ({"keep_share": 1.0}, "keep_share: got 1.0, wanted above 0 and below 1"),
-        ({"mask": mask_of()}, "mask: all black; wanted white where the picture is redrawn"),
+        (
+            {"mask": mask_of()},
+            "mask: no white in the middle square, which is what the model sees of the picture",
+        ),
         ({"mask": mask_of(size=(9, 16))}, "mask: got 9x16 pixels, wanted 16x16, as the picture"),
     ],
 )

@@ -119,6 +119,11 @@ def test_a_folder_gives_the_same_translations(tmp_path: Path) -> None:
         Translator.from_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match="is no translator that loads"):
         Translator.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="model: nowhere: no such folder"):
+        Translator.from_pretrained("nowhere")
+    for texts in ("a red box", ["a red box", " "]):
+        with pytest.raises(UserError, match=r"texts: got .*, wanted"):
+            translator(texts)
 
 
 def test_it_learns_to_write_backwards(tmp_path: Path) -> None:

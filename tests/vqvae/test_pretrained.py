@@ -1,5 +1,6 @@
 """Image tokenizers behind one door: one contract for all, and what the door refuses."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.reference.other_tokenizers import (
 )
 from vqvae import VQVAE
 from vqvae.pretrained import PretrainedTokenizer, load_tokenizer
-from vqvae.tokenizer import ImageTokenizer
+from vqvae.tokenizer import ImageTokenizer, require_working
 
 KINDS = ("ours", "dalle", "openai", "janus", "emu3", "diffusers")
 
@@ -277,3 +278,14 @@ def test_files_beside_a_config_are_not_opened(tmp_path: Path) -> None:
     for name in ("encoder.safetensors", "decoder.safetensors"):
         (folder / name).write_text("not to be read")
     assert load_tokenizer(folder).fingerprint() == before
+
+
+def test_a_tokenizer_that_loads_but_takes_no_picture_is_refused(
+    load: Callable[[str], ImageTokenizer],
+) -> None:
+    tokenizer = load("janus")
+    require_working(tokenizer)
+    broken = copy.deepcopy(tokenizer)
+    broken.model.quant_conv = torch.nn.Conv2d(1, 4, 1)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"loads but takes no picture: .*channels"):
+        require_working(broken)
