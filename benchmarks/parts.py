@@ -28,6 +28,7 @@ PARTS: dict[str, Callable[[Settings], list[Result]]] = {
     "train_small": _sized("train", SMALL),
     "train_medium": _sized("train", MEDIUM),
     "users": _plain("users"),
+    "shipped": _plain("shipped"),
     "sample": _sized("sample", MEDIUM),
 }
 

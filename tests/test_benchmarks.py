@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import ours, ours_pictures, peers, quality, timing
+from benchmarks import ours, ours_pictures, peers, quality, shipped, timing
 from benchmarks.ceilings import attention_flops, count_flops, measure_ceilings, share_of_ceiling
 from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
 from benchmarks.memory import peak_gib
@@ -19,6 +19,8 @@ from benchmarks.settings import Settings
 from benchmarks.sizes import MEDIUM, TOY, random_pairs
 from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
 from benchmarks.tokenizer import pictures
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from tests.reference import tiny
 
 CEILINGS = {"float32": 100.0, "bfloat16": 400.0, "memory": 10.0}
 
@@ -337,3 +339,27 @@ def test_our_tokenizer_learns_to_a_quality(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(40):
         step()
     assert quality.quality(rebuild, train) > before + 2
+
+
+def test_trained_models_draw_the_same_in_fewer_passes() -> None:
+    pipeline = tiny.build_pipeline()
+    many = shipped.own_job(pipeline, guided=True)
+    single = shipped.own_job(pipeline, guided=True, one_by_one=True)
+    assert many.items == single.items == len(shipped.PROMPTS)
+    drawn = [tokens for tokens, _ in many.run()]  # type: ignore[attr-defined]
+    wanted = [tokens for tokens, _ in single.run()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, drawn, wanted))
+    assert single.note == f"{pipeline.dalle.config.image_length:.1f} passes a picture"
+    assert float(many.note.split()[0]) < float(single.note.split()[0])
+
+
+def test_the_size_of_the_trained_model_is_that_of_its_row() -> None:
+    config = TextToImagePipeline.from_pretrained(shipped.MODEL).dalle.config
+    size = shipped.EMOJI_64
+    assert (size.width, size.layers, size.heads) == (
+        config.decoder.hidden_size,
+        config.decoder.num_layers,
+        config.decoder.num_heads,
+    )
+    assert (size.text_length, size.image_length) == (config.text_length, config.image_length)
+    assert (size.vocab, size.codebook) == (config.vocab_size, config.codebook_size)

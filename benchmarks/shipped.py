@@ -1,0 +1,148 @@
+"""Drawing with the weights that ship: what Jacobi passes are worth where a model knows something.
+
+`sample` draws with random weights, whose guesses of later tokens are as good as certain: its own
+rows flatter us by the number of passes. Here our decoder is `checkpoints/emoji-64`, and beside it
+stands transformers' Llama of its width, depth and lengths, whose time does not depend on weights.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import ours, peers
+from benchmarks.sample import NATIVE, llama_job
+from benchmarks.settings import Settings
+from benchmarks.sizes import Size
+from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
+from dalle_mini_impl.models.text_to_image import TextToImageModel
+from dalle_mini_impl.native.build import UnavailableError
+from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
+
+MODEL = Path("checkpoints/emoji-64")
+PROMPTS = (
+    "red heart, Twemoji style", "a dog face, Noto style", "pizza, Twemoji style",
+    "woman firefighter with medium skin tone, Noto style", "빨간색 하트", "green apple",
+    "man teacher with dark skin tone, Twemoji style", "rocket, Noto style",
+)  # fmt: skip
+EMOJI_64 = Size(
+    name="emoji-64", width=320, layers=7, heads=5, text_length=20, grid=16, vocab=4096,
+    codebook=1000, batch=1,
+)  # fmt: skip
+
+
+def run(settings: Settings) -> list[Result]:
+    """Draw one picture at a time.
+
+    Args:
+        settings: Of the run.
+
+    Returns:
+        Rows in seconds per picture.
+    """
+    pipeline = TextToImagePipeline.from_pretrained(MODEL)
+    results = []
+    for guided in (False, True):
+        rows = list(contestants(pipeline, guided=guided))
+        results += interleave(
+            f"draw {EMOJI_64.name}, trained, batch 1, "
+            f"{f'guidance {pipeline.settings.guidance_scale:g}' if guided else 'no guidance'}",
+            rows[:2] if settings.quick else rows,
+            unit="s",
+            rounds=settings.rounds,
+        )
+    return results
+
+
+def contestants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator[Contestant]:
+    """Name the rows of a table.
+
+    Args:
+        pipeline: The trained model.
+        guided: With its own guidance scale.
+
+    Yields:
+        Contestants.
+    """
+    ways: dict[str, dict[str, Any]] = {
+        "ours, float32": {},
+        "ours, float32, one token at a time": {"one_by_one": True},
+        **{name: {"weights": weights} for weights, name in NATIVE.items()},
+    }
+    for name, options in ways.items():
+        yield Contestant(
+            name=name,
+            build=functools.partial(own_job, pipeline, guided=guided, **options),
+            is_ours=True,
+            matmul=ours.matmul_setting(),
+        )
+    yield Contestant(
+        name=f'{peers.LLAMA}, dynamic cache, matmul "medium"',
+        build=lambda: llama_job(
+            lambda: peers.build_language_model(peers.LLAMA, EMOJI_64).eval(),
+            EMOJI_64,
+            1,
+            guided,
+            compiled=False,
+        ),
+        matmul="medium",
+    )
+
+
+def own_job(
+    pipeline: TextToImagePipeline,
+    *,
+    guided: bool,
+    weights: NativeWeights | None = None,
+    one_by_one: bool = False,
+) -> Job:
+    """Draw one prompt after the other.
+
+    Args:
+        pipeline: The trained model.
+        guided: With its own guidance scale, or 1.
+        weights: Of the compiled pass; None is torch.
+        one_by_one: A pass per token.
+
+    Returns:
+        All prompts once; items are pictures.
+
+    Raises:
+        NotMeasuredError: If nothing can be compiled here.
+        ValueError: If several tokens a pass draw another picture than one.
+    """
+    model: TextToImageModel | NativeDecoder = pipeline.dalle
+    if weights is not None:
+        try:
+            model = NativeDecoder(pipeline.dalle, weights)
+        except UnavailableError as error:
+            raise NotMeasuredError(str(error)) from None
+    settings = pipeline.sampling_settings({} if guided else {"guidance_scale": 1.0})
+    text = pipeline.captions.encode(PROMPTS)
+    window = 1 if one_by_one else best_window(model, 1)
+
+    def draw(number: int, window: int) -> tuple[torch.Tensor, int]:
+        drawn = draw_by_jacobi(
+            model,
+            text[number : number + 1],
+            seeds=torch.tensor([number]),
+            settings=settings,
+            window=window,
+        )
+        return drawn.image_token_ids, drawn.num_passes
+
+    drawn = [draw(number, window) for number in range(len(PROMPTS))]
+    if not torch.equal(drawn[0][0], draw(0, 1)[0]):
+        raise ValueError("Jacobi passes draw another picture")
+    passes = sum(count for _, count in drawn) / len(PROMPTS)
+    turn = itertools.cycle(range(len(PROMPTS)))
+    return Job(
+        run=lambda: [draw(next(turn), window) for _ in PROMPTS],
+        items=len(PROMPTS),
+        note=f"{passes:.1f} passes a picture",
+    )
