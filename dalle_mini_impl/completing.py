@@ -96,7 +96,8 @@ def complete_to_folder(
     first = next_number(out)
     unique = list(dict.fromkeys(prompts))
     columns = counts.get("num_images", 1)
-    show(f"drawing {len(unique) * columns} pictures")
+    num_pictures = len(unique) * columns
+    show(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
     with resources(out):
         drawn = pipeline.complete(
             unique,

@@ -140,7 +140,8 @@ def draw_to_folder(
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
     show = show if processes.is_main else (lambda line: None)
-    show(f"drawing {len(unique) * num_images} pictures")
+    num_pictures = len(unique) * num_images
+    show(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
     mine = processes.share(list(enumerate(unique, start=first)))
     written: list[tuple[int, int, str, str]] = []
     with resources(out):

@@ -6,6 +6,7 @@ distribution over the codebook at each grid cell, training mixes codes with Gumb
 """
 
 import math
+from contextlib import nullcontext
 
 import torch
 from einops import rearrange
@@ -83,9 +84,10 @@ class GumbelQuantizer(nn.Module):
         logits = _to_rows(encoder_latents)
         best = logits.max(dim=1).indices
         rows = self._mix(logits, generator) if self.training else self.codebook[best]
-        log_probabilities = logits.log_softmax(dim=1)
-        entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
-        kl = math.log(self.codebook_size) - entropy.mean()
+        with nullcontext() if self.kl_weight else torch.no_grad():  # gradients are a third of it
+            log_probabilities = logits.log_softmax(dim=1)
+            entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
+            kl = math.log(self.codebook_size) - entropy.mean()
         return QuantizerOutput(
             quantized_latents=_to_grid(rows, like=encoder_latents),
             token_ids=rearrange(best, "(b h w) -> b h w", b=batch, h=height),
@@ -141,7 +143,7 @@ class GumbelQuantizer(nn.Module):
         # take three times as long.
         uniform = torch.rand(logits.shape, generator=generator, device=device)
         gumbel_noise = uniform.log_().neg_().log_().neg_().to(logits.device)
-        weights = ((logits + gumbel_noise) / self.temperature.float()).softmax(dim=1)
+        weights = (logits + gumbel_noise).div_(self.temperature.float()).softmax(dim=1)
         if self.straight_through:
             best = weights.max(dim=1, keepdim=True).indices
             one_hot = torch.zeros_like(weights).scatter_(1, best, 1.0)
