@@ -1,5 +1,6 @@
 """Seconds from the start of a process: to the help text, and to the first picture."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -86,7 +87,7 @@ def process_job(command: Sequence[str], *, wanted: Path | None = None) -> Job:
 
     Args:
         command: What to start.
-        wanted: File that it must write.
+        wanted: File that it must write; the folder of the file is emptied before each call.
 
     Returns:
         The job.
@@ -94,7 +95,8 @@ def process_job(command: Sequence[str], *, wanted: Path | None = None) -> Job:
 
     def start() -> None:
         if wanted is not None:
-            wanted.unlink(missing_ok=True)
+            shutil.rmtree(wanted.parent, ignore_errors=True)  # pictures are numbered on
+            wanted.parent.mkdir(parents=True)
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if done.returncode or (wanted is not None and not wanted.is_file()):
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -142,7 +144,7 @@ def peer_picture(folder: Path) -> Job:
     model = dalle_pytorch.DALLE(vae=dalle_pytorch.DiscreteVAE(**vae), **arguments)
     saved = {"vae_params": vae, "hparams": arguments, "weights": model.state_dict()}
     torch.save(saved, folder / "peer.pt")
-    picture = folder / "peer.png"
+    picture = folder / "peer" / "peer.png"
     code = [sys.executable, "-W", "ignore", "-c", stub_code() + PEER_DRAWS]
     return process_job([*code, str(folder / "peer.pt"), str(picture)], wanted=picture)
 

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say. No peer is needed here, and nothing is timed."""
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from benchmarks.pictures import write_pictures
 from benchmarks.report import number, render
 from benchmarks.settings import Settings
 from benchmarks.sizes import MEDIUM, TOY, random_pairs
+from benchmarks.startup import process_job
 from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
 from benchmarks.tokenizer import pictures
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -363,3 +365,12 @@ def test_the_size_of_the_trained_model_is_that_of_its_row() -> None:
     )
     assert (size.text_length, size.image_length) == (config.text_length, config.image_length)
     assert (size.vocab, size.codebook) == (config.vocab_size, config.codebook_size)
+
+
+def test_a_program_that_numbers_its_files_on_can_be_timed_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = "import os, sys; open(f'{sys.argv[1]}/{len(os.listdir(sys.argv[1]))}', 'w').close()"
+    command = [sys.executable, "-c", code, str(out)]
+    process_job(command, wanted=out / "0").run()
+    with pytest.raises(ValueError, match="exit code 0"):
+        process_job(command, wanted=out / "1")
