@@ -127,12 +127,13 @@ def _train(
     with_predictor = NextFeatureVQVAE(vqvae) if config.task.next_feature_weight else vqvae
     model = _beside_discriminator(with_predictor, config.discriminator)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sample_weights = train.weights(config.data.balance_by)
     try:
         task = VQVAETask(
             train.pixels,
             held_out.pixels,
             config.task,
-            sample_weights=train.weights(config.data.balance_by),
+            sample_weights=sample_weights,
             vqvae=vqvae,
             discriminator=config.discriminator,
         )

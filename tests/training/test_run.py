@@ -280,7 +280,7 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
     ("change", "message"),
     [
         ({"source": "/nowhere/at/all"}, "data.source: no folder or file /nowhere/at/all"),
-        ({"balance_by": "size"}, "data.balance_by: .* 'size'; wanted one of color"),
+        ({"balance_by": "size"}, "^data.balance_by: .* 'size'; wanted null .*, color"),
         ({"validation_split": "later"}, "data.source: .* no split 'later', it has train, val"),
     ],
 )
