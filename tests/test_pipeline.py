@@ -349,7 +349,10 @@ def test_a_model_of_raster_order_goes_on_below_and_nothing_else(
     below.paste(255, (0, 8, 16, 16))
     assert pipeline.complete("a red disc", PICTURE, mask=below).images
     for part in ({"mask": HOLE}, {"keep_share": 0.75}):
-        with pytest.raises(UserError, match=rf"^{next(iter(part))}: .*--task\.random_order_probability above 0"):
+        [field] = part
+        with pytest.raises(
+            UserError, match=rf"^{field}: .*--task\.random_order_probability above 0"
+        ):
             pipeline.complete("a red disc", PICTURE, num_images=4, **part)  # type: ignore[arg-type]
 
 
