@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -23,7 +22,7 @@ from dalle_mini_impl.data.images import image_to_pixels, resize_and_crop, to_rgb
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
 from vqvae.json_files import build_config, own_file, read_json
-from vqvae.weights import build_checked, load_weights
+from vqvae.weights import build_checked, load_weights, save_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -139,8 +138,7 @@ class ClipRanker:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_NAME)
+        save_weights(self.model, folder / WEIGHTS_NAME, dtype=torch.float32)
         self.captions.save_pretrained(folder / TOKENIZER_NAME)
         text = json.dumps(dataclasses.asdict(self.model.config), indent=2)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

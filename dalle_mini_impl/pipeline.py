@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import (
@@ -42,7 +41,7 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from vqvae.json_files import build_config, own_file, read_json, shown
 from vqvae.pretrained import load_tokenizer
 from vqvae.tokenizer import ImageTokenizer
-from vqvae.weights import build_checked, load_weights
+from vqvae.weights import build_checked, load_weights, save_weights
 
 INDEX_NAME = "model_index.json"
 INDEX_FIELDS = ("format_version", "pipeline", "sampling", "sha256", "vqvae_fingerprint")
@@ -413,10 +412,7 @@ class TextToImagePipeline:
         self.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
         self.captions.save_pretrained(folder / "text_tokenizer")
         (folder / "dalle").mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: value.to(dtype).contiguous() for name, value in self.dalle.state_dict().items()
-        }
-        save_file(weights, folder / "dalle" / "model.safetensors")
+        save_weights(self.dalle, folder / "dalle" / "model.safetensors", dtype=dtype)
         _write_json(folder / "dalle" / "config.json", dataclasses.asdict(self.dalle.config))
         index = {
             "format_version": FORMAT_VERSION,

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
+import torch
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.errors import UserError
@@ -16,7 +16,7 @@ from dalle_mini_impl.models.encoder_decoder import (
 )
 from dalle_mini_impl.sampling.beam import BeamConfig, beam_search
 from vqvae.json_files import build_config, own_file, read_json
-from vqvae.weights import build_checked, load_weights
+from vqvae.weights import build_checked, load_weights, save_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 BATCH_SIZE = 64
@@ -82,8 +82,7 @@ class Translator:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.contiguous() for name, value in self.model.state_dict().items()}
-        save_file(weights, folder / WEIGHTS_NAME)
+        save_weights(self.model, folder / WEIGHTS_NAME, dtype=torch.float32)
         self.captions.save_pretrained(folder / TOKENIZER_NAME)
         config = {
             "model": dataclasses.asdict(self.model.config),

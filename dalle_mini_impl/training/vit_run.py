@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dalle_mini_impl.data.labelled_pictures import (
@@ -23,6 +22,7 @@ from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vit_task import ViTTask, ViTTaskConfig, nearest_neighbour_scores
+from vqvae.weights import save_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,8 +211,7 @@ def save_classifier(
         folder: Made if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors")
+    save_weights(model, folder / "model.safetensors", dtype=torch.float32)
     values = {
         "implementation": config.implementation,
         "model": dataclasses.asdict(config.model),

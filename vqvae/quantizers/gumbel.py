@@ -84,7 +84,7 @@ class GumbelQuantizer(nn.Module):
         logits = _to_rows(encoder_latents)
         best = logits.max(dim=1).indices
         rows = self._mix(logits, generator) if self.training else self.codebook[best]
-        with nullcontext() if self.kl_weight else torch.no_grad():  # gradients are a third of it
+        with nullcontext() if self.kl_weight else torch.no_grad():  # then a metric alone
             log_probabilities = logits.log_softmax(dim=1)
             entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
             kl = math.log(self.codebook_size) - entropy.mean()
