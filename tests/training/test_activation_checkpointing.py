@@ -22,18 +22,6 @@ RANDOM = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def vqvae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vqvae")
-    tiny.build_vqvae().save_pretrained(folder)
-    return folder
-
-
 def decoder_run(
     data: Path, vqvae_dir: Path, out: Path, *, decoder: dict[str, Any], **training: Any
 ) -> Any:

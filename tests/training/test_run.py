@@ -25,18 +25,6 @@ EVERYTHING_RANDOM = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "pictures")
-
-
-@pytest.fixture(scope="module")
-def vqvae_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vqvae")
-    tiny.build_vqvae().save_pretrained(folder)
-    return folder
-
-
 def files_of(folder: Path) -> dict[str, bytes]:
     """All tensors of a checkpoint or model folder, byte for byte."""
     found = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
