@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import image_to_pixels, resize_and_crop, to_rgb
+from dalle_mini_impl.data.pairs import is_hub_name
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
 from vqvae.json_files import build_config, own_file, read_json
@@ -308,8 +309,7 @@ def load_clip_ranker(name: str | Path) -> ClipRanker | TransformersClipRanker:
         UserError: If it does not load.
     """
     folder = Path(name)
-    # A name on the Hub is owner/name; of a mistyped path the folder above is often there.
-    if not folder.exists() and (folder.parent.exists() or len(folder.parts) != 2):
+    if not folder.exists() and not is_hub_name(str(name)):
         raise UserError(f"clip: {name}: no such folder; {WANTED}")
     if (folder / TOKENIZER_NAME).is_dir() or (folder.is_dir() and not is_of_transformers(folder)):
         return ClipRanker.from_pretrained(folder)

@@ -228,9 +228,22 @@ def _list_source(source: str, text_columns: Sequence[str], image_column: str) ->
     if os.path.exists(path):
         raise UserError(f"{source} is no folder, .tar or .parquet file")
     is_file_name = suffix in (".tar", ".parquet", ".jsonl")
-    if _HUB_NAME.fullmatch(source) and not os.path.exists(path.parent) and not is_file_name:
+    if is_hub_name(source) and not is_file_name:
         return read_hub(source, text_columns=text_columns, image_column=image_column)
     raise UserError(f"no folder or file {printable(source)[:1000]}")
+
+
+def is_hub_name(source: str) -> bool:
+    """Tell a name on the Hugging Face Hub, owner/name, from a mistyped path.
+
+    Args:
+        source: That nothing here is called.
+
+    Returns:
+        False if it is not of that form, or if the folder above is there.
+    """
+    parent = os.path.dirname(os.path.expanduser(source))
+    return _HUB_NAME.fullmatch(source) is not None and not os.path.exists(parent)
 
 
 def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -> Listing:
