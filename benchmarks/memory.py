@@ -10,12 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from benchmarks import ours, train
 from benchmarks.settings import Settings
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
-from benchmarks.timing import Contestant, Precision, Result
+from benchmarks.timing import Contestant, Precision, Result, set_machine
 
 SIZES = {size.name: size for size in (SMALL, MEDIUM, TOY)}
 GIB = 2**30
@@ -119,7 +117,7 @@ def main(name: str, size: str, precision: Precision) -> None:
     """Train one contestant and print the peak."""
     every = contestants(SIZES[size], precision)
     [one] = [contestant for contestant in every if contestant.name == name]
-    torch.set_float32_matmul_precision(one.matmul)
+    set_machine(one.matmul, keeps_memory=one.keeps_memory)
     job = one.build()
     for _ in range(2):
         job.run()

@@ -7,17 +7,20 @@ config), so that whatever makes the package faster shows without a change here.
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.ceilings import attention_flops, bytes_of, count_flops
+from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import Job, Precision, require_falling
+from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
 from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.tokens import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
+from dalle_mini_impl.models.text_to_image import TextToImageModel
+from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
@@ -78,16 +81,11 @@ def build_trainer(
     *,
     batch: int,
     precision: Precision,
-    activation_checkpointing: bool = False,
+    **options: Any,
 ) -> Trainer:
-    """Build the trainer of a run that never ends and never saves."""
-    config = TrainingConfig(
-        max_steps=10**9,
-        global_batch_size=batch,
-        learning_rate=3e-4,
-        warmup_steps=0,
-        activation_checkpointing=activation_checkpointing,
-    )
+    """Build the trainer of a run that never saves and, unless told otherwise, never ends."""
+    endless = {"max_steps": 10**9, "learning_rate": 3e-4, "warmup_steps": 0}
+    config = TrainingConfig(global_batch_size=batch, **(endless | options))
     accelerator = build_accelerator("bf16" if precision == "bfloat16" else "no")
     folder = Path(tempfile.gettempdir())  # for checkpoints, which are never written
     return Trainer(model, task, config, accelerator=accelerator, output_dir=folder)
@@ -104,12 +102,21 @@ def trainer_step(trainer: Trainer) -> Callable[[], float]:
     return step
 
 
+def count_trainer_flops(trainer: Trainer, *, with_batched: bool = False) -> float:
+    """Count the arithmetic of a step, which must not be compiled meanwhile: it would stay eager."""
+    made, trainer.wrapped = trainer.wrapped, trainer.model
+    flops = count_flops(trainer_step(trainer), with_batched=with_batched)
+    trainer.wrapped = made
+    return flops
+
+
 def decoder_training(
     size: Size,
     precision: Precision,
     *,
     verify_steps: int = 3,
     activation_checkpointing: bool = False,
+    compiled: bool = False,
 ) -> Job:
     """Train a decoder on made-up tokens.
 
@@ -118,6 +125,7 @@ def decoder_training(
         precision: Float32, or bf16 as `mixed_precision` gives it.
         verify_steps: Steps over which the loss must fall.
         activation_checkpointing: Whether blocks are computed again in the backward pass.
+        compiled: Whether torch.compile makes the step.
 
     Returns:
         One training step; items are tokens.
@@ -135,12 +143,13 @@ def decoder_training(
         batch=size.batch,
         precision=precision,
         activation_checkpointing=activation_checkpointing,
+        compile=compiled,
     )
     step = trainer_step(trainer)
-    flops = count_flops(step) + attention_flops(
+    flops = count_trainer_flops(trainer) + attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
-    require_falling([step() for _ in range(verify_steps)])
+    require_training(step, steps=verify_steps, compiled=compiled)
     return Job(run=step, items=size.tokens, flops=flops)
 
 
@@ -185,7 +194,7 @@ def decoder_sampler(
     with torch.no_grad():
         model.image_head.rows.normal_(std=0.02)  # fresh heads are zero, and all tokens alike
     reduced = model.to(torch.bfloat16) if precision == "bfloat16" else model
-    compiled = NativeDecoder(reduced, native) if native else None
+    compiled = compile_native(reduced, native) if native else None
     tolerated = TOLERATED_NATS_INT8 if native == "int8" else TOLERATED_NATS[precision]
     require_cache_is_exact(reduced, size, tolerated_nats=tolerated, native=compiled)
     weights: list[Tensor] = [model.image_head.rows]
@@ -201,10 +210,28 @@ def decoder_sampler(
             ),
             items=batch,
             flops=2.0 * sum(map(torch.numel, weights)) * batch * (1 + guided) * size.image_length,
-            bytes=bytes_of(*weights) // (4 if native == "int8" else 1) * size.image_length,
         )
 
     return job
+
+
+def compile_native(model: TextToImageModel, weights: NativeWeights) -> NativeDecoder:
+    """Compile the decoder's pass.
+
+    Args:
+        model: Whose pass.
+        weights: What they are packed as.
+
+    Returns:
+        The compiled pass.
+
+    Raises:
+        NotMeasuredError: If nothing can be compiled here.
+    """
+    try:
+        return NativeDecoder(model, weights)
+    except UnavailableError as error:
+        raise NotMeasuredError(str(error)) from None
 
 
 def require_cache_is_exact(

@@ -12,9 +12,9 @@ def _plain(module: str) -> Callable[[Settings], list[Result]]:
     return lambda settings: import_module(f"benchmarks.{module}").run(settings)
 
 
-def _sized(module: str, size: Size) -> Callable[[Settings], list[Result]]:
+def _sized(module: str, size: Size, *options: object) -> Callable[[Settings], list[Result]]:
     return lambda settings: import_module(f"benchmarks.{module}").run(
-        settings, TOY if settings.quick else size
+        settings, TOY if settings.quick else size, *options
     )
 
 
@@ -29,7 +29,8 @@ PARTS: dict[str, Callable[[Settings], list[Result]]] = {
     "train_medium": _sized("train", MEDIUM),
     "users": _plain("users"),
     "shipped": _plain("shipped"),
-    "sample": _sized("sample", MEDIUM),
+    "sample_one": _sized("sample", MEDIUM, (1,)),
+    "sample_many": _sized("sample", MEDIUM, (4, 16, 64)),
 }
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import Job, NotMeasuredError, Precision, require_falling
+from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
 
 # Module -> names that dalle_pytorch 1.6.6 imports from it. OmegaConf and taming serve pretrained
 # VQGANs; pkg_resources, which setuptools has dropped, serves its version number.
@@ -246,9 +246,9 @@ def decoder_training(
     flops = count_flops(_training_step(decoder, decoder.model, precision)) + attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
-    net: Any = torch.compile(decoder.model) if compiled else decoder.model
+    net: Any = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
     step = _training_step(decoder, net, precision)
-    require_falling([step() for _ in range(verify_steps)])
+    require_training(step, steps=verify_steps, compiled=compiled)
     return Job(run=step, items=size.tokens, flops=flops)
 
 

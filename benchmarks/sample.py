@@ -9,7 +9,7 @@ DALLE-pytorch's own switches do not do what they say, verified on release 1.6.6:
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,26 +22,27 @@ from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Contestant, Job, Precision, Result, interleave
 from dalle_mini_impl.native.decoder import NativeWeights
 
-MOST_ROUNDS = {1: 9, 4: 9, 16: 2, 64: 1}  # of each batch: a round of many pictures takes minutes
+MOST_ROUNDS = {1: 9, 4: 9, 16: 2, 64: 1}  # a round of many pictures takes minutes
 NATIVE: dict[NativeWeights, str] = {"float32": "ours, native float32", "int8": "ours, native int8"}
 # Which one is faster depends on the processor: twice as fast on some, half as fast on others.
 BOTH_PRODUCTS = (("", "highest"), (', matmul "medium"', "medium"))
 VERIFIED_ROWS = 2  # pictures drawn before timing
 
 
-def run(settings: Settings, size: Size) -> list[Result]:
-    """Compare drawing at every batch, first without and then with guidance.
+def run(settings: Settings, size: Size, batches: Sequence[int]) -> list[Result]:
+    """Compare drawing at some batches, each first without and then with guidance.
 
     Args:
         settings: Of the run.
         size: Of the decoder.
+        batches: Pictures drawn at once, of `MOST_ROUNDS`.
 
     Returns:
         Rows in seconds per picture.
     """
     makers = Makers(size, tuple(settings.precisions()))
     results = []
-    for batch in list(MOST_ROUNDS)[:2] if settings.quick else MOST_ROUNDS:
+    for batch in batches[:1] if settings.quick else batches:
         for guided in (False, True):
             results += interleave(
                 f"draw {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",

@@ -17,9 +17,8 @@ from benchmarks import ours, peers
 from benchmarks.sample import NATIVE, llama_job
 from benchmarks.settings import Settings
 from benchmarks.sizes import Size
-from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
+from benchmarks.timing import Contestant, Job, Result, interleave
 from dalle_mini_impl.models.text_to_image import TextToImageModel
-from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
@@ -117,15 +116,11 @@ def own_job(
         All prompts once; items are pictures.
 
     Raises:
-        NotMeasuredError: If nothing can be compiled here.
         ValueError: If several tokens a pass draw another picture than one.
     """
     model: TextToImageModel | NativeDecoder = pipeline.dalle
     if weights is not None:
-        try:
-            model = NativeDecoder(pipeline.dalle, weights)
-        except UnavailableError as error:
-            raise NotMeasuredError(str(error)) from None
+        model = ours.compile_native(pipeline.dalle, weights)
     settings = pipeline.sampling_settings({} if guided else {"guidance_scale": 1.0})
     text = pipeline.captions.encode(PROMPTS)
     window = 1 if one_by_one else best_window(model, 1)

@@ -16,11 +16,17 @@ from torch import Tensor
 from benchmarks import ours, ours_pictures, peers
 from benchmarks.ceilings import count_flops
 from benchmarks.settings import Settings
-from benchmarks.timing import Contestant, Job, Precision, Result, interleave, require_falling
+from benchmarks.timing import (
+    Contestant,
+    Job,
+    Precision,
+    Result,
+    interleave,
+    require_training,
+)
 
 Work = Literal["encode", "decode", "train"]
 WORKS: tuple[Work, ...] = ("encode", "decode", "train")
-MOST_DIFFERENT = 0.05  # of two first losses with the same weights and other noise
 
 
 def run(settings: Settings) -> list[Result]:
@@ -38,7 +44,7 @@ def run(settings: Settings) -> list[Result]:
         for work in WORKS:
             results += interleave(
                 f"tokenizer by default, {pixels.shape[-1]} px, {work}, {precision}",
-                list(default_rows(work, pixels, precision)),
+                list(default_rows(work, pixels, precision, with_compiled=not settings.quick)),
                 unit="images/s",
                 rounds=settings.rounds,
             )
@@ -46,7 +52,7 @@ def run(settings: Settings) -> list[Result]:
         codes = 64 if settings.quick else 8192
         results += interleave(
             f"Gumbel dVAE, {codes:,} codes, {pixels.shape[-1]} px, same mathematics, {precision}",
-            list(gumbel_rows(pixels, codes, precision)),
+            list(gumbel_rows(pixels, codes, precision, with_compiled=not settings.quick)),
             unit="images/s",
             rounds=settings.rounds,
         )
@@ -59,36 +65,46 @@ def pictures(batch: int, side: int) -> Tensor:
     return torch.nn.functional.interpolate(coarse, side, mode="bilinear").clamp(-1, 1)
 
 
-def default_rows(work: Work, pixels: Tensor, precision: Precision) -> Iterator[Contestant]:
+def default_rows(
+    work: Work, pixels: Tensor, precision: Precision, *, with_compiled: bool = True
+) -> Iterator[Contestant]:
     """Name the rows of the comparison by default.
 
     Args:
         work: Encode, decode or train.
         pixels: Pictures.
         precision: bf16 is autocast.
+        with_compiled: Whether training is also compiled.
 
     Yields:
         Contestants.
     """
-    yield Contestant(
-        name="ours (FSQ)",
-        build=functools.partial(ours_pictures.tokenizer_job, work, pixels, precision),
-        is_ours=True,
-        precision=precision,
-        matmul=ours.matmul_setting(),
-    )
+    for words, compiled in _own_ways(work, with_compiled=with_compiled):
+        yield Contestant(
+            name=f"ours (FSQ){words}",
+            build=functools.partial(
+                ours_pictures.tokenizer_job, work, pixels, precision, compiled=compiled
+            ),
+            is_ours=True,
+            precision=precision,
+            matmul=ours.matmul_setting(),
+            keeps_memory=work == "train",
+        )
     sizes = {"num_layers": 3, "num_tokens": 1024, "codebook_dim": 512, "hidden_dim": 64}
     build = functools.partial(build_dvae, pixels, **sizes)
-    yield from _dvae_rows(work, pixels, precision, build)
+    yield from _dvae_rows(work, pixels, precision, build, with_compiled=with_compiled)
 
 
-def gumbel_rows(pixels: Tensor, codes: int, precision: Precision) -> Iterator[Contestant]:
+def gumbel_rows(
+    pixels: Tensor, codes: int, precision: Precision, *, with_compiled: bool = True
+) -> Iterator[Contestant]:
     """Name the rows of the comparison with the same mathematics.
 
     Args:
         pixels: Pictures.
         codes: Number of codes.
         precision: bf16 is autocast.
+        with_compiled: Whether all are also compiled.
 
     Yields:
         Contestants.
@@ -102,43 +118,70 @@ def gumbel_rows(pixels: Tensor, codes: int, precision: Precision) -> Iterator[Co
     }
     build = functools.partial(build_dvae, pixels, **sizes)
 
-    def own_job() -> Job:
+    def own_job(*, compiled: bool) -> Job:
         vae = build()
-        with torch.no_grad():
-            theirs = float(vae((pixels + 1) / 2, return_loss=True))
-        # With the same weights both must begin at the same loss, but for the noise.
+        loss = vae((pixels + 1) / 2, return_loss=True)
+        loss.backward()
+        theirs = ours_pictures.Beginning(
+            float(loss.detach()), float(vae.codebook.weight.grad.norm())
+        )
+        vae.zero_grad()
         return ours_pictures.gumbel_training(
             vae.encoder,
             vae.decoder,
             vae.codebook.weight.detach().clone(),
             pixels,
             precision,
-            first_loss=(theirs, MOST_DIFFERENT),
+            beginning=theirs,
+            compiled=compiled,
         )
 
-    yield Contestant(
-        name="ours",
-        build=own_job,
-        is_ours=True,
-        precision=precision,
-        matmul=ours.matmul_setting(),
-    )
-    yield from _dvae_rows("train", pixels, precision, build)
+    for words, compiled in _own_ways("train", with_compiled=with_compiled):
+        yield Contestant(
+            name=f"ours{words}",
+            build=functools.partial(own_job, compiled=compiled),
+            is_ours=True,
+            precision=precision,
+            matmul=ours.matmul_setting(),
+            keeps_memory=True,
+        )
+    yield from _dvae_rows("train", pixels, precision, build, with_compiled=with_compiled)
+
+
+def _own_ways(work: Work, *, with_compiled: bool) -> Iterator[tuple[str, bool]]:
+    yield "", False
+    if work == "train" and with_compiled:
+        yield ", compiled", True
 
 
 def _dvae_rows(
-    work: Work, pixels: Tensor, precision: Precision, build: Callable[[], Any]
+    work: Work,
+    pixels: Tensor,
+    precision: Precision,
+    build: Callable[[], Any],
+    *,
+    with_compiled: bool,
 ) -> Iterator[Contestant]:
-    ways = (
-        ("as shipped", "highest", torch.contiguous_format),
-        ('channels last, matmul "medium"', "medium", torch.channels_last),
-    )
-    for words, matmul, layout in ways:
+    shipped = ("as shipped", "highest", torch.contiguous_format, False)
+    ways = [
+        shipped,
+        ("channels last", "highest", torch.channels_last, False),
+        ('channels last, matmul "medium"', "medium", torch.channels_last, False),
+    ]
+    if work == "train" and with_compiled:
+        ways += [
+            ("channels last, compiled", "highest", torch.channels_last, True),
+            ('channels last, compiled, matmul "medium"', "medium", torch.channels_last, True),
+        ]
+    for words, matmul, layout, compiled in ways:
         yield Contestant(
             name=f"{peers.DALLE}, {words}",
-            build=functools.partial(dvae_job, work, build, pixels, precision, layout),
+            build=functools.partial(
+                dvae_job, work, build, pixels, precision, layout, compiled=compiled
+            ),
             precision=precision,
             matmul=matmul,
+            keeps_memory=work == "train" and words != shipped[0],
         )
 
 
@@ -154,6 +197,8 @@ def dvae_job(
     pixels: Tensor,
     precision: Precision,
     layout: torch.memory_format,
+    *,
+    compiled: bool = False,
 ) -> Job:
     """Encode, decode or train DALLE-pytorch's discrete VAE.
 
@@ -163,6 +208,7 @@ def dvae_job(
         pixels: Pictures in [-1, 1]; its own range is [0, 1].
         precision: bf16 is autocast.
         layout: Order of axes in memory.
+        compiled: Whether torch.compile makes the training pass.
 
     Returns:
         One batch; items are pictures.
@@ -172,9 +218,9 @@ def dvae_job(
     optimizer = torch.optim.AdamW(vae.parameters(), lr=3e-4, betas=(0.9, 0.99), fused=True)
     token_ids = vae.get_codebook_indices(images)
 
-    def step() -> float:
+    def step(net: Callable[..., Tensor] = vae) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            loss = vae(images, return_loss=True)
+            loss = net(images, return_loss=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -187,9 +233,12 @@ def dvae_job(
             with torch.no_grad():
                 return vae.decode(token_ids)
 
-    run: Callable[[], object] = step if work == "train" else infer
+    eager: Callable[[], object] = step if work == "train" else infer
+    flops = count_flops(eager, with_batched=True)
+    net = torch.compile(vae, dynamic=False) if compiled else vae
+    run = functools.partial(step, net) if work == "train" else infer
     if work == "train":
-        require_falling([step() for _ in range(5)])
+        require_training(run, steps=5, compiled=compiled)
     elif len(infer()) != len(pixels):
         raise ValueError("the tokenizer returns another number of pictures")
-    return Job(run=run, items=len(pixels), flops=count_flops(run, with_batched=True))
+    return Job(run=run, items=len(pixels), flops=flops)

@@ -46,18 +46,21 @@ def contestants(
     Args:
         size: Of the decoder.
         precision: Float32, or bf16 autocast, where the float32 product does not matter.
-        with_compiled: Whether peers are also compiled, which takes a minute each.
+        with_compiled: Whether all are also compiled, which takes a minute each.
 
     Yields:
         Contestants.
     """
-    yield Contestant(
-        name="ours",
-        build=lambda: ours.decoder_training(size, precision),
-        is_ours=True,
-        precision=precision,
-        matmul=ours.matmul_setting(),
-    )
+    for name, compiled in (("ours", False), ("ours, training.compile", True)):
+        if with_compiled or not compiled:
+            yield Contestant(
+                name=name,
+                build=functools.partial(ours.decoder_training, size, precision, compiled=compiled),
+                is_ours=True,
+                precision=precision,
+                matmul=ours.matmul_setting(),
+                keeps_memory=True,
+            )
     for name in peers.DECODERS:
         base = functools.cache(functools.partial(peers.build_decoder, name, size))
         for words, compiled, matmul in WAYS:
@@ -70,6 +73,7 @@ def contestants(
                 build=functools.partial(_job, base, size, precision, compiled),
                 precision=precision,
                 matmul=matmul,
+                keeps_memory=words != WAYS[0][0],
             )
 
 

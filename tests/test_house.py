@@ -152,6 +152,21 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     assert result.stdout.splitlines()[-1] == "loaded: []"
 
 
+def test_drawing_comes_without_the_compiler_and_training_libraries() -> None:
+    # torch.compiler.disable as a decorator, for one, imports the compiler: two seconds.
+    heavy = "{'torch._dynamo', 'transformers', 'datasets', 'accelerate', 'wandb'}"
+    code = f"import sys, dalle_mini_impl.drawing; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_import_contracts_hold() -> None:
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     # In a process of its own: it switches the loggers of this one off.

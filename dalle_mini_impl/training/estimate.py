@@ -11,6 +11,7 @@ from dalle_mini_impl.data.check import DataReport
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+from dalle_mini_impl.training.allocator import keep_freed_memory
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
@@ -44,6 +45,7 @@ def estimate_lines(
     num_pictures = sum(report.split_sizes.get(split, 0) for split in splits)
     num_captions = sum(report.num_captions.get(split, 0) for split in splits)
     use_fast_float32()
+    keep_freed_memory()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     size = vqvae.config.image_size
     pixel_bytes = num_pictures * 3 * size * size

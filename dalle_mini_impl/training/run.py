@@ -14,6 +14,7 @@ from torch import nn
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.folders import locked_folder, make_folder
+from dalle_mini_impl.training.allocator import keep_freed_memory
 from dalle_mini_impl.training.checkpoint import Checkpoint
 from dalle_mini_impl.training.loop import Task, Trainer
 from dalle_mini_impl.training.precision import use_fast_float32
@@ -131,6 +132,7 @@ def begin_run(
     with claim_output_dir(config, resume):
         accelerator = build_accelerator(config.training.mixed_precision)
         use_fast_float32()
+        keep_freed_memory()
         yield accelerator, show if accelerator.is_main_process else (lambda line: None)
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -52,6 +53,13 @@ def moving_average_update(
         if members:
             codebook[k] = sums[k] / sums[k].norm()
     return codebook, counts, sums
+
+
+def uniform_noise(seed: int, num_cells: int, num_codes: int) -> Tensor:
+    """The uniform numbers behind the noise of a fresh generator: torch's seed, numpy's numbers."""
+    torch_seed = torch.randint(2**63 - 1, (), generator=torch.Generator().manual_seed(seed))
+    numbers = np.random.default_rng(int(torch_seed)).random((num_cells, num_codes), np.float32)
+    return torch.from_numpy(numbers)
 
 
 def gumbel_mixture(

@@ -17,6 +17,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
 from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
 from tests.reference import dvae_loss, tiny
+from tests.reference.quantizers import uniform_noise
 from vqvae import VQVAE, perceptual
 from vqvae.discriminator import (
     AdversarialVQVAE,
@@ -361,7 +362,7 @@ def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float
     with torch.no_grad():
         logits = vqvae.encoder(pixels)
         rows = logits.movedim(1, -1).flatten(0, 2).double()
-        uniform = torch.rand(rows.shape, generator=torch.Generator().manual_seed(5)).double()
+        uniform = uniform_noise(5, *rows.shape).double()
         weights = ((rows - (-uniform.log()).log()) / temperature).softmax(dim=1)
         codes = weights @ vqvae.quantizer.codebook.double()  # type: ignore[operator]
         maps = vqvae.decoder(codes.float().unflatten(0, (3, 4, 4)).movedim(-1, 1))

@@ -8,6 +8,7 @@ distribution over the codebook at each grid cell, training mixes codes with Gumb
 import math
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
@@ -138,10 +139,9 @@ class GumbelQuantizer(nn.Module):
         return rearrange(self.codebook[token_ids], "b h w c -> b c h w")
 
     def _mix(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        device = logits.device if generator is None else generator.device
         # -log(-log(uniform)); a uniform of 0 gives -inf, weight 0. On a CPU `exponential_` would
         # take three times as long.
-        uniform = torch.rand(logits.shape, generator=generator, device=device)
+        uniform = _uniform(logits, generator)
         gumbel_noise = uniform.log_().neg_().log_().neg_().to(logits.device)
         weights = (logits + gumbel_noise).div_(self.temperature.float()).softmax(dim=1)
         if self.straight_through:
@@ -149,6 +149,15 @@ class GumbelQuantizer(nn.Module):
             one_hot = torch.zeros_like(weights).scatter_(1, best, 1.0)
             weights = one_hot + (weights - weights.detach())
         return weights.to(self.codebook.dtype) @ self.codebook
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Draw from [0, 1) in float32; on a CPU by numpy, in half of torch's time."""
+    device = like.device if generator is None else generator.device
+    if device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.rand(like.shape, generator=generator, device=device)
+    seed = int(torch.randint(2**63 - 1, (), generator=generator))
+    return torch.from_numpy(np.random.default_rng(seed).random(like.shape, dtype=np.float32))
 
 
 def _to_rows(encoder_latents: Tensor) -> Tensor:

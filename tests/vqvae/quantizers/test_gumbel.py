@@ -32,7 +32,7 @@ def test_training_mixes_codes_as_the_reference_does(temperature: float) -> None:
     model = quantizer()
     model.temperature.fill_(temperature)
     output = model(logits(), generator=torch.Generator().manual_seed(7))
-    uniform = torch.rand(24, CODEBOOK_SIZE, generator=torch.Generator().manual_seed(7))
+    uniform = reference.uniform_noise(7, 24, CODEBOOK_SIZE)
     expected = reference.gumbel_mixture(logits(), model.codebook.detach(), uniform, temperature)
     torch.testing.assert_close(output.quantized_latents, expected)
     assert torch.equal(output.token_ids, logits().argmax(dim=1))

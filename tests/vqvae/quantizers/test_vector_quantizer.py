@@ -1,11 +1,13 @@
 """Vector quantization: codes, gradients, moving averages, k-means start and restarts."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tests.reference import quantizers as reference
 from vqvae.quantizers import VectorQuantizer
+from vqvae.quantizers import spherical_kmeans as spherical_kmeans_module
 from vqvae.quantizers.collectives import MAX_GATHERED_ROWS
 from vqvae.quantizers.spherical_kmeans import sample_by_error, spherical_kmeans
 
@@ -50,6 +52,15 @@ def test_codes_and_moving_averages_agree_with_the_reference() -> None:
         torch.testing.assert_close(quantizer.ema_counts, counts)
         torch.testing.assert_close(quantizer.ema_sums, sums)
     torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(12))
+
+
+def test_codes_are_the_same_from_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantizer = started().eval()
+    at_once = quantizer.encode(latents(3))
+    monkeypatch.setattr(spherical_kmeans_module, "SIMILARITIES", 5 * 12 + 1)  # 64 rows, 5 a block
+    assert torch.equal(quantizer.encode(latents(3)), at_once)
+    monkeypatch.setattr(spherical_kmeans_module, "SIMILARITIES", 1)
+    assert torch.equal(quantizer.encode(latents(3)), at_once)
 
 
 def test_gradient_passes_straight_through_the_code() -> None:
