@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from dalle_mini_impl.training.memory import running_out_is_an_error
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Tensors of a step are hundreds of MiB at most; what is larger still goes back when it is freed.
 KEPT_BYTES = 2**30
@@ -17,14 +19,17 @@ def keep_freed_memory() -> bool:
 
     glibc hands large blocks back to the kernel, which must clear each page when it is taken again:
     a quarter of a step of DALL-E's discrete VAE, a twentieth of a small decoder's. Nothing that is
-    computed changes. The peak was the same for decoders and a third larger for that VAE.
+    computed changes. The peak was the same for decoders and a third larger for that VAE. Under a
+    limit such as ``ulimit -v`` nothing is kept: what lies free in pieces would fill it.
 
     Returns:
-        Whether this C library can be told; only glibc can.
+        Whether it will; of the C libraries only glibc can be told.
 
     Source: mallopt(3).
     """
     if not sys.platform.startswith("linux") or torch.cuda.is_available():
+        return False
+    if running_out_is_an_error(torch.device("cpu")):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -37,3 +37,14 @@ def test_freed_memory_is_taken_again_without_the_kernel() -> None:
     if "[always]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
         pytest.skip("pages are so large that few are cleared")
     assert 50 * median_faults(keep=True) < median_faults(keep=False)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for Linux's C library")
+def test_under_a_limit_nothing_is_kept() -> None:
+    code = """
+import resource
+from dalle_mini_impl.training.allocator import keep_freed_memory
+resource.setrlimit(resource.RLIMIT_AS, (2**42, 2**42))
+assert not keep_freed_memory()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
