@@ -23,6 +23,7 @@ from dalle_mini_impl.training.allocator import (
     M_TRIM_THRESHOLD,
     keep_freed_memory,
 )
+from dalle_mini_impl.training.precision import medium_is_float32
 
 GLIBC_THRESHOLD = 2**25  # the largest that it chooses for itself: mallopt(3)
 SHORTEST_SECONDS = 1.0  # of a timed block; quicker calls are repeated until it is full
@@ -155,6 +156,8 @@ def turning_order(count: int, round_number: int) -> list[int]:
 def _build(one: Contestant, result: Result) -> Job | None:
     started = time.perf_counter()
     try:
+        if one.matmul == "medium" and not medium_is_float32():
+            raise NotMeasuredError('this processor rounds at matmul "medium"')
         set_machine(one.matmul, keeps_memory=one.keeps_memory)
         job = one.build()
     except NotMeasuredError as reason:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dalle_mini_impl.data.tokens import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.loop import PictureGrid
 
 EVALUATION_BATCH_SIZE = 64
@@ -149,7 +149,7 @@ class DalleTask:
 
         logits = model(given_text, noisy.gather(1, order), image_order=order)
         targets = image.gather(1, order)
-        image_nats = F.cross_entropy(logits.image.flatten(0, 1), targets.flatten())
+        image_nats = token_nats(logits.image.flatten(0, 1), targets.flatten()).mean()
         if logits.text is None:
             return image_nats, {"image_nats": image_nats.detach()}
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
@@ -188,10 +188,10 @@ class DalleTask:
             everything = torch.ones(len(ids), dtype=torch.bool, device=device)
             for name, caption in (("given", text), ("null", torch.full_like(text, PAD_TOKEN_ID))):
                 logits = model(caption, image)
-                nats = F.cross_entropy(logits.image.float().flatten(0, 1), image.flatten())
+                nats = token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
                 totals[name] += float(nats) * len(ids) / len(sample_ids)
                 if name == "given" and logits.text is not None:
-                    text_nats = text_loss(logits.text.float(), text, is_counted=everything)
+                    text_nats = text_loss(logits.text, text, is_counted=everything)
                     weighted = float(text_nats) * len(ids) / len(sample_ids)
                     totals["text"] = totals.get("text", 0.0) + weighted
         return totals
@@ -223,7 +223,7 @@ def text_loss(
     Returns:
         Nats per token.
     """
-    flat = F.cross_entropy(logits.flatten(0, 1), text_token_ids.flatten(), reduction="none")
+    flat = token_nats(logits.flatten(0, 1), text_token_ids.flatten())
     nats = flat.view_as(text_token_ids)
     is_token = (text_token_ids != PAD_TOKEN_ID) & is_counted[:, None]
     per_sample = (nats * is_token).sum(dim=1) / is_token.sum(dim=1).clamp_min(1)

@@ -12,6 +12,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.training.allocator import keep_freed_memory
+from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.dalle_run import DalleRunConfig
 from dalle_mini_impl.training.precision import use_fast_float32
 from dalle_mini_impl.training.settings import DEFAULT_MAX_STEPS, TrainingConfig
@@ -121,7 +122,7 @@ def _some_loss(
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
         image = torch.zeros(batch, config.image_length, dtype=torch.long, device=device)
         logits = model(text, image)
-        return F.cross_entropy(logits.image.flatten(0, 1), image.flatten())
+        return token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
     size = vqvae.config.image_size
     pixels = torch.zeros(batch, 3, size, size, device=device)
     output = model(pixels, generator=torch.Generator(device).manual_seed(0))

@@ -7,11 +7,12 @@ instead.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -69,7 +70,26 @@ class GatedFeedForward(nn.Module):
         self, hidden_states: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length hidden"]:
         """Transform each position on its own."""
-        return self.output(F.silu(self.gate(hidden_states)) * self.value(hidden_states))
+        gate, value = self.gate(hidden_states), self.value(hidden_states)
+        if gate.requires_grad and not torch.compiler.is_compiling():  # which saves as little
+            return self.output(_Gated.apply(gate, value))
+        return self.output(F.silu(gate) * value)
+
+
+class _Gated(torch.autograd.Function):
+    """``F.silu(gate) * value``, whose backward pass computes the first factor again."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, value)
+        return F.silu(gate) * value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, value = ctx.saved_tensors
+        of_gate = torch.ops.aten.silu_backward(gradient * value, gate)
+        return of_gate, gradient * F.silu(gate)
 
 
 class FeedForward(nn.Module):

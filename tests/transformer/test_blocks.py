@@ -33,7 +33,13 @@ def test_feed_forward_is_swiglu() -> None:
     x = torch.randn(2, 3, 4)
     gate = x @ layer.gate.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ layer.value.weight.T)) @ layer.output.weight.T
-    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-6)
+    output = layer(x)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+    weights = list(layer.parameters())
+    gradients = torch.autograd.grad(output.square().sum(), weights)
+    wanted = torch.autograd.grad(expected.square().sum(), weights)
+    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-6)
+    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
 def test_branches_stand_beside_identities() -> None:
