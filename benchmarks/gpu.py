@@ -18,12 +18,12 @@ from statistics import median
 import torch
 from accelerate.utils import compile_regions
 from torch import nn
-from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.sampling.generate import draw_rows
 from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.optimizer import build_optimizers
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.losses import reconstruction_loss
@@ -121,9 +121,9 @@ def _train(name: str, batch_size: int, peak: float, *, compiled: bool) -> Row:
     def step() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             logits = forward(text, image)
-            image_loss = F.cross_entropy(logits.image.flatten(0, 1), image.flatten())
-            text_loss = F.cross_entropy(logits.text.flatten(0, 1), text.flatten())
-            loss = image_loss + 0.1 * text_loss
+            image_nats = token_nats(logits.image.flatten(0, 1), image.flatten())
+            text_nats = token_nats(logits.text.flatten(0, 1), text.flatten())
+            loss = image_nats.mean() + 0.1 * text_nats.mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -149,7 +149,7 @@ class Makers:
             if batch == 1:
                 ways["as shipped"] = {}
         for name, options in ways.items():
-            for words, matmul in BOTH_PRODUCTS if "mended" in name else BOTH_PRODUCTS[:1]:
+            for words, matmul in BOTH_PRODUCTS if guided or "mended" in name else BOTH_PRODUCTS[:1]:
                 yield Contestant(
                     name=f"{peers.DALLE}, {name}{words}",
                     build=functools.partial(

@@ -1,6 +1,7 @@
 """How much of what a training step has freed stays with the process, for the next step."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -11,7 +12,8 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Tensors of a step are hundreds of MiB at most; what is larger still goes back when it is freed.
 KEPT_BYTES = 2**30
 OLDER_KEPT_BYTES = 2**25  # the most that glibc before 2.35 takes
-NEVER = 2**31 - 1
+NEVER = -1
+OWN_CHOICE = "MALLOC_TRIM_THRESHOLD_"  # glibc's variable: whoever sets it decides
 
 
 def keep_freed_memory() -> bool:
@@ -20,7 +22,8 @@ def keep_freed_memory() -> bool:
     glibc hands large blocks back to the kernel, which must clear each page when it is taken again:
     a quarter of a step of DALL-E's discrete VAE, a twentieth of a small decoder's. Nothing that is
     computed changes. The peak was the same for decoders and a third larger for that VAE. Under a
-    limit such as ``ulimit -v`` nothing is kept: what lies free in pieces would fill it.
+    limit such as ``ulimit -v`` nothing is kept: what lies free in pieces would fill it. Nor is it
+    where the variable ``MALLOC_TRIM_THRESHOLD_`` is set.
 
     Returns:
         Whether it will; of the C libraries only glibc can be told.
@@ -29,7 +32,7 @@ def keep_freed_memory() -> bool:
     """
     if not sys.platform.startswith("linux") or torch.cuda.is_available():
         return False
-    if running_out_is_an_error(torch.device("cpu")):
+    if OWN_CHOICE in os.environ or running_out_is_an_error(torch.device("cpu")):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
