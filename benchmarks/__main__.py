@@ -34,12 +34,17 @@ def main() -> None:
         parts = choose_parts(options.parts.split(","))
     except ValueError as error:
         parser.error(str(error))
+    if options.rounds < 1:
+        parser.error(f"--rounds: got {options.rounds}, wanted at least 1")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out: cannot make {options.out}: {error.strerror}")
     wants_bf16 = BF16[options.bf16]
     bf16 = has_fast_bf16() if wants_bf16 is None else wants_bf16
     facts = describe_machine(bf16=bf16, quick=options.quick)
     for name, value in facts.items():
         print(f"{name}: {value}")
-    options.out.mkdir(parents=True, exist_ok=True)
     flags = ["--rounds", "1" if options.quick else str(options.rounds)]
     flags += ["--quick"] if options.quick else []
     flags += ["--bf16"] if bf16 else []

@@ -123,8 +123,10 @@ def draw_to_folder(
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
+    folder = Path(model).resolve()
     settings = {
-        "model": Path(model).resolve().parent.name,
+        # a run calls each of its models "model"
+        "model": folder.parent.name if folder.name == "model" else folder.name,
         "vqvae": pipeline.vqvae.fingerprint(),
         "num_candidates": num_candidates,
         **({} if ranking == BY_LIKELIHOOD else {"rank": ranking.by}),

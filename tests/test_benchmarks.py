@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.__main__
 from benchmarks import ours, ours_pictures, peers, quality, shipped, timing
 from benchmarks.ceilings import attention_flops, count_flops, measure_ceilings, share_of_ceiling
 from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
@@ -181,6 +182,31 @@ def test_parts_are_chosen_by_the_beginnings_of_their_names() -> None:
     assert choose_parts(["sample_o", "lookup"]) == ["lookup", "sample_one"]
     with pytest.raises(ValueError, match="got 'speed', wanted all"):
         choose_parts(["speed"])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "complaint"),
+    [
+        ("--parts", "speed", "got 'speed', wanted all"),
+        ("--rounds", "0", "--rounds: got 0, wanted at least 1"),
+        ("--out", "FILE/folder", "--out: cannot make"),
+    ],
+)
+def test_bad_options_end_with_one_line(
+    option: str,
+    value: str,
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "FILE").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", option, value])
+    with pytest.raises(SystemExit) as stop:
+        benchmarks.__main__.main()
+    assert stop.value.code == 2
+    assert complaint in capsys.readouterr().err
 
 
 def test_a_stub_cannot_be_used() -> None:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -168,15 +169,18 @@ def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
         assert image.size == (tiny.SIZE, tiny.SIZE)
         facts = json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined]
         pixels = image.tobytes()
-    assert facts["prompt"] == "a blue box"
-    assert facts["seed"] == 16
+    assert (facts["prompt"], facts["seed"]) == ("a blue box", 16)
+    assert (model_dir.name, facts["model"]) == ("model", model_dir.parent.name)
     assert (facts["guidance_scale"], facts["top_k"], facts["temperature"]) == (1.5, 9, 1.0)
     again = tmp_path / "again"
     options = ["--seed", str(facts["seed"]), "--num-images", "1", "--top-k", str(facts["top_k"])]
-    arguments = ["--model", model_dir, "--out", again, "--prompt", facts["prompt"], *options]
+    renamed = shutil.copytree(model_dir, tmp_path / "boxes")
+    arguments = ["--model", renamed, "--out", again, "--prompt", facts["prompt"], *options]
     assert run_here("generate", *arguments, "--guidance-scale", "1.5") == 0
     with Image.open(again / "0000-a-blue-box_16.png") as image:
         assert image.tobytes() == pixels
+        facts = json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined]
+    assert facts["model"] == "boxes"
     # Two rows of twelve, of which the eleventh is seed 15: not in the order of the file names.
     assert {path.name for path in out.glob("grid*")} == {"grid-0000.png", "grid-0001.png"}
     with Image.open(out / "grid-0001.png") as grid:
