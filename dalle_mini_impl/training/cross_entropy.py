@@ -38,8 +38,7 @@ class _TokenNats(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         log_shares, token_ids = ctx.saved_tensors
-        shares = (
-            log_shares.exp_()
-        )  # torch refuses a second backward pass: what was kept has changed
+        # In place of what was kept: torch refuses a second backward pass.
+        shares = log_shares.exp_()
         shares.scatter_add_(1, token_ids[:, None], shares.new_full((len(shares), 1), -1.0))
         return shares.mul_(gradient[:, None]).to(ctx.dtype), None

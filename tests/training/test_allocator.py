@@ -30,12 +30,17 @@ def median_faults(*, keep: bool) -> float:
     return statistics.median(int(line) for line in done.stdout.split()[4:])
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts Linux's page faults")
+only_where_it_keeps = pytest.mark.skipif(
+    not sys.platform.startswith("linux")
+    or platform.libc_ver()[0] != "glibc"
+    or torch.cuda.is_available(),
+    reason="only on CPUs, and only glibc can be told",
+)
+
+
+@only_where_it_keeps
 def test_freed_memory_is_taken_again_without_the_kernel() -> None:
-    library, version = platform.libc_ver()
-    if torch.cuda.is_available() or library != "glibc":
-        pytest.skip("only on CPUs, and only glibc can be told")
-    if tuple(map(int, version.split("."))) < (2, 35):
+    if tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35):
         pytest.skip("keeps no blocks as large as those here")
     large_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if large_pages.is_file() and "[always]" in large_pages.read_text():
@@ -43,7 +48,7 @@ def test_freed_memory_is_taken_again_without_the_kernel() -> None:
     assert 50 * median_faults(keep=True) < median_faults(keep=False)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks for Linux's C library")
+@only_where_it_keeps
 @pytest.mark.parametrize(
     "choice",
     [
@@ -52,8 +57,6 @@ def test_freed_memory_is_taken_again_without_the_kernel() -> None:
     ],
 )
 def test_a_limit_or_a_choice_of_ones_own_comes_first(choice: str) -> None:
-    if torch.cuda.is_available() or platform.libc_ver()[0] != "glibc":
-        pytest.skip("only on CPUs, and only glibc can be told")
     code = f"""
 import os, resource
 from dalle_mini_impl.training.allocator import keep_freed_memory
