@@ -14,7 +14,7 @@ from benchmarks import peers
 from benchmarks.parts import PARTS, choose_parts
 from benchmarks.report import render
 from benchmarks.timing import Result
-from dalle_mini_impl.training.precision import has_fast_bf16
+from dalle_mini_impl.hardware import has_fast_bf16
 
 BF16 = {"yes": True, "no": False, "auto": None}
 

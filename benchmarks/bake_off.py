@@ -9,7 +9,7 @@ picture) and by how well they come back from the tokens (PSNR). Either is cheap 
 two FSQ tokenizers with few and with many codes span a line, and a good tokenizer lies below it.
 
 Budgets are steps, so that other programs on the machine change nothing; what a step costs stands
-in the table as seconds of processor time. Data and cells are those of `benchmarks.recipes`.
+in the table as seconds of processor time. Data and cells are those of `benchmarks.sweep`.
 Stopped, the same command goes on where it was. Results: `results.jsonl`, and a table at the end.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.recipes import CONFIGS, Overrides, hold_out_other_cells, judge
+from benchmarks.sweep import CONFIGS, Overrides, hold_out_other_cells, judge
 
 GAN: Overrides = {
     "discriminator.weight": 0.1,

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import Result, median
-from dalle_mini_impl.training.precision import has_fast_bf16, medium_is_float32
+from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 
 GIGA = 1e9
 REPEATS = 5

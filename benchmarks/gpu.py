@@ -22,11 +22,11 @@ from torch import nn
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.sampling.generate import draw_rows
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.optimizer import build_optimizers
 from vqvae import VQVAE, VQVAEConfig
-from vqvae.losses import reconstruction_loss
+from vqvae.losses.reconstruction import reconstruction_loss
 
 TEXT_LENGTH, GRID, VOCAB_SIZE, CODEBOOK_SIZE = 64, (16, 16), 8192, 8192
 DECODERS = {  # name: (hidden_size, num_layers, num_heads, samples per training step)

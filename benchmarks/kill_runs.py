@@ -16,14 +16,16 @@ import torch
 
 from benchmarks.pictures import write_pictures
 from dalle_mini_impl.models.dalle_config import DecoderConfig
-from dalle_mini_impl.training import checkpoint, dalle_run, loop
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+from dalle_mini_impl.training import checkpoint
+from dalle_mini_impl.training import dalle as dalle_run
+from dalle_mini_impl.training import trainer as loop
+from dalle_mini_impl.training.config import TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
-from dalle_mini_impl.training.pictures import RunRecords, load_pairs
-from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
+from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
 

@@ -10,7 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks import ours, train
+from benchmarks import ours
+from benchmarks import training as train
 from benchmarks.settings import Settings
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
 from benchmarks.timing import Contestant, Precision, Result, set_machine

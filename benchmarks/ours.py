@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.token_dataset import TokenDataset
+from dalle_mini_impl.hardware import use_fast_float32
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel
@@ -24,11 +25,10 @@ from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
+from dalle_mini_impl.training.config import TrainingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
-from dalle_mini_impl.training.loop import Task, Trainer
-from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.settings import TrainingConfig
 from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.trainer import Task, Trainer
 from vqvae import VQVAE, VQVAEConfig
 
 COLDEST = 1e-6  # a temperature at which the likeliest token is always drawn

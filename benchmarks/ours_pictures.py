@@ -21,16 +21,16 @@ from benchmarks.ours import (
 )
 from benchmarks.timing import Job, Precision, require_falling, require_training
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
+from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from dalle_mini_impl.data.pixels import load_all_pixels
-from dalle_mini_impl.data.tokens import Variation, build_token_dataset
+from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
+from dalle_mini_impl.hardware import has_fast_bf16
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+from dalle_mini_impl.training.config import TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from dalle_mini_impl.training.optimizer import build_optimizers
-from dalle_mini_impl.training.precision import has_fast_bf16
-from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig

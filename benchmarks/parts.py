@@ -25,12 +25,12 @@ PARTS: dict[str, Callable[[Settings], list[Result]]] = {
     "tokenizer": _plain("tokenizer"),
     "quality": _plain("quality"),
     "memory": _sized("memory", MEDIUM),
-    "train_small": _sized("train", SMALL),
-    "train_medium": _sized("train", MEDIUM),
-    "users": _plain("users"),
+    "train_small": _sized("training", SMALL),
+    "train_medium": _sized("training", MEDIUM),
+    "users": _plain("end_to_end"),
     "shipped": _plain("shipped"),
-    "sample_one": _sized("sample", MEDIUM, (1,)),
-    "sample_many": _sized("sample", MEDIUM, (4, 16, 64)),
+    "sample_one": _sized("sampling", MEDIUM, (1,)),
+    "sample_many": _sized("sampling", MEDIUM, (4, 16, 64)),
 }
 
 

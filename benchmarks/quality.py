@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks import ours, ours_pictures, peers
 from benchmarks.settings import Settings
 from benchmarks.timing import OtherLoad, Result, median, set_machine
-from dalle_mini_impl.training.precision import has_fast_bf16, medium_is_float32
+from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 from vqvae.metrics import psnr
 
 GOAL_DB = 22.0
@@ -126,7 +126,7 @@ def emoji(folder: Path, *, few: bool) -> tuple[Tensor, Tensor]:
     Returns:
         Training pictures and those of `test_compose` as bytes, (pictures, 3, 64, 64).
     """
-    from dalle_mini_impl.data.emoji import prepare_emoji
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
 
     prepare_emoji(folder, size=64, styles=["twemoji"], npm_dir=None)

@@ -26,12 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, make_grid, resize_and_crop
-from dalle_mini_impl.evaluation.intervals import bootstrap_mean
+from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
 from dalle_mini_impl.evaluation.samples import spread_indices
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import PictureRanker, caption_gain
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 NONE, LIKELIHOOD, ORACLE = "none", "likelihood", "oracle"
 NUM_SHOWN = 12
@@ -105,8 +105,8 @@ def shapes_prompts(data: Path, *, count: int) -> list[Prompt]:
     Returns:
         Prompts with their judges.
     """
-    from dalle_mini_impl.data.shapes_checker import read_objects
-    from dalle_mini_impl.data.shapes_facts import Fact, facts_hold, parse_fact
+    from dalle_mini_impl.builtin_datasets.shapes.checker import read_objects
+    from dalle_mini_impl.builtin_datasets.shapes.facts import Fact, facts_hold, parse_fact
 
     def judge(facts: Sequence[Fact]) -> Callable[[Image.Image], Answer]:
         def answer(image: Image.Image) -> Answer:

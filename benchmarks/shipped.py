@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks import ours, peers
-from benchmarks.sample import NATIVE, llama_job
+from benchmarks.sampling import NATIVE, llama_job
 from benchmarks.settings import Settings
 from benchmarks.sizes import Size
 from benchmarks.timing import Contestant, Job, Result, interleave

@@ -18,12 +18,12 @@ from typing import Any, Literal
 
 import torch
 
+from dalle_mini_impl.hardware import medium_is_float32
 from dalle_mini_impl.training.allocator import (
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
     keep_freed_memory,
 )
-from dalle_mini_impl.training.precision import medium_is_float32
 
 GLIBC_THRESHOLD = 2**25  # the largest that it chooses for itself: mallopt(3)
 SHORTEST_SECONDS = 1.0  # of a timed block; quicker calls are repeated until it is full

@@ -17,12 +17,12 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import image_to_pixels, resize_and_crop, to_rgb
 from dalle_mini_impl.data.pairs import is_hub_name
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
-from vqvae.json_files import build_config, own_file, read_json
+from vqvae.serialization import build_config, own_file, read_json
 from vqvae.weights import build_checked, load_weights, save_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"

@@ -6,19 +6,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dalle_mini_impl.data.images import make_grid, read_picture
-from dalle_mini_impl.drawing import BY_LIKELIHOOD, Ranking, resources
-from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.folders import make_folder
-from dalle_mini_impl.native.decoder import NativeWeights
-from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.picture_files import (
+from dalle_mini_impl.cli.generate import BY_LIKELIHOOD, Ranking, resources
+from dalle_mini_impl.cli.image_files import (
     grid_name,
     next_number,
     picture_name,
     save_picture,
 )
-from dalle_mini_impl.training.precision import use_fast_float32
+from dalle_mini_impl.data.images import make_grid, read_picture
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.native.decoder import NativeWeights
+from dalle_mini_impl.output_dirs import make_folder
+from dalle_mini_impl.pipeline import TextToImagePipeline
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,30 +17,30 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.images import (
     image_to_pixels,
     pixels_to_images,
     resize_and_crop,
     to_rgb,
 )
-from dalle_mini_impl.data.regions import choose_region, paste_back
+from dalle_mini_impl.data.inpainting_mask import choose_region, paste_back
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
-from dalle_mini_impl.sampling.complete import (
+from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
+from dalle_mini_impl.sampling.inpaint import (
     complete_image_token_ids,
     completion_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import PictureRanker, best_of, caption_gain
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
-from vqvae.json_files import build_config, own_file, read_json, shown
-from vqvae.pretrained import load_tokenizer
-from vqvae.tokenizer import ImageTokenizer
+from dalle_mini_impl.sampling.sampler import SamplingConfig
+from vqvae.image_tokenizer import ImageTokenizer
+from vqvae.pretrained.load import load_tokenizer
+from vqvae.serialization import build_config, own_file, read_json, shown
 from vqvae.weights import build_checked, load_weights, save_weights
 
 INDEX_NAME = "model_index.json"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
-from dalle_mini_impl.data.captions import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.encoder_decoder import (
+from dalle_mini_impl.models.seq2seq import (
     PAD_TOKEN_ID,
     EncoderDecoder,
     EncoderDecoderConfig,
 )
-from dalle_mini_impl.sampling.beam import BeamConfig, beam_search
-from vqvae.json_files import build_config, own_file, read_json
+from dalle_mini_impl.sampling.beam_search import BeamConfig, beam_search
+from vqvae.serialization import build_config, own_file, read_json
 from vqvae.weights import build_checked, load_weights, save_weights
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Serve the page."""
     options = parse(arguments)
-    from dalle_mini_impl.app import serve  # torch loads after the options fit
+    from dalle_mini_impl.cli.app import serve  # torch loads after the options fit
 
     serve(options.model, host=options.host, port=options.port, show=print, native=options.native)
 

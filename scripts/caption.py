@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -35,11 +35,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print JSON, one line per picture, caption or measurement."""
     options = parse(arguments)
-    from dalle_mini_impl.captioning import beginnings, caption_pictures, complete_captions
-    from dalle_mini_impl.drawing import read_prompts
+    from dalle_mini_impl.cli.caption import beginnings, caption_pictures, complete_captions
+    from dalle_mini_impl.cli.generate import read_prompts
     from dalle_mini_impl.evaluation.zero_shot import zero_shot_emoji, zero_shot_shapes
+    from dalle_mini_impl.hardware import use_fast_float32
     from dalle_mini_impl.pipeline import TextToImagePipeline
-    from dalle_mini_impl.training.precision import use_fast_float32
 
     more = read_prompts(options.captions_file) if options.captions_file else []
     captions = [*options.caption, *more]

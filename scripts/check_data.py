@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -27,14 +27,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print the report; problems end the script with exit code 1."""
     options = parse(arguments)
+    from dalle_mini_impl.cli.check_data import estimate_lines, tokenizer_of
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.errors import UserError
-    from dalle_mini_impl.training.dalle_run import DalleRunConfig
-    from dalle_mini_impl.training.estimate import estimate_lines, tokenizer_of
-    from dalle_mini_impl.training.settings import TextConfig
+    from dalle_mini_impl.training.config import TextConfig
+    from dalle_mini_impl.training.dalle import DalleRunConfig
     from dalle_mini_impl.training.sources import DataConfig
-    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
     from dalle_mini_impl.waiting import show_now_and_then
 
     config: VQVAERunConfig | DalleRunConfig | None = None

@@ -5,7 +5,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,12 +19,12 @@ def main(arguments: Sequence[str]) -> None:
     def announce(text: str) -> None:
         print(f"[{(time.monotonic() - started) / 60:4.1f} min] {text}")
 
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
+    from dalle_mini_impl.cli.demo import draw_demo
     from dalle_mini_impl.config import load_config
-    from dalle_mini_impl.data.emoji import prepare_emoji
-    from dalle_mini_impl.evaluation.demo import draw_demo
-    from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
-    from dalle_mini_impl.training.precision import use_fast_float32
-    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+    from dalle_mini_impl.hardware import use_fast_float32
+    from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
     if not (data / "metadata.jsonl").is_file():

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the report and say where it is."""
     options = parse(arguments)
-    from dalle_mini_impl.measuring import EvaluationConfig, evaluate
+    from dalle_mini_impl.cli.evaluate import EvaluationConfig, evaluate
 
     overrides = {name: getattr(options, name) for name in ("guidance_scale", "temperature")}
     report = evaluate(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 RANK = "by what the kept one is chosen; none keeps the first; default: %(default)s"
 OF_MODEL = "default: the model's own"
@@ -42,8 +42,8 @@ def main(arguments: Sequence[str]) -> None:
     """Draw and write the pictures."""
     options = parse(arguments)
     # torch loads after the options fit
+    from dalle_mini_impl.cli.generate import Ranking, draw_to_folder, read_prompts
     from dalle_mini_impl.completing import Edit, complete_to_folder
-    from dalle_mini_impl.drawing import Ranking, draw_to_folder, read_prompts
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    from dalle_mini_impl.data.emoji_styles import STYLES
+    from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
 
     parser = OneLineParser(description="Write emoji pictures and captions as an image folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the data set and print its counts."""
     options = parse(arguments)
-    from dalle_mini_impl.data.emoji import prepare_emoji
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
 
     report = prepare_emoji(
         options.out, size=options.size, styles=options.styles, npm_dir=options.npm_dir

@@ -5,12 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from dalle_mini_impl.cli import OneLineParser, run_script
+from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    from dalle_mini_impl.data.shapes import KINDS
+    from dalle_mini_impl.builtin_datasets.shapes.scene import KINDS
 
     parser = OneLineParser(description="Write pictures of shapes with captions and facts.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
@@ -27,7 +27,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the data set and print its counts."""
     options = parse(arguments)
-    from dalle_mini_impl.data.shapes_captions import prepare_shapes
+    from dalle_mini_impl.builtin_datasets.shapes.captions import prepare_shapes
 
     counts = {
         "train": options.train,

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import load_config
-from dalle_mini_impl.training.clip_run import ClipRunConfig, train_clip
+from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
 
 
 def main(arguments: Sequence[str]) -> None:

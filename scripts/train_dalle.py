@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import load_config
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import load_config
-from dalle_mini_impl.training.translation_run import TranslationRunConfig, train_translation
+from dalle_mini_impl.training.translation import TranslationRunConfig, train_translation
 
 
 def main(arguments: Sequence[str]) -> None:

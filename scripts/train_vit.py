@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import load_config
-from dalle_mini_impl.training.vit_run import ViTRunConfig, train_vit
+from dalle_mini_impl.training.vit import ViTRunConfig, train_vit
 
 
 def main(arguments: Sequence[str]) -> None:

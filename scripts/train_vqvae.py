@@ -3,9 +3,9 @@
 import sys
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import load_config
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.complete import complete_image_token_ids
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
 from tests.reference import tiny
 

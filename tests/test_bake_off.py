@@ -30,7 +30,7 @@ def test_bits_are_held_against_fsq_at_the_same_psnr() -> None:
 
 def test_every_contender_is_a_run_that_can_be_built() -> None:
     from dalle_mini_impl.config import load_config
-    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
     seen = set()
     for contender in CONTENDERS:

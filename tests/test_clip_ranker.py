@@ -13,9 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dalle_mini_impl.cli.generate import Ranking, draw_to_folder
 from dalle_mini_impl.clip_ranker import ClipRanker, TransformersClipRanker, load_clip_ranker
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.drawing import Ranking, draw_to_folder
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny

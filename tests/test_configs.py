@@ -9,19 +9,19 @@ import torch
 import yaml
 
 from dalle_mini_impl.config import load_config, read_config
-from dalle_mini_impl.data.captions import MIN_VOCAB_SIZE
+from dalle_mini_impl.data.text_tokenizer import MIN_VOCAB_SIZE
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
 from dalle_mini_impl.models.dalle_config import DalleConfig
-from dalle_mini_impl.models.encoder_decoder import EncoderDecoder
+from dalle_mini_impl.models.seq2seq import EncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import VisionTransformer
-from dalle_mini_impl.training.clip_run import ClipRunConfig
-from dalle_mini_impl.training.dalle_run import DalleRunConfig
+from dalle_mini_impl.training.clip import ClipRunConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig
 from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.translation_run import TranslationRunConfig
-from dalle_mini_impl.training.vit_run import ViTRunConfig
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from dalle_mini_impl.training.translation import TranslationRunConfig
+from dalle_mini_impl.training.vit import ViTRunConfig
+from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from vqvae import VQVAE
 
 REPOSITORY = Path(__file__).parents[1]

@@ -79,11 +79,11 @@ def test_the_readme_shows_commands() -> None:
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) -> None:
     from dalle_mini_impl.config import load_config
-    from dalle_mini_impl.training.clip_run import ClipRunConfig
-    from dalle_mini_impl.training.dalle_run import DalleRunConfig
-    from dalle_mini_impl.training.translation_run import TranslationRunConfig
-    from dalle_mini_impl.training.vit_run import ViTRunConfig
-    from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+    from dalle_mini_impl.training.clip import ClipRunConfig
+    from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.translation import TranslationRunConfig
+    from dalle_mini_impl.training.vit import ViTRunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
     script, *arguments = command
     assert script in SCRIPTS
@@ -155,7 +155,7 @@ def test_help_comes_without_the_heavy_libraries() -> None:
 def test_drawing_comes_without_the_compiler_and_training_libraries() -> None:
     # torch.compiler.disable as a decorator, for one, imports the compiler: two seconds.
     heavy = "{'torch._dynamo', 'transformers', 'datasets', 'accelerate', 'wandb'}"
-    code = f"import sys, dalle_mini_impl.drawing; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, dalle_mini_impl.cli.generate; print(sorted({heavy} & sys.modules.keys()))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=REPOSITORY,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save, save_file
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import HASHED_FILES, MAX_SEED, TextToImagePipeline, file_hashes
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference import tiny
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 

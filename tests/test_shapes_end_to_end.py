@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
-from dalle_mini_impl.evaluation.shapes_accuracy import WHOLE
+from dalle_mini_impl.evaluation.shapes import WHOLE
 from tests.reference.processes import output_of
 
 REPOSITORY = Path(__file__).parents[1]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from dalle_mini_impl.data.order import SampleOrder
+from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
 from tests.reference import tiny, training_worker
-from vqvae.discriminator import DiscriminatorConfig
+from vqvae.losses.adversarial import DiscriminatorConfig
 
 NOT_COMPARED = {
     "time",

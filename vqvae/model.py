@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from vqvae.config import VQVAEConfig
 from vqvae.dalle_networks import DalleDecoder, DalleEncoder
-from vqvae.json_files import build_config, own_file, read_json, shown
-from vqvae.losses import logit_laplace_pixels
+from vqvae.image_tokenizer import require_pixels, require_token_ids
+from vqvae.losses.reconstruction import logit_laplace_pixels
 from vqvae.networks import Decoder, Encoder
 from vqvae.perturbation import Perturbation, perturb_latents
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from vqvae.tokenizer import require_pixels, require_token_ids
+from vqvae.serialization import build_config, own_file, read_json, shown
 from vqvae.weights import build_checked, hash_weights, load_weights, save_weights
 
 CONFIG_NAME = "config.json"

@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dalle_mini_impl.data.captions import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 
 NUM_VARIANTS = 8  # of each caption, the usual encoding among them
 

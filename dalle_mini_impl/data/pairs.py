@@ -18,13 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_mini_impl.data.folder_reader import (
+from dalle_mini_impl.data.images import BadImageError
+from dalle_mini_impl.data.readers.folder import (
     METADATA_NAME,
     read_metadata_folder,
     read_sidecar_folder,
 )
-from dalle_mini_impl.data.images import BadImageError
-from dalle_mini_impl.data.records import (
+from dalle_mini_impl.data.readers.parquet import parquet_files, read_hub, read_parquet
+from dalle_mini_impl.data.readers.records import (
     MAX_PICTURE_BYTES,
     WHOLE_FILE,
     Listing,
@@ -32,9 +33,8 @@ from dalle_mini_impl.data.records import (
     SkippedRecord,
     printable,
 )
+from dalle_mini_impl.data.readers.webdataset import read_tar
 from dalle_mini_impl.data.splits import choose_split, split_names
-from dalle_mini_impl.data.table_reader import parquet_files, read_hub, read_parquet
-from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ a fixed 5 % become "val", chosen by a hash of each path. "val" and "validation" 
 import hashlib
 from collections.abc import Sequence
 
-from dalle_mini_impl.data.records import RawPair
+from dalle_mini_impl.data.readers.records import RawPair
 from dalle_mini_impl.errors import UserError
 
 HELD_OUT_FRACTION = 0.05

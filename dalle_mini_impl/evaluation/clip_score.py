@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
 from dalle_mini_impl.evaluation.samples import Pixels, to_images
 from dalle_mini_impl.evaluation.sections import FLOOR, Section, Table, number

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dalle_mini_impl.evaluation.intervals import Estimate, percentile_estimate
+from dalle_mini_impl.evaluation.bootstrap import Estimate, percentile_estimate
 from dalle_mini_impl.evaluation.sections import Section, Table, number, percent
 
 NUM_HALVINGS = 200

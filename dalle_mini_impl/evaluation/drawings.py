@@ -11,7 +11,7 @@ from dalle_mini_impl.evaluation.samples import Show
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
 from dalle_mini_impl.sampling.rerank import caption_gain
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.waiting import show_now_and_then
 
 

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from dalle_mini_impl.data.images import make_grid, pixels_to_images
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.emoji_grid import (
     Question,
     Row,
     clock_questions,
     grid_questions,
 )
-from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
 from dalle_mini_impl.evaluation.samples import (
     EvaluationData,

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.emoji import grid_roles
+from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
 from dalle_mini_impl.data.images import (
     decode_image,
     image_to_pixels,

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_mini_impl.evaluation.samples import BATCH_SIZE, Pixels, to_floats
-from vqvae.perceptual import PerceptualDistance
+from vqvae.losses.perceptual import PerceptualDistance
 
 GRID = 8  # cells along each side
 Describe = Callable[[Float[Tensor, "batch 3 height width"]], list[Tensor]]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dalle_mini_impl.data.images import make_grid
-from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.samples import Samples, Show
 from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.evaluation.intervals import Estimate
+from dalle_mini_impl.evaluation.bootstrap import Estimate
 from dalle_mini_impl.evaluation.sections import Section, Table
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, Pairs, open_all_splits
-from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.waiting import show_now_and_then
-from vqvae.tokenizer import ImageTokenizer
+from vqvae.image_tokenizer import ImageTokenizer
 
 BATCH_SIZE = 64
 Show = Callable[[str], None]

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.evaluation.intervals import Estimate
+from dalle_mini_impl.evaluation.bootstrap import Estimate
 
 CEILING, FLOOR = "ceiling: true pictures, rebuilt", "floor: captions shuffled"
 CELL_SIDE = 12  # pixels per token in a map

@@ -15,10 +15,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from dalle_mini_impl.data.emoji import grid_roles
+from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
+from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene
+from dalle_mini_impl.builtin_datasets.shapes.scene import (
+    COLOURS,
+    MIN_IMAGE_SIZE,
+    SHAPES,
+    draw_scene,
+    make_scene,
+)
 from dalle_mini_impl.data.images import read_picture
-from dalle_mini_impl.data.shapes import COLOURS, MIN_IMAGE_SIZE, SHAPES, draw_scene, make_scene
-from dalle_mini_impl.data.shapes_captions import describe_scene
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.sampling.cuda_graph import replay_steps
 from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
-from dalle_mini_impl.sampling.replay import replay_steps
-from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
+from dalle_mini_impl.sampling.sampler import SamplingConfig, TokenChoice
 
 ROWS_PER_BATCH = 16  # pictures drawn together
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.token_choice import SamplingConfig, TokenChoice
+from dalle_mini_impl.sampling.sampler import SamplingConfig, TokenChoice
 
 MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
 TOKENS_PER_PASS = 128  # measured on CPUs: more cost as much as they save

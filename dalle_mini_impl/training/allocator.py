@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-from dalle_mini_impl.training.memory import running_out_is_an_error
+from dalle_mini_impl.training.batch_size import running_out_is_an_error
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # Tensors of a step are hundreds of MiB at most; what is larger still goes back when it is freed.

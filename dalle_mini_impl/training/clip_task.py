@@ -13,12 +13,12 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from dalle_mini_impl.clip_ranker import ClipRanker
-from dalle_mini_impl.data.captions import CaptionEncoder
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.tokens import shift_images
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.token_dataset import shift_images
 from dalle_mini_impl.models.clip import sigmoid_loss, softmax_loss
-from dalle_mini_impl.training.loop import PictureGrid
-from dalle_mini_impl.training.pictures import LoadedPairs
+from dalle_mini_impl.training.run_dataset import LoadedPairs
+from dalle_mini_impl.training.trainer import PictureGrid
 
 MAX_MEASURED = 2_000  # held-out pictures; retrieval gets harder with their number
 

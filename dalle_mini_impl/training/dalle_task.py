@@ -7,12 +7,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.cross_entropy import token_nats
-from dalle_mini_impl.training.loop import PictureGrid
+from dalle_mini_impl.training.trainer import PictureGrid
 
 EVALUATION_BATCH_SIZE = 64
 

@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dalle_mini_impl.hardware import has_fast_bf16
 from dalle_mini_impl.training.muon import Muon
-from dalle_mini_impl.training.precision import has_fast_bf16
 
 
 def build_optimizers(

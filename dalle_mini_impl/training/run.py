@@ -13,18 +13,18 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.folders import locked_folder, make_folder
+from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.output_dirs import locked_folder, make_folder
 from dalle_mini_impl.training.allocator import keep_freed_memory
 from dalle_mini_impl.training.checkpoint import Checkpoint
-from dalle_mini_impl.training.loop import Task, Trainer
-from dalle_mini_impl.training.precision import use_fast_float32
-from dalle_mini_impl.training.resuming import (
+from dalle_mini_impl.training.resume import (
     compare_settings,
     find_checkpoint,
     refuse_used_folder,
 )
 from dalle_mini_impl.training.sources import build_accelerator
 from dalle_mini_impl.training.tracking import open_tracker
+from dalle_mini_impl.training.trainer import Task, Trainer
 
 
 def run_task(

@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.precision import has_fast_bf16
+from dalle_mini_impl.hardware import has_fast_bf16
 
 
 @dataclass(frozen=True, kw_only=True)

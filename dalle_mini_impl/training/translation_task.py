@@ -8,11 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_mini_impl.builtin_datasets.translation_pairs import TextPair, TextPairs
 from dalle_mini_impl.data.bpe_dropout import encode_variants
-from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
-from dalle_mini_impl.models.encoder_decoder import PAD_TOKEN_ID
-from dalle_mini_impl.sampling.beam import BeamConfig
-from dalle_mini_impl.training.loop import PictureGrid
+from dalle_mini_impl.models.seq2seq import PAD_TOKEN_ID
+from dalle_mini_impl.sampling.beam_search import BeamConfig
+from dalle_mini_impl.training.trainer import PictureGrid
 from dalle_mini_impl.translator import Translator, score_translations
 
 EVALUATION_BATCH_SIZE = 128

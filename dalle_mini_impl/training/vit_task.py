@@ -9,10 +9,10 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.data.labelled_pictures import LabelledPictures, LabelledSplits
-from dalle_mini_impl.data.tokens import shift_images
+from dalle_mini_impl.builtin_datasets.labelled_images import LabelledPictures, LabelledSplits
+from dalle_mini_impl.data.token_dataset import shift_images
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.loop import PictureGrid
+from dalle_mini_impl.training.trainer import PictureGrid
 
 EVALUATION_BATCH_SIZE = 256
 NEIGHBOURS = (1, 3, 5)

@@ -9,17 +9,18 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from dalle_mini_impl.data.images import pixels_to_images
-from dalle_mini_impl.data.tokens import shift_images
-from dalle_mini_impl.training.loop import PictureGrid
+from dalle_mini_impl.data.token_dataset import shift_images
 from dalle_mini_impl.training.schedule import anneal
-from vqvae.discriminator import (
+from dalle_mini_impl.training.trainer import PictureGrid
+from vqvae.losses.adversarial import (
     AdversarialVQVAE,
     DiscriminatorConfig,
     adaptive_weight,
     adversarial_terms,
     last_layer_of,
 )
-from vqvae.losses import logit_laplace_loss, reconstruction_loss
+from vqvae.losses.perceptual import PerceptualDistance
+from vqvae.losses.reconstruction import logit_laplace_loss, reconstruction_loss
 from vqvae.metrics import (
     codebook_perplexity,
     codebook_usage,
@@ -28,7 +29,6 @@ from vqvae.metrics import (
     token_counts,
 )
 from vqvae.model import VQVAE
-from vqvae.perceptual import PerceptualDistance
 from vqvae.perturbation import Perturbation
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 

@@ -12,7 +12,7 @@ from dalle_mini_impl.data.bpe_dropout import (
     split_with_dropout,
     words_of,
 )
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 
 CAPTIONS = [

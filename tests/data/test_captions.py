@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 
 CAPTIONS = [

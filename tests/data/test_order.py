@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_mini_impl.data.order import (
+from dalle_mini_impl.data.sample_order import (
     SampleOrder,
     epoch_order,
     step_generator,

@@ -17,12 +17,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle_mini_impl.data.folder_reader import read_metadata_folder
 from dalle_mini_impl.data.images import BadImageError, decode_image, image_to_pixels
+from dalle_mini_impl.data.loading import load_all_pixels, read_pixels
 from dalle_mini_impl.data.pairs import Pairs, open_pairs
-from dalle_mini_impl.data.pixels import load_all_pixels, read_pixels
+from dalle_mini_impl.data.readers.folder import read_metadata_folder
+from dalle_mini_impl.data.readers.webdataset import read_tar
 from dalle_mini_impl.data.splits import held_out_split
-from dalle_mini_impl.data.tar_reader import read_tar
 from dalle_mini_impl.errors import UserError
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from dalle_mini_impl.data.regions import (
+from dalle_mini_impl.data.inpainting_mask import (
     Region,
     choose_region,
     enlarged,

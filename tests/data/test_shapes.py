@@ -13,7 +13,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from dalle_mini_impl.data.shapes import (
+from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene, prepare_shapes
+from dalle_mini_impl.builtin_datasets.shapes.checker import check_caption, read_objects
+from dalle_mini_impl.builtin_datasets.shapes.facts import (
+    Fact,
+    ObjectPattern,
+    facts_hold,
+    parse_fact,
+    scene_satisfies,
+)
+from dalle_mini_impl.builtin_datasets.shapes.scene import (
     COLOURS,
     HELD_OUT_PAIRS,
     KINDS,
@@ -25,15 +34,6 @@ from dalle_mini_impl.data.shapes import (
     ShapeObject,
     draw_scene,
     make_scene,
-)
-from dalle_mini_impl.data.shapes_captions import describe_scene, prepare_shapes
-from dalle_mini_impl.data.shapes_checker import check_caption, read_objects
-from dalle_mini_impl.data.shapes_facts import (
-    Fact,
-    ObjectPattern,
-    facts_hold,
-    parse_fact,
-    scene_satisfies,
 )
 from dalle_mini_impl.errors import UserError
 

@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from dalle_mini_impl.data.text_pairs import TextPairs, load_text_pairs, nearest_targets
+from dalle_mini_impl.builtin_datasets.translation_pairs import (
+    TextPairs,
+    load_text_pairs,
+    nearest_targets,
+)
 from dalle_mini_impl.errors import UserError
 from tests.reference import tiny
 

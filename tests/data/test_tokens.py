@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.bpe_dropout import NUM_VARIANTS
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.tokens import (
+from dalle_mini_impl.data.token_dataset import (
     TokenDataset,
     Variation,
     build_token_dataset,

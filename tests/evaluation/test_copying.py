@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.evaluation.copying import (
+from dalle_mini_impl.evaluation.memorization import (
     data_copying_test,
     measure_copying,
     nearest_agreement,

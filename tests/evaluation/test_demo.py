@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_mini_impl.evaluation.demo import README_STEPS, steps_report
+from dalle_mini_impl.cli.demo import README_STEPS, steps_report
 
 
 @pytest.mark.parametrize(("steps", "is_short"), [(753, True), (README_STEPS, False), (0, False)])

@@ -12,7 +12,7 @@ from dalle_mini_impl.evaluation.distribution import (
     sliced_distance,
 )
 from dalle_mini_impl.evaluation.features import FeatureSpace, network_or_none
-from vqvae import perceptual
+from vqvae.losses import perceptual
 
 
 def cloud(count: int, *, shift: float = 0.0, scale: float = 1.0, seed: int = 0) -> torch.Tensor:

@@ -7,7 +7,7 @@ import torch
 from dalle_mini_impl.evaluation.drawings import draw
 from dalle_mini_impl.evaluation.samples import decode, to_images
 from dalle_mini_impl.sampling.rerank import caption_gain
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference import tiny
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dalle_mini_impl.cli.demo import held_out_sheet
 from dalle_mini_impl.data.images import image_to_pixels
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.evaluation.demo import held_out_sheet
 from dalle_mini_impl.evaluation.emoji_grid import (
     Question,
     clock_questions,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from dalle_mini_impl.evaluation.intervals import Estimate, bootstrap_mean, percentile_estimate
+from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean, percentile_estimate
 
 
 def test_a_means_interval_is_two_standard_errors_wide() -> None:

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.evaluation.intervals import Estimate
+from dalle_mini_impl.evaluation.bootstrap import Estimate
 from dalle_mini_impl.evaluation.report import numbers_in, write_report
 from dalle_mini_impl.evaluation.sections import Section, Table
 

@@ -6,12 +6,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_mini_impl.data.shapes import HELD_OUT_PAIRS, SIZES, Scene, draw_scene, make_scene
-from dalle_mini_impl.data.shapes_captions import describe_scene, prepare_shapes
+from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene, prepare_shapes
+from dalle_mini_impl.builtin_datasets.shapes.scene import (
+    HELD_OUT_PAIRS,
+    SIZES,
+    Scene,
+    draw_scene,
+    make_scene,
+)
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.samples import join, read_data
 from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
-from dalle_mini_impl.evaluation.shapes_accuracy import (
+from dalle_mini_impl.evaluation.shapes import (
     WHOLE,
     Checked,
     check_pictures,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.reconstruction import measure_tokenizer, position_entropy, ssim
 from dalle_mini_impl.evaluation.samples import decode, read_data
-from dalle_mini_impl.evaluation.tokenizer import measure_tokenizer, position_entropy, ssim
 from tests.reference import tiny
 
 

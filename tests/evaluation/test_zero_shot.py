@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.data.emoji_splits import GENDERS, TONES
+from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.zero_shot import (
     Question,

@@ -30,7 +30,7 @@ def check_metadata(data: bytes, folder: Path) -> None:
         data: Content of the file.
         folder: As `prepare` makes it.
     """
-    from dalle_mini_impl.data.folder_reader import read_metadata_folder
+    from dalle_mini_impl.data.readers.folder import read_metadata_folder
     from dalle_mini_impl.errors import UserError
 
     (folder / "metadata.jsonl").write_bytes(data)
@@ -53,7 +53,7 @@ def check_tar(data: bytes, folder: Path) -> None:
         data: Content of the file; if its first byte is odd, headers get right checksums.
         folder: As `prepare` makes it.
     """
-    from dalle_mini_impl.data.tar_reader import read_tar
+    from dalle_mini_impl.data.readers.webdataset import read_tar
 
     repair, data = data[:1] and data[0] % 2, data[1:]
     data = repaired(data) if repair else data
@@ -163,8 +163,8 @@ def main(kind: str, corpus: str, *options: str) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["json", "tarfile", "dalle_mini_impl"]):
-        import dalle_mini_impl.data.folder_reader  # noqa: F401
-        import dalle_mini_impl.data.tar_reader  # noqa: F401
+        import dalle_mini_impl.data.readers.folder  # noqa: F401
+        import dalle_mini_impl.data.readers.webdataset  # noqa: F401
     for module in (json.decoder, json.scanner, tarfile.TarInfo, tarfile.TarFile):
         for name, function in vars(module).items():
             if callable(function) and hasattr(function, "__code__"):

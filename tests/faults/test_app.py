@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.app import CALLS_KEPT, MAX_PROMPT_LENGTH, MAX_SEED, MAX_WAITING, Painter
+from dalle_mini_impl.cli.app import CALLS_KEPT, MAX_PROMPT_LENGTH, MAX_SEED, MAX_WAITING, Painter
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.dalle_run import DalleRunConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig
 from tests.reference import tiny
 
 

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from dalle_mini_impl.data.images import BadImageError, decode_image
+from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from dalle_mini_impl.data.pixels import load_all_pixels
 from tests.reference.hostile import (
     Bomb,
     encoded,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from dalle_mini_impl.data.pixels import load_all_pixels
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.pictures import LoadedPairs, RunRecords, load_pairs
+from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
 from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
 
@@ -102,7 +102,7 @@ def test_a_picture_that_vanishes_while_pictures_are_read_is_left_out(data: Path)
 def test_a_run_needs_no_picture_after_it_has_read_them(data: Path, tmp_path: Path) -> None:
     def run(name: str, *, remove: bool) -> list[float]:
         config = tiny.vqvae_run(data, tmp_path / name)
-        from dalle_mini_impl.training.vqvae_run import train_vqvae
+        from dalle_mini_impl.training.vqvae import train_vqvae
 
         def show(line: str) -> None:
             if remove and line.startswith("val: "):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from dalle_mini_impl.data.images import BadImageError
+from dalle_mini_impl.data.loading import read_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from dalle_mini_impl.data.pixels import read_pixels
 from dalle_mini_impl.errors import UserError
 from tests.reference.hostile import Bomb, nothing_comes_of_it, picture
 

@@ -104,7 +104,7 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_room(tmp_path: Path) ->
             if "step 4 " in line:
                 fill(disk)
 
-        from dalle_mini_impl.training.vqvae_run import train_vqvae
+        from dalle_mini_impl.training.vqvae import train_vqvae
 
         with pytest.raises(UserError, match="cannot write the checkpoint of step 6"):
             train_vqvae(config, show=show)
@@ -198,7 +198,7 @@ def test_an_obstacle_in_the_folder_is_one_line_before_the_first_step(
     obstacle(out)
     config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), out)
     shown: list[str] = []
-    from dalle_mini_impl.training.vqvae_run import train_vqvae
+    from dalle_mini_impl.training.vqvae import train_vqvae
 
     with pytest.raises(UserError, match="output_dir: ") as caught:
         train_vqvae(config, show=shown.append)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import kill_campaign, kill_runs
+from benchmarks import crash_recovery as kill_campaign
+from benchmarks import kill_runs
 from benchmarks.kill_runs import INTERVAL
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.run import save_config

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 )
 
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
-from dalle_mini_impl.training.loop import Trainer
+from dalle_mini_impl.training.trainer import Trainer
 from tests.reference.line_task import LineTask, build_trainer
 
 LONGEST = 200

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.batch_size import fewest_parts_that_fit, is_out_of_memory
 from dalle_mini_impl.training.checkpoint import load_checkpoint, newest_checkpoint
-from dalle_mini_impl.training.memory import fewest_parts_that_fit, is_out_of_memory
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 from tests.reference.processes import Script
@@ -21,7 +21,7 @@ needs_limits = pytest.mark.skipif(
 # The libraries are there already: what is limited is what the work itself takes.
 LIMITED = """
 import resource, runpy, sys
-import datasets, torch, transformers, dalle_mini_impl.drawing, dalle_mini_impl.training.vqvae_run
+import datasets, torch, transformers, dalle_mini_impl.cli.generate, dalle_mini_impl.training.vqvae
 torch.set_num_threads(1)
 (torch.ones(64, 64) @ torch.ones(64, 64)).sum()
 megabytes = int(sys.argv[1])

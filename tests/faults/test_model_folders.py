@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import INDEX_NAME, TextToImagePipeline
 from dalle_mini_impl.training.checkpoint import CheckpointCorruptError, load_checkpoint

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dalle_mini_impl.data.order import SampleOrder
+from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from tests.reference import line_runs

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.cli import printable
-from dalle_mini_impl.drawing import draw_to_folder
+from dalle_mini_impl.cli.generate import draw_to_folder
+from dalle_mini_impl.cli.main import printable
 from dalle_mini_impl.errors import UserError, without_secrets
 from dalle_mini_impl.pipeline import MAX_PROMPT_LENGTH
 from tests.reference import tiny
@@ -237,8 +237,8 @@ def script(arguments: list[str], *, before: str = "") -> str:
     return (
         "import sys, resource, signal\n"
         "sys.path.insert(0, 'scripts')\n"
-        "import generate, dalle_mini_impl.drawing\n"
-        "from dalle_mini_impl.cli import run_script\n"
+        "import generate, dalle_mini_impl.cli.generate\n"
+        "from dalle_mini_impl.cli.main import run_script\n"
         f"{before}\nrun_script(generate.main, {arguments!r})\n"
     )
 

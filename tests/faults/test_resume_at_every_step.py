@@ -14,17 +14,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle_mini_impl.data.order import SampleOrder
+from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import StoppedError
-from dalle_mini_impl.training.clip_run import ClipRunConfig, train_clip
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
+from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
 from tests.reference import line_runs, tiny
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.processes import Script, run_script
-from vqvae.discriminator import DiscriminatorConfig
+from vqvae.losses.adversarial import DiscriminatorConfig
 
 STEPS = 8  # 25 training pictures in batches of 8: the epoch ends within the fourth
 RANDOM = {

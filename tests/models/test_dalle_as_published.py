@@ -10,14 +10,14 @@ import torch
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.complete import complete_image_token_ids
 from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
 from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.models.test_dalle import BATCH, TOLERANCE, gap, inputs
 from tests.reference import tiny
 from tests.reference.plain_decoder import is_seen, plain_logits
-from vqvae.json_files import build_config
+from vqvae.serialization import build_config
 
 BuildDalle = Callable[..., Dalle]
 # Three layers: row, column, convolution. A grid 4 wide and a kernel of 3, so that masks hide much.

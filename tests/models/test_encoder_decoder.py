@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.transformer.masks import causal_mask
 from tests.reference.torch_transformer import give_block, randomize
 

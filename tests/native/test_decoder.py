@@ -13,11 +13,11 @@ from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.native import build
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
-from dalle_mini_impl.sampling.complete import complete_image_token_ids
 from dalle_mini_impl.sampling.generate import draw_rows, generate_image_token_ids
+from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
 from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 BuildDalle = Callable[..., Dalle]
 BOTH: tuple[NativeWeights, ...] = ("float32", "int8")

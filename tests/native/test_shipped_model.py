@@ -20,7 +20,7 @@ NUM_PICTURES = 40
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
 @torch.inference_mode()
 def test_int8_keeps_the_likelihood_of_held_out_pictures(tmp_path: Path) -> None:
-    from dalle_mini_impl.data.emoji import prepare_emoji
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
 
     prepare_emoji(tmp_path, size=64, styles=["twemoji"], npm_dir=None)
     records = [json.loads(line) for line in (tmp_path / "metadata.jsonl").open(encoding="utf-8")]

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 if __name__ == "__main__":
     from benchmarks.kill_runs import signal_inside_a_save
-    from dalle_mini_impl.training import loop
+    from dalle_mini_impl.training import trainer as loop
 
     loop.save_checkpoint = signal_inside_a_save(  # type: ignore[attr-defined]
         loop.save_checkpoint, int(os.environ["FAULT_AT"]), Signals[os.environ["FAULT_SIGNAL"]]

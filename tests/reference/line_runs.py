@@ -17,8 +17,8 @@ if __name__ == "__main__":  # a dependency installs a package `tests` of its own
     sys.modules["tests"] = types.ModuleType("tests")
     sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
 
-from dalle_mini_impl.cli import run_script
-from dalle_mini_impl.training.resuming import find_checkpoint
+from dalle_mini_impl.cli.main import run_script
+from dalle_mini_impl.training.resume import find_checkpoint
 from tests.reference.line_task import LineTask, build_trainer
 
 

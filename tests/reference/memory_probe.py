@@ -8,8 +8,8 @@ import json
 import resource
 import sys
 
+from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from dalle_mini_impl.data.pixels import load_all_pixels
 
 
 def peak() -> int:

@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 
 def slow_scale(settings: SamplingConfig, step: int, num_steps: int) -> float:

@@ -10,28 +10,28 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_mini_impl.clip_ranker import ClipRanker
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TextTowerConfig, TowersConfig
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
-from dalle_mini_impl.models.encoder_decoder import EncoderDecoderConfig
+from dalle_mini_impl.models.seq2seq import EncoderDecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.models.vit import ViTConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.beam import BeamConfig
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
-from dalle_mini_impl.training.clip_run import ClipRunConfig, train_clip
-from dalle_mini_impl.training.dalle_run import DalleRunConfig, train_dalle
+from dalle_mini_impl.sampling.beam_search import BeamConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
+from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
+from dalle_mini_impl.training.config import TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.dalle_task import DalleTaskConfig
-from dalle_mini_impl.training.settings import TextConfig, TrainingConfig
 from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
-from dalle_mini_impl.training.translation_run import (
+from dalle_mini_impl.training.translation import (
     TextPairsConfig,
     TranslationRunConfig,
     train_translation,
 )
-from dalle_mini_impl.training.vit_run import LabelledDataConfig, ViTRunConfig, train_vit
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig, train_vqvae
+from dalle_mini_impl.training.vit import LabelledDataConfig, ViTRunConfig, train_vit
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 from vqvae import VQVAE, VQVAEConfig
 
 RunConfig = TypeVar("RunConfig", VQVAERunConfig, DalleRunConfig)

@@ -15,11 +15,11 @@ if __name__ == "__main__":  # a dependency installs a package `tests` of its own
     sys.modules["tests"] = types.ModuleType("tests")
     sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
 
-from dalle_mini_impl.cli import run_script
+from dalle_mini_impl.cli.generate import draw_to_folder
+from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import read_config
-from dalle_mini_impl.drawing import draw_to_folder
-from dalle_mini_impl.training.dalle_run import DalleRunConfig
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig
+from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from tests.reference import tiny
 from tests.reference.line_task import LineTask, build_trainer
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vqvae.quantizers import VectorQuantizer
-from vqvae.quantizers.collectives import gather_rows
+from vqvae.quantizers.distributed import gather_rows
 
 CODEBOOK_SIZE, CODE_DIM, STEPS, BATCH = 16, 4, 4, 6
 

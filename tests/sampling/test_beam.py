@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
-from dalle_mini_impl.sampling.beam import BeamConfig, beam_search, length_divisor
+from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
+from dalle_mini_impl.sampling.beam_search import BeamConfig, beam_search, length_divisor
 from tests.reference.torch_transformer import randomize
 
 VOCAB_SIZE, MAX_LENGTH = 4, 3  # three tokens beside the pad: 1 + 3 + 9 + 27 rows

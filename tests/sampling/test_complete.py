@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.sampling.complete import (
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
+from dalle_mini_impl.sampling.inpaint import (
     complete_image_token_ids,
     completion_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]

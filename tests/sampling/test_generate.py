@@ -15,7 +15,7 @@ from dalle_mini_impl.sampling.generate import (
     generate_image_token_ids,
 )
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import draw_rows
 from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]

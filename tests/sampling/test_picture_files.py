@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle_mini_impl.sampling.picture_files import picture_name, save_picture
+from dalle_mini_impl.cli.image_files import picture_name, save_picture
 
 HOSTILE = [
     "../../x",

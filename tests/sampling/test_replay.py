@@ -8,7 +8,7 @@ import torch
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import draw_rows
-from dalle_mini_impl.sampling.token_choice import SamplingConfig
+from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -18,7 +18,7 @@ from dalle_mini_impl.training.clip_task import (
     matches,
     score_retrieval,
 )
-from dalle_mini_impl.training.pictures import LoadedPairs
+from dalle_mini_impl.training.run_dataset import LoadedPairs
 from tests.reference import tiny
 
 PAIRS = [

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.captions import PAD_TOKEN_ID
-from dalle_mini_impl.data.tokens import TokenDataset
+from dalle_mini_impl.data.text_tokenizer import PAD_TOKEN_ID
+from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle import DalleLogits
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from dalle_mini_impl import waiting
-from dalle_mini_impl.data.tokens import Variation, build_token_dataset
-from dalle_mini_impl.training.pictures import RunRecords, load_pairs
+from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
+from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
 from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
 

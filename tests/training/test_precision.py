@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dalle_mini_impl.training import precision
+from dalle_mini_impl import hardware as precision
 
 
 @pytest.fixture(autouse=True)

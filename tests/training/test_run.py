@@ -148,7 +148,7 @@ def test_accumulated_micro_batches_are_one_batch(
 HOLD = """
 import sys, time
 from pathlib import Path
-from dalle_mini_impl.folders import locked_folder
+from dalle_mini_impl.output_dirs import locked_folder
 
 with locked_folder(Path(sys.argv[1]), field="output_dir"):
     print("held", flush=True)
@@ -296,7 +296,7 @@ def test_the_batch_must_divide(data: Path, tmp_path: Path) -> None:
 
 def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
     from dalle_mini_impl.config import read_config
-    from dalle_mini_impl.training.dalle_run import DalleRunConfig
+    from dalle_mini_impl.training.dalle import DalleRunConfig
 
     config = tiny.dalle_run(tmp_path, tmp_path, tmp_path, learning_rate=1e-5, max_minutes=0.5)
     config = dataclasses.replace(config, fixed_prompts=("빨간 하트", "yes", "1: two", "- #", '"'))

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_mini_impl.data.captions import CaptionEncoder, train_text_tokenizer
-from dalle_mini_impl.data.text_pairs import TextPair, TextPairs
+from dalle_mini_impl.builtin_datasets.translation_pairs import TextPair, TextPairs
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
+from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.training.translation_task import (
     TranslationTask,
     TranslationTaskConfig,

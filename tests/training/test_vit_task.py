@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.labelled_pictures import LabelledPictures, LabelledSplits
+from dalle_mini_impl.builtin_datasets.labelled_images import LabelledPictures, LabelledSplits
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.vit_task import (
     ViTTask,

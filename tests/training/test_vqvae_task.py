@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.vqvae_run import VQVAERunConfig
+from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
 from tests.reference import dvae_loss, tiny
 from tests.reference.quantizers import uniform_noise
-from vqvae import VQVAE, perceptual
-from vqvae.discriminator import (
+from vqvae import VQVAE
+from vqvae.losses import perceptual
+from vqvae.losses.adversarial import (
     AdversarialVQVAE,
     DiscriminatorConfig,
     PatchDiscriminator,
@@ -27,8 +28,8 @@ from vqvae.discriminator import (
     adversarial_terms,
     last_layer_of,
 )
-from vqvae.losses import reconstruction_loss
-from vqvae.next_feature import NextFeatureVQVAE
+from vqvae.losses.causal import NextFeatureVQVAE
+from vqvae.losses.reconstruction import reconstruction_loss
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 

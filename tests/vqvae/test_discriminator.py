@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vqvae import VQVAE
-from vqvae.discriminator import (
+from vqvae.losses.adversarial import (
     DiscriminatorConfig,
     PatchDiscriminator,
     adaptive_weight,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqvae.losses import (
+from vqvae.losses.reconstruction import (
     haar_bands,
     haar_wavelet_loss,
     logit_laplace_loss,

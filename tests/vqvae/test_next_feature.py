@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vqvae import VQVAE, VQVAEConfig
-from vqvae.next_feature import (
+from vqvae.losses.causal import (
     NUM_HEADS,
     SMALLEST_VARIANCE,
     NextFeaturePredictor,

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from tests.faults import hostile
-from vqvae import perceptual
-from vqvae.perceptual import PerceptualDistance
+from vqvae.losses import perceptual
+from vqvae.losses.perceptual import PerceptualDistance
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from tests.reference.other_tokenizers import (
     source_folder,
 )
 from vqvae import VQVAE
-from vqvae.pretrained import PretrainedTokenizer, load_tokenizer
-from vqvae.tokenizer import ImageTokenizer, require_working
+from vqvae.image_tokenizer import ImageTokenizer, require_working
+from vqvae.pretrained.load import PretrainedTokenizer, load_tokenizer
 
 KINDS = ("ours", "dalle", "openai", "janus", "emu3", "diffusers")
 

@@ -14,14 +14,14 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqvae.quantizers.collectives import broadcast_first, gather_rows, sum_over_processes
-from vqvae.quantizers.output import QuantizerOutput
-from vqvae.quantizers.spherical_kmeans import (
+from vqvae.quantizers.distributed import broadcast_first, gather_rows, sum_over_processes
+from vqvae.quantizers.kmeans import (
     code_statistics,
     nearest_codes,
     sample_by_error,
     spherical_kmeans,
 )
+from vqvae.quantizers.output import QuantizerOutput
 
 # A restarted code starts with the mean count, so it needs time to fall below this share of it:
 # with small batches, where the mean count is near 1, a plain threshold would restart half of all.

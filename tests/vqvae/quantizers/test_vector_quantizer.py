@@ -7,9 +7,9 @@ from torch import Tensor
 
 from tests.reference import quantizers as reference
 from vqvae.quantizers import VectorQuantizer
-from vqvae.quantizers import spherical_kmeans as spherical_kmeans_module
-from vqvae.quantizers.collectives import MAX_GATHERED_ROWS
-from vqvae.quantizers.spherical_kmeans import sample_by_error, spherical_kmeans
+from vqvae.quantizers import kmeans as spherical_kmeans_module
+from vqvae.quantizers.distributed import MAX_GATHERED_ROWS
+from vqvae.quantizers.kmeans import sample_by_error, spherical_kmeans
 
 
 def latents(code_dim: int, seed: int = 0) -> Tensor:

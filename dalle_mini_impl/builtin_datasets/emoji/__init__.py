@@ -1,0 +1,1 @@
+"""Emoji in four styles, with English and Korean captions."""

@@ -1,0 +1,1 @@
+"""A world of shapes with an exact checker."""

@@ -1,0 +1,1 @@
+"""What each command does, in the module of the command's name."""

@@ -1,0 +1,212 @@
+"""The page that ``app.py`` serves: a prompt in, pictures out, and nothing of it leaves the machine.
+
+Limits of a page hold only in the browser, so everything that arrives is checked here again. No text
+of a user is ever shown as HTML or Markdown.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dalle_mini_impl.cli.image_files import picture_name, save_picture
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.native.decoder import NativeWeights
+from dalle_mini_impl.pipeline import TextToImagePipeline
+
+MAX_PROMPT_LENGTH = 500  # characters
+MAX_SEED = 2**53 - 1  # what a browser holds exactly
+MAX_WAITING = 16  # requests in the queue; further ones are refused
+CALLS_KEPT = 64  # of which pictures can still be downloaded
+LIMITS = {
+    "num_images": (1, 16),
+    "seed": (0, MAX_SEED),
+    "guidance_scale": (0.0, 20.0),
+    "temperature": (0.05, 5.0),
+}
+
+
+class Painter:
+    """Draws for the page, one call after the other."""
+
+    def __init__(self, pipeline: TextToImagePipeline, folder: Path, *, name: str) -> None:
+        """Prepare.
+
+        Args:
+            pipeline: The model.
+            folder: For the pictures; empty.
+            name: Of the model, for the files.
+        """
+        self.pipeline, self.folder, self.name = pipeline, folder, name
+        self._calls: deque[Path] = deque()
+
+    def draw(
+        self, prompt: Any, num_images: Any, seed: Any, guidance_scale: Any, temperature: Any
+    ) -> list[tuple[str, str]]:
+        """Draw pictures of one prompt into files.
+
+        Args:
+            prompt: Some text, up to ``MAX_PROMPT_LENGTH`` characters.
+            num_images: How many.
+            seed: Of the first.
+            guidance_scale: Strength of the caption.
+            temperature: Below 1 plays safe.
+
+        Returns:
+            The path of each picture, and a caption with prompt and seed.
+
+        Raises:
+            UserError: If a value is of another type or outside of ``LIMITS``.
+        """
+        count = int(_number("num_images", num_images, is_whole=True))
+        first = int(_number("seed", seed, is_whole=True))
+        self.pipeline.check([prompt], num_images=count, num_candidates=1, seed=first)
+        if len(prompt) > MAX_PROMPT_LENGTH:
+            raise UserError(
+                f"prompt: got {len(prompt)} characters, wanted at most {MAX_PROMPT_LENGTH}"
+            )
+        changes: dict[str, Any] = {
+            "guidance_scale": _number("guidance_scale", guidance_scale),
+            "temperature": _number("temperature", temperature),
+        }
+        drawn = self.pipeline(prompt, num_images=count, seed=first, **changes)
+        settings = {
+            "model": self.name,
+            "num_candidates": 1,
+            **dataclasses.asdict(self.pipeline.sampling_settings(changes)),
+            **self.pipeline.native_settings,
+        }
+        folder = self._new_folder()
+        pictures = []
+        for image, image_seed in zip(drawn.images, drawn.seeds, strict=True):
+            path = folder / picture_name(0, prompt, image_seed)
+            save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
+            pictures.append((str(path), f"{prompt} · seed {image_seed}"))
+        return pictures
+
+    def _new_folder(self) -> Path:
+        if len(self._calls) == CALLS_KEPT:
+            shutil.rmtree(self._calls.popleft(), ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        self._calls.append(folder)
+        return folder
+
+
+def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
+    low, high = LIMITS[name]
+    is_number = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    if not is_number or (is_whole and value != int(value)):
+        kind = "a whole number" if is_whole else "a number"
+        raise UserError(f"{name}: got {str(value)[:40]!r}, wanted {kind} from {low} to {high}")
+    return int(value) if is_whole else float(value)
+
+
+def build_page(painter: Painter) -> Any:
+    """Lay out the page.
+
+    Args:
+        painter: Draws.
+
+    Returns:
+        Gradio's blocks, with a bounded queue.
+    """
+    import gradio as gr
+
+    def draw(*values: Any) -> tuple[list[tuple[str, str]], list[str]]:
+        try:
+            pictures = painter.draw(*values)
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from None
+        return pictures, [path for path, _ in pictures]
+
+    settings = painter.pipeline.settings
+    with gr.Blocks(
+        title="dalle_mini_impl", analytics_enabled=False, delete_cache=(3600, 3600)
+    ) as page:
+        prompt = gr.Textbox(label="Prompt / 프롬프트", max_length=MAX_PROMPT_LENGTH, autofocus=True)
+        with gr.Row():
+            low, high = LIMITS["num_images"]
+            count = gr.Slider(low, high, value=4, step=1, label="Pictures / 그림 수")
+            seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed / 시드")
+            low, high = LIMITS["guidance_scale"]
+            guidance = gr.Slider(
+                low, high, value=settings.guidance_scale, label="Guidance / 충실도"
+            )
+            low, high = LIMITS["temperature"]
+            temperature = gr.Slider(
+                low, high, value=settings.temperature, step=0.05, label="Temperature / 다양성"
+            )
+        button = gr.Button("Draw / 그리기", variant="primary")
+        # Without Gradio's own share button, which sends the picture out.
+        gallery = gr.Gallery(
+            label="Pictures / 그림",
+            columns=4,
+            interactive=False,
+            buttons=["download", "fullscreen"],
+        )
+        files = gr.Files(
+            label="PNG files with prompt and seed / 프롬프트와 시드가 든 PNG 파일",
+            interactive=False,
+        )
+        inputs = [prompt, count, seed, guidance, temperature]
+        gr.on([button.click, prompt.submit], draw, inputs, [gallery, files], api_name="draw")
+    return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
+
+
+def serve(
+    model: str,
+    *,
+    host: str,
+    port: int,
+    show: Callable[[str], None],
+    native: NativeWeights | None = None,
+) -> None:
+    """Serve the page until Ctrl-C or SIGTERM.
+
+    Args:
+        model: Model folder.
+        host: Address to listen on.
+        port: Its port.
+        show: Receives plain lines.
+        native: Draw with the compiled pass and weights of this kind, where that is possible.
+
+    Raises:
+        UserError: If the model does not load, Gradio is missing or the port is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
+        os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")
+        if importlib.util.find_spec("gradio") is None:
+            raise UserError("app: Gradio is missing; wanted pip install -e '.[app]'")
+        use_fast_float32()
+        pipeline = TextToImagePipeline.from_pretrained(model)
+        if native is not None:
+            pipeline.use_native(native)
+        import gradio as gr  # takes seconds: after the model is known to load
+
+        page = build_page(Painter(pipeline, Path(folder), name=Path(model).resolve().name))
+        theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+        try:
+            page.launch(
+                server_name=host, server_port=port, share=False, quiet=True, theme=theme,
+                footer_links=[], ssr_mode=False, mcp_server=False, enable_monitoring=False,
+                max_file_size=1, prevent_thread_lock=True,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"port: got {port}: {error}; wanted a free one") from None
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        show(f"the page is at {page.local_url} ; Ctrl-C ends it")
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            show("stopped")
+        finally:
+            page.close(verbose=False)

@@ -1,0 +1,78 @@
+"""The pictures at the end of a demo: fixed prompts in two languages, and held-out combinations."""
+
+from pathlib import Path
+
+from PIL import Image
+
+from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
+from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.evaluation.emoji_grid import GridReport, evaluate_grid
+from dalle_mini_impl.pipeline import TextToImagePipeline
+
+NUM_HELD_OUT_SHOWN = 16
+README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two idle cores
+
+
+def draw_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
+    """Draw the demo's grids with a trained model.
+
+    Args:
+        model_dir: Model folder.
+        data_dir: Folder that ``prepare_emoji.py`` wrote.
+        out: Folder for ``prompts.png``, ``prompts_ko.png`` and ``held_out.png``.
+
+    Returns:
+        Lines that say where the pictures are and how well the model composes.
+    """
+    pipeline = TextToImagePipeline.from_pretrained(model_dir)
+    for name, prompts in (("prompts.png", FIXED_PROMPTS), ("prompts_ko.png", FIXED_PROMPTS_KO)):
+        images = pipeline(list(prompts), num_images=2, num_candidates=2).images
+        captions = [prompt for prompt in FIXED_PROMPTS for _ in range(2)]
+        make_grid(images, columns=8, captions=captions).save(out / name)
+    report = evaluate_grid(pipeline, data_dir)
+    held_out_sheet(report).save(out / "held_out.png")
+    return [
+        f"{report.num_cells} captions of combinations that were never trained on: "
+        f"right cell of 15 {report.grid_accuracy:.0%} (chance 7%), right skin tone "
+        f"{report.tone_accuracy:.0%} (chance 20%), right gender {report.gender_accuracy:.0%}",
+        f"fixed prompts: {out / 'prompts.png'}",
+        f"the same in Korean: {out / 'prompts_ko.png'}",
+        f"unseen combinations beside the true pictures: {out / 'held_out.png'}",
+        *steps_report(model_dir.parent),
+    ]
+
+
+def steps_report(run_dir: Path) -> list[str]:
+    """Say so if the decoder trained for far fewer steps than the one behind the README's pictures.
+
+    Args:
+        run_dir: Folder of the decoder's run.
+
+    Returns:
+        One line, or none.
+    """
+    names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
+    steps = int(max(names, default="step-0").removeprefix("step-"))
+    if not 0 < steps < 0.8 * README_STEPS:
+        return []
+    return [
+        f"the README's pictures took about {README_STEPS} steps; this run made {steps}: close "
+        "other programs and run again in another folder, or raise max_minutes in the preset"
+    ]
+
+
+def held_out_sheet(report: GridReport) -> Image.Image:
+    """Lay held-out drawings out beside the true pictures.
+
+    Args:
+        report: Of ``evaluate_grid``.
+
+    Returns:
+        Pairs of drawn and true pictures.
+    """
+    step = max(1, len(report.drawn) // NUM_HELD_OUT_SHOWN)
+    images, captions = [], []
+    for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.drawn)), step):
+        images += [report.drawn[index], report.true[index]]
+        captions += [report.captions[index], "(true picture)"]
+    return make_grid(images, columns=8, captions=captions)

@@ -1,0 +1,287 @@
+"""Images tokenized once: what the decoder trains on instead of pixels.
+
+A token data set is a safetensors file beside the run. Its name is a hash of the tokenizers, the
+captions and the pixels, so that it is made again whenever one of them changes, and never
+otherwise. Each image is stored in several views (slightly shifted or enlarged copies): view 0 is
+the image as it is. With BPE dropout each caption is stored in several variants: variant 0 is the
+usual encoding.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from dalle_mini_impl.data.bpe_dropout import encode_variants
+from dalle_mini_impl.data.pairs import Pair
+from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.waiting import show_now_and_then
+from vqvae.image_tokenizer import ImageTokenizer
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH_SIZE = 64
+NUM_MAIN_CAPTIONS = 2  # of a picture; the first of its captions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """How samples differ from one reading to the next; fixed when they are tokenized."""
+
+    num_views: int = 1
+    """Views per image, at least 1; the first is the image as it is."""
+    max_shift: int = 0
+    """Largest shift of the other views, in pixels."""
+    max_zoom: float = 1.0
+    """Largest enlargement of the other views, of which a window is kept."""
+    bpe_dropout: float = 0.0
+    """Probability that a merge is left out when a caption is split, in [0, 1]."""
+
+    def key(self) -> tuple[int | float, ...]:
+        """Tell what data sets of other variations differ in; older ones know shifts alone."""
+        key: tuple[int | float, ...] = (self.num_views, self.max_shift)
+        if self.max_zoom > 1 or self.bpe_dropout:
+            key += (self.max_zoom, self.bpe_dropout)
+        return key
+
+
+@dataclass(frozen=True)
+class TokenDataset:
+    """Image tokens in several views and caption tokens, all in memory.
+
+    Captions of all samples are counted through; ``caption_offsets[i]`` is where those of sample i
+    begin and ``caption_offsets[i + 1]`` where they end. Each has as many rows in the table of
+    captions as it has variants, one unless there is BPE dropout.
+    """
+
+    image_token_ids: Int[Tensor, "samples views image_length"]
+    text_token_ids: Int[Tensor, "rows text_length"]
+    caption_offsets: Int[Tensor, " samples_plus_1"]
+
+    def __len__(self) -> int:
+        """Count the samples."""
+        return len(self.image_token_ids)
+
+    def captions_of(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+    ) -> Int[Tensor, "batch text_length"]:
+        """Choose one caption for each sample: half of the time one of the first two.
+
+        The main captions of a source stand first, often in two languages, and a prompt is more
+        often one of them. The other half of the time every caption is as likely.
+
+        Args:
+            sample_ids: Which samples.
+            draws: Uniform in [0, 1): which of a sample's captions, and which variant of it; 0 is
+                the first caption as it is.
+
+        Returns:
+            Caption tokens.
+        """
+        start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
+        count = end - start
+        main = 2 * draws * count.clamp(max=NUM_MAIN_CAPTIONS)
+        any_of_all = (2 * draws - 1) * count
+        place = torch.where(draws < 0.5, main, any_of_all)
+        num_variants = len(self.text_token_ids) // int(self.caption_offsets[-1])
+        variant = (place.frac() * num_variants).long()
+        return self.text_token_ids[(start + place.long()) * num_variants + variant].long()
+
+    def images_of(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+    ) -> Int[Tensor, "batch image_length"]:
+        """Choose one view of each sample.
+
+        Args:
+            sample_ids: Which samples.
+            draws: Uniform in [0, 1): which of the views; 0 is the image as it is.
+
+        Returns:
+            Image tokens in raster order.
+        """
+        num_views = self.image_token_ids.shape[1]
+        return self.image_token_ids[sample_ids, (draws * num_views).long()].long()
+
+
+def shift_images(
+    pixels: UInt8[Tensor, "batch channels height width"], offsets: Int[Tensor, "batch 2"]
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Move images by whole pixels; edges are repeated into the space that opens.
+
+    Args:
+        pixels: Bytes.
+        offsets: (down, right) in pixels, negative for up and left.
+
+    Returns:
+        Shifted copies.
+    """
+    _, _, height, width = pixels.shape
+    rows = (torch.arange(height) - offsets[:, :1]).clamp(0, height - 1)  # (batch, height)
+    columns = (torch.arange(width) - offsets[:, 1:]).clamp(0, width - 1)
+    batch = torch.arange(len(pixels))[:, None, None]
+    moved = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def zoom_images(
+    pixels: UInt8[Tensor, "batch channels height width"],
+    draws: Float[Tensor, "batch 3"],
+    *,
+    max_zoom: float,
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Enlarge images and keep a window of the old size from each.
+
+    Args:
+        pixels: Bytes.
+        draws: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
+        max_zoom: Largest enlargement, at least 1.
+
+    Returns:
+        The windows.
+
+    Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
+        picture is scaled down to its new size and cropped to a square near its middle; here the
+        square is the middle one, and a picture at its final size is enlarged (bilinear).
+    """
+    height, width = pixels.shape[-2:]
+    results = []
+    for image, (growth, down, right) in zip(pixels, draws.tolist(), strict=True):
+        sides = [
+            size + int(growth * (round(max_zoom * size) - size + 1)) for size in (height, width)
+        ]
+        top, left = int(down * (sides[0] - height + 1)), int(right * (sides[1] - width + 1))
+        large = F.interpolate(image[None].float(), size=sides, mode="bilinear")
+        results.append(large[0, :, top : top + height, left : left + width].round().byte())
+    return torch.stack(results)
+
+
+def build_token_dataset(
+    pairs: Sequence[Pair],
+    pixels: UInt8[Tensor, "samples 3 height width"],
+    *,
+    vqvae: ImageTokenizer,
+    captions: CaptionEncoder,
+    variation: Variation,
+    cache_dir: Path,
+    show: Callable[[str], None] = lambda line: None,
+) -> TokenDataset:
+    """Tokenize images and captions, or read what an earlier run of the same inputs left.
+
+    Args:
+        pairs: One per image.
+        pixels: The images as bytes, at the tokenizer's size.
+        vqvae: The frozen tokenizer, in evaluation mode.
+        captions: The caption tokenizer.
+        variation: Views of each image and variants of each caption.
+        cache_dir: Where token data sets are kept.
+        show: Receives a line about what is done.
+
+    Returns:
+        The token data set.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    key = _fingerprint(pairs, pixels, vqvae, captions, variation.key())
+    path = cache_dir / f"tokens-{key}.safetensors"
+    if path.is_file():
+        try:
+            stored = TokenDataset(**load_file(path))
+        except (SafetensorError, OSError, TypeError) as error:
+            logger.warning("%s cannot be read (%s); encoding again", path, error)
+        else:
+            show(f"image and caption tokens: reading {path}")
+            return stored
+    show(
+        f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
+        "they are kept when all are done"
+    )
+    captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
+    dataset = TokenDataset(
+        image_token_ids=_encode_views(
+            pixels,
+            vqvae,
+            variation,
+            progress=show_now_and_then(show, "image tokens: encoded"),
+        ),
+        text_token_ids=_encode_captions(pairs, captions, variation.bpe_dropout).int(),
+        caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
+    )
+    if captions.num_truncated:
+        show(captions.truncation_report())
+    unfinished = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        save_file(vars(dataset), unfinished)
+        unfinished.replace(path)  # whole or not at all
+    except (OSError, SafetensorError) as error:
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"output_dir: cannot write {path}: {error}") from None
+    return dataset
+
+
+@torch.inference_mode()
+def _encode_views(
+    pixels: Tensor,
+    vqvae: ImageTokenizer,
+    variation: Variation,
+    *,
+    progress: Callable[[int, int], None],
+) -> Int[Tensor, "samples views image_length"]:
+    device = next(vqvae.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    views = []
+    num_views, max_shift = variation.num_views, variation.max_shift
+    for view in range(num_views):
+        shape = (len(pixels), 2)
+        offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
+        windows = None
+        if variation.max_zoom > 1:
+            windows = torch.rand((len(pixels), 3), generator=generator)
+        ids = []
+        for rows in torch.arange(len(pixels)).split(ENCODE_BATCH_SIZE):
+            part = pixels[rows]
+            if view > 0 and windows is not None:
+                part = zoom_images(part, windows[rows], max_zoom=variation.max_zoom)
+            if view > 0:
+                part = shift_images(part, offsets[rows])
+            part_ids = vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1)
+            ids.append(part_ids.flatten(1).int().cpu())
+            progress(view * len(pixels) + int(rows[-1]) + 1, num_views * len(pixels))
+        views.append(torch.cat(ids))
+    return torch.stack(views, dim=1)
+
+
+def _encode_captions(
+    pairs: Sequence[Pair], captions: CaptionEncoder, bpe_dropout: float
+) -> Int[Tensor, "rows text_length"]:
+    texts = [text for pair in pairs for text in pair.captions]
+    if bpe_dropout == 0:
+        return captions.encode(texts)
+    return encode_variants(captions, texts, dropout=bpe_dropout)
+
+
+def _fingerprint(
+    pairs: Sequence[Pair],
+    pixels: Tensor,
+    vqvae: ImageTokenizer,
+    captions: CaptionEncoder,
+    settings: tuple[int | float, ...],
+) -> str:
+    digest = hashlib.sha256(vqvae.fingerprint().encode())
+    digest.update(pixels.contiguous().numpy().data)
+    digest.update(captions.fingerprint().encode())
+    texts = [list(pair.captions) for pair in pairs]
+    digest.update(json.dumps([captions.text_length, settings, texts]).encode())
+    return digest.hexdigest()[:16]

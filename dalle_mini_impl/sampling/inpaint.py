@@ -1,0 +1,96 @@
+"""Completing a picture: some of its tokens stay, the others are drawn anew.
+
+The tokens that stay come first, the others after them, so that each drawn token depends on all that
+stay, on whatever side of it they stand. Only a decoder that learned random orders has seen that;
+one that learned raster order alone can go on where the tokens that stay end, as in figure 2 (d)
+of DALL-E.
+
+Source: Ramesh et al. 2021, arXiv:2102.12092 (the rows above are given); Yu et al. 2024,
+arXiv:2411.00776 (the decoder is told which cell comes next); Pang et al. 2024, arXiv:2412.01827
+(inpainting by giving the known tokens first).
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dalle_mini_impl.models.text_to_image import TextToImageModel
+from dalle_mini_impl.native.decoder import NativeDecoder
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, DrawnTokens
+from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
+from dalle_mini_impl.sampling.sampler import SamplingConfig
+
+
+def completion_order(
+    is_redrawn: Bool[Tensor, "batch image_length"],
+) -> Int[Tensor, "batch image_length"]:
+    """Put the cells that stay before those that are redrawn, each group in raster order.
+
+    Args:
+        is_redrawn: Which cells (raster order) are drawn anew.
+
+    Returns:
+        Grid cell of each step.
+    """
+    return is_redrawn.long().argsort(dim=1, stable=True)
+
+
+def is_raster_order(order: Int[Tensor, "batch image_length"]) -> bool:
+    """Say whether these are all the order that every decoder has learned.
+
+    Args:
+        order: Grid cell of each step.
+
+    Returns:
+        True if so.
+    """
+    return torch.equal(order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+
+
+@torch.inference_mode()
+def complete_image_token_ids(
+    model: TextToImageModel | NativeDecoder,
+    text_token_ids: Int[Tensor, "batch text_length"],
+    image_token_ids: Int[Tensor, "batch image_length"],
+    is_redrawn: Bool[Tensor, "batch image_length"],
+    *,
+    seeds: Int[Tensor, " batch"],
+    settings: SamplingConfig,
+) -> DrawnTokens:
+    """Draw some tokens of every picture anew.
+
+    Args:
+        model: In evaluation mode; trained in random order unless the tokens that stay are the
+            first ones.
+        text_token_ids: Captions, padded; the batch may have any size.
+        image_token_ids: The pictures, raster order.
+        is_redrawn: Which tokens are drawn anew: as many in each row.
+        seeds: One per picture, in [0, 2 ** 63).
+        settings: Guidance and filters. A guidance schedule counts the tokens that stay as drawn.
+
+    Returns:
+        Tokens in raster order, and the caption's gain on those that were drawn.
+
+    Raises:
+        ValueError: If the rows redraw different numbers of tokens, or none.
+    """
+    counts = is_redrawn.sum(dim=1).unique().tolist()
+    if len(counts) != 1 or counts == [0]:
+        raise ValueError(f"is_redrawn: got {counts} tokens, wanted as many in each row, at least 1")
+    num_known = model.config.image_length - counts[0]
+    order = completion_order(is_redrawn)
+    known = image_token_ids.gather(1, order)[:, :num_known]
+    drawn = []
+    for start in range(0, len(seeds), ROWS_PER_BATCH):
+        rows = slice(start, start + ROWS_PER_BATCH)
+        tokens, gain, _ = draw_by_jacobi(
+            model,
+            text_token_ids[rows],
+            seeds=seeds[rows],
+            settings=settings,
+            window=best_window(model, len(seeds[rows])),
+            image_order=order[rows],
+            known_token_ids=known[rows],
+        )
+        drawn.append(DrawnTokens(torch.empty_like(tokens).scatter_(1, order[rows], tokens), gain))
+    return DrawnTokens(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))

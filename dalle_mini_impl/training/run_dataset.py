@@ -1,0 +1,257 @@
+"""A run's pictures: read once, what is bad counted and listed, the order kept over a resume.
+
+All pixels are in memory from then on: a file that vanishes during the run changes nothing. At a
+resume the pictures are read again, and one that is gone since is replaced, so that all others keep
+their places in the order of samples.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from dalle_mini_impl.data.loading import load_all_pixels
+from dalle_mini_impl.data.pairs import Pair, open_pairs
+from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.waiting import show_now_and_then
+
+MAX_LISTED = 5
+SKIPPED_NAME = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class LoadedPairs:
+    """Captioned pictures in memory; nothing is read from the source after this."""
+
+    pairs: list[Pair]
+    """What is learned or measured, one per picture."""
+    pixels: UInt8[Tensor, "samples 3 height width"]
+    listed: list[Pair]
+    """The same as the run began with them: where a picture is gone since, its place in the order
+    is taken by another one, but its captions and attributes still count."""
+
+    def weights(self, balance_by: str | None) -> Float[Tensor, " samples"] | None:
+        """Even out the groups of an attribute.
+
+        Args:
+            balance_by: Name of the attribute, or None for equal shares.
+
+        Returns:
+            1 / sqrt(group size) of each sample, or None.
+
+        Raises:
+            UserError: If no picture has the attribute.
+        """
+        if balance_by is None:
+            return None
+        known = {name for pair in self.listed for name in pair.attributes}
+        if balance_by not in known:
+            raise UserError(
+                f"data.balance_by: no picture has the attribute {balance_by!r}; "
+                f"wanted {', '.join(['null (every picture as often)', *sorted(known)])}"
+            )
+        groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
+        sizes = Counter(groups)
+        return torch.tensor([sizes[group] ** -0.5 for group in groups])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecords:
+    """What a run writes down about its pictures, in its own folder."""
+
+    folder: Path
+    """The run's folder."""
+    writes: bool
+    """False for all processes of a run but one."""
+    resumes: bool
+    """Whether the run goes on, with the pictures that it began with."""
+
+    @property
+    def skipped_file(self) -> Path:
+        """Lists what was left out, a JSON object per line."""
+        return self.folder / SKIPPED_NAME
+
+    def write_skipped(self, skipped: Sequence[SkippedRecord], *, anew: bool) -> None:
+        """Add to the list of what was left out.
+
+        Args:
+            skipped: Paths and reasons.
+            anew: Forget what was listed before.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        if not self.writes:
+            return
+        lines = [json.dumps(vars(record), ensure_ascii=False) + "\n" for record in skipped]
+        try:
+            if anew:
+                self.skipped_file.unlink(missing_ok=True)
+            if lines:
+                with self.skipped_file.open("a", encoding="utf-8") as opened:
+                    opened.writelines(lines)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {self.skipped_file}: {error}") from None
+
+    def write_listed(self, pairs: Sequence[Pair], role: str) -> None:
+        """Note which pictures a run begins with.
+
+        Args:
+            pairs: In their order.
+            role: ``train`` or ``held_out``.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        if not self.writes:
+            return
+        file = self._listed_file(role)
+        unfinished = file.with_suffix(".tmp")
+        try:
+            with unfinished.open("w", encoding="utf-8") as opened:
+                opened.writelines(json.dumps(vars(pair)) + "\n" for pair in pairs)
+            unfinished.replace(file)
+        except OSError as error:
+            raise UserError(f"output_dir: cannot write {file}: {error}") from None
+
+    def listed_pairs(self, role: str) -> list[Pair] | None:
+        """Read which pictures a run began with.
+
+        Args:
+            role: ``train`` or ``held_out``.
+
+        Returns:
+            The pictures, or None for a run that begins, or that an older version began.
+
+        Raises:
+            UserError: If the list is damaged.
+        """
+        file = self._listed_file(role)
+        if not self.resumes or not file.is_file():
+            return None
+        try:
+            with file.open(encoding="utf-8") as opened:
+                rows = [json.loads(line) for line in opened]
+            return [Pair(row["path"], tuple(row["captions"]), row["attributes"]) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"resume: {file} cannot be read ({error})") from None
+
+    def _listed_file(self, role: str) -> Path:
+        return self.folder / f"pictures-{role}.jsonl"
+
+
+def load_pairs(
+    config: DataConfig,
+    split: str,
+    *,
+    image_size: int,
+    records: RunRecords,
+    show: Callable[[str], None],
+) -> LoadedPairs:
+    """Read one split into memory and say what was left out.
+
+    A resumed run keeps to the pictures, captions and places that it began with.
+
+    Args:
+        config: Source and limits.
+        split: Which split.
+        image_size: Side of the square pictures, in pixels.
+        records: Where it is written down what is left out and what is used.
+        show: Receives one line per finding.
+
+    Returns:
+        The pictures that could be read, with their captions.
+
+    Raises:
+        UserError: If there is nothing to read or too much of it is bad.
+    """
+    role = "train" if split == config.train_split else "held_out"
+    try:
+        source = open_pairs(config.source, split=split)
+        # The reader skips before it splits: once is enough to say so.
+        skipped = list(source.skipped) if role == "train" else []
+        _refuse_too_many(skipped, source.num_records, config, records)
+        pixels, kept, unreadable = load_all_pixels(
+            source,
+            image_size=image_size,
+            max_bad_fraction=config.max_bad_fraction,
+            progress=show_now_and_then(show, f"{split}: pictures read"),
+        )
+        if skipped:
+            _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
+    except UserError as error:
+        raise UserError(f"data.source: {error}") from None
+    found = [source[index] for index in kept]
+    listed, replaced = records.listed_pairs(role), list[SkippedRecord]()
+    if listed is None:
+        loaded = LoadedPairs(found, pixels, found)
+        records.write_listed(found, role)
+    else:
+        loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
+    skipped += [*unreadable, *replaced]
+    for record in skipped[:MAX_LISTED]:
+        show(f"skipped {record.path}: {record.reason}")
+    records.write_skipped(skipped, anew=role == "train")
+    if len(skipped) > MAX_LISTED:
+        show(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
+    show(f"{split}: {len(found)} pictures from {config.source}, {len(skipped)} skipped")
+    if replaced:
+        show(f"{split}: {len(replaced)} pictures of this run are gone; others stand in for them")
+    return loaded
+
+
+def _as_listed(
+    listed: list[Pair],
+    found: list[Pair],
+    pixels: Tensor,
+    unreadable: Sequence[SkippedRecord],
+    config: DataConfig,
+) -> tuple[LoadedPairs, list[SkippedRecord]]:
+    """Put pictures in the order in which the run began; choose others in place of lost ones."""
+    row_of = {pair.path: row for row, pair in enumerate(found)}
+    here = [place for place, pair in enumerate(listed) if pair.path in row_of]
+    lost = len(listed) - len(here)
+    if not here or are_too_many(lost, len(listed), config.max_bad_fraction):
+        raise UserError(
+            f"data.source: {lost} of the {len(listed)} pictures that this run began with are gone "
+            f"or unreadable, more than data.max_bad_fraction = {config.max_bad_fraction} allows"
+        )
+    reasons = {record.path: record.reason for record in unreadable}
+    places, replaced = [], []
+    for place, pair in enumerate(listed):
+        if pair.path in row_of:
+            places.append(place)
+            continue
+        # A hash of its path: the same stand-in at every resume, as long as no other is lost.
+        digest = hashlib.sha256(pair.path.encode()).digest()
+        places.append(here[int.from_bytes(digest[:8], "big") % len(here)])
+        reason = f"replaced by {listed[places[-1]].path}"
+        if pair.path not in reasons:
+            reason = f"gone since the run began, {reason}"
+        replaced.append(SkippedRecord(pair.path, reason))
+    rows = [row_of[listed[place].path] for place in places]
+    if rows != list(range(len(pixels))):
+        pixels = pixels[rows]
+    return LoadedPairs([listed[place] for place in places], pixels, listed), replaced
+
+
+def _refuse_too_many(
+    skipped: Sequence[SkippedRecord], num_records: int, config: DataConfig, records: RunRecords
+) -> None:
+    """Stop, with a list of them all, where more records are bad than may be."""
+    if not are_too_many(len(skipped), num_records, config.max_bad_fraction):
+        return
+    records.write_skipped(skipped, anew=True)
+    shown = "; ".join(f"{record.path}: {record.reason}" for record in skipped[:MAX_LISTED])
+    raise UserError(
+        f"{len(skipped)} of {num_records} records cannot be used, more than "
+        f"data.max_bad_fraction = {config.max_bad_fraction} allows: {shown}"
+    )

@@ -1,0 +1,223 @@
+"""A whole classifier run: labelled pictures in, model folder and a report out."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from dalle_mini_impl.builtin_datasets.labelled_images import (
+    DIGITS,
+    LabelledSplits,
+    load_digits,
+    load_labelled_pictures,
+)
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
+from dalle_mini_impl.training.config import TrainingConfig
+from dalle_mini_impl.training.run import begin_run, run_task
+from dalle_mini_impl.training.tracking import TrackingConfig
+from dalle_mini_impl.training.vit_task import ViTTask, ViTTaskConfig, nearest_neighbour_scores
+from vqvae.weights import save_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledDataConfig:
+    """Which pictures a run classifies.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    source: str = DIGITS
+    """``digits`` for those of scikit-learn, or captioned pictures as train_vqvae.py takes them."""
+    label: str = "group"
+    """Attribute of captioned pictures that names the class."""
+    families: tuple[str, ...] = ("role", "base")
+    """Attributes of captioned pictures: those that agree in the first one that is given are
+    variants of one thing, and held out together."""
+    image_size: int = 32
+    """Side of captioned pictures in pixels; digits are 8."""
+    held_out_percent: int = 20
+    """Share of the things that are only measured."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can use."""
+        if self.image_size < 1:
+            raise ValueError(f"data.image_size: got {self.image_size}, wanted at least 1")
+        if not 1 <= self.held_out_percent <= 50:
+            raise ValueError(f"data.held_out_percent: got {self.held_out_percent}, wanted 1 to 50")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTRunConfig:
+    """Options of ``train_vit.py``."""
+
+    output_dir: str
+    """Folder of the run: checkpoints, metrics, ``report.json``, and ``model/`` at the end."""
+    implementation: Literal["ours", "transformers"] = "ours"
+    """Our Vision Transformer, or that of the library ``transformers`` at the same sizes, for
+    comparison."""
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    """Pictures to learn from."""
+    model: ViTConfig = field(default_factory=ViTConfig)
+    """The Transformer."""
+    task: ViTTaskConfig = field(default_factory=ViTTaskConfig)
+    """Its loss."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Budget and optimizer."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Where metrics go."""
+
+
+def train_vit(
+    config: ViTRunConfig,
+    *,
+    resume: str | None = None,
+    show: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Train a classifier and compare it with the nearest neighbours.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+        show: Receives plain lines about the run, on the main process.
+
+    Returns:
+        The model's folder; ``report.json`` lies beside it.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    with begin_run(config, resume, show) as (accelerator, say):
+        splits = _load(config.data)
+        train, held_out = splits.train, splits.held_out
+        say(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
+        baseline = nearest_neighbour_scores(splits)
+        torch.manual_seed(config.training.seed)
+        model, task = build_classifier(config, splits), ViTTask(splits, config.task)
+
+        def save(folder: Path) -> None:
+            save_classifier(model, config, splits, folder)
+
+        folder = run_task(
+            model,
+            task,
+            config,
+            accelerator=accelerator,
+            resume=resume,
+            show=say,
+            save_pretrained=save,
+        )
+        if accelerator.is_main_process:
+            measured = task.evaluate(model.eval())
+            own = {name: measured[f"validation/{name}"] for name in baseline}
+            report = {"model": own, "nearest neighbours": baseline}
+            for name, scores in report.items():
+                say(f"{name:20} " + "  ".join(f"{key} {x:.1%}" for key, x in scores.items()))
+            path = Path(config.output_dir) / "report.json"
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def _load(config: LabelledDataConfig) -> LabelledSplits:
+    if config.source == DIGITS:
+        return load_digits(held_out_percent=config.held_out_percent)
+    return load_labelled_pictures(
+        config.source,
+        label=config.label,
+        families=config.families,
+        image_size=config.image_size,
+        held_out_percent=config.held_out_percent,
+    )
+
+
+def build_classifier(config: ViTRunConfig, splits: LabelledSplits) -> nn.Module:
+    """Build the model that a run trains.
+
+    Args:
+        config: The run.
+        splits: Decide the picture's size and the number of classes.
+
+    Returns:
+        A module from pixels to logits.
+
+    Raises:
+        UserError: If the patches do not fill the picture.
+    """
+    _, num_channels, image_size, _ = splits.train.pixels.shape
+    num_classes = len(splits.class_names)
+    try:
+        ours = VisionTransformer(
+            config.model,
+            image_size=image_size,
+            num_channels=num_channels,
+            num_classes=num_classes,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return ours if config.implementation == "ours" else TransformersViT(ours)
+
+
+class TransformersViT(nn.Module):
+    """The Vision Transformer of ``transformers`` at the sizes of ours."""
+
+    def __init__(self, ours: VisionTransformer) -> None:
+        """Build it with its own fresh weights.
+
+        Args:
+            ours: Gives the sizes.
+        """
+        super().__init__()
+        from transformers import ViTConfig as TheirConfig
+        from transformers import ViTModel
+
+        config = ours.config
+        self.model = ViTModel(
+            TheirConfig(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                intermediate_size=config.intermediate_size,
+                hidden_dropout_prob=config.dropout_probability,
+                layer_norm_eps=1e-6,
+                image_size=ours.image_size,
+                patch_size=config.patch_size,
+                num_channels=ours.num_channels,
+            ),
+            add_pooling_layer=False,
+        )
+        self.head = nn.Linear(config.hidden_size, ours.num_classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Score the classes of pictures with pixels in [-1, 1]."""
+        return self.head(self.model(pixels).last_hidden_state[:, 0])
+
+
+def save_classifier(
+    model: nn.Module, config: ViTRunConfig, splits: LabelledSplits, folder: Path
+) -> None:
+    """Write ``config.json`` and ``model.safetensors``.
+
+    Args:
+        model: Trained.
+        config: The run.
+        splits: Give the classes' names and the picture's size.
+        folder: Made if missing.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / "model.safetensors", dtype=torch.float32)
+    values = {
+        "implementation": config.implementation,
+        "model": dataclasses.asdict(config.model),
+        "image_size": splits.train.pixels.shape[-1],
+        "num_channels": splits.train.pixels.shape[1],
+        "class_names": splits.class_names,
+    }
+    text = json.dumps(values, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
