@@ -163,7 +163,7 @@ def feature_distance(model: Path, data: Path) -> float:
     import torch
 
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
-    from dalle_mini_impl.evaluation.features import FeatureSpace
+    from dalle_mini_impl.evaluation.distribution import FeatureSpace
     from vqvae import VQVAE
 
     torch.set_num_threads(1)

@@ -19,14 +19,11 @@ from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.training import checkpoint
 from dalle_mini_impl.training import dalle as dalle_run
 from dalle_mini_impl.training import trainer as loop
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
-from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-from dalle_mini_impl.training.dalle_task import DalleTaskConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, DalleTaskConfig, train_dalle
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
-from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
-from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
-from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETask, VQVAETaskConfig, train_vqvae
 from vqvae import VQVAE, VQVAEConfig
 
 SIZE, PICTURES, BATCH = 16, 40, 8

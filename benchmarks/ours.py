@@ -17,7 +17,7 @@ from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset
-from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.hardware import build_accelerator, use_fast_float32
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel
@@ -26,9 +26,9 @@ from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import SamplingConfig, generate_image_token_ids
 from dalle_mini_impl.training.config import TrainingConfig
-from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
-from dalle_mini_impl.training.sources import build_accelerator
-from dalle_mini_impl.training.trainer import Task, Trainer
+from dalle_mini_impl.training.dalle import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.task import Task
+from dalle_mini_impl.training.trainer import Trainer
 from vqvae import VQVAE, VQVAEConfig
 
 COLDEST = 1e-6  # a temperature at which the likeliest token is always drawn

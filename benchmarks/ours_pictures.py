@@ -27,13 +27,11 @@ from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
 from dalle_mini_impl.hardware import has_fast_bf16
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
-from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, DalleTask, DalleTaskConfig, train_dalle
 from dalle_mini_impl.training.optimizer import build_optimizers
-from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
-from dalle_mini_impl.training.vqvae_task import VQVAETask, VQVAETaskConfig
+from dalle_mini_impl.training.vqvae import VQVAETask, VQVAETaskConfig
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 

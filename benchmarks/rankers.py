@@ -25,12 +25,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle_mini_impl.data.images import decode_image, image_to_pixels, make_grid, resize_and_crop
+from dalle_mini_impl.data.image_grid import make_grid
+from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
 from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
 from dalle_mini_impl.evaluation.samples import spread_indices
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import generate_image_token_ids
-from dalle_mini_impl.sampling.rerank import PictureRanker, caption_gain
+from dalle_mini_impl.sampling.likelihood import caption_gain
+from dalle_mini_impl.sampling.rerank import PictureRanker
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 NONE, LIKELIHOOD, ORACLE = "none", "likelihood", "oracle"
@@ -71,7 +73,7 @@ def emoji_prompts(data: Path, *, size: int, count: int) -> list[Prompt]:
     Returns:
         Prompts with their judges.
     """
-    from dalle_mini_impl.evaluation.emoji_grid import Question, Row, grid_questions
+    from dalle_mini_impl.evaluation.emoji import Question, Row, grid_questions
 
     rows = read_rows(data)
 

@@ -117,7 +117,7 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
         out: Folder to write; its pictures are copies.
     """
     from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
-    from dalle_mini_impl.builtin_datasets.emoji.splits import draw
+    from dalle_mini_impl.data.splits import draw
 
     lines = (emoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
@@ -200,9 +200,9 @@ def judge(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
 
     import torch
 
-    from dalle_mini_impl.builtin_datasets.emoji.splits import draw
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
-    from dalle_mini_impl.evaluation.emoji_grid import evaluate_grid
+    from dalle_mini_impl.data.splits import draw
+    from dalle_mini_impl.evaluation.emoji import evaluate_grid
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
     torch.set_num_threads(1)

@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 import torch
 
-from dalle_mini_impl.hardware import medium_is_float32
-from dalle_mini_impl.training.allocator import (
+from dalle_mini_impl.hardware import (
     M_MMAP_THRESHOLD,
     M_TRIM_THRESHOLD,
     keep_freed_memory,
+    medium_is_float32,
 )
 
 GLIBC_THRESHOLD = 2**25  # the largest that it chooses for itself: mallopt(3)

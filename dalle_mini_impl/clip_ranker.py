@@ -22,8 +22,14 @@ from dalle_mini_impl.data.pairs import is_hub_name
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
-from vqvae.serialization import build_config, own_file, read_json
-from vqvae.weights import build_checked, load_weights, save_weights
+from vqvae.serialization import (
+    build_checked,
+    build_config,
+    load_weights,
+    own_file,
+    read_json,
+    save_weights,
+)
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")

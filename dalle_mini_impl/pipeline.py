@@ -5,8 +5,6 @@
 """
 
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +15,22 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dalle_mini_impl.data.images import (
-    image_to_pixels,
-    pixels_to_images,
-    resize_and_crop,
-    to_rgb,
-)
+from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images, resize_and_crop, to_rgb
 from dalle_mini_impl.data.inpainting_mask import choose_region, paste_back
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle_config import DalleConfig
-from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+from dalle_mini_impl.model_folder import (
+    FORMAT_VERSION,
+    HASHED_FILES,
+    INDEX_NAME,
+    MODEL_CARD,
+    OTHER_FILES,
+    _load_dalle,
+    _read_index,
+    _write_json,
+    file_hashes,
+)
+from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
@@ -36,39 +39,17 @@ from dalle_mini_impl.sampling.inpaint import (
     completion_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.rerank import PictureRanker, best_of, caption_gain
+from dalle_mini_impl.sampling.likelihood import caption_gain
+from dalle_mini_impl.sampling.rerank import PictureRanker, best_of
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.pretrained.load import load_tokenizer
-from vqvae.serialization import build_config, own_file, read_json, shown
-from vqvae.weights import build_checked, load_weights, save_weights
+from vqvae.serialization import (
+    build_config,
+    own_file,
+    save_weights,
+)
 
-INDEX_NAME = "model_index.json"
-INDEX_FIELDS = ("format_version", "pipeline", "sampling", "sha256", "vqvae_fingerprint")
-FORMAT_VERSION = 2
-HASHED_FILES = ("dalle/model.safetensors", "text_tokenizer/tokenizer.json")
-OTHER_FILES = ("dalle/config.json", "text_tokenizer/tokenizer_config.json", "vqvae/config.json",
-               "vqvae/model.safetensors")  # fmt: skip
-MODEL_CARD = """\
----
-library_name: dalle_mini_impl
-pipeline_tag: text-to-image
----
-# A text-to-image model
-
-Draws pictures of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes a picture of
-{rows} x {columns} tokens out of {codes} codes; a causal Transformer (`dalle/`, {millions:.1f} M
-parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab}
-different ones).
-
-    from dalle_mini_impl.pipeline import TextToImagePipeline
-
-    pipeline = TextToImagePipeline.from_pretrained("path/of/this/folder")
-    pipeline("a prompt like the captions it learned", num_images=4, seed=0).images[0].show()
-
-It knows what its training pictures showed, and their licences and biases are its own: name them
-here before you share the model.
-"""
 Rank = PictureRanker | Literal["likelihood", "none"]
 MAX_SEED = 2**63 - 1
 logger = logging.getLogger(__name__)
@@ -502,75 +483,6 @@ def _as_list(prompt: str | Sequence[str]) -> list[Any]:
     return [prompt] if is_one else list(prompt)
 
 
-def file_hashes(folder: str | Path) -> dict[str, str]:
-    """Hash the files of a model folder whose damage would not show.
-
-    Args:
-        folder: A model folder.
-
-    Returns:
-        What ``sha256`` in its ``model_index.json`` holds: digests by file.
-    """
-    digests = {name: hashlib.sha256() for name in HASHED_FILES}
-    for name, digest in digests.items():
-        with (Path(folder) / name).open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    index = read_json(own_file(folder, INDEX_NAME))
-    version = index.get("format_version")
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}, "
-            "with the field sha256; train_dalle.py --resume latest writes the folder anew"
-        )
-    any_order = index.get("draws_any_order", False)  # older folders do not say
-    if not isinstance(any_order, bool):
-        raise UserError(f"draws_any_order: got {shown(repr(any_order))}, wanted true or false")
-    odd = sorted((index.keys() - {"draws_any_order"}) ^ set(INDEX_FIELDS))
-    if odd:
-        raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
-    digests = index["sha256"]
-    if not isinstance(digests, dict) or digests.keys() != set(HASHED_FILES):
-        got = shown(repr(digests))
-        raise UserError(f"sha256: got {got}, wanted digests of {', '.join(HASHED_FILES)}")
-    return index
-
-
-def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
-    config = build_config(DalleConfig, read_json(folder / "dalle" / "config.json"))
-    path = folder / "dalle" / "model.safetensors"
-    counts = {
-        "decoder.num_layers": config.decoder.num_layers,
-        "decoder.num_encoder_layers": config.decoder.num_encoder_layers,
-        "codebook_levels": len(config.codebook_levels),
-    }
-    sizes = {
-        "decoder.hidden_size": config.decoder.hidden_size,
-        "vocab_size": config.vocab_size,
-        "text_length": config.text_length,
-        "image_grid_size": max(config.image_grid_size),
-    }
-    width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
-    num_cells = config.image_length if config.decoder.has_target_positions else 0
-    # Before the hashes: a file of terabytes takes hours to read.
-    dalle = build_checked(
-        lambda: build_text_to_image(config),
-        path,
-        counts=counts,
-        sizes=sizes,
-        num_elements=config.decoder.num_layers * width**2
-        + width * (num_tokens + config.text_length + num_cells),
-    )
-    for name, digest in file_hashes(folder).items():
-        if digests[name] != digest:
-            raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
-    return load_weights(dalle, path)
-
-
 def _require_numbers(settings: Mapping[str, Any]) -> None:
     """Refuse sampling settings that cannot be compared with their limits."""
     for field in dataclasses.fields(SamplingConfig):
@@ -578,7 +490,3 @@ def _require_numbers(settings: Mapping[str, Any]) -> None:
         kind, wanted = (Real, "a number") if field.type is float else (Integral, "a whole number")
         if field.type in (float, int) and not isinstance(value, kind):
             raise UserError(f"{field.name}: got {value!r}, wanted {wanted}")
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

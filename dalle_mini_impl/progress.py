@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from tqdm import tqdm
 
 LONGEST_SILENCE_SECONDS = 30.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 class ProgressLine:
@@ -70,3 +71,25 @@ class ProgressLine:
     def close(self) -> None:
         """Leave the last line standing."""
         self._bar.close()
+
+
+def show_now_and_then(show: Callable[[str], None], what: str) -> Callable[[int, int], None]:
+    """Make a callback for a loop that is silent otherwise.
+
+    Args:
+        show: Receives a line about every ten seconds.
+        what: What is counted.
+
+    Returns:
+        To be called with (done, total) as often as one likes.
+    """
+    last = time.monotonic()
+
+    def step(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES and done < total:
+            last = now
+            show(f"{what}: {done} of {total}")
+
+    return step

@@ -15,8 +15,14 @@ from dalle_mini_impl.models.seq2seq import (
     EncoderDecoderConfig,
 )
 from dalle_mini_impl.sampling.beam_search import BeamConfig, beam_search
-from vqvae.serialization import build_config, own_file, read_json
-from vqvae.weights import build_checked, load_weights, save_weights
+from vqvae.serialization import (
+    build_checked,
+    build_config,
+    load_weights,
+    own_file,
+    read_json,
+    save_weights,
+)
 
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 BATCH_SIZE = 64

@@ -31,11 +31,10 @@ def main(arguments: Sequence[str]) -> None:
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.errors import UserError
-    from dalle_mini_impl.training.config import TextConfig
+    from dalle_mini_impl.progress import show_now_and_then
+    from dalle_mini_impl.training.config import DataConfig, TextConfig
     from dalle_mini_impl.training.dalle import DalleRunConfig
-    from dalle_mini_impl.training.sources import DataConfig
     from dalle_mini_impl.training.vqvae import VQVAERunConfig
-    from dalle_mini_impl.waiting import show_now_and_then
 
     config: VQVAERunConfig | DalleRunConfig | None = None
     vqvae, text = None, TextConfig()

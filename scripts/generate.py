@@ -42,8 +42,13 @@ def main(arguments: Sequence[str]) -> None:
     """Draw and write the pictures."""
     options = parse(arguments)
     # torch loads after the options fit
-    from dalle_mini_impl.cli.generate import Ranking, draw_to_folder, read_prompts
-    from dalle_mini_impl.completing import Edit, complete_to_folder
+    from dalle_mini_impl.cli.generate import (
+        Edit,
+        Ranking,
+        complete_to_folder,
+        draw_to_folder,
+        read_prompts,
+    )
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}

@@ -17,7 +17,7 @@ from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.dalle import DalleTask, DalleTaskConfig
 from tests.reference import tiny
 
 NUM_CODES, STEPS, BATCH = 4, 500, 64

@@ -297,7 +297,7 @@ def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
 
 
 def test_a_part_of_a_picture_is_ranked_by_likelihood_alone(tmp_path: Path) -> None:
-    from dalle_mini_impl.completing import Edit, complete_to_folder
+    from dalle_mini_impl.cli.generate import Edit, complete_to_folder
 
     with pytest.raises(UserError, match=r"^rank: got none with --image, wanted likelihood"):
         complete_to_folder(

@@ -12,8 +12,8 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.dalle import DalleRunConfig
-from dalle_mini_impl.training.sources import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig
 from tests.reference import tiny
 

@@ -12,7 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save, save_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import HASHED_FILES, MAX_SEED, TextToImagePipeline, file_hashes
+from dalle_mini_impl.model_folder import HASHED_FILES, file_hashes
+from dalle_mini_impl.pipeline import MAX_SEED, TextToImagePipeline
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference import tiny
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.evaluation.shapes import WHOLE
 from tests.reference.processes import output_of
 

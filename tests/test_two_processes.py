@@ -13,7 +13,7 @@ import pytest
 
 from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
+from dalle_mini_impl.training.vqvae import VQVAETaskConfig
 from tests.reference import tiny, training_worker
 from vqvae.losses.adversarial import DiscriminatorConfig
 

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vqvae.losses.reconstruction import to_open_interval
+from vqvae.logit_laplace import to_open_interval
 
 
 class BottleneckBlock(nn.Module):

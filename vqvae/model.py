@@ -19,12 +19,20 @@ from torch import Tensor, nn
 from vqvae.config import VQVAEConfig
 from vqvae.dalle_networks import DalleDecoder, DalleEncoder
 from vqvae.image_tokenizer import require_pixels, require_token_ids
-from vqvae.losses.reconstruction import logit_laplace_pixels
+from vqvae.logit_laplace import logit_laplace_pixels
 from vqvae.networks import Decoder, Encoder
 from vqvae.perturbation import Perturbation, perturb_latents
 from vqvae.quantizers import FiniteScalarQuantizer, GumbelQuantizer, VectorQuantizer
-from vqvae.serialization import build_config, own_file, read_json, shown
-from vqvae.weights import build_checked, hash_weights, load_weights, save_weights
+from vqvae.serialization import (
+    build_checked,
+    build_config,
+    hash_weights,
+    load_weights,
+    own_file,
+    read_json,
+    save_weights,
+    shown,
+)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
-from dalle_mini_impl.builtin_datasets.emoji.splits import draw
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
+from dalle_mini_impl.data.splits import draw
 from dalle_mini_impl.errors import UserError
 
 DIGITS = "digits"

@@ -20,7 +20,7 @@ from dalle_mini_impl.builtin_datasets.emoji.index import (
     split_gender,
     tones_of,
 )
-from dalle_mini_impl.builtin_datasets.emoji.splits import draw
+from dalle_mini_impl.data.splits import draw
 from dalle_mini_impl.errors import UserError
 
 EMOJI = "emoji"

@@ -10,7 +10,8 @@ from dalle_mini_impl.data.images import read_picture
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.captioning import complete_text, score_pairs
+from dalle_mini_impl.sampling.captioning import complete_text
+from dalle_mini_impl.sampling.likelihood import score_pairs
 
 
 def complete_captions(

@@ -9,10 +9,9 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.data.check import DataReport
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.hardware import keep_freed_memory, use_fast_float32
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
-from dalle_mini_impl.training.allocator import keep_freed_memory
 from dalle_mini_impl.training.config import DEFAULT_MAX_STEPS, TrainingConfig
 from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.dalle import DalleRunConfig

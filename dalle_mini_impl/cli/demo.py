@@ -5,8 +5,8 @@ from pathlib import Path
 from PIL import Image
 
 from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
-from dalle_mini_impl.data.images import make_grid
-from dalle_mini_impl.evaluation.emoji_grid import GridReport, evaluate_grid
+from dalle_mini_impl.data.image_grid import make_grid
+from dalle_mini_impl.evaluation.emoji import GridReport, evaluate_grid
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
 NUM_HELD_OUT_SHOWN = 16

@@ -17,29 +17,31 @@ import yaml
 from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.clip_score import measure_clip_score
-from dalle_mini_impl.evaluation.distribution import measure_distribution
-from dalle_mini_impl.evaluation.drawings import draw
-from dalle_mini_impl.evaluation.emoji import ask, measure_emoji
-from dalle_mini_impl.evaluation.emoji_grid import Question
-from dalle_mini_impl.evaluation.features import FeatureSpace, network_or_none
+from dalle_mini_impl.evaluation.distribution import (
+    FeatureSpace,
+    measure_distribution,
+    network_or_none,
+)
+from dalle_mini_impl.evaluation.emoji import Question, ask, measure_emoji
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.memorization import measure_copying
 from dalle_mini_impl.evaluation.reconstruction import measure_tokenizer
-from dalle_mini_impl.evaluation.report import numbers_in, write_report
+from dalle_mini_impl.evaluation.report import Section, numbers_in, write_report
 from dalle_mini_impl.evaluation.samples import (
     EvaluationData,
     Pixels,
     Samples,
     decode,
+    draw,
     join,
     read_data,
 )
-from dalle_mini_impl.evaluation.sections import Section
 from dalle_mini_impl.evaluation.shapes import measure_shapes
 from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.model_folder import file_hashes
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.output_dirs import make_folder
-from dalle_mini_impl.pipeline import TextToImagePipeline, file_hashes
+from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.rerank import PictureRanker
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.checkpoint import newest_checkpoint

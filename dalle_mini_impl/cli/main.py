@@ -140,7 +140,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
-    from dalle_mini_impl.training.batch_size import is_out_of_memory
+    from dalle_mini_impl.hardware import is_out_of_memory
 
     return is_out_of_memory(error)
 

@@ -10,10 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dalle_mini_impl.data.images import (
-    decode_image,
-    describe_image,
-)
+from dalle_mini_impl.data.images import decode_image, describe_image
 from dalle_mini_impl.data.loading import each_picture
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable

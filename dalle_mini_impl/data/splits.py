@@ -100,3 +100,15 @@ def held_out_split(
     held_out = {index for index, draw in enumerate(draws) if draw < fraction}
     held_out |= set(sorted(range(len(draws)), key=draws.__getitem__)[:MIN_HELD_OUT])
     return [index for index in range(len(paths)) if index not in held_out], sorted(held_out)
+
+
+def draw(*key: str) -> int:
+    """A fixed pseudo-random number of a key.
+
+    Args:
+        *key: strings that name the draw.
+
+    Returns:
+        An integer in [0, 2^32): the first four bytes of the sha1 of the joined key.
+    """
+    return int.from_bytes(hashlib.sha1("/".join(key).encode()).digest()[:4], "big")

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
+from dalle_mini_impl.evaluation.report import FLOOR, Section, Table, number
 from dalle_mini_impl.evaluation.samples import Pixels, to_images
-from dalle_mini_impl.evaluation.sections import FLOOR, Section, Table, number
 from dalle_mini_impl.sampling.rerank import PictureRanker
 
 TRUE = "true pictures"

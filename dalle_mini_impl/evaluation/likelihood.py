@@ -11,15 +11,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
+from dalle_mini_impl.evaluation.report import Section, Table, draw_map, number
 from dalle_mini_impl.evaluation.samples import Samples, Show
-from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.rerank import image_token_log_likelihoods
-from dalle_mini_impl.waiting import show_now_and_then
+from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.sampling.likelihood import image_token_log_likelihoods
 
 CAPTIONS = ("its caption", "no caption", "another caption")
 

@@ -15,11 +15,11 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
+from dalle_mini_impl.evaluation.report import Section, Table, percent
 from dalle_mini_impl.evaluation.samples import Samples, spread_indices, to_images
-from dalle_mini_impl.evaluation.sections import Section, Table, percent
 
 COPY_THRESHOLD = 0.9  # share of equal tokens above which a picture counts as a copy
 NUM_SHOWN = 32

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
+from dalle_mini_impl.evaluation.report import Section, Table, draw_map, number
 from dalle_mini_impl.evaluation.samples import Pixels, Samples, decode, to_floats, to_images
-from dalle_mini_impl.evaluation.sections import Section, Table, draw_map, number
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.metrics import codebook_perplexity, codebook_usage, psnr, token_counts
 

@@ -7,12 +7,12 @@ from PIL import Image
 
 from dalle_mini_impl.builtin_datasets.shapes.checker import read_objects
 from dalle_mini_impl.builtin_datasets.shapes.facts import Fact, facts_hold, parse_fact
-from dalle_mini_impl.data.images import make_grid
+from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, share_table
 from dalle_mini_impl.evaluation.samples import Pixels, Samples, to_images
-from dalle_mini_impl.evaluation.sections import CEILING, FLOOR, Section, share_table
 
 NUM_SHOWN = 32
 WHOLE = "whole caption"

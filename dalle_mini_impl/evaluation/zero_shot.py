@@ -28,7 +28,7 @@ from dalle_mini_impl.data.images import read_picture
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.captioning import score_pairs
+from dalle_mini_impl.sampling.likelihood import score_pairs
 
 FIRST_SCENE_SEED = 20_000_000  # ``prepare_shapes`` counts from 0: these scenes are in no data set
 

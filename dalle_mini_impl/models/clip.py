@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, build_blocks
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, build_blocks
+from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 
 PAD_TOKEN_ID = 0  # on the right of shorter captions; causal attention hides it from what counts
 MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5

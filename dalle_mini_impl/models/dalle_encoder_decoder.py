@@ -23,14 +23,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.models.dalle import (
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
+from dalle_mini_impl.models.dalle_shared import (
     DalleLogits,
     DigitTable,
     build_cache,
     initialize_weights,
     steps_and_cells,
 )
-from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.transformer.attention import build_norm
 from dalle_mini_impl.transformer.blocks import BlockOptions, build_blocks
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache

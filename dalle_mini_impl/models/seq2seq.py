@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_mini_impl.transformer.attention import KeysAndValues, build_norm
-from dalle_mini_impl.transformer.blocks import VASWANI_2017, ChannelDropout, build_blocks
+from dalle_mini_impl.transformer.blocks import VASWANI_2017, build_blocks
+from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 from dalle_mini_impl.transformer.masks import padding_mask
 from dalle_mini_impl.transformer.positions import sinusoidal_positions

@@ -15,7 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, ChannelDropout, build_blocks
+from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, build_blocks
+from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,10 +18,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.models.dalle import Dalle, DigitTable, steps_and_cells
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_shared import DigitTable, steps_and_cells
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError, load_library
-from dalle_mini_impl.transformer.blocks import GatedFeedForward, TransformerBlock
+from dalle_mini_impl.transformer.blocks import TransformerBlock
+from dalle_mini_impl.transformer.feed_forward import GatedFeedForward
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 NativeWeights = Literal["float32", "int8"]

@@ -12,103 +12,13 @@ Source: Ramesh et al. 2021, arXiv:2102.12092, section 2 (one model of caption an
 al. 2023, arXiv:2303.16203 (zero-shot classification by likelihood; theirs is a bound, ours exact).
 """
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
-from dalle_mini_impl.models.text_to_image import TextToImageModel
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.rerank import image_log_likelihood
-
-
-class PairScores(NamedTuple):
-    """Natural logarithms of what the decoder thinks of every picture with every caption."""
-
-    image_given_text: Float[Tensor, "images captions"]
-    """log p(image | caption)."""
-    text: Float[Tensor, " captions"] | None
-    """log p(caption); None of a model that does not write captions."""
-    image: Float[Tensor, " images"]
-    """log p(image), under the null caption."""
-
-    def shares(self, *, use_prior: bool = False) -> Float[Tensor, "images captions"]:
-        """Compute p(caption | image), as if each picture had one of these captions.
-
-        Args:
-            use_prior: Weigh captions by p(caption); otherwise all are equally likely beforehand.
-
-        Returns:
-            Probabilities; each row sums to one.
-
-        Raises:
-            ValueError: If captions shall be weighed by what the model does not know.
-        """
-        if not use_prior:
-            return self.image_given_text.softmax(dim=1)
-        if self.text is None:
-            raise ValueError("use_prior: got True, wanted False: this model writes no captions")
-        return (self.image_given_text + self.text).softmax(dim=1)
-
-
-@torch.inference_mode()
-def score_pairs(
-    model: TextToImageModel,
-    text_token_ids: Int[Tensor, "captions text_length"],
-    image_token_ids: Int[Tensor, "images image_length"],
-) -> PairScores:
-    """Score every picture with every caption: one row of the decoder for each pair.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; at least one.
-        image_token_ids: Pictures, raster order; at least one.
-
-    Returns:
-        The scores.
-    """
-    null = torch.full_like(text_token_ids[:1], PAD_TOKEN_ID)
-    text = torch.cat([text_token_ids, null])
-    scores = torch.stack(
-        [
-            image_log_likelihood(model, text, image.expand(len(text), -1))
-            for image in image_token_ids
-        ]
-    )
-    return PairScores(
-        image_given_text=scores[:, :-1],
-        text=text_log_likelihood(model, text_token_ids) if isinstance(model, Dalle) else None,
-        image=scores[:, -1],
-    )
-
-
-@torch.inference_mode()
-def text_log_likelihood(
-    model: Dalle, text_token_ids: Int[Tensor, "batch text_length"]
-) -> Float[Tensor, " batch"]:
-    """Compute log p(caption): the probability that a caption begins like this.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; pads count nothing.
-
-    Returns:
-        Natural logarithms, summed over the caption's tokens.
-    """
-    sums = []
-    for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
-        text = text_token_ids[start : start + ROWS_PER_BATCH]
-        # Always as many rows: a caption's score must not depend on what is scored beside it.
-        padded = F.pad(text, (0, 0, 0, ROWS_PER_BATCH - len(text)))
-        logits = model.predict_text(padded)[: len(text)].float()
-        logs = logits.log_softmax(-1).gather(2, text.unsqueeze(2)).squeeze(2)
-        sums.append(logs.masked_fill(text == PAD_TOKEN_ID, 0).sum(dim=1))
-    return torch.cat(sums)
 
 
 @torch.inference_mode()

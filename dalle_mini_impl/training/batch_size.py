@@ -1,58 +1,9 @@
 """What to do when memory runs out: say it in one line, or look beforehand for what fits."""
 
-import sys
 from collections.abc import Callable, Sequence
 
-import torch
-
 from dalle_mini_impl.errors import UserError
-
-# What torch says on a CPU; no room for a thread's stack; none for what oneDNN needs to begin.
-SIGNS = (
-    "allocate memory",
-    "not enough memory",
-    "can't start new thread",
-    "could not create a primitive",
-)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that there is not enough memory, of a GPU or of the machine.
-
-    Args:
-        error: Any.
-
-    Returns:
-        True if it does.
-    """
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    if not isinstance(error, RuntimeError):
-        return False
-    if any(sign in str(error) for sign in SIGNS):
-        return True
-    # Imported here: it takes a second, and where memory is short there may be none for it.
-    from accelerate.utils.memory import should_reduce_batch_size
-
-    return should_reduce_batch_size(error)
-
-
-def running_out_is_an_error(device: torch.device) -> bool:
-    """Tell whether too much memory raises here, and does not end the process or stall the machine.
-
-    Args:
-        device: Where the model is.
-
-    Returns:
-        True on a GPU; on a CPU only under a limit such as ``ulimit -v``.
-    """
-    if device.type != "cpu":
-        return True
-    if sys.platform == "win32":
-        return False
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+from dalle_mini_impl.hardware import is_out_of_memory
 
 
 def fewest_parts_that_fit(batch_size: int, attempt: Callable[[int], None]) -> int:

@@ -1,23 +1,28 @@
 """A whole CLIP run: captioned pictures in, ranker's folder and a report out."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor, nn
 
 from dalle_mini_impl.clip_ranker import ClipRanker
+from dalle_mini_impl.data.augmentation import shift_images
+from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig
-from dalle_mini_impl.training.clip_task import ClipTask, ClipTaskConfig, score_retrieval
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
+from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig, sigmoid_loss, softmax_loss
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
-from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
-from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
+from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
+
+MAX_MEASURED = 2_000  # held-out pictures; retrieval gets harder with their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,3 +162,186 @@ def _write_report(task: ClipTask, output_dir: Path, show: Callable[[str], None])
         f"{scores['text_to_image_r1']:.1%}, chance {chance:.2%}"
     )
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTaskConfig:
+    """How the pictures are varied.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    max_shift: int = 2
+    """Largest shift of a training picture, in pixels, in both directions."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can use."""
+        if self.max_shift < 0:
+            raise ValueError(f"task.max_shift: got {self.max_shift}, wanted at least 0")
+
+
+class ClipTask:
+    """Pictures with their captions, and the loss of telling which belong together."""
+
+    num_draws = 3
+
+    def __init__(
+        self,
+        train: LoadedPairs,
+        held_out: LoadedPairs,
+        config: ClipTaskConfig,
+        *,
+        ranker: ClipRanker,
+        sample_weights: Tensor | None,
+    ) -> None:
+        """Collect what training needs.
+
+        Args:
+            train: What is learned.
+            held_out: What is measured.
+            config: Augmentation.
+            ranker: Holds the model in training, and the caption tokenizer.
+            sample_weights: How often each picture is wanted, or None.
+        """
+        self.pixels, self.config, self.ranker = train.pixels, config, ranker
+        self.sample_weights = sample_weights
+        self.num_samples = len(train.pairs)
+        captions, sizes = ranker.captions, ranker.model.config
+        self.text_token_ids = captions.encode(
+            [text for pair in train.pairs for text in pair.captions]
+        )
+        counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
+        self.caption_offsets = counts.cumsum(0)
+        num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
+        self.tokens_per_sample = sizes.text_length + num_patches
+        self.identity = captions.fingerprint()
+        self.held_out = build_retrieval(held_out.pairs, held_out.pixels, captions)
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Look up pictures, shift them, and choose one caption of each."""
+        start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
+        chosen = start + (draws[:, 0] * (end - start)).long()
+        largest = self.config.max_shift
+        images = self.pixels[sample_ids]
+        if largest:
+            offsets = (draws[:, 1:] * (2 * largest + 1)).long() - largest
+            images = shift_images(images, offsets)
+        return {
+            "pixels": images.float() / 127.5 - 1,
+            "text_token_ids": self.text_token_ids[chosen],
+            "sample_ids": sample_ids,
+        }
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss, and how many pictures find a caption of their own."""
+        del progress, generator
+        text_token_ids, ids = batch["text_token_ids"], batch["sample_ids"]
+        logits = model(text_token_ids, batch["pixels"])
+        is_match = matches(text_token_ids, ids)
+        towers = self.ranker.model.config.towers
+        loss = (softmax_loss if towers.loss == "softmax" else sigmoid_loss)(logits, is_match)
+        best = logits.detach().argmax(dim=1, keepdim=True)
+        return loss, {
+            "batch_r1": is_match.gather(1, best).float().mean(),
+            "logit_scale": self.ranker.model.log_scale.detach().exp(),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure retrieval on held-out pairs."""
+        del model  # the ranker holds the same module
+        return {
+            f"validation/{name}": x
+            for name, x in score_retrieval(self.ranker, self.held_out).items()
+        }
+
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Draw nothing."""
+        del model
+        return []
+
+
+def matches(
+    text_token_ids: Int[Tensor, "batch text_length"], sample_ids: Int[Tensor, " batch"]
+) -> Bool[Tensor, "batch batch"]:
+    """Tell which pictures and captions of a batch belong together.
+
+    Args:
+        text_token_ids: Caption of each sample.
+        sample_ids: Picture of each sample.
+
+    Returns:
+        (picture, caption): True for a sample's own, for an equal caption, and for another caption
+        of the same picture.
+    """
+    same_text = (text_token_ids[:, None] == text_token_ids[None]).all(dim=2)
+    return same_text | (sample_ids[:, None] == sample_ids[None])
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Pictures and captions among which the right ones are to be found."""
+
+    pixels: UInt8[Tensor, "pictures 3 height width"]
+    captions: list[str]
+    """Different ones."""
+    is_right: Bool[Tensor, "pictures captions"]
+    """True where a caption is one of the picture's own: there may be several in a row or column."""
+
+    @property
+    def chance(self) -> float:
+        """Share of right answers of one who guesses, the same in both directions."""
+        return float(self.is_right.double().mean())
+
+
+def build_retrieval(
+    pairs: Sequence[Pair], pixels: UInt8[Tensor, "samples 3 height width"], captions: CaptionEncoder
+) -> Retrieval:
+    """Ask for the main caption of each picture.
+
+    Args:
+        pairs: Held-out pictures; no more than ``MAX_MEASURED`` are taken, spread over all.
+        pixels: Of each.
+        captions: Says which captions are the same to the model but for cut ends.
+
+    Returns:
+        Pictures and captions.
+    """
+    count = min(len(pairs), MAX_MEASURED)
+    chosen = [index * len(pairs) // count for index in range(count)]
+    normalize = captions.tokenizer.normalizer.normalize_str
+    own = [{normalize(text) for text in pairs[index].captions} for index in chosen]
+    asked = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
+    is_right = torch.tensor([[text in texts for text in asked] for texts in own])
+    return Retrieval(pixels[torch.tensor(chosen)], asked, is_right)
+
+
+def score_retrieval(ranker: ClipRanker, asked: Retrieval) -> dict[str, float]:
+    """Count how often the nearest one is right.
+
+    Args:
+        ranker: With its model in evaluation mode.
+        asked: Among what.
+
+    Returns:
+        ``image_to_text_r1`` and ``text_to_image_r1`` in [0, 1] (R@1), and ``chance_r1``.
+    """
+    parts = [ranker.embed_pixels(part.float() / 127.5 - 1) for part in asked.pixels.split(512)]
+    scores = torch.cat(parts) @ ranker.embed_texts(asked.captions).T  # (pictures, captions)
+    found_texts, found_images = scores.argmax(dim=1), scores.argmax(dim=0)
+    pictures, captions = (torch.arange(size) for size in scores.shape)
+    return {
+        "image_to_text_r1": float(asked.is_right[pictures, found_texts].double().mean()),
+        "text_to_image_r1": float(asked.is_right[found_images, captions].double().mean()),
+        "chance_r1": asked.chance,
+    }

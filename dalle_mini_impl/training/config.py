@@ -133,3 +133,29 @@ class TrainingConfig:
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted {wanted}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which captioned pictures a run uses.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    source: str
+    """Image folder, folder of WebDataset tars, parquet file, or Hub name."""
+    train_split: str = "train"
+    """Split that is trained on."""
+    validation_split: str = "val"
+    """Split that is measured; 5 % are set apart where the source has no splits."""
+    balance_by: str | None = None
+    """Attribute whose groups are evened out: a picture's share is 1 / sqrt(group size)."""
+    max_bad_fraction: float = 0.1
+    """Share of bad records (no picture, no caption, not readable) above which the run stops, in
+    [0, 1]. One bad record is always allowed."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1]."""
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"data.max_bad_fraction: got {self.max_bad_fraction}, wanted 0 to 1")

@@ -1,29 +1,34 @@
 """A whole decoder run: captioned pictures and a tokenizer in, model folder out."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
-from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
+from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
+from dalle_mini_impl.models.dalle import Dalle
+from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig, DecoderConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
-from dalle_mini_impl.training.dalle_task import DalleTask, DalleTaskConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
-from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.load import load_tokenizer
 
 MAX_ZOOM = 4.0
+EVALUATION_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,3 +210,221 @@ def _prepare(
         fixed_prompts=prompts,
     )
     return task, dalle, pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class DalleTaskConfig:
+    """What the decoder's loss is made of, and how its data is varied.
+
+    Raises:
+        ValueError: If a share is not in [0, 1].
+    """
+
+    text_loss_weight: float = 0.1
+    """Weight of the caption's loss beside the image's, in models that write captions."""
+    caption_dropout_probability: float = 0.1
+    """Share of samples trained without their caption, for guidance."""
+    token_noise_probability: float = 0.0
+    """Largest share of a sample's input image tokens that come from other pictures, while it
+    lasts; each sample draws its own share below it, and its targets stay. Keeps the decoder from
+    following a remembered picture instead of the caption."""
+    random_order_probability: float = 0.0
+    """Share of samples drawn in random order instead of raster order, while it lasts."""
+    shifted_view_probability: float = 0.0
+    """Share of samples taken from a shifted or enlarged view, while it lasts."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
+    DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
+    augmentation_ends_at: float = 0.75
+    """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1]."""
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"task.{name}: got {value}, wanted 0 to 1")
+
+    @property
+    def ends_in_random_order(self) -> bool:
+        """Whether the decoder can draw in any order when training has ended."""
+        return self.random_order_probability > 0 and self.augmentation_ends_at == 1
+
+
+class DalleTask:
+    """Caption and image tokens, and the decoder's loss on them."""
+
+    def __init__(
+        self,
+        train: TokenDataset,
+        held_out: TokenDataset,
+        config: DalleTaskConfig,
+        *,
+        sample_weights: Tensor | None,
+        identity: str,
+        pipeline: TextToImagePipeline,
+        fixed_prompts: tuple[str, ...],
+    ) -> None:
+        """Collect what training needs.
+
+        Args:
+            train: Training samples.
+            held_out: Samples that are only measured.
+            config: Loss weights and augmentation.
+            sample_weights: How often each sample is wanted, or None.
+            identity: Hash of the tokens that the decoder learns.
+            pipeline: Draws the sample grid with the model in training.
+            fixed_prompts: Prompts of the sample grid.
+        """
+        self.train, self.held_out, self.config = train, held_out, config
+        self.sample_weights, self.identity = sample_weights, identity
+        self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
+        self.num_samples = len(train)
+        self.image_length = train.image_token_ids.shape[-1]
+        self.num_draws = 6 + 3 * self.image_length
+        self.tokens_per_sample = train.text_token_ids.shape[-1] + self.image_length
+        codebook_size = pipeline.dalle.config.codebook_size
+        counts = torch.bincount(train.image_token_ids[:, 0].flatten(), minlength=codebook_size)
+        self.baselines = {
+            "baseline/image_uniform_nats": math.log(codebook_size),
+            "baseline/image_unigram_nats": _entropy(counts),
+        }
+        if isinstance(pipeline.dalle, Dalle):
+            words = train.text_token_ids[train.text_token_ids != PAD_TOKEN_ID]
+            self.baselines |= {
+                "baseline/text_uniform_nats": math.log(pipeline.dalle.config.vocab_size),
+                "baseline/text_unigram_nats": _entropy(words.bincount()),
+            }
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Look up the tokens; the draws of the loss travel with them."""
+        views = torch.where(
+            draws[:, 1] < self.config.shifted_view_probability, draws[:, 2], torch.zeros(())
+        )
+        length = self.image_length
+        strangers = (draws[:, -length:] * self.num_samples).long()  # (batch, image_length)
+        return {
+            "text_token_ids": self.train.captions_of(sample_ids, draws[:, 0]),
+            "image_token_ids": self.train.images_of(sample_ids, torch.zeros(len(sample_ids))),
+            "view_token_ids": self.train.images_of(sample_ids, views),
+            "stranger_token_ids": self.train.image_token_ids[
+                strangers, 0, torch.arange(length)
+            ].long(),
+            "draws": draws[:, 3 : 6 + 2 * length],
+        }
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return image loss plus weighted text loss, if there is one, in nats per token."""
+        del generator  # every random number here belongs to a sample, not to a process
+        text_token_ids, draws = batch["text_token_ids"], batch["draws"]
+        augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
+        image = batch["view_token_ids"] if augmentation else batch["image_token_ids"]
+        dropped = draws[:, 0] < self.config.caption_dropout_probability
+        given_text = text_token_ids.masked_fill(dropped[:, None], PAD_TOKEN_ID)
+
+        length = self.image_length
+        order_draws, noise_draws = draws[:, 3:].split(length, dim=1)
+        is_random = draws[:, 1] < self.config.random_order_probability * augmentation
+        order = torch.where(
+            is_random[:, None],
+            order_draws.argsort(dim=1),
+            torch.arange(length, device=image.device),
+        )
+        noise_shares = draws[:, 2:3] * self.config.token_noise_probability * augmentation
+        is_noise = noise_draws < noise_shares
+        noisy = torch.where(is_noise, batch["stranger_token_ids"], image)
+
+        logits = model(given_text, noisy.gather(1, order), image_order=order)
+        targets = image.gather(1, order)
+        image_nats = token_nats(logits.image.flatten(0, 1), targets.flatten()).mean()
+        if logits.text is None:
+            return image_nats, {"image_nats": image_nats.detach()}
+        text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
+        loss = image_nats + self.config.text_loss_weight * text_nats
+        share_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
+        return loss, {
+            "image_nats": image_nats.detach(),
+            "text_nats": text_nats.detach() / share_counted,  # hidden captions count as zero in it
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure nats per image token on held-out pairs, with and without their captions."""
+        train_part = torch.arange(0, len(self.train), max(1, len(self.train) // 256))
+        held_out = self._image_nats(model, self.held_out, torch.arange(len(self.held_out)))
+        train = self._image_nats(model, self.train, train_part)
+        text = {"validation/text_nats": held_out["text"]} if "text" in held_out else {}
+        return {
+            "validation/image_nats": held_out["given"],
+            "validation/image_nats_null_caption": held_out["null"],
+            **text,
+            "validation/caption_gain_nats": held_out["null"] - held_out["given"],
+            "validation/train_image_nats": train["given"],
+            "validation/memorisation_gap_nats": held_out["given"] - train["given"],
+            **self.baselines,
+        }
+
+    def _image_nats(
+        self, model: nn.Module, data: TokenDataset, sample_ids: Tensor
+    ) -> dict[str, float]:
+        device = next(model.parameters()).device
+        totals = {"given": 0.0, "null": 0.0}
+        for ids in sample_ids.split(EVALUATION_BATCH_SIZE):
+            image = data.images_of(ids, torch.zeros(len(ids))).to(device)
+            text = data.captions_of(ids, torch.zeros(len(ids))).to(device)
+            everything = torch.ones(len(ids), dtype=torch.bool, device=device)
+            for name, caption in (("given", text), ("null", torch.full_like(text, PAD_TOKEN_ID))):
+                logits = model(caption, image)
+                nats = token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
+                totals[name] += float(nats) * len(ids) / len(sample_ids)
+                if name == "given" and logits.text is not None:
+                    text_nats = text_loss(logits.text, text, is_counted=everything)
+                    weighted = float(text_nats) * len(ids) / len(sample_ids)
+                    totals["text"] = totals.get("text", 0.0) + weighted
+        return totals
+
+    @torch.no_grad()
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Draw the fixed prompts, one picture each, always with the same seeds."""
+        del model  # the pipeline holds the same module
+        drawn = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
+        return [PictureGrid("samples", drawn.images, list(self.fixed_prompts))]
+
+
+def text_loss(
+    logits: Float[Tensor, "batch text_length vocab"],
+    text_token_ids: Int[Tensor, "batch text_length"],
+    *,
+    is_counted: Tensor,
+) -> Float[Tensor, ""]:
+    """Average the captions' loss: over a caption's tokens without pads, then over samples.
+
+    Samples whose caption is hidden count as zero, so that the mean does not depend on how a batch
+    is divided among processes.
+
+    Args:
+        logits: Of every caption position.
+        text_token_ids: The true captions.
+        is_counted: False for samples whose caption is hidden.
+
+    Returns:
+        Nats per token.
+    """
+    flat = token_nats(logits.flatten(0, 1), text_token_ids.flatten())
+    nats = flat.view_as(text_token_ids)
+    is_token = (text_token_ids != PAD_TOKEN_ID) & is_counted[:, None]
+    per_sample = (nats * is_token).sum(dim=1) / is_token.sum(dim=1).clamp_min(1)
+    return per_sample.mean()
+
+
+def _entropy(counts: Tensor) -> float:
+    shares = counts[counts > 0].double() / counts.sum()
+    return float(-(shares * shares.log()).sum())

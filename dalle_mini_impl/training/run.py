@@ -13,18 +13,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.hardware import use_fast_float32
+from dalle_mini_impl.hardware import build_accelerator, keep_freed_memory, use_fast_float32
 from dalle_mini_impl.output_dirs import locked_folder, make_folder
-from dalle_mini_impl.training.allocator import keep_freed_memory
 from dalle_mini_impl.training.checkpoint import Checkpoint
 from dalle_mini_impl.training.resume import (
     compare_settings,
     find_checkpoint,
     refuse_used_folder,
 )
-from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.tracking import open_tracker
-from dalle_mini_impl.training.trainer import Task, Trainer
+from dalle_mini_impl.training.trainer import Trainer
 
 
 def run_task(

@@ -20,8 +20,8 @@ from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.sources import DataConfig
-from dalle_mini_impl.waiting import show_now_and_then
+from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.training.config import DataConfig
 
 MAX_LISTED = 5
 SKIPPED_NAME = "skipped.jsonl"

@@ -18,22 +18,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 
 from dalle_mini_impl.data.sample_order import SampleOrder, step_generator
 from dalle_mini_impl.errors import StoppedError, UserError
+from dalle_mini_impl.hardware import is_out_of_memory, running_out_is_an_error
 from dalle_mini_impl.progress import ProgressLine
-from dalle_mini_impl.training.batch_size import (
-    fewest_parts_that_fit,
-    is_out_of_memory,
-    running_out_is_an_error,
-)
+from dalle_mini_impl.training.batch_size import fewest_parts_that_fit
 from dalle_mini_impl.training.checkpoint import (
     Checkpoint,
     checkpoint_before,
@@ -42,73 +37,20 @@ from dalle_mini_impl.training.checkpoint import (
     save_checkpoint,
 )
 from dalle_mini_impl.training.config import TrainingConfig
+from dalle_mini_impl.training.ema import MovingAverage
 from dalle_mini_impl.training.metrics import Meter
-from dalle_mini_impl.training.optimizer import (
-    MovingAverage,
-    build_optimizers,
-    keep_memory_formats,
-)
+from dalle_mini_impl.training.optimizer import build_optimizers, keep_memory_formats
 from dalle_mini_impl.training.schedule import learning_rate_factor
 from dalle_mini_impl.training.signals import StopRequest
+from dalle_mini_impl.training.task import PictureGrid, Task
 from dalle_mini_impl.training.tracking import Tracker
 from dalle_mini_impl.transformer.blocks import recompute_activations
 
 logger = logging.getLogger(__name__)
-
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_REASON = 300
 NOT_FINITE_NAME = "not_finite.jsonl"
 DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
-
-
-@dataclass(frozen=True)
-class PictureGrid:
-    """Pictures that a task wants to be seen."""
-
-    key: str
-    images: list[Image.Image]
-    captions: list[str]
-
-
-@runtime_checkable  # for the checks of types in the tests
-class Task(Protocol):
-    """What the loop needs of a model's training: data, a loss, and things to look at."""
-
-    num_samples: int
-    """Training samples."""
-    num_draws: int
-    """Uniform random numbers that one sample of a batch uses."""
-    tokens_per_sample: int
-    """Tokens that one sample makes; the loop reports tokens per second."""
-    identity: str
-    """What the model's tokens mean: a checkpoint of another identity is of no use."""
-    sample_weights: Tensor | None
-    """How often each sample is wanted relative to the others, or None for equal shares."""
-
-    def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
-    ) -> dict[str, Tensor]:
-        """Collect the samples on the CPU; ``draws`` are uniform in [0, 1)."""
-        ...
-
-    def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Tensor],
-        *,
-        progress: float,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a mean over samples, and detached metrics."""
-        ...
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure the model on held-out samples."""
-        ...
-
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
-        """Make the pictures that show how far the model is."""
-        ...
 
 
 @dataclass

@@ -1,25 +1,34 @@
 """A whole translation run: pairs of texts in, translator's folder and a report out."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dalle_mini_impl.builtin_datasets.translation_pairs import (
     EMOJI,
+    TextPair,
+    TextPairs,
     load_text_pairs,
     nearest_targets,
 )
+from dalle_mini_impl.data.bpe_dropout import encode_variants
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
-from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
+from dalle_mini_impl.models.seq2seq import PAD_TOKEN_ID, EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam_search import BeamConfig
 from dalle_mini_impl.training.config import TextConfig, TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
+from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
-from dalle_mini_impl.training.translation_task import TranslationTask, TranslationTaskConfig
 from dalle_mini_impl.translator import Translator, score_translations
+
+EVALUATION_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,3 +167,167 @@ def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str],
     rows = zip(sources, references, answers["model"], answers["nearest source"], strict=True)
     lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]
     (output_dir / "translations.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranslationTaskConfig:
+    """What the loss is made of.
+
+    Raises:
+        ValueError: If a share is not in [0, 1).
+    """
+
+    label_smoothing: float = 0.1
+    """Share of the target's probability spread over all tokens (Szegedy et al. 2016,
+    arXiv:1512.00567; Vaswani et al. 2017, section 5.4)."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training text is split into tokens (Provilkov et
+    al. 2020, arXiv:1910.13267)."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1)."""
+        for name, value in vars(self).items():
+            if not 0 <= value < 1:
+                raise ValueError(f"task.{name}: got {value}, wanted 0 to below 1")
+
+
+class TranslationTask:
+    """Pairs of token rows, and the loss of writing the second from the first."""
+
+    num_draws = 2
+
+    def __init__(
+        self, pairs: TextPairs, translator: Translator, config: TranslationTaskConfig
+    ) -> None:
+        """Encode the pairs.
+
+        Args:
+            pairs: What is learned and what is measured.
+            translator: Holds the vocabulary and the model that is trained.
+            config: The loss.
+        """
+        self.pairs, self.translator, self.config = pairs, translator, config
+        self.train = self._encode(pairs.train, dropout=config.bpe_dropout_probability)
+        self.held_out = tuple(table[:, 0] for table in self._encode(pairs.held_out, dropout=0.0))
+        self.references = [self.normalize(pair.target) for pair in pairs.held_out]
+        self.num_samples = len(pairs.train)
+        self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
+        self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
+        digest = hashlib.sha256(translator.captions.fingerprint().encode())
+        for token_ids in (*self.train, *self.held_out):
+            digest.update(token_ids.numpy().tobytes())
+        self.identity = digest.hexdigest()[:16]
+
+    def normalize(self, text: str) -> str:
+        """Bring a text to the form in which the tokenizer reads and writes."""
+        return self.translator.captions.tokenizer.normalizer.normalize_str(text)
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+    ) -> dict[str, Tensor]:
+        """Look up the tokens, each text in one of its variants."""
+        source, target = (
+            _trim(table[sample_ids, (draw * table.shape[1]).long()])
+            for table, draw in zip(self.train, draws.unbind(1), strict=True)
+        )
+        return {"source_token_ids": source, "target_token_ids": target}
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the smoothed loss in nats per token, and the plain one as a metric."""
+        del progress, generator
+        target = batch["target_token_ids"]
+        logits = model(batch["source_token_ids"], target)
+        end_token_id = self.translator.model.end_token_id
+        nats = target_nats(logits, target, end_token_id=end_token_id)
+        loss = target_nats(
+            logits,
+            target,
+            end_token_id=end_token_id,
+            label_smoothing=self.config.label_smoothing,
+        )
+        return loss, {"nats": nats.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure nats per token, and greedy translations, of held-out pairs."""
+        step = max(1, self.num_samples // 256)
+        train = [table[::step, 0] for table in self.train]
+        greedy = self.translator(
+            [pair.source for pair in self.pairs.held_out], beam=BeamConfig(num_beams=1)
+        )
+        scores = score_translations(greedy, self.references)
+        return {
+            "validation/nats": self._nats(model, *self.held_out),
+            "validation/train_nats": self._nats(model, *train),
+            **{f"validation/greedy_{name}": value for name, value in scores.items()},
+        }
+
+    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+        """Draw nothing."""
+        del model
+        return []
+
+    def _encode(self, pairs: list[TextPair], *, dropout: float) -> tuple[Tensor, Tensor]:
+        """Encode sources and targets: (pairs, variants, length), variant 0 the usual one."""
+        source, target = (
+            self._encode_texts([getattr(pair, name) for pair in pairs], dropout)
+            for name in ("source", "target")
+        )
+        return source, target
+
+    def _encode_texts(self, texts: list[str], dropout: float) -> Tensor:
+        captions = self.translator.captions
+        if dropout == 0:
+            return _trim(captions.encode(texts)).unsqueeze(1)
+        rows = _trim(encode_variants(captions, texts, dropout=dropout))
+        return rows.unflatten(0, (len(texts), -1))
+
+    def _nats(self, model: nn.Module, source: Tensor, target: Tensor) -> float:
+        device = next(model.parameters()).device
+        total = 0.0
+        for rows in torch.arange(len(source)).split(EVALUATION_BATCH_SIZE):
+            answer = target[rows].to(device)
+            logits = model(source[rows].to(device), answer).float()
+            nats = target_nats(logits, answer, end_token_id=self.translator.model.end_token_id)
+            total += float(nats) * len(rows) / len(source)
+        return total
+
+
+def target_nats(
+    logits: Float[Tensor, "batch target_length_plus_1 vocab_plus_2"],
+    target_token_ids: Int[Tensor, "batch target_length"],
+    *,
+    end_token_id: int,
+    label_smoothing: float = 0.0,
+) -> Float[Tensor, ""]:
+    """Average the loss over each row's tokens and its end, then over rows.
+
+    Args:
+        logits: As the model makes them of these targets.
+        target_token_ids: Padded on the right.
+        end_token_id: What follows the last token.
+        label_smoothing: Share of the probability spread over all tokens.
+
+    Returns:
+        Nats per token.
+    """
+    wanted = F.pad(target_token_ids, (0, 1), value=PAD_TOKEN_ID)
+    lengths = (target_token_ids != PAD_TOKEN_ID).sum(dim=1, keepdim=True)
+    wanted = wanted.scatter(1, lengths, end_token_id)
+    nats = F.cross_entropy(
+        logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=label_smoothing
+    ).view_as(wanted)
+    is_token = wanted != PAD_TOKEN_ID
+    return ((nats * is_token).sum(dim=1) / is_token.sum(dim=1)).mean()
+
+
+def _trim(token_ids: Tensor) -> Tensor:
+    """Cut the columns that hold nothing but pads."""
+    return token_ids[:, : int((token_ids != PAD_TOKEN_ID).any(dim=0).sum())]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image, ImageFont, ImageOps
 
-from dalle_mini_impl.data import images
+from dalle_mini_impl.data import image_grid
+from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.data.images import (
     BadImageError,
     decode_image,
     image_to_pixels,
-    make_grid,
     pixels_to_images,
     resize_and_crop,
     to_rgb,
@@ -288,7 +288,7 @@ def test_hangul_is_drawn_where_a_font_for_it_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sheet(caption: str) -> bytes:
-        images._wide_font.cache_clear()
+        image_grid._wide_font.cache_clear()
         return make_grid([Image.new("RGB", (96, 96))], columns=1, captions=[caption]).tobytes()
 
     monkeypatch.setattr(images, "_WIDE_FONTS", ("no-such-font.ttf",))
@@ -298,7 +298,7 @@ def test_hangul_is_drawn_where_a_font_for_it_is_installed(
     monkeypatch.setattr(images, "_WIDE_FONTS", ("no-such-font.ttf", str(any_font)))
     assert sheet("하트") != sheet("??")  # in the font that was found, whatever it makes of them
     monkeypatch.undo()
-    images._wide_font.cache_clear()
-    if images._wide_font() is not None:
+    image_grid._wide_font.cache_clear()
+    if image_grid._wide_font() is not None:
         assert sheet("하트") != sheet("사과")
-    images._wide_font.cache_clear()
+    image_grid._wide_font.cache_clear()

@@ -5,13 +5,14 @@ import torch
 from torch.nn import functional as F
 
 from dalle_mini_impl.evaluation.distribution import (
+    FeatureSpace,
     compare_sets,
     measure_distribution,
+    network_or_none,
     random_directions,
     share_inside,
     sliced_distance,
 )
-from dalle_mini_impl.evaluation.features import FeatureSpace, network_or_none
 from vqvae.losses import perceptual
 
 

@@ -7,8 +7,8 @@ import torch
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.emoji import ask, measure_emoji
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.evaluation.samples import read_data, to_floats
-from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
 from tests.reference import tiny
 from tests.reference.grid_data import write_grid_data
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dalle_mini_impl.cli.demo import held_out_sheet
 from dalle_mini_impl.data.images import image_to_pixels
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.evaluation.emoji_grid import (
+from dalle_mini_impl.evaluation.emoji import (
     Question,
     clock_questions,
     evaluate_grid,

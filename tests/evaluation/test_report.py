@@ -8,8 +8,7 @@ from PIL import Image
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate
-from dalle_mini_impl.evaluation.report import numbers_in, write_report
-from dalle_mini_impl.evaluation.sections import Section, Table
+from dalle_mini_impl.evaluation.report import Section, Table, numbers_in, write_report
 
 FIGURES = {
     "share": Estimate(1 / 3, 0.25, 0.5),

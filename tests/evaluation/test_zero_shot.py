@@ -16,7 +16,7 @@ from dalle_mini_impl.evaluation.zero_shot import (
     zero_shot_shapes,
 )
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.captioning import score_pairs
+from dalle_mini_impl.sampling.likelihood import score_pairs
 from tests.reference import tiny
 
 LABELS = tuple((color, shape) for color in tiny.COLORS for shape in tiny.SHAPES)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from dalle_mini_impl.pipeline import INDEX_NAME, file_hashes
+from dalle_mini_impl.model_folder import INDEX_NAME, file_hashes
 
 
 class Bomb:

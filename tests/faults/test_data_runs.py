@@ -10,8 +10,8 @@ import torch
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
-from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
 
 

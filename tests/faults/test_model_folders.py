@@ -18,7 +18,8 @@ import torch
 
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import INDEX_NAME, TextToImagePipeline
+from dalle_mini_impl.model_folder import INDEX_NAME
+from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.training.checkpoint import CheckpointCorruptError, load_checkpoint
 from tests.faults import hostile
 from tests.reference import tiny

@@ -19,8 +19,7 @@ from dalle_mini_impl.errors import StoppedError
 from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
 from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
-from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
+from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETaskConfig, train_vqvae
 from tests.reference import line_runs, tiny
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.processes import Script, run_script

@@ -14,7 +14,7 @@ from dalle_mini_impl.models.dalle_encoder_decoder import DalleEncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.sampling.generate import draw_rows
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from tests.reference.plain_encoder_decoder import plain_image_logits
+from tests.reference.plain_seq2seq import plain_image_logits
 
 Build = Callable[..., DalleEncoderDecoder]
 TOLERANCE = 1e-5

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dalle_mini_impl.hardware import build_accelerator
 from dalle_mini_impl.training.config import TrainingConfig
-from dalle_mini_impl.training.sources import build_accelerator
+from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
-from dalle_mini_impl.training.trainer import PictureGrid, Trainer
+from dalle_mini_impl.training.trainer import Trainer
 from tests.reference.tiny import draw_picture
 
 

@@ -20,10 +20,8 @@ from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.beam_search import BeamConfig
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
-from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-from dalle_mini_impl.training.dalle_task import DalleTaskConfig
-from dalle_mini_impl.training.sources import DataConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, DalleTaskConfig, train_dalle
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.translation import (
     TextPairsConfig,

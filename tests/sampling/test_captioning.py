@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.sampling.captioning import (
-    complete_text,
+from dalle_mini_impl.sampling.captioning import complete_text
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
+from dalle_mini_impl.sampling.likelihood import (
+    caption_gain,
+    image_log_likelihood,
     score_pairs,
     text_log_likelihood,
 )
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
-from dalle_mini_impl.sampling.rerank import caption_gain, image_log_likelihood
 
 BuildDalle = Callable[..., Dalle]
 TEXT = torch.tensor([[4, 2, 9, 0, 0], [4, 2, 0, 0, 0], [1, 1, 3, 5, 10]])

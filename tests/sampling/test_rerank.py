@@ -15,7 +15,8 @@ from dalle_mini_impl.sampling.generate import (
     SamplingConfig,
     generate_image_token_ids,
 )
-from dalle_mini_impl.sampling.rerank import best_of, caption_gain, image_log_likelihood
+from dalle_mini_impl.sampling.likelihood import caption_gain, image_log_likelihood
+from dalle_mini_impl.sampling.rerank import best_of
 
 BuildDalle = Callable[..., Dalle]
 

@@ -11,12 +11,9 @@ from dalle_mini_impl.training.checkpoint import (
     flatten_optimizer_state,
     restore_optimizer_state,
 )
+from dalle_mini_impl.training.ema import MovingAverage
 from dalle_mini_impl.training.muon import Muon
-from dalle_mini_impl.training.optimizer import (
-    MovingAverage,
-    build_optimizers,
-    keep_memory_formats,
-)
+from dalle_mini_impl.training.optimizer import build_optimizers, keep_memory_formats
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 

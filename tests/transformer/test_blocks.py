@@ -7,13 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.blocks import (
-    BlockOptions,
-    ChannelDropout,
-    GatedFeedForward,
-    TransformerBlock,
-    recompute_activations,
-)
+from dalle_mini_impl.transformer.blocks import BlockOptions, TransformerBlock, recompute_activations
+from dalle_mini_impl.transformer.feed_forward import ChannelDropout, GatedFeedForward
 from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
 from tests.reference.torch_transformer import copy_block
 

@@ -18,8 +18,16 @@ from vqvae.image_tokenizer import ImageTokenizer, require_pixels, require_token_
 from vqvae.model import CONFIG_NAME, FORMAT_VERSION, VQVAE, WEIGHTS_NAME
 from vqvae.pretrained.adapters import KINDS, Sizes, kind_of, read_sizes
 from vqvae.pretrained.openai_dvae import DECODER_NAME, ENCODER_NAME, load_openai_dvae
-from vqvae.serialization import build_config, own_file, read_json, shown
-from vqvae.weights import build_checked, hash_weights, load_weights, save_weights
+from vqvae.serialization import (
+    build_checked,
+    build_config,
+    hash_weights,
+    load_weights,
+    own_file,
+    read_json,
+    save_weights,
+    shown,
+)
 
 PIXELS_AT_ONCE = 2**20  # of a batch: networks of hundreds of channels at full size are large
 

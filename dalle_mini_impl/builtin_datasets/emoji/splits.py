@@ -20,27 +20,15 @@ from dalle_mini_impl.builtin_datasets.emoji.index import (
     split_gender,
     tones_of,
 )
+from dalle_mini_impl.data.splits import draw
 
 SPLITS = ("train", "test_compose", "test_compose2", "test_clock", "val_novel")
 GENDERS = ("woman", "man", "person")
 TONES = tuple(names.TONES.values())
-
 NEAR_IDENTICAL_MSE = 2e-4
 """Mean squared error on [0, 1] at 32 x 32 below which two pictures count as the same one."""
 _NOVEL_PER_MILLE = 45
 _CLOCKS_HELD_OUT = 6
-
-
-def draw(*key: str) -> int:
-    """A fixed pseudo-random number of a key.
-
-    Args:
-        *key: strings that name the draw.
-
-    Returns:
-        An integer in [0, 2^32): the first four bytes of the sha1 of the joined key.
-    """
-    return int.from_bytes(hashlib.sha1("/".join(key).encode()).digest()[:4], "big")
 
 
 @lru_cache(maxsize=1)

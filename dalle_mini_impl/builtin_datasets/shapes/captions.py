@@ -1,4 +1,4 @@
-"""Puts scenes of `dalle_mini_impl.builtin_datasets.shapes.scene` into words (English, Korean), facts and files."""
+"""Captions (English, Korean), facts and files of scenes."""
 
 import json
 import os

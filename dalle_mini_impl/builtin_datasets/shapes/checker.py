@@ -1,4 +1,4 @@
-"""Reads a picture of `dalle_mini_impl.builtin_datasets.shapes.scene` back and says which facts of a caption it shows.
+"""Reads an image of a scene back and says which facts of a caption it shows.
 
 The checker sees pixels only. A pixel is explained as white mixed with one palette colour; equal
 colours that touch are one object; its shape is the template it overlaps best; its centre and size

@@ -1,4 +1,4 @@
-"""Facts: machine-readable claims about the pictures of `dalle_mini_impl.builtin_datasets.shapes.scene`.
+"""Facts: machine-readable claims about the images of scenes.
 
 `facts_hold` is the one place that says what a fact means. It judges the objects of a scene and the
 objects that a checker has read from a picture alike.

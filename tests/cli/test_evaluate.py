@@ -15,7 +15,7 @@ from PIL import Image
 from dalle_mini_impl.cli.evaluate import EvaluationConfig, evaluate
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.native import build
 from dalle_mini_impl.training.checkpoint import save_checkpoint
 from tests.reference import tiny

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from dalle_mini_impl import waiting
+from dalle_mini_impl import progress
 from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
+from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
-from dalle_mini_impl.training.sources import DataConfig
 from tests.reference import tiny
 
 
@@ -43,7 +43,7 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
 def test_long_reading_and_encoding_say_how_far_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waiting, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     folder, shown = tmp_path / "pictures", list[str]()
     folder.mkdir()
     for number in range(3):
@@ -66,6 +66,6 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     assert "image tokens: encoded: 3 of 6" in shown
     assert "image tokens: encoded: 6 of 6" not in shown
     shown.clear()
-    monkeypatch.setattr(waiting, "SECONDS_BETWEEN_LINES", 10.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     load_pairs(config, "train", image_size=size, records=silent, show=shown.append)
     assert shown == [f"train: 3 pictures from {folder}, 0 skipped"]

@@ -11,7 +11,7 @@ from dalle_mini_impl.clip_ranker import ClipRanker
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import sigmoid_loss, softmax_loss
-from dalle_mini_impl.training.clip_task import (
+from dalle_mini_impl.training.clip import (
     ClipTask,
     ClipTaskConfig,
     build_retrieval,

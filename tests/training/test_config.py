@@ -5,11 +5,9 @@ from typing import Any
 
 import pytest
 
-from dalle_mini_impl.training.config import TextConfig, TrainingConfig
-from dalle_mini_impl.training.dalle import DalleRunConfig
-from dalle_mini_impl.training.dalle_task import DalleTaskConfig
-from dalle_mini_impl.training.sources import DataConfig
-from dalle_mini_impl.training.vqvae_task import VQVAETaskConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, DalleTaskConfig
+from dalle_mini_impl.training.vqvae import VQVAETaskConfig
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dalle_mini_impl.data.augmentation import shift_images, zoom_images
 from dalle_mini_impl.data.bpe_dropout import NUM_VARIANTS
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.token_dataset import (
-    TokenDataset,
-    Variation,
-    build_token_dataset,
-    shift_images,
-    zoom_images,
-)
+from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from tests.reference import tiny
 from vqvae import VQVAE
 

@@ -8,14 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vqvae.losses.reconstruction import (
-    haar_bands,
-    haar_wavelet_loss,
-    logit_laplace_loss,
-    logit_laplace_pixels,
-    ms_ssim,
-    reconstruction_loss,
-)
+from vqvae.logit_laplace import logit_laplace_loss, logit_laplace_pixels
+from vqvae.losses.reconstruction import haar_bands, haar_wavelet_loss, ms_ssim, reconstruction_loss
 
 
 def images(seed: int = 0, size: int = 32, channels: int = 3) -> Tensor:

@@ -15,8 +15,8 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     make_scene,
 )
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.evaluation.samples import join, read_data
-from dalle_mini_impl.evaluation.sections import CEILING, FLOOR
 from dalle_mini_impl.evaluation.shapes import (
     WHOLE,
     Checked,

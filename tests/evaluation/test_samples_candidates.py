@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from dalle_mini_impl.evaluation.drawings import draw
-from dalle_mini_impl.evaluation.samples import decode, to_images
-from dalle_mini_impl.sampling.rerank import caption_gain
+from dalle_mini_impl.evaluation.samples import decode, draw, to_images
+from dalle_mini_impl.sampling.likelihood import caption_gain
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference import tiny
 

@@ -14,8 +14,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.vqvae import VQVAERunConfig
-from dalle_mini_impl.training.vqvae_task import DISCRIMINATOR_SCALE, VQVAETask, VQVAETaskConfig
+from dalle_mini_impl.training.vqvae import (
+    DISCRIMINATOR_SCALE,
+    VQVAERunConfig,
+    VQVAETask,
+    VQVAETaskConfig,
+)
 from tests.reference import dvae_loss, tiny
 from tests.reference.quantizers import uniform_noise
 from vqvae import VQVAE

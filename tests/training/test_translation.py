@@ -11,11 +11,7 @@ from dalle_mini_impl.builtin_datasets.translation_pairs import TextPair, TextPai
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
-from dalle_mini_impl.training.translation_task import (
-    TranslationTask,
-    TranslationTaskConfig,
-    target_nats,
-)
+from dalle_mini_impl.training.translation import TranslationTask, TranslationTaskConfig, target_nats
 from dalle_mini_impl.translator import Translator, score_translations
 from tests.reference import tiny
 

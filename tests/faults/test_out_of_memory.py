@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.batch_size import fewest_parts_that_fit, is_out_of_memory
+from dalle_mini_impl.hardware import is_out_of_memory
+from dalle_mini_impl.training.batch_size import fewest_parts_that_fit
 from dalle_mini_impl.training.checkpoint import load_checkpoint, newest_checkpoint
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.hardware import build_accelerator
 from dalle_mini_impl.progress import ProgressLine
 from dalle_mini_impl.training.checkpoint import load_checkpoint
 from dalle_mini_impl.training.resume import refuse_used_folder
-from dalle_mini_impl.training.sources import build_accelerator
-from dalle_mini_impl.training.trainer import Task, Trainer
+from dalle_mini_impl.training.task import Task
+from dalle_mini_impl.training.trainer import Trainer
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.tiny import read_metrics
 

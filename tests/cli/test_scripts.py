@@ -19,7 +19,7 @@ from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def main_of(name: str) -> Callable[[Sequence[str]], None]:

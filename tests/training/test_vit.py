@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.builtin_datasets.labelled_images import LabelledPictures, LabelledSplits
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.vit_task import (
+from dalle_mini_impl.training.vit import (
     ViTTask,
     ViTTaskConfig,
     nearest_neighbour_scores,

@@ -1,0 +1,58 @@
+"""Shifted and enlarged views of training images."""
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def shift_images(
+    pixels: UInt8[Tensor, "batch channels height width"], offsets: Int[Tensor, "batch 2"]
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Move images by whole pixels; edges are repeated into the space that opens.
+
+    Args:
+        pixels: Bytes.
+        offsets: (down, right) in pixels, negative for up and left.
+
+    Returns:
+        Shifted copies.
+    """
+    _, _, height, width = pixels.shape
+    rows = (torch.arange(height) - offsets[:, :1]).clamp(0, height - 1)  # (batch, height)
+    columns = (torch.arange(width) - offsets[:, 1:]).clamp(0, width - 1)
+    batch = torch.arange(len(pixels))[:, None, None]
+    moved = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+    return moved.permute(0, 3, 1, 2).contiguous()
+
+
+def zoom_images(
+    pixels: UInt8[Tensor, "batch channels height width"],
+    draws: Float[Tensor, "batch 3"],
+    *,
+    max_zoom: float,
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Enlarge images and keep a window of the old size from each.
+
+    Args:
+        pixels: Bytes.
+        draws: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
+        max_zoom: Largest enlargement, at least 1.
+
+    Returns:
+        The windows.
+
+    Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
+        picture is scaled down to its new size and cropped to a square near its middle; here the
+        square is the middle one, and a picture at its final size is enlarged (bilinear).
+    """
+    height, width = pixels.shape[-2:]
+    results = []
+    for image, (growth, down, right) in zip(pixels, draws.tolist(), strict=True):
+        sides = [
+            size + int(growth * (round(max_zoom * size) - size + 1)) for size in (height, width)
+        ]
+        top, left = int(down * (sides[0] - height + 1)), int(right * (sides[1] - width + 1))
+        large = F.interpolate(image[None].float(), size=sides, mode="bilinear")
+        results.append(large[0, :, top : top + height, left : left + width].round().byte())
+    return torch.stack(results)

@@ -1,0 +1,127 @@
+"""A grid of images with their captions beneath."""
+
+import functools
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from dalle_mini_impl.data.images import WHITE, to_rgb
+
+_CAPTION_FONT_SIZE = 11  # pixels
+# With Hangul; Pillow finds them by name where each system keeps its fonts.
+_WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "malgun.ttf", "AppleSDGothicNeo.ttc")
+_CAPTION_MAX_LINES = 4
+_LEGIBLE_SIDE = 96  # pixels; narrower pictures are doubled when captions go under them
+
+
+def make_grid(
+    images: Sequence[Image.Image],
+    *,
+    columns: int,
+    captions: Sequence[str] | None = None,
+    padding: int = 2,
+) -> Image.Image:
+    """Lays pictures out in rows on white, with captions under them if given.
+
+    With captions, pictures narrower than 96 pixels are doubled (nearest) until the text fits.
+    Pillow's built-in font knows Latin only. Other letters are drawn in the first font of
+    `_WIDE_FONTS` that is installed, or as "?" where none is.
+
+    Args:
+        images: The pictures, row by row; sizes may differ.
+        columns: Pictures per row.
+        captions: One text per picture, or None.
+        padding: Pixels of white between and around the pictures.
+
+    Returns:
+        One RGB picture.
+
+    Raises:
+        ValueError: No pictures, `columns` below 1, or not one caption per picture.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"got {len(images)} images in {columns} columns, wanted 1 or more of both")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"got {len(captions)} captions, wanted {len(images)}, one per image")
+    pictures = [to_rgb(image) for image in images]
+    if captions is not None:
+        pictures = [_double_until_legible(picture) for picture in pictures]
+    width = max(picture.width for picture in pictures)
+    height = max(picture.height for picture in pictures)
+    texts = [_wrap(text, width) for text in captions] if captions is not None else []
+    text_height = _text_height(max((text.count("\n") + 1 for text in texts), default=0))
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    step_x, step_y = width + padding, height + text_height + padding
+    sheet = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for index, picture in enumerate(pictures):
+        row, column = divmod(index, columns)
+        x, y = padding + column * step_x, padding + row * step_y
+        sheet.paste(picture, (x, y))
+        if texts:
+            text = texts[index]
+            draw.multiline_text((x, y + height), text, "black", font=_font(text), spacing=1)
+    return sheet
+
+
+def _font(text: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Return a font for a text: Pillow's own for Latin letters, else one that knows Hangul."""
+    own = ImageFont.load_default(size=_CAPTION_FONT_SIZE)
+    return own if _is_latin(text) else _wide_font() or own
+
+
+@functools.cache
+def _wide_font() -> ImageFont.FreeTypeFont | None:
+    for name in _WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, _CAPTION_FONT_SIZE)
+        except OSError:  # not installed
+            continue
+    return None
+
+
+def _is_latin(text: str) -> bool:
+    return all(ord(letter) < 256 for letter in text)
+
+
+def _double_until_legible(picture: Image.Image) -> Image.Image:
+    factor = 1
+    while picture.width * factor < _LEGIBLE_SIDE:
+        factor *= 2
+    if factor == 1:
+        return picture
+    size = (picture.width * factor, picture.height * factor)
+    return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def _text_height(num_lines: int) -> int:
+    return num_lines * (_CAPTION_FONT_SIZE + 4)
+
+
+def _wrap(text: str, width: int) -> str:
+    """Breaks a caption into lines of at most `width` pixels; what does not fit ends in "..."."""
+    # A letter is wider than a pixel: what is cut here would not fit anyway.
+    text = text[: width * (_CAPTION_MAX_LINES + 1)]
+    if _wide_font() is None:
+        text = text.encode("latin-1", "replace").decode("latin-1")
+    font = _font(text)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    lines = [line for line in lines if line]
+    if len(lines) > _CAPTION_MAX_LINES:
+        lines = [*lines[: _CAPTION_MAX_LINES - 1], lines[_CAPTION_MAX_LINES - 1] + " ..."]
+    return "\n".join(_shorten(line, width, font) for line in lines)
+
+
+def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "...") > width:
+        line = line[:-1]
+    return line + "..."
