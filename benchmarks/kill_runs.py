@@ -141,7 +141,7 @@ def build_stock(kind: str, folder: Path, out: Path) -> tuple[torch.nn.Module, An
         task, dalle, _ = dalle_run._prepare(config, vqvae, records, lambda line: None)
         return dalle, task
     train, held_out = (
-        load_pairs(config.data, split, image_size=SIZE, records=records, show=lambda line: None)
+        load_pairs(config.data, split, image_size=SIZE, records=records)
         for split in ("train", "val")
     )
     torch.manual_seed(config.training.seed)

@@ -1,10 +1,13 @@
 """What a person sees while a model trains: a bar on a terminal, plain lines elsewhere."""
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
 
 from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 LONGEST_SILENCE_SECONDS = 30.0
 SECONDS_BETWEEN_LINES = 10.0
@@ -13,16 +16,14 @@ SECONDS_BETWEEN_LINES = 10.0
 class ProgressLine:
     """Shows step, loss, speed and the time left, on the main process only."""
 
-    def __init__(self, is_main: bool, show: Callable[[str], None], *, progress: float) -> None:
+    def __init__(self, is_main: bool, *, progress: float) -> None:
         """Open the bar.
 
         Args:
             is_main: Whether this is the process that talks.
-            show: Receives the plain lines.
             progress: Share of the budget that an earlier part of the run used, in [0, 1].
         """
         self._is_main = is_main
-        self._show = show
         self._started, self._progress_at_start = time.monotonic(), progress
         self._shown = self._started
         self._bar = tqdm(
@@ -66,18 +67,17 @@ class ProgressLine:
         seconds = self._shown - self._started
         left = seconds * (1 - progress) / max(1e-9, progress - self._progress_at_start)
         times = f"{tqdm.format_interval(seconds)}, {tqdm.format_interval(left)} left"
-        self._show(f"{100 * progress:3.0f} %  {text}  {times}")
+        logger.info(f"{100 * progress:3.0f} %  {text}  {times}")
 
     def close(self) -> None:
         """Leave the last line standing."""
         self._bar.close()
 
 
-def show_now_and_then(show: Callable[[str], None], what: str) -> Callable[[int, int], None]:
-    """Make a callback for a loop that is silent otherwise.
+def log_now_and_then(what: str) -> Callable[[int, int], None]:
+    """Make a callback that logs a line about every ten seconds of a loop.
 
     Args:
-        show: Receives a line about every ten seconds.
         what: What is counted.
 
     Returns:
@@ -90,6 +90,6 @@ def show_now_and_then(show: Callable[[str], None], what: str) -> Callable[[int, 
         now = time.monotonic()
         if now - last >= SECONDS_BETWEEN_LINES and done < total:
             last = now
-            show(f"{what}: {done} of {total}")
+            logger.info(f"{what}: {done} of {total}")
 
     return step

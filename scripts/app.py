@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     from dalle_mini_impl.cli.app import serve  # torch loads after the options fit
 
-    serve(options.model, host=options.host, port=options.port, show=print, native=options.native)
+    serve(options.model, host=options.host, port=options.port, native=options.native)
 
 
 if __name__ == "__main__":

@@ -40,13 +40,13 @@ def main(arguments: Sequence[str]) -> None:
         announce("training the image tokenizer")
         preset = ["--config", str(options.configs / "vqvae.yaml")]
         config, resume = load_config(VQVAERunConfig, [*preset, *shared(vqvae)], description="")
-        train_vqvae(config, resume=resume, show=announce)
+        train_vqvae(config, resume=resume)
     if not (dalle / "model" / "model_index.json").is_file():
         announce("training the decoder")
         preset = ["--config", str(options.configs / "dalle.yaml")]
         preset += ["--vqvae_dir", str(vqvae / "model"), *shared(dalle)]
         settings, resume = load_config(DalleRunConfig, preset, description="")
-        train_dalle(settings, resume=resume, show=announce)
+        train_dalle(settings, resume=resume)
     announce("drawing pictures")
     use_fast_float32()  # as training did: a later run of this script alone draws the same pictures
     for line in draw_demo(dalle / "model", data, out):

@@ -60,7 +60,6 @@ def main(arguments: Sequence[str]) -> None:
             clip=options.clip,
             tracking=options.wandb,
         ),
-        show=print,
     )
     print(f"report: {report}, and {report.with_suffix('.json').name} beside it")
 

@@ -64,7 +64,6 @@ def main(arguments: Sequence[str]) -> None:
         ranking=Ranking(options.rank, options.clip),
         out=options.out,
         overrides={name: value for name, value in overrides.items() if value is not None},
-        show=print,
         native=options.native,
     )
     if grid is not None:

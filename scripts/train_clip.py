@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     config, resume = load_config(
         ClipRunConfig, arguments, description="Train a CLIP on captioned pictures."
     )
-    train_clip(config, resume=resume, show=print)
+    train_clip(config, resume=resume)
 
 
 if __name__ == "__main__":

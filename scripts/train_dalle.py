@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     config, resume = load_config(
         DalleRunConfig, arguments, description="Train a decoder on captioned pictures."
     )
-    train_dalle(config, resume=resume, show=print)
+    train_dalle(config, resume=resume)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     config, resume = load_config(
         TranslationRunConfig, arguments, description="Train a translator on pairs of texts."
     )
-    train_translation(config, resume=resume, show=print)
+    train_translation(config, resume=resume)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     config, resume = load_config(
         ViTRunConfig, arguments, description="Train a Vision Transformer to classify pictures."
     )
-    train_vit(config, resume=resume, show=print)
+    train_vit(config, resume=resume)
 
 
 if __name__ == "__main__":

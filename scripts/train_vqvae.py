@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> None:
     config, resume = load_config(
         VQVAERunConfig, arguments, description="Train an image tokenizer (discrete VAE)."
     )
-    train_vqvae(config, resume=resume, show=print)
+    train_vqvae(config, resume=resume)
 
 
 if __name__ == "__main__":

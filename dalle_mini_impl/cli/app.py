@@ -6,6 +6,7 @@ of a user is ever shown as HTML or Markdown.
 
 import dataclasses
 import importlib.util
+import logging
 import math
 import os
 import shutil
@@ -13,7 +14,6 @@ import signal
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import use_fast_float32
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
+
+logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LENGTH = 500  # characters
 MAX_SEED = 2**53 - 1  # what a browser holds exactly
@@ -167,7 +169,6 @@ def serve(
     *,
     host: str,
     port: int,
-    show: Callable[[str], None],
     native: NativeWeights | None = None,
 ) -> None:
     """Serve the page until Ctrl-C or SIGTERM.
@@ -176,7 +177,6 @@ def serve(
         model: Model folder.
         host: Address to listen on.
         port: Its port.
-        show: Receives plain lines.
         native: Draw with the compiled pass and weights of this kind, where that is possible.
 
     Raises:
@@ -203,10 +203,10 @@ def serve(
         except OSError as error:
             raise UserError(f"port: got {port}: {error}; wanted a free one") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        show(f"the page is at {page.local_url} ; Ctrl-C ends it")
+        logger.info(f"the page is at {page.local_url} ; Ctrl-C ends it")
         try:
             threading.Event().wait()
         except KeyboardInterrupt:
-            show("stopped")
+            logger.info("stopped")
         finally:
             page.close(verbose=False)

@@ -5,7 +5,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,7 +51,6 @@ logger = logging.getLogger(__name__)
 
 LIBRARIES = ("dalle-mini-impl", "torch", "numpy", "scipy", "scikit-image", "pillow")
 ONE = "one picture"
-Show = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +84,11 @@ class EvaluationConfig:
     """W&B mode; None asks the model's run."""
 
 
-def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Path:
+def evaluate(config: EvaluationConfig) -> Path:
     """Measure a model on held-out pictures and write a report.
 
     Args:
         config: What and how.
-        show: Receives lines about the progress.
 
     Returns:
         The report's ``report.md``; ``report.json`` and the pictures lie beside it.
@@ -108,10 +106,8 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
     if config.native is not None:
         pipeline.use_native(config.native)
     ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
-    clock = _Clock(show)
-    data = read_data(
-        config.data, pipeline.vqvae, language=config.language, styles=config.styles, show=show
-    )
+    clock = _Clock()
+    data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
     clock.lap("pictures read and tokenized")
     sections = _measure(pipeline, data, settings, config, clock, ranker)
     protocol = _protocol(pipeline, data, settings, config)
@@ -125,15 +121,14 @@ def evaluate(config: EvaluationConfig, *, show: Show = lambda line: None) -> Pat
 class _Clock:
     """Says what is done, and remembers how long it took."""
 
-    def __init__(self, show: Show) -> None:
+    def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.show = show
         self._last = time.monotonic()
 
     def lap(self, what: str) -> None:
         now = time.monotonic()
         self.seconds[what] = round(now - self._last, 1)
-        self.show(f"{what}: {self.seconds[what]} s")
+        logger.info(f"{what}: {self.seconds[what]} s")
         self._last = now
 
 
@@ -160,7 +155,6 @@ def _measure(
         settings=settings,
         num_candidates=config.num_candidates,
         seed=seed,
-        show=clock.show,
     )
     clock.lap(f"{drawings.gains.numel()} pictures drawn")
     ways = {ONE: decode(vqvae, drawings.first)}
@@ -179,7 +173,7 @@ def _measure(
     clock.lap("drawings compared with true pictures")
     splits = {"train": data.train, **data.held_out}
     sections.insert(1, measure_likelihood(
-        pipeline, splits, max_samples=config.max_samples, seed=seed, show=clock.show
+        pipeline, splits, max_samples=config.max_samples, seed=seed
     ))  # fmt: skip
     clock.lap("likelihoods measured")
     return sections

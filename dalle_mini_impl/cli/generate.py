@@ -1,8 +1,9 @@
 """What ``generate.py`` does: prompts in, PNG files and one grid out, on any number of processes."""
 
 import dataclasses
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,8 @@ from dalle_mini_impl.hardware import is_out_of_memory, use_fast_float32
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.output_dirs import make_folder
 from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
+
+logger = logging.getLogger(__name__)
 
 PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
 CLIP_FOLDER = "clip"  # of a model folder
@@ -84,7 +87,6 @@ def draw_to_folder(
     out: Path,
     overrides: dict[str, Any],
     ranking: Ranking = BY_LIKELIHOOD,
-    show: Callable[[str], None] = lambda line: None,
     native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
@@ -98,7 +100,6 @@ def draw_to_folder(
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
         ranking: Which candidates are kept.
-        show: Receives plain lines about the work, on the main process.
         native: Draw with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
@@ -141,9 +142,8 @@ def draw_to_folder(
     settings |= pipeline.native_settings
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
-    show = show if processes.is_main else (lambda line: None)
     num_pictures = len(unique) * num_images
-    show(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
+    logger.info(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
     mine = processes.share(list(enumerate(unique, start=first)))
     written: list[tuple[int, int, str, str]] = []
     with resources(out):
@@ -163,7 +163,7 @@ def draw_to_folder(
                 save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
                 written.append((*place, str(path), prompt))
             if len(mine) * num_images > PICTURES_AT_A_TIME:
-                show(f"{len(written)} of {len(mine) * num_images} drawn")
+                logger.info(f"{len(written)} of {len(mine) * num_images} drawn")
         written = sorted(processes.gather(written))
         if not processes.is_main:
             return None
@@ -291,7 +291,6 @@ def complete_to_folder(
     out: Path,
     overrides: dict[str, Any],
     ranking: Ranking = BY_LIKELIHOOD,
-    show: Callable[[str], None] = lambda line: None,
     native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
@@ -306,7 +305,6 @@ def complete_to_folder(
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
         ranking: By likelihood; here there is no other.
-        show: Receives plain lines about the work.
         native: Draw with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
@@ -345,7 +343,7 @@ def complete_to_folder(
     unique = list(dict.fromkeys(prompts))
     columns = counts.get("num_images", 1)
     num_pictures = len(unique) * columns
-    show(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
+    logger.info(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
     with resources(out):
         drawn = pipeline.complete(
             unique,

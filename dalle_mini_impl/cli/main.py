@@ -51,12 +51,7 @@ def run_script(
         SystemExit: The script did not end well.
     """
     is_main_process = int(os.environ.get("RANK", "0")) == 0
-    # The other processes of a run would only repeat what the first one says.
-    handler = logging.StreamHandler()
-    handler.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
-    level = logging.WARNING if is_main_process else logging.CRITICAL
-    logging.basicConfig(level=level, handlers=[handler])
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    _set_up_logging(is_main_process)
     go_on = f"to go on: {_resume_command(arguments)}" if takes_resume else "run it again"
     code, line = 0, ""
     with _termination_raised():
@@ -97,6 +92,22 @@ def _termination_raised() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _set_up_logging(is_main_process: bool) -> None:
+    """Progress of our packages goes to stdout, warnings of all to stderr, secrets nowhere."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    warnings = logging.StreamHandler()
+    warnings.setLevel(logging.WARNING)
+    warnings.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
+    progress = logging.StreamHandler(sys.stdout)
+    progress.addFilter(lambda record: record.levelno < logging.WARNING)
+    progress.setFormatter(_PlainFormatter("%(message)s"))
+    # The other processes of a run would only repeat what the first one says.
+    level = logging.WARNING if is_main_process else logging.CRITICAL
+    logging.basicConfig(level=level, handlers=[warnings, progress])
+    for package in ("dalle_mini_impl", "vqvae"):
+        logging.getLogger(package).setLevel(logging.INFO if is_main_process else level)
 
 
 class _PlainFormatter(logging.Formatter):

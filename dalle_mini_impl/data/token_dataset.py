@@ -26,7 +26,7 @@ from dalle_mini_impl.data.bpe_dropout import encode_variants
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.progress import log_now_and_then
 from vqvae.image_tokenizer import ImageTokenizer
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,6 @@ def build_token_dataset(
     captions: CaptionEncoder,
     variation: Variation,
     cache_dir: Path,
-    show: Callable[[str], None] = lambda line: None,
 ) -> TokenDataset:
     """Tokenize images and captions, or read what an earlier run of the same inputs left.
 
@@ -132,7 +131,6 @@ def build_token_dataset(
         captions: The caption tokenizer.
         variation: Views of each image and variants of each caption.
         cache_dir: Where token data sets are kept.
-        show: Receives a line about what is done.
 
     Returns:
         The token data set.
@@ -148,9 +146,9 @@ def build_token_dataset(
         except (SafetensorError, OSError, TypeError) as error:
             logger.warning("%s cannot be read (%s); encoding again", path, error)
         else:
-            show(f"image and caption tokens: reading {path}")
+            logger.info(f"image and caption tokens: reading {path}")
             return stored
-    show(
+    logger.info(
         f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
         "they are kept when all are done"
     )
@@ -160,13 +158,13 @@ def build_token_dataset(
             pixels,
             vqvae,
             variation,
-            progress=show_now_and_then(show, "image tokens: encoded"),
+            progress=log_now_and_then("image tokens: encoded"),
         ),
         text_token_ids=_encode_captions(pairs, captions, variation.bpe_dropout).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
     if captions.num_truncated:
-        show(captions.truncation_report())
+        logger.info(captions.truncation_report())
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.report import Section, Table, draw_map, number
-from dalle_mini_impl.evaluation.samples import Samples, Show
+from dalle_mini_impl.evaluation.samples import Samples
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.progress import log_now_and_then
 from dalle_mini_impl.sampling.likelihood import image_token_log_likelihoods
 
 CAPTIONS = ("its caption", "no caption", "another caption")
@@ -66,7 +66,6 @@ def measure_likelihood(
     *,
     max_samples: int,
     seed: int,
-    show: Show = lambda line: None,
 ) -> Section:
     """Measure the loss on the tokens of true pictures.
 
@@ -75,12 +74,11 @@ def measure_likelihood(
         splits: Pictures by split, the training split among them.
         max_samples: Pictures per split, spread over all of it.
         seed: Decides whose caption is "another" one.
-        show: Receives lines about the progress.
 
     Returns:
         Nats per token and bits per picture, by split and by position.
     """
-    progress = show_now_and_then(show, "likelihoods: passes done")
+    progress = log_now_and_then("likelihoods: passes done")
     figures: dict[str, dict[str, dict[str, Estimate]]] = {}
     rows, by_cell = [], {}
     for index, (name, split) in enumerate(splits.items()):

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,14 +18,13 @@ from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, Pairs, open_all_split
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.progress import log_now_and_then
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
 from dalle_mini_impl.sampling.likelihood import caption_gain
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
 
 BATCH_SIZE = 64
-Show = Callable[[str], None]
 Pixels = UInt8[Tensor, "samples 3 height width"]
 
 
@@ -129,7 +128,6 @@ def read_data(
     *,
     language: str = "en",
     styles: Sequence[str] = (),
-    show: Show = lambda line: None,
 ) -> EvaluationData:
     """Read and tokenize all splits of a source.
 
@@ -138,7 +136,6 @@ def read_data(
         vqvae: The model's image tokenizer.
         language: ``ko`` takes the Korean captions where there are any.
         styles: Of emoji; the source must have them.
-        show: Receives lines about the progress.
 
     Returns:
         The pictures.
@@ -161,7 +158,7 @@ def read_data(
         pixels, kept, _ = load_all_pixels(
             pairs,
             image_size=vqvae.config.image_size,
-            progress=show_now_and_then(show, "pictures read"),
+            progress=log_now_and_then("pictures read"),
         )
     except UserError as error:
         raise UserError(f"data: {error}") from None
@@ -286,7 +283,6 @@ def draw(
     settings: SamplingConfig,
     num_candidates: int = 1,
     seed: int = 0,
-    show: Show = lambda line: None,
 ) -> Drawings:
     """Draw candidates for every caption, each with a seed of its own.
 
@@ -299,7 +295,6 @@ def draw(
         settings: How.
         num_candidates: Pictures per caption.
         seed: Of the first picture.
-        show: Receives lines about the progress.
 
     Returns:
         The tokens, on the CPU.
@@ -311,7 +306,7 @@ def draw(
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
     device = pipeline.dalle.image_head.rows.device
     text = pipeline.captions.encode(list(captions)).to(device)
-    progress = show_now_and_then(show, "pictures drawn")
+    progress = log_now_and_then("pictures drawn")
     columns = []
     for candidate in range(num_candidates):
         seeds = torch.arange(count) + seed + candidate * count

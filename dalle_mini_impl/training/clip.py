@@ -1,7 +1,8 @@
 """A whole CLIP run: captioned pictures in, ranker's folder and a report out."""
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
 from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
+
+logger = logging.getLogger(__name__)
 
 MAX_MEASURED = 2_000  # held-out pictures; retrieval gets harder with their number
 
@@ -66,14 +69,12 @@ def train_clip(
     config: ClipRunConfig,
     *,
     resume: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train a CLIP and measure retrieval.
 
     Args:
         config: The run.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
 
     Returns:
         The ranker's folder; ``report.json`` lies beside it.
@@ -81,19 +82,18 @@ def train_clip(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with begin_run(config, resume, show) as (accelerator, say):
-        task = _prepare(config, resume, accelerator, say)
+    with begin_run(config, resume) as accelerator:
+        task = _prepare(config, resume, accelerator)
         folder = run_task(
             task.ranker.model,
             task,
             config,
             accelerator=accelerator,
             resume=resume,
-            show=say,
             save_pretrained=task.ranker.save_pretrained,
         )
         if accelerator.is_main_process:
-            _write_report(task, Path(config.output_dir), say)
+            _write_report(task, Path(config.output_dir))
         accelerator.wait_for_everyone()
     return folder
 
@@ -102,7 +102,6 @@ def _prepare(
     config: ClipRunConfig,
     resume: str | None,
     accelerator: Accelerator,
-    show: Callable[[str], None],
 ) -> ClipTask:
     """Read the pairs, learn their tokens, build the model."""
     records = RunRecords(
@@ -112,7 +111,7 @@ def _prepare(
     )
     with accelerator.main_process_first():  # it may write which pictures the run begins with
         train, held_out = (
-            load_pairs(config.data, split, image_size=config.image_size, records=records, show=show)
+            load_pairs(config.data, split, image_size=config.image_size, records=records)
             for split in (config.data.train_split, config.data.validation_split)
         )
     captions = CaptionEncoder.learn(
@@ -140,11 +139,11 @@ def _prepare(
         sample_weights=train.weights(config.data.balance_by),
     )
     if captions.num_truncated:
-        show(captions.truncation_report())
+        logger.info(captions.truncation_report())
     return task
 
 
-def _write_report(task: ClipTask, output_dir: Path, show: Callable[[str], None]) -> None:
+def _write_report(task: ClipTask, output_dir: Path) -> None:
     """Measure the trained model and write ``report.json``."""
     task.ranker.model.eval()
     scores, asked = score_retrieval(task.ranker, task.held_out), task.held_out
@@ -156,7 +155,7 @@ def _write_report(task: ClipTask, output_dir: Path, show: Callable[[str], None])
         "image_to_text_times_chance": scores["image_to_text_r1"] / chance,
         "text_to_image_times_chance": scores["text_to_image_r1"] / chance,
     }
-    show(
+    logger.info(
         f"held out: {len(asked.pixels)} pictures, {len(asked.captions)} captions; R@1 picture to "
         f"caption {scores['image_to_text_r1']:.1%}, caption to picture "
         f"{scores['text_to_image_r1']:.1%}, chance {chance:.2%}"

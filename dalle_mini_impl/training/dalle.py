@@ -1,7 +1,6 @@
 """A whole decoder run: captioned pictures and a tokenizer in, model folder out."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -93,14 +92,12 @@ def train_dalle(
     config: DalleRunConfig,
     *,
     resume: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train a decoder on the tokens of captioned pictures.
 
     Args:
         config: The run.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
 
     Returns:
         The model folder.
@@ -108,15 +105,14 @@ def train_dalle(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with begin_run(config, resume, show) as (accelerator, say):
-        return _train(config, resume, accelerator, say)
+    with begin_run(config, resume) as accelerator:
+        return _train(config, resume, accelerator)
 
 
 def _train(
     config: DalleRunConfig,
     resume: str | None,
     accelerator: Accelerator,
-    show: Callable[[str], None],
 ) -> Path:
     """Do it, in a folder that is this run's own."""
     records = RunRecords(
@@ -133,14 +129,13 @@ def _train(
             "tokenizer and perhaps vqvae_image_size"
         ) from None
     with accelerator.main_process_first():  # the others find the main process's tokens
-        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records, show)
+        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records)
     return run_task(
         dalle,
         task,
         config,
         accelerator=accelerator,
         resume=resume,
-        show=show,
         save_pretrained=pipeline.save_pretrained,
     )
 
@@ -149,12 +144,11 @@ def _prepare(
     config: DalleRunConfig,
     vqvae: ImageTokenizer,
     records: RunRecords,
-    show: Callable[[str], None],
 ) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     size = vqvae.config.image_size
     train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records, show=show)
+        load_pairs(config.data, split, image_size=size, records=records)
         for split in (config.data.train_split, config.data.validation_split)
     )
     captions = CaptionEncoder.learn(
@@ -178,7 +172,6 @@ def _prepare(
             captions=captions,
             variation=variation if name == "train" else held_out_variation,
             cache_dir=cache_dir,
-            show=show,
         )
         for name, loaded in (("train", train), ("held_out", held_out))
     }

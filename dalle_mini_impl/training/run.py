@@ -1,6 +1,7 @@
 """What every run does around the loop: tracker, resume, the resolved config, the final folder."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.tracking import open_tracker
 from dalle_mini_impl.training.trainer import Trainer
 
+logger = logging.getLogger(__name__)
+
 
 def run_task(
     model: nn.Module,
@@ -33,7 +36,6 @@ def run_task(
     *,
     accelerator: Accelerator,
     resume: str | None,
-    show: Callable[[str], None],
     save_pretrained: Callable[[Path], None],
 ) -> Path:
     """Train a model to the end of its budget and write its folder.
@@ -45,7 +47,6 @@ def run_task(
             ``config.yaml`` of the run.
         accelerator: Processes, device and precision.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
         save_pretrained: Writes the trained model into the folder that it is given.
 
     Returns:
@@ -57,14 +58,14 @@ def run_task(
     output_dir, is_main = Path(config.output_dir), accelerator.is_main_process
     checkpoint = find_checkpoint(output_dir, resume)
     trainer = Trainer(model, task, config.training, accelerator=accelerator, output_dir=output_dir)
-    show(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    logger.info(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if checkpoint:
-        show(f"resuming at step {checkpoint.step} from {checkpoint.path}")
+        logger.info(f"resuming at step {checkpoint.step} from {checkpoint.path}")
         for line in compare_settings(checkpoint, _plain(dataclasses.asdict(config))):
-            show(f"changed since: {line}")
+            logger.info(f"changed since: {line}")
         trainer.restore(checkpoint)
     if config.training.find_batch_size:
-        _find_batch_size(trainer, checkpoint, show)
+        _find_batch_size(trainer, checkpoint)
         config = dataclasses.replace(config, training=trainer.config)
     trainer.run_config = _plain(dataclasses.asdict(config))
     # Only now: a resume that does not fit leaves the records of the run as they are.
@@ -80,7 +81,7 @@ def run_task(
     )
     folder = output_dir / "model"
     try:
-        trainer.train(show=show)
+        trainer.train()
         trainer.use_average()
         if is_main:
             try:
@@ -94,13 +95,11 @@ def run_task(
     finally:
         trainer.tracker.close()
     accelerator.wait_for_everyone()
-    show(f"model folder: {folder}")
+    logger.info(f"model folder: {folder}")
     return folder
 
 
-def _find_batch_size(
-    trainer: Trainer, checkpoint: Checkpoint | None, show: Callable[[str], None]
-) -> None:
+def _find_batch_size(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     """Look for the largest micro-batch, but go on with the one that a stopped run had found."""
     before = checkpoint.state.get("config", {}).get("training", {}) if checkpoint else {}
     if before.get("find_batch_size"):
@@ -108,22 +107,19 @@ def _find_batch_size(
     else:
         trainer.find_batch_size()
     parts, size = trainer.config.gradient_accumulation_steps, trainer.micro_batch_size
-    show(f"micro-batches of {size}: training.gradient_accumulation_steps {parts}")
+    logger.info(f"micro-batches of {size}: training.gradient_accumulation_steps {parts}")
 
 
 @contextmanager
-def begin_run(
-    config: Any, resume: str | None, show: Callable[[str], None]
-) -> Iterator[tuple[Accelerator, Callable[[str], None]]]:
+def begin_run(config: Any, resume: str | None) -> Iterator[Accelerator]:
     """Claim a run's folder, then find its device and processes.
 
     Args:
         config: Its options, with ``output_dir``, ``data`` and ``training``.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run.
 
     Yields:
-        The accelerator, and a ``show`` that only the main process hears.
+        The accelerator.
 
     Raises:
         UserError: As ``claim_output_dir`` and ``build_accelerator``.
@@ -132,7 +128,7 @@ def begin_run(
         accelerator = build_accelerator(config.training.mixed_precision)
         use_fast_float32()
         keep_freed_memory()
-        yield accelerator, show if accelerator.is_main_process else (lambda line: None)
+        yield accelerator
 
 
 @contextmanager

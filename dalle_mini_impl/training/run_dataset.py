@@ -7,8 +7,9 @@ their places in the order of samples.
 
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,10 @@ from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.progress import show_now_and_then
+from dalle_mini_impl.progress import log_now_and_then
 from dalle_mini_impl.training.config import DataConfig
+
+logger = logging.getLogger(__name__)
 
 MAX_LISTED = 5
 SKIPPED_NAME = "skipped.jsonl"
@@ -154,7 +157,6 @@ def load_pairs(
     *,
     image_size: int,
     records: RunRecords,
-    show: Callable[[str], None],
 ) -> LoadedPairs:
     """Read one split into memory and say what was left out.
 
@@ -165,7 +167,6 @@ def load_pairs(
         split: Which split.
         image_size: Side of the square pictures, in pixels.
         records: Where it is written down what is left out and what is used.
-        show: Receives one line per finding.
 
     Returns:
         The pictures that could be read, with their captions.
@@ -183,7 +184,7 @@ def load_pairs(
             source,
             image_size=image_size,
             max_bad_fraction=config.max_bad_fraction,
-            progress=show_now_and_then(show, f"{split}: pictures read"),
+            progress=log_now_and_then(f"{split}: pictures read"),
         )
         if skipped:
             _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
@@ -198,13 +199,13 @@ def load_pairs(
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
     skipped += [*unreadable, *replaced]
     for record in skipped[:MAX_LISTED]:
-        show(f"skipped {record.path}: {record.reason}")
+        logger.info(f"skipped {record.path}: {record.reason}")
     records.write_skipped(skipped, anew=role == "train")
     if len(skipped) > MAX_LISTED:
-        show(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
-    show(f"{split}: {len(found)} pictures from {config.source}, {len(skipped)} skipped")
+        logger.info(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
+    logger.info(f"{split}: {len(found)} pictures from {config.source}, {len(skipped)} skipped")
     if replaced:
-        show(f"{split}: {len(replaced)} pictures of this run are gone; others stand in for them")
+        logger.info(f"{split}: {len(replaced)} missing pictures are replaced by others")
     return loaded
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,18 +134,15 @@ class Trainer:
         self.run_config: Mapping[str, Any] = {}
         """All settings of the run, kept in its checkpoints."""
 
-    def train(self, *, show: Callable[[str], None] = lambda line: None) -> None:
+    def train(self) -> None:
         """Run to the end of the budget, evaluating, drawing and saving on the way.
-
-        Args:
-            show: Receives one plain line per log interval when the output is no terminal.
 
         Raises:
             UserError: If the loss stays non-finite, or memory runs out.
             StoppedError: If a signal asked for it; a checkpoint of the last step was written.
         """
         try:
-            self._train(show)
+            self._train()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -158,11 +155,11 @@ class Trainer:
                 "smaller model; checkpoints are whole"
             ) from None
 
-    def _train(self, show: Callable[[str], None]) -> None:
+    def _train(self) -> None:
         """Do it, without a care for memory."""
         config, state = self.config, self.state
         progress_line = ProgressLine(
-            self.accelerator.is_main_process, show, progress=state.progress(config)
+            self.accelerator.is_main_process, progress=state.progress(config)
         )
         started = time.perf_counter() - state.elapsed_seconds
         meter = Meter()
@@ -208,11 +205,11 @@ class Trainer:
                     progress_line.close()
                     raise StoppedError(state.step, stop_signal, saved=not is_due)
         progress_line.close()
-        show(meter.cost_of_saving())
+        logger.info(meter.cost_of_saving())
         minutes = state.elapsed_seconds / 60
         if config.max_minutes is not None and minutes >= config.max_minutes:
             speed = state.step / max(1e-9, state.elapsed_seconds)
-            show(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
+            logger.info(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
 
     def _step(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Make one optimizer update from this process's micro-batches."""

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.translator import Translator, score_translations
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH_SIZE = 128
 
@@ -78,14 +80,12 @@ def train_translation(
     config: TranslationRunConfig,
     *,
     resume: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train a translator and compare it with answers that need no model.
 
     Args:
         config: The run.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
 
     Returns:
         The translator's folder; ``report.json`` and ``translations.tsv`` lie beside it.
@@ -93,8 +93,8 @@ def train_translation(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with begin_run(config, resume, show) as (accelerator, say):
-        task = _prepare(config, say)
+    with begin_run(config, resume) as accelerator:
+        task = _prepare(config)
         translator = task.translator
         folder = run_task(
             translator.model,
@@ -102,20 +102,19 @@ def train_translation(
             config,
             accelerator=accelerator,
             resume=resume,
-            show=say,
             save_pretrained=translator.save_pretrained,
         )
         if accelerator.is_main_process:
-            _write_report(task, Path(config.output_dir), say)
+            _write_report(task, Path(config.output_dir))
         accelerator.wait_for_everyone()
     return folder
 
 
-def _prepare(config: TranslationRunConfig, show: Callable[[str], None]) -> TranslationTask:
+def _prepare(config: TranslationRunConfig) -> TranslationTask:
     """Read the pairs, learn their tokens, build the model."""
     score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
     pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
-    show(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
+    logger.info(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
     captions = CaptionEncoder.learn(
         (text for pair in pairs.train for text in (pair.source, pair.target)),
         vocab_size=config.text.vocab_size,
@@ -125,11 +124,11 @@ def _prepare(config: TranslationRunConfig, show: Callable[[str], None]) -> Trans
     model = EncoderDecoder(config.model, vocab_size=captions.vocab_size)
     task = TranslationTask(pairs, Translator(model, captions, beam=config.beam), config.task)
     if captions.num_truncated:
-        show(captions.truncation_report())
+        logger.info(captions.truncation_report())
     return task
 
 
-def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str], None]) -> None:
+def _write_report(task: TranslationTask, output_dir: Path) -> None:
     """Translate what was held out, and score that beside two answers without a model."""
     task.translator.model.eval()
     held_out, references = task.pairs.held_out, task.references
@@ -159,10 +158,10 @@ def _write_report(task: TranslationTask, output_dir: Path, show: Callable[[str],
             name: score_translations([texts[number] for number in numbers], chosen)
             for name, texts in answers.items()
         }
-        show(f"held out, {part} ({len(numbers)}):")
+        logger.info(f"held out, {part} ({len(numbers)}):")
         for name, scores in report[part].items():
             figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
-            show(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
+            logger.info(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     rows = zip(sources, references, answers["model"], answers["nearest source"], strict=True)
     lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]

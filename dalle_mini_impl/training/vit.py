@@ -3,8 +3,8 @@
 import dataclasses
 import hashlib
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -29,6 +29,8 @@ from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.task import PictureGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.serialization import save_weights
+
+logger = logging.getLogger(__name__)
 
 EVALUATION_BATCH_SIZE = 256
 NEIGHBOURS = (1, 3, 5)
@@ -87,14 +89,12 @@ def train_vit(
     config: ViTRunConfig,
     *,
     resume: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train a classifier and compare it with the nearest neighbours.
 
     Args:
         config: The run.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
 
     Returns:
         The model's folder; ``report.json`` lies beside it.
@@ -102,10 +102,10 @@ def train_vit(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with begin_run(config, resume, show) as (accelerator, say):
+    with begin_run(config, resume) as accelerator:
         splits = _load(config.data)
         train, held_out = splits.train, splits.held_out
-        say(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
+        logger.info(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
         baseline = nearest_neighbour_scores(splits)
         torch.manual_seed(config.training.seed)
         model, task = build_classifier(config, splits), ViTTask(splits, config.task)
@@ -119,7 +119,6 @@ def train_vit(
             config,
             accelerator=accelerator,
             resume=resume,
-            show=say,
             save_pretrained=save,
         )
         if accelerator.is_main_process:
@@ -127,7 +126,8 @@ def train_vit(
             own = {name: measured[f"validation/{name}"] for name in baseline}
             report = {"model": own, "nearest neighbours": baseline}
             for name, scores in report.items():
-                say(f"{name:20} " + "  ".join(f"{key} {x:.1%}" for key, x in scores.items()))
+                figures = "  ".join(f"{key} {x:.1%}" for key, x in scores.items())
+                logger.info(f"{name:20} {figures}")
             path = Path(config.output_dir) / "report.json"
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         accelerator.wait_for_everyone()

@@ -1,6 +1,5 @@
 """A whole tokenizer run: data in, model folder out."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -116,14 +115,12 @@ def train_vqvae(
     config: VQVAERunConfig,
     *,
     resume: str | None = None,
-    show: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Train an image tokenizer.
 
     Args:
         config: The run.
         resume: None, ``latest`` or a checkpoint folder.
-        show: Receives plain lines about the run, on the main process.
 
     Returns:
         The folder of the trained tokenizer.
@@ -131,15 +128,14 @@ def train_vqvae(
     Raises:
         UserError: If the data or the folders do not serve.
     """
-    with begin_run(config, resume, show) as (accelerator, say):
-        return _train(config, resume, accelerator, say)
+    with begin_run(config, resume) as accelerator:
+        return _train(config, resume, accelerator)
 
 
 def _train(
     config: VQVAERunConfig,
     resume: str | None,
     accelerator: Accelerator,
-    show: Callable[[str], None],
 ) -> Path:
     """Do it, in a folder that is this run's own."""
     records = RunRecords(
@@ -149,7 +145,7 @@ def _train(
     )
     size = config.vqvae.image_size
     train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records, show=show)
+        load_pairs(config.data, split, image_size=size, records=records)
         for split in (config.data.train_split, config.data.validation_split)
     )
     torch.manual_seed(config.training.seed)
@@ -175,7 +171,6 @@ def _train(
         config,
         accelerator=accelerator,
         resume=resume,
-        show=show,
         save_pretrained=vqvae.save_pretrained,
     )
 

@@ -15,6 +15,7 @@ from dalle_mini_impl.data.bpe_dropout import NUM_VARIANTS
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 from vqvae import VQVAE
 
 PAIRS = [
@@ -30,7 +31,6 @@ def pixels() -> Tensor:
 
 
 def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
-    lines: list[str] = []
     options: dict[str, Any] = {
         "pairs": PAIRS,
         "pixels": pixels(),
@@ -42,7 +42,8 @@ def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
     }
     options |= changes | {"variation": Variation(**sizes)}
     pairs, images = options.pop("pairs"), options.pop("pixels")
-    dataset = build_token_dataset(pairs, images, cache_dir=folder, show=lines.append, **options)
+    with log_lines() as lines:
+        dataset = build_token_dataset(pairs, images, cache_dir=folder, **options)
     return dataset, lines
 
 

@@ -13,6 +13,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 
 
 @pytest.fixture
@@ -28,7 +29,6 @@ def load(data: Path, out: Path, *, resumes: bool, max_bad_fraction: float = 0.1)
         "train",
         image_size=tiny.SIZE,
         records=RunRecords(folder=out, writes=True, resumes=resumes),
-        show=lambda line: None,
     )
 
 
@@ -109,7 +109,8 @@ def test_a_run_needs_no_picture_after_it_has_read_them(data: Path, tmp_path: Pat
                 for picture in data.iterdir():
                     picture.unlink()
 
-        train_vqvae(config, show=show)
+        with log_lines(show):
+            train_vqvae(config)
         return tiny.losses(tmp_path / name)
 
     whole = run("whole", remove=False)

@@ -15,6 +15,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 from tests.reference.processes import Script, run_script
 
 PAGE = 4096
@@ -107,7 +108,8 @@ def test_a_run_whose_disk_fills_up_goes_on_when_there_is_room(tmp_path: Path) ->
         from dalle_mini_impl.training.vqvae import train_vqvae
 
         with pytest.raises(UserError, match="cannot write the checkpoint of step 6"):
-            train_vqvae(config, show=show)
+            with log_lines(show):
+                train_vqvae(config)
         found = newest_checkpoint(disk / "run" / "checkpoints")
         assert found is not None
         assert found.step == 3
@@ -197,11 +199,10 @@ def test_an_obstacle_in_the_folder_is_one_line_before_the_first_step(
     out = tmp_path / "run"
     obstacle(out)
     config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), out)
-    shown: list[str] = []
     from dalle_mini_impl.training.vqvae import train_vqvae
 
-    with pytest.raises(UserError, match="output_dir: ") as caught:
-        train_vqvae(config, show=shown.append)
+    with log_lines() as shown, pytest.raises(UserError, match="output_dir: ") as caught:
+        train_vqvae(config)
     assert "\n" not in str(caught.value)
     assert not any("  step " in line for line in shown)
 

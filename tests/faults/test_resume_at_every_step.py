@@ -22,6 +22,7 @@ from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETaskConfig, train_vqvae
 from tests.reference import line_runs, tiny
 from tests.reference.line_task import LineTask, build_trainer
+from tests.reference.log_lines import log_lines
 from tests.reference.processes import Script, run_script
 from vqvae.losses.adversarial import DiscriminatorConfig
 
@@ -52,15 +53,14 @@ def stop_after_every_step(config: Any) -> None:
     }[type(config)]
     resume = None
     for step in range(1, STEPS + 1):
-        lines: list[str] = []
 
-        def show(line: str, lines: list[str] = lines) -> None:
-            lines.append(line)
+        def stop(line: str) -> None:
             if "  step " in line:
                 signal.raise_signal(signal.SIGTERM)
 
         with pytest.raises(StoppedError, match=f"stopped after step {step}, with a checkpoint"):
-            run(config, resume=resume, show=show)
+            with log_lines(stop) as lines:
+                run(config, resume=resume)
         assert (resume is None) or any(f"resuming at step {step - 1} " in line for line in lines)
         resume = "latest"
     run(config, resume="latest")  # the evaluation of the last step, and the model

@@ -17,6 +17,7 @@ from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.signals import SIGNALS
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 from tests.reference.processes import (
     FAULTY_SCRIPT,
     REPOSITORY,
@@ -226,17 +227,16 @@ def test_all_signals_that_announce_an_end_are_heard() -> None:
 
 def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) -> None:
     config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "run", max_steps=2)
-    shown: list[str] = []
 
-    def show(line: str) -> None:
-        shown.append(line)
+    def stop(line: str) -> None:
         if "step 2 " in line:
             signal.raise_signal(signal.SIGTERM)
 
     from dalle_mini_impl.training.vqvae import train_vqvae
 
-    with pytest.raises(StoppedError, match="stopped after step 2, with a checkpoint"):
-        train_vqvae(config, show=show)  # its last evaluation was not made
+    expected = "stopped after step 2, with a checkpoint"
+    with log_lines(stop), pytest.raises(StoppedError, match=expected):
+        train_vqvae(config)  # its last evaluation was not made
     tiny.train(config, resume="latest")
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     rows = tiny.read_metrics(tmp_path / "run")

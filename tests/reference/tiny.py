@@ -30,6 +30,7 @@ from dalle_mini_impl.training.translation import (
 )
 from dalle_mini_impl.training.vit import LabelledDataConfig, ViTRunConfig, train_vit
 from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
+from tests.reference.log_lines import log_lines
 from vqvae import VQVAE, VQVAEConfig
 
 RunConfig = TypeVar("RunConfig", VQVAERunConfig, DalleRunConfig)
@@ -236,7 +237,7 @@ def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
     Returns:
         The model folder and the lines.
     """
-    before, lines = torch.get_float32_matmul_precision(), list[str]()
+    before = torch.get_float32_matmul_precision()
     run: Callable[..., Path] = {
         VQVAERunConfig: train_vqvae,
         DalleRunConfig: train_dalle,
@@ -245,7 +246,8 @@ def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
         ClipRunConfig: train_clip,
     }[type(config)]
     try:
-        return run(config, show=lines.append, **options), lines
+        with log_lines() as lines:
+            return run(config, **options), lines
     finally:
         torch.set_float32_matmul_precision(before)
 

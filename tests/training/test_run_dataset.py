@@ -10,10 +10,11 @@ from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
 from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 
 
 def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path) -> None:
-    folder, file, shown = tmp_path / "pictures", tmp_path / "skipped.jsonl", list[str]()
+    folder, file = tmp_path / "pictures", tmp_path / "skipped.jsonl"
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     folder.mkdir()
     for number in range(20):
@@ -22,10 +23,11 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
 
     def load(split: str) -> None:
         config = DataConfig(source=str(folder), max_bad_fraction=0.4)
-        load_pairs(config, split, image_size=8, records=records, show=shown.append)
+        load_pairs(config, split, image_size=8, records=records)
 
-    load("train")
-    load("train")
+    with log_lines() as shown:
+        load("train")
+        load("train")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert rows == [
         {"path": f"{number}.png", "reason": f"no caption: {number}.txt is empty"}
@@ -44,7 +46,7 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    folder, shown = tmp_path / "pictures", list[str]()
+    folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(3):
         tiny.draw_picture(number).save(folder / f"{number}.png")
@@ -52,20 +54,20 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
     size = pipeline.vqvae.config.image_size
-    loaded = load_pairs(config, "train", image_size=size, records=silent, show=shown.append)
+    with log_lines() as shown:
+        loaded = load_pairs(config, "train", image_size=size, records=silent)
+        build_token_dataset(
+            loaded.pairs,
+            loaded.pixels,
+            vqvae=pipeline.vqvae,
+            captions=pipeline.captions,
+            variation=Variation(num_views=2, max_shift=1),
+            cache_dir=tmp_path,
+        )
     assert shown[:2] == ["train: pictures read: 1 of 3", "train: pictures read: 2 of 3"]
-    build_token_dataset(
-        loaded.pairs,
-        loaded.pixels,
-        vqvae=pipeline.vqvae,
-        captions=pipeline.captions,
-        variation=Variation(num_views=2, max_shift=1),
-        cache_dir=tmp_path,
-        show=shown.append,
-    )
     assert "image tokens: encoded: 3 of 6" in shown
     assert "image tokens: encoded: 6 of 6" not in shown
-    shown.clear()
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
-    load_pairs(config, "train", image_size=size, records=silent, show=shown.append)
+    with log_lines() as shown:
+        load_pairs(config, "train", image_size=size, records=silent)
     assert shown == [f"train: 3 pictures from {folder}, 0 skipped"]

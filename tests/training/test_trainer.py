@@ -18,6 +18,7 @@ from dalle_mini_impl.training.resume import refuse_used_folder
 from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.trainer import Trainer
 from tests.reference.line_task import LineTask, build_trainer
+from tests.reference.log_lines import log_lines
 from tests.reference.tiny import read_metrics
 
 
@@ -137,9 +138,9 @@ def test_a_budget_in_minutes_ends_the_run_and_its_schedule(tmp_path: Path) -> No
     trainer = build_trainer(
         task, tmp_path, max_steps=100_000, max_minutes=minutes, decay_fraction=0.5
     )
-    lines: list[str] = []
     started = time.perf_counter()
-    trainer.train(show=lines.append)
+    with log_lines() as lines:
+        trainer.train()
     assert re.fullmatch(
         rf"{trainer.state.step} steps in 0\.0 minutes \(\d+\.\d per second\)", lines[-1]
     )
@@ -164,8 +165,8 @@ def test_a_budget_in_minutes_ends_the_run_and_its_schedule(tmp_path: Path) -> No
 def test_a_budget_in_steps_ends_with_almost_no_rate(tmp_path: Path) -> None:
     task = LineTask(max_steps=40)
     trainer = build_trainer(task, tmp_path, decay_fraction=0.5)
-    lines: list[str] = []
-    trainer.train(show=lines.append)
+    with log_lines() as lines:
+        trainer.train()
     assert trainer.state.step == 40
     rates = [row["train/learning_rate"] for row in read_metrics(tmp_path) if "progress" in row]
     assert rates[-1] == pytest.approx(0.05 * (1 / 40) / 0.5)
@@ -175,7 +176,6 @@ def test_a_budget_in_steps_ends_with_almost_no_rate(tmp_path: Path) -> None:
 
 
 def test_the_lines_know_the_time() -> None:
-    lines: list[str] = []
     progress_line = ProgressLine(True, lines.append, progress=0.5)  # resumed in the middle
     time.sleep(1.1)
     progress_line.update(6, 0.6, {"train/loss": 0.25, "train/tokens_per_second": 1234.4})
@@ -190,7 +190,6 @@ def test_the_lines_know_the_time() -> None:
 
 
 def test_a_slow_run_gives_a_sign_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
     progress_line = ProgressLine(True, lines.append, progress=0.0)
     progress_line.tick(1, 0.1)
     assert lines == []
@@ -224,7 +223,8 @@ def test_a_run_says_what_its_checkpoints_cost(tmp_path: Path) -> None:
 
     trainer.save = slow_save  # type: ignore[method-assign]
     started = time.perf_counter()
-    trainer.train(show=lines.append)
+    with log_lines() as lines:
+        trainer.train()
     all_seconds = time.perf_counter() - started
     found = re.fullmatch(r"checkpoints: 3 in (\S+) s, (\S+) % of the time", lines[-1])
     assert found is not None
