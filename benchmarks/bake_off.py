@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.sweep import CONFIGS, Overrides, hold_out_other_cells, judge
+from benchmarks.sweep import CONFIGS, Overrides, evaluate_model, hold_out_other_cells
 
 GAN: Overrides = {
     "discriminator.weight": 0.1,
@@ -49,7 +49,7 @@ CONTENDERS = (
     Contender("FSQ, 1,000 codes", "the standard"),
     Contender("VQ, 1,024 codes", "fewer bits at 0.5 dB less", {"vqvae.quantizer": "vq"}),
     Contender("perturbed tokens", "as many bits, 0.3 dB less, more cells",
-              {"task.perturbed_image_share": 0.1}),
+              {"task.perturbed_image_fraction": 0.1}),
     Contender("Gumbel, 1,024 codes", "fewest bits, 2 dB less", {"vqvae.quantizer": "gumbel"}),
     Contender("PatchGAN, feature matching", "as many bits, 0.3 dB less, sharper", GAN),
     Contender("perceptual loss", "a little more bits, 0.3 dB less, sharper",
@@ -122,18 +122,18 @@ def run_contender(contender: Contender, out: Path, budget: Budget) -> dict[str, 
     train("train_vqvae", tokenizer, "vqvae.yaml", data | steps | contender.options)
     options = {"vqvae_dir": str(tokenizer / "model"), "training.max_steps": budget.decoder_steps}
     train("train_dalle", decoder, "dalle.yaml", data | options)
-    rebuilt, learned = last_figures(tokenizer), last_figures(decoder)
+    reconstructions, learned = last_figures(tokenizer), last_figures(decoder)
     tokens = math.prod(image_grid_size(tokenizer / "model"))
     return {
         "tokenizer": contender.name,
         "expected": contender.expected,
-        "psnr_db": rebuilt["validation/psnr_db"],
-        "codebook_usage": rebuilt["validation/codebook_usage"],
-        "codebook_perplexity": rebuilt["validation/codebook_perplexity"],
+        "psnr_db": reconstructions["validation/psnr_db"],
+        "codebook_usage": reconstructions["validation/codebook_usage"],
+        "codebook_perplexity": reconstructions["validation/codebook_perplexity"],
         "bits": learned["validation/image_nats"] * tokens / math.log(2),
         "seconds": json.loads((tokenizer / "seconds.json").read_text(encoding="utf-8")),
         "feature_distance": feature_distance(tokenizer / "model", out / "data"),
-        **judge(decoder / "model", out / "data", {}),
+        **evaluate_model(decoder / "model", out / "data", {}),
     }
 
 
@@ -173,8 +173,8 @@ def feature_distance(model: Path, data: Path) -> float:
     pixels = torch.stack([image_to_pixels(image) for image in images])
     true = ((pixels + 1) * 127.5).round().byte()
     vqvae = VQVAE.from_pretrained(model)
-    rebuilt = vqvae.decode_from_token_ids(vqvae.encode_to_token_ids(pixels))
-    copies = ((rebuilt + 1) * 127.5).round().byte()
+    reconstructions = vqvae.decode_from_token_ids(vqvae.encode_to_token_ids(pixels))
+    copies = ((reconstructions + 1) * 127.5).round().byte()
     space = FeatureSpace(true)
     return float((space(copies) - space(true)).square().sum(dim=1).mean())
 
@@ -211,11 +211,11 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for row in sorted(results, key=lambda row: order.index(row["tokenizer"])):
         above = bits_above_line(row, results)
-        shares = " | ".join(f"{100 * row[name]:.0f} %" for name in ("cells", "tone", "gender"))
+        fractions = " | ".join(f"{100 * row[name]:.0f} %" for name in ("cells", "tone", "gender"))
         lines.append(
             f"| {row['tokenizer']} | {row['expected']} | {row['psnr_db']:.2f} | {row['bits']:.0f} "
             f"| {'' if above is None else f'{above:+.0f}'} | {100 * row['codebook_usage']:.0f} % "
-            f"| {row['codebook_perplexity']:.0f} | {row['feature_distance']:.3f} | {shares} "
+            f"| {row['codebook_perplexity']:.0f} | {row['feature_distance']:.3f} | {fractions} "
             f"| {row['seconds']:.0f} |"
         )
     return "\n".join(lines)

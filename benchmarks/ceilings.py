@@ -68,7 +68,7 @@ def _best_seconds(run: Callable[[], object]) -> float:
     return min(seconds)
 
 
-def share_of_ceiling(result: Result, ceilings: dict[str, float]) -> float | None:
+def fraction_of_ceiling(result: Result, ceilings: dict[str, float]) -> float | None:
     """Compare a result with the least cost that the machine allows.
 
     Args:

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks import ours_pictures
-from benchmarks.pictures import write_pictures
-from benchmarks.settings import Settings
-from benchmarks.timing import Contestant, Job, Result, interleave
+from benchmarks.config import BenchmarkConfig
+from benchmarks.images import write_images
+from benchmarks.timing import Job, Result, Variant, interleave
 
-PICTURES, SIDE = 512, 128
+NUM_IMAGES, SIDE = 512, 128
 SMALLEST_CROP = 0.75  # share of the area, DALLE-pytorch's default
 
 
@@ -45,8 +45,8 @@ class DallePytorchFolder(Dataset[Tensor]):
         """Read the caption, decode and crop the picture; in [0, 1]."""
         self.paths[index].with_suffix(".txt").read_text()
         image = Image.open(self.paths[index]).convert("RGB")
-        share = self.random.uniform(SMALLEST_CROP, 1.0)
-        crop = round(min(image.size) * share**0.5)
+        fraction = self.random.uniform(SMALLEST_CROP, 1.0)
+        crop = round(min(image.size) * fraction**0.5)
         left = int(self.random.integers(0, image.width - crop + 1))
         top = int(self.random.integers(0, image.height - crop + 1))
         square = image.resize(
@@ -57,7 +57,7 @@ class DallePytorchFolder(Dataset[Tensor]):
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Compare readers of one folder.
 
     Args:
@@ -66,24 +66,24 @@ def run(settings: Settings) -> list[Result]:
     Returns:
         Rows in pictures per second.
     """
-    count = 16 if settings.quick else PICTURES
+    count = 16 if config.quick else NUM_IMAGES
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder, count)
+        write_images(folder, count)
         rows = [
-            Contestant(
+            Variant(
                 name="ours, whole folder into memory",
-                build=partial(_verified, partial(ours_pictures.read_pictures, folder, SIDE), count),
+                build=partial(_verified, partial(ours_pictures.read_images, folder, SIDE), count),
                 is_ours=True,
             ),
             *(
-                Contestant(
+                Variant(
                     name=f"DALLE-pytorch's loader, {workers} workers",
                     build=partial(_verified, partial(read_as_peer, folder, workers), count),
                 )
                 for workers in (0, 2)
             ),
-            Contestant(
+            Variant(
                 name="Pillow alone: decoding, one thread, no resizing",
                 build=partial(_verified, partial(decode_only, folder), count),
             ),
@@ -92,7 +92,7 @@ def run(settings: Settings) -> list[Result]:
             f"read and decode {count} JPEGs of 256 px to {SIDE} px",
             rows,
             unit="images/s",
-            rounds=settings.rounds,
+            rounds=config.rounds,
         )
 
 

@@ -18,14 +18,14 @@ from torch.utils.data import DataLoader
 
 from benchmarks import ours, ours_pictures, peers
 from benchmarks.ceilings import attention_flops, count_flops
+from benchmarks.config import BenchmarkConfig
 from benchmarks.data import DallePytorchFolder
-from benchmarks.pictures import write_pictures
-from benchmarks.settings import Settings
-from benchmarks.timing import Contestant, Job, Result, interleave, require_falling
+from benchmarks.timing import Job, Result, Variant, interleave, require_falling
+from benchmarks.training_images import write_images
 from dalle_mini_impl.hardware import has_fast_bf16
 
 EPOCHS = 20  # DALLE-pytorch's default
-PICTURES = 128
+NUM_IMAGES = 128
 # Defaults of train_vae.py and train_dalle.py at commit 58c1e1a of lucidrains/DALLE-pytorch.
 VAE = {
     "image_size": 128,
@@ -53,7 +53,7 @@ BATCH, LEARNING_RATE, CLIP_NORM = 4, 3e-4, 0.5
 STEPS_PER_CALL = 5
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Compare whole training.
 
     Args:
@@ -62,18 +62,18 @@ def run(settings: Settings) -> list[Result]:
     Returns:
         Rows in pictures per second.
     """
-    vae, dalle = (TOY_VAE, TOY_DALLE) if settings.quick else (VAE, DALLE)
+    vae, dalle = (TOY_VAE, TOY_DALLE) if config.quick else (VAE, DALLE)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pictures"
-        write_pictures(folder, 24 if settings.quick else PICTURES)
+        write_images(folder, 24 if config.quick else NUM_IMAGES)
         own = {
             "ours, our defaults": ours_pictures.toy_run()
-            if settings.quick
+            if config.quick
             else ours_pictures.default_run(),
             "ours, DALLE-pytorch's sizes": ours_pictures.matched_run(vae, dalle, batch=BATCH),
         }
         rows = [
-            Contestant(
+            Variant(
                 name=words,
                 build=partial(ours_pictures.whole_training, folder, setup, epochs=EPOCHS),
                 is_ours=True,
@@ -85,7 +85,7 @@ def run(settings: Settings) -> list[Result]:
         ]
         for words, matmul in (("as shipped", "highest"), ('matmul "medium"', "medium")):
             rows.append(
-                Contestant(
+                Variant(
                     name=f"{peers.DALLE}, its defaults, {words}",
                     build=partial(peer_training, folder, vae, dalle),
                     matmul=matmul,
@@ -93,11 +93,11 @@ def run(settings: Settings) -> list[Result]:
                 )
             )
         results = interleave(
-            "training as users run it", rows, unit="images/s", rounds=settings.rounds
+            "training as users run it", rows, unit="images/s", rounds=config.rounds
         )
         try:
             wait = ours_pictures.data_wait(
-                folder, Path(name) / "run", steps=3 if settings.quick else 20
+                folder, Path(name) / "run", steps=3 if config.quick else 20
             )
             results[0].note += f"; training waits for data {100 * wait:.2f} % of its time"
         except Exception as error:
@@ -121,8 +121,8 @@ def peer_training(folder: Path, vae: dict[str, Any], dalle: dict[str, Any]) -> J
     model = dalle_pytorch.DALLE(vae=dalle_pytorch.DiscreteVAE(**vae), **dalle)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.Adam(trained, lr=LEARNING_RATE)
-    pictures = DallePytorchFolder(folder, side=vae["image_size"])
-    loader = DataLoader(pictures, batch_size=BATCH, shuffle=True, drop_last=True)
+    training_images = DallePytorchFolder(folder, side=vae["image_size"])
+    loader = DataLoader(training_images, batch_size=BATCH, shuffle=True, drop_last=True)
     # Its own BPE needs a package that no longer builds; made-up captions cost it nothing.
     text = torch.randint(1, dalle["num_text_tokens"], (BATCH, dalle["text_seq_len"]))
 

@@ -21,7 +21,7 @@ from torch import nn
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
-from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.optimizer import build_optimizers
@@ -142,7 +142,7 @@ def _train(name: str, batch_size: int, peak: float, *, compiled: bool) -> Row:
         "ms": round(1e3 * seconds, 2),
         "tokens_per_second": round(batch_size * model.config.sequence_length / seconds),
         "tflops": round(flops / seconds / 1e12, 1),
-        "share_of_measured_peak": round(flops / seconds / peak, 3),
+        "fraction_of_measured_peak": round(flops / seconds / peak, 3),
         "memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1),
         "first_step_seconds": round(first, 1),
     }
@@ -165,9 +165,11 @@ def sample(bandwidth: float) -> Iterator[Row]:
 
 def _sample(model: Dalle, name: str, rows: int, scale: float, bandwidth: float) -> Row:
     text = torch.randint(1, VOCAB_SIZE, (rows, TEXT_LENGTH), device="cuda")
-    seeds, settings = torch.arange(rows), SamplingConfig(guidance_scale=scale)
+    seeds, sampling_config = torch.arange(rows), SamplingConfig(guidance_scale=scale)
     seconds = timed(
-        lambda: draw_rows(model, text, seeds=seeds, settings=settings), warm_up=1, repeats=3
+        lambda: generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config),
+        warm_up=1,
+        repeats=3,
     )
     num_tokens = model.config.image_length
     weights = sum(p.nbytes for p in model.blocks.parameters()) + model.image_head.rows.nbytes
@@ -184,7 +186,7 @@ def _sample(model: Dalle, name: str, rows: int, scale: float, bandwidth: float) 
         "seconds": round(seconds, 4),
         "ms_per_token": round(1e3 * seconds / num_tokens, 3),
         "tokens_per_second": round(rows * num_tokens / seconds),
-        "pictures_per_second": round(rows / seconds, 1),
+        "images_per_second": round(rows / seconds, 1),
         "times_bandwidth_floor": round(seconds / floor, 2),
     }
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.pictures import write_pictures
+from benchmarks.images import write_images
 from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.training import checkpoint
 from dalle_mini_impl.training import dalle as dalle_run
@@ -26,7 +26,7 @@ from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETask, VQVAETaskConfig, train_vqvae
 from vqvae import VQVAE, VQVAEConfig
 
-SIZE, PICTURES, BATCH = 16, 40, 8
+SIZE, NUM_IMAGES, BATCH = 16, 40, 8
 STEPS, INTERVAL = 90, 5
 Report = Callable[[str, int], None]
 """Told ``("resumed", step)`` once and ``("step", step)`` after each step."""
@@ -50,7 +50,7 @@ def prepare(folder: Path) -> None:
     Args:
         folder: Of the campaign.
     """
-    write_pictures(folder / "data", PICTURES, side=SIZE)
+    write_images(folder / "data", NUM_IMAGES, side=SIZE)
     torch.manual_seed(0)
     VQVAE(SIZES).save_pretrained(folder / "vqvae")
 
@@ -199,8 +199,8 @@ def run_stock(kind: str, folder: Path, out: Path, report: Report, *, fatal_event
         skipped = 0
         model.train()
         for (sample_ids,) in batches:
-            draws = torch.rand(len(sample_ids), task.num_draws)
-            batch = task.make_batch(sample_ids, draws)
+            uniforms = torch.rand(len(sample_ids), task.num_uniforms)
+            batch = task.make_batch(sample_ids, uniforms)
             loss, _ = task.loss(
                 model, batch, progress=step / STEPS, generator=torch.default_generator
             )

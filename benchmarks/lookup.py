@@ -7,14 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import ours, ours_pictures
-from benchmarks.settings import Settings
-from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
+from benchmarks.config import BenchmarkConfig
+from benchmarks.timing import Job, NotMeasuredError, Result, Variant, interleave
 
 VECTORS, WIDTH = 2048, 32
 LEAST_AGREEMENT = 0.999  # ties in the last bit may fall either way
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Compare look-ups in a small and a large codebook.
 
     Args:
@@ -24,19 +24,19 @@ def run(settings: Settings) -> list[Result]:
         Rows in milliseconds per look-up.
     """
     results = []
-    for codes in (64,) if settings.quick else (1024, 8192):
+    for codes in (64,) if config.quick else (1024, 8192):
         generator = torch.Generator().manual_seed(0)
         vectors = torch.randn(VECTORS, WIDTH, generator=generator)
         codebook = F.normalize(torch.randn(codes, WIDTH, generator=generator), dim=1)
         rows = [
-            Contestant(
+            Variant(
                 name="ours, cosine",
                 build=_builder(own_lookup, vectors, codebook),
                 is_ours=True,
                 matmul=ours.matmul_setting(),
             ),
             *(
-                Contestant(
+                Variant(
                     name=f"vector-quantize-pytorch, {'cosine' if cosine else 'Euclidean'}, {words}",
                     build=_builder(peer_lookup, vectors, codebook, cosine=cosine),
                     matmul=matmul,
@@ -46,7 +46,7 @@ def run(settings: Settings) -> list[Result]:
             ),
         ]
         work = f"look-up of {VECTORS:,} vectors of {WIDTH} among {codes:,} codes"
-        results += interleave(work, rows, unit="ms", rounds=settings.rounds)
+        results += interleave(work, rows, unit="ms", rounds=config.rounds)
     return results
 
 
@@ -56,8 +56,8 @@ def _builder(
     def verified() -> Job:
         find = build(vectors, codebook, **options)
         # The codes have length 1, so that the nearest by angle is the nearest by distance too.
-        wanted = (vectors.double() @ codebook.double().T).argmax(dim=1)
-        agreement = (find() == wanted).float().mean().item()
+        expected = (vectors.double() @ codebook.double().T).argmax(dim=1)
+        agreement = (find() == expected).float().mean().item()
         if agreement < LEAST_AGREEMENT:
             raise ValueError(f"only {agreement:.1%} of the codes are the nearest ones")
         return Job(run=find, flops=2.0 * vectors.shape[0] * codebook.numel())

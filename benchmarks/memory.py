@@ -12,9 +12,9 @@ from pathlib import Path
 
 from benchmarks import ours
 from benchmarks import training as train
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
-from benchmarks.timing import Contestant, Precision, Result, set_machine
+from benchmarks.timing import Precision, Result, Variant, set_machine
 
 SIZES = {size.name: size for size in (SMALL, MEDIUM, TOY)}
 GIB = 2**30
@@ -22,7 +22,7 @@ BYTES_PER_WEIGHT = 16  # itself, its gradient and AdamW's two moments, all float
 MOST_SECONDS = 1800.0
 
 
-def run(settings: Settings, size: Size) -> list[Result]:
+def run(config: BenchmarkConfig, size: Size) -> list[Result]:
     """Compare the peak memory of a training process, Python and torch included.
 
     Args:
@@ -34,11 +34,11 @@ def run(settings: Settings, size: Size) -> list[Result]:
     """
     floor = BYTES_PER_WEIGHT * sum(w.numel() for w in ours.build_decoder(size).parameters()) / GIB
     results = []
-    for precision in settings.precisions():
-        for one in contestants(size, precision):
+    for precision in config.precisions():
+        for one in variants(size, precision):
             result = Result(
                 work=f"peak memory, train {size.name} at batch {size.batch}, {precision}",
-                contestant=one.name,
+                variant=one.name,
                 is_ours=one.is_ours,
                 unit="GiB",
                 floor=floor,
@@ -52,7 +52,7 @@ def run(settings: Settings, size: Size) -> list[Result]:
     return results
 
 
-def contestants(size: Size, precision: Precision) -> Iterator[Contestant]:
+def variants(size: Size, precision: Precision) -> Iterator[Variant]:
     """Name the rows: those of training, and ours when it keeps less.
 
     Args:
@@ -62,7 +62,7 @@ def contestants(size: Size, precision: Precision) -> Iterator[Contestant]:
     Yields:
         Contestants.
     """
-    for one in train.contestants(size, precision, with_compiled=False):
+    for one in train.variants(size, precision, with_compiled=False):
         if not one.is_ours and one.matmul == "medium":
             continue  # takes as much
         yield one
@@ -118,8 +118,8 @@ def peak_gib() -> float:
 
 def main(name: str, size: str, precision: Precision) -> None:
     """Train one contestant and print the peak."""
-    every = contestants(SIZES[size], precision)
-    [one] = [contestant for contestant in every if contestant.name == name]
+    every = variants(SIZES[size], precision)
+    [one] = [variant for variant in every if variant.name == name]
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
     job = one.build()
     for _ in range(2):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.hardware import build_accelerator, use_fast_float32
 from dalle_mini_impl.models.dalle import Dalle
@@ -71,8 +71,8 @@ def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
     vocab_size = dalle.config.vocab_size
     words = (f"{2654435761 * number % 2**32:08x}" for number in range(4 * vocab_size))
     tokenizer = train_text_tokenizer(words, vocab_size=vocab_size)  # so many words fill it
-    captions = CaptionEncoder(tokenizer, dalle.config.text_length)
-    return TextToImagePipeline(dalle=dalle, vqvae=vqvae, captions=captions)
+    text_tokenizer = TextTokenizer(tokenizer, dalle.config.text_length)
+    return TextToImagePipeline(dalle=dalle, vqvae=vqvae, text_tokenizer=text_tokenizer)
 
 
 def build_trainer(
@@ -203,10 +203,13 @@ def decoder_sampler(
     def job(*, batch: int, guided: bool) -> Job:
         text, _ = random_pairs(size, batch=batch)
         scale = GUIDANCE_SCALE if guided else 1.0
-        settings = SamplingConfig(guidance_scale=scale, guidance_schedule="constant")
+        sampling_config = SamplingConfig(guidance_scale=scale, guidance_schedule="constant")
         return Job(
             run=lambda: generate_image_token_ids(
-                compiled or reduced, text, seeds=torch.arange(batch), settings=settings
+                compiled or reduced,
+                text,
+                seeds=torch.arange(batch),
+                sampling_config=sampling_config,
             ),
             items=batch,
             flops=2.0 * sum(map(torch.numel, weights)) * batch * (1 + guided) * size.image_length,
@@ -249,10 +252,12 @@ def require_cache_is_exact(
         ValueError: If cached drawing, told to take the likeliest token, took another.
     """
     text, _ = random_pairs(size, batch=2)
-    settings = SamplingConfig(guidance_scale=1.0, temperature=COLDEST)
+    sampling_config = SamplingConfig(guidance_scale=1.0, temperature=COLDEST)
     drawer = native or model
-    drawn = generate_image_token_ids(drawer, text, seeds=torch.arange(2), settings=settings)
-    tokens = drawn.image_token_ids
+    generated = generate_image_token_ids(
+        drawer, text, seeds=torch.arange(2), sampling_config=sampling_config
+    )
+    tokens = generated.image_token_ids
     with torch.inference_mode():
         logits = model(text, tokens).image.float()
     gap = (logits.max(-1).values - logits.gather(2, tokens.unsqueeze(2)).squeeze(2)).max()

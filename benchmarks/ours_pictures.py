@@ -132,14 +132,14 @@ def tokenizer_to_quality(train: Tensor) -> tuple[Callable[[], object], Callable[
 
 
 @dataclass(frozen=True)
-class Beginning:
+class FirstStep:
     """The first step of a discrete VAE, to be compared with that of another program."""
 
     loss: float
     codebook_gradient: float
     """Its norm; without it any mixture of fresh codes would do, since they average to nothing."""
 
-    def is_like(self, other: "Beginning") -> bool:
+    def is_like(self, other: "FirstStep") -> bool:
         """Tell whether both may be one computation with other noise."""
         same_loss = abs(self.loss / other.loss - 1) < 0.05
         return same_loss and abs(self.codebook_gradient / other.codebook_gradient - 1) < 0.2
@@ -152,7 +152,7 @@ def gumbel_training(
     images: Tensor,
     precision: Precision,
     *,
-    beginning: Beginning | None = None,
+    expected_first_step: FirstStep | None = None,
     compiled: bool = False,
 ) -> Job:
     """Train a discrete VAE with our Gumbel quantizer between networks that are given.
@@ -188,8 +188,8 @@ def gumbel_training(
 
     def eager_loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
-            rebuilt = decoder(quantizer(encoder(pixels)).quantized_latents)
-            return F.mse_loss(rebuilt.float(), pixels)
+            reconstructions = decoder(quantizer(encoder(pixels)).quantized_latents)
+            return F.mse_loss(reconstructions.float(), pixels)
 
     first: list[Tensor] = []
 
@@ -200,9 +200,9 @@ def gumbel_training(
     flops = count_flops(first_step, with_batched=True)
     gradient = quantizer.codebook.grad
     assert gradient is not None
-    found = Beginning(float(first[0].detach()), float(gradient.norm()))
-    if beginning and not found.is_like(beginning):
-        raise ValueError(f"the first step is {found}, the peer's {beginning}")
+    found = FirstStep(float(first[0].detach()), float(gradient.norm()))
+    if expected_first_step and not found.is_like(expected_first_step):
+        raise ValueError(f"the first step is {found}, the peer's {expected_first_step}")
     optimizer.zero_grad()
     find_loss = torch.compile(eager_loss, dynamic=False) if compiled else eager_loss
 
@@ -257,7 +257,7 @@ def write_model(folder: Path, decoder: DecoderConfig | None = None) -> None:
     pipeline.save_pretrained(folder)
 
 
-def read_pictures(folder: Path, image_size: int) -> int:
+def read_images(folder: Path, image_size: int) -> int:
     """Open a folder of captioned pictures and decode all of them, as training begins.
 
     Args:
@@ -353,7 +353,7 @@ def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
         [pairs[index] for index in kept],
         pixels,
         vqvae=vqvae,
-        captions=pipeline.captions,
+        text_tokenizer=pipeline.text_tokenizer,
         variation=Variation(),
         cache_dir=folder.parent / "tokens",
     )

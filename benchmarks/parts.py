@@ -3,22 +3,22 @@
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
 from benchmarks.timing import Result
 
 
-def _plain(module: str) -> Callable[[Settings], list[Result]]:
-    return lambda settings: import_module(f"benchmarks.{module}").run(settings)
+def _plain(module: str) -> Callable[[BenchmarkConfig], list[Result]]:
+    return lambda config: import_module(f"benchmarks.{module}").run(config)
 
 
-def _sized(module: str, size: Size, *options: object) -> Callable[[Settings], list[Result]]:
-    return lambda settings: import_module(f"benchmarks.{module}").run(
-        settings, TOY if settings.quick else size, *options
+def _sized(module: str, size: Size, *options: object) -> Callable[[BenchmarkConfig], list[Result]]:
+    return lambda config: import_module(f"benchmarks.{module}").run(
+        config, TOY if config.quick else size, *options
     )
 
 
-PARTS: dict[str, Callable[[Settings], list[Result]]] = {
+PARTS: dict[str, Callable[[BenchmarkConfig], list[Result]]] = {
     "startup": _plain("startup"),
     "lookup": _plain("lookup"),
     "data": _plain("data"),

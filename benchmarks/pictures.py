@@ -10,7 +10,7 @@ QUALITY = 90  # of JPEG
 WORDS = ("red", "green", "blue", "large", "small", "round", "old", "bright")
 
 
-def write_pictures(folder: Path, count: int, *, side: int = SIDE) -> None:
+def write_images(folder: Path, count: int, *, side: int = SIDE) -> None:
     """Write ``0.jpg`` with ``0.txt`` and so on: smooth colours, shapes and noise.
 
     Args:

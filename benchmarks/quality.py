@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ours, ours_pictures, peers
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.timing import OtherLoad, Result, median, set_machine
 from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 from vqvae.metrics import psnr
@@ -69,7 +69,7 @@ class Learner:
         self.db = quality(self.rebuild, held_out)
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Train ours and DALLE-pytorch's in turns.
 
     Args:
@@ -78,9 +78,9 @@ def run(settings: Settings) -> list[Result]:
     Returns:
         Rows in seconds.
     """
-    goal, turn = (5.0, 0.1) if settings.quick else (GOAL_DB, TURN_SECONDS)
+    goal, turn = (5.0, 0.1) if config.quick else (GOAL_DB, TURN_SECONDS)
     with tempfile.TemporaryDirectory() as folder:
-        train, held_out = emoji(Path(folder), few=settings.quick)
+        train, held_out = emoji(Path(folder), few=config.quick)
     step, rebuild = ours_pictures.tokenizer_to_quality(train)
     own = Learner(step, rebuild, _row("ours (FSQ, 1,000 codes)", goal, is_ours=True))
     learners = [own]
@@ -106,14 +106,14 @@ def run(settings: Settings) -> list[Result]:
             else:
                 continue
             running.remove(learner)
-            print(f"  {learner.result.work} | {learner.result.contestant}: {reached}", flush=True)
+            print(f"  {learner.result.work} | {learner.result.variant}: {reached}", flush=True)
     return [*(learner.result for learner in learners), *failed]
 
 
 def _row(name: str, goal: float, *, is_ours: bool = False) -> Result:
     precision = "bf16" if has_fast_bf16() else "float32"
     work = f"training until {goal:g} dB, 64 px, 256 tokens, {precision}"
-    return Result(work=work, contestant=name, is_ours=is_ours, unit="s")
+    return Result(work=work, variant=name, is_ours=is_ours, unit="s")
 
 
 def emoji(folder: Path, *, few: bool) -> tuple[Tensor, Tensor]:
@@ -213,8 +213,8 @@ def dvae(
     def rebuild(pixels: Tensor) -> Tensor:
         model.eval()
         # It subtracts 0.5 and divides by 0.5 on the way in, and does not undo it on the way out.
-        rebuilt = model.decode(model.get_codebook_indices((pixels + 1) / 2))
+        reconstructions = model.decode(model.get_codebook_indices((pixels + 1) / 2))
         model.train()
-        return rebuilt
+        return reconstructions
 
     return step, rebuild

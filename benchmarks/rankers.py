@@ -31,8 +31,8 @@ from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
 from dalle_mini_impl.evaluation.samples import spread_indices
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import generate_image_token_ids
-from dalle_mini_impl.sampling.likelihood import caption_gain
-from dalle_mini_impl.sampling.rerank import PictureRanker
+from dalle_mini_impl.sampling.likelihood import log_likelihood_ratio
+from dalle_mini_impl.sampling.rerank import ImageRanker
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 NONE, LIKELIHOOD, ORACLE = "none", "likelihood", "oracle"
@@ -73,7 +73,7 @@ def emoji_prompts(data: Path, *, size: int, count: int) -> list[Prompt]:
     Returns:
         Prompts with their judges.
     """
-    from dalle_mini_impl.evaluation.emoji import Question, Row, grid_questions
+    from dalle_mini_impl.evaluation.emoji import HeldOutPrompt, Row, grid_prompts
 
     rows = read_rows(data)
 
@@ -82,19 +82,23 @@ def emoji_prompts(data: Path, *, size: int, count: int) -> list[Prompt]:
         image = decode_image(path.read_bytes(), source=str(path))
         return image_to_pixels(resize_and_crop(image, size))
 
-    def judge(question: Question) -> Callable[[Image.Image], Answer]:
+    def judge(held_out_prompt: HeldOutPrompt) -> Callable[[Image.Image], Answer]:
         def answer(image: Image.Image) -> Answer:
             pixels = image_to_pixels(image)
-            error = float((question.true - pixels).square().mean()) / 4  # of pixels in [0, 1]
-            right = {what: float(found) for what, found in question.answer(pixels).items()}
+            error = (
+                float((held_out_prompt.reference - pixels).square().mean()) / 4
+            )  # of pixels in [0, 1]
+            right = {what: float(found) for what, found in held_out_prompt.answer(pixels).items()}
             return right | {"psnr_db": -10 * float(torch.tensor(max(error, 1e-10)).log10())}
 
         return answer
 
     styles = list(dict.fromkeys(row["style"] for row in rows))
-    found = [each for style in styles for each in grid_questions(rows, style=style, read=read)]
+    found = [each for style in styles for each in grid_prompts(rows, style=style, read=read)]
     chosen = [found[index] for index in spread_indices(len(found), count)]
-    return [Prompt(question.row["text"], judge(question)) for question in chosen]
+    return [
+        Prompt(held_out_prompt.row["text"], judge(held_out_prompt)) for held_out_prompt in chosen
+    ]
 
 
 def shapes_prompts(data: Path, *, count: int) -> list[Prompt]:
@@ -126,11 +130,11 @@ def shapes_prompts(data: Path, *, count: int) -> list[Prompt]:
 
 
 @torch.inference_mode()
-def draw_candidates(
+def generate_candidates(
     pipeline: TextToImagePipeline,
     prompt: str,
     *,
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     num_candidates: int,
     seed: int,
 ) -> dict[str, Tensor]:
@@ -144,16 +148,23 @@ def draw_candidates(
         seed: Of the first one.
 
     Returns:
-        ``image_token_ids`` (candidates, image_length), and their caption ``gains`` in nats.
+        ``image_token_ids`` (candidates, image_length), and their caption ``log_likelihood_ratios`` in nats.
     """
     text = pipeline.captions.encode([prompt]).expand(num_candidates, -1)
     seeds = torch.arange(seed, seed + num_candidates)
-    drawn = generate_image_token_ids(pipeline.dalle, text, seeds=seeds, settings=settings)
-    gains = caption_gain(pipeline.dalle, text, drawn.image_token_ids)
-    return {"image_token_ids": drawn.image_token_ids.contiguous(), "gains": gains.contiguous()}
+    generated = generate_image_token_ids(
+        pipeline.dalle, text, seeds=seeds, sampling_config=sampling_config
+    )
+    log_likelihood_ratios = log_likelihood_ratio(pipeline.dalle, text, generated.image_token_ids)
+    return {
+        "image_token_ids": generated.image_token_ids.contiguous(),
+        "gains": log_likelihood_ratios.contiguous(),
+    }
 
 
-def kept_or_drawn(file: Path, protocol: str, draw: Callable[[], dict[str, Tensor]]) -> Any:
+def load_or_generate(
+    file: Path, protocol: str, generate_missing: Callable[[], dict[str, Tensor]]
+) -> Any:
     """Read candidates of an earlier run of the same protocol, or draw them.
 
     Args:
@@ -168,11 +179,11 @@ def kept_or_drawn(file: Path, protocol: str, draw: Callable[[], dict[str, Tensor
         with safe_open(file, framework="pt") as stored:
             if stored.metadata() == {"protocol": protocol}:
                 return {name: stored.get_tensor(name) for name in stored.keys()}
-    drawn = draw()
+    generated = generate_missing()
     unfinished = file.with_suffix(".tmp")
-    save_file(drawn, unfinished, metadata={"protocol": protocol})
+    save_file(generated, unfinished, metadata={"protocol": protocol})
     unfinished.replace(file)
-    return drawn
+    return generated
 
 
 def compare(answers: Sequence[Sequence[Answer]], picks: Mapping[str, Sequence[int]]) -> Any:
@@ -226,12 +237,14 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     for name, values in figures.items():
         cells = []
         for what in asked:
-            mean, gain = values[what]["mean"], values[what]["gain"]
+            mean, gain_over_none = values[what]["mean"], values[what]["gain"]
             scale, unit = (1, " dB") if what.endswith("_db") else (100, " %")
-            spread = f"{gain['low'] * scale:+.1f} to {gain['high'] * scale:+.1f}"
+            spread = (
+                f"{gain_over_none['low'] * scale:+.1f} to {gain_over_none['high'] * scale:+.1f}"
+            )
             cells += [
                 f"{mean['value'] * scale:.1f}{unit}",
-                f"{gain['value'] * scale:+.1f} ({spread})",
+                f"{gain_over_none['value'] * scale:+.1f} ({spread})",
             ]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
@@ -255,12 +268,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         else emoji_prompts(options.data, size=size, count=options.num_prompts)
     )
     given = {name: getattr(options, name) for name in ("temperature", "guidance_scale")}
-    settings = pipeline.sampling_settings({k: v for k, v in given.items() if v is not None})
+    sampling_config = pipeline.resolve_sampling_config(
+        {k: v for k, v in given.items() if v is not None}
+    )
     facts = {
         "model": hashlib.sha256(
             (Path(options.model) / "model_index.json").read_bytes()
         ).hexdigest()[:16],
-        "settings": dataclasses.asdict(settings),
+        "settings": dataclasses.asdict(sampling_config),
         "num_candidates": options.num_candidates,
         "seed": options.seed,
     }
@@ -273,21 +288,21 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for number, prompt in enumerate(prompts):
         protocol = json.dumps({**facts, "prompt": prompt.text}, sort_keys=True, ensure_ascii=False)
         digest = hashlib.sha256(protocol.encode()).hexdigest()[:16]
-        drawn = kept_or_drawn(
+        generated = load_or_generate(
             kept / f"{digest}.safetensors",
             protocol,
-            lambda text=prompt.text: draw_candidates(  # type: ignore[misc]
+            lambda text=prompt.text: generate_candidates(  # type: ignore[misc]
                 pipeline,
                 text,
-                settings=settings,
+                sampling_config=sampling_config,
                 num_candidates=options.num_candidates,
                 seed=options.seed,
             ),
         )
-        images = pipeline.decode(drawn["image_token_ids"])
+        images = pipeline.decode(generated["image_token_ids"])
         answers.append([prompt.judge(image) for image in images])
         picks[NONE].append(0)
-        picks[LIKELIHOOD].append(int(drawn["gains"].argmax()))
+        picks[LIKELIHOOD].append(int(generated["gains"].argmax()))
         for name, ranker in rankers.items():
             scores = ranker.score(images, [prompt.text] * len(images))
             picks[name].append(int(scores.argmax()))
@@ -306,7 +321,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def load_rankers(options: argparse.Namespace) -> dict[str, PictureRanker]:
+def load_rankers(options: argparse.Namespace) -> dict[str, ImageRanker]:
     """Load the CLIP, if there is one.
 
     Args:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.ceilings import GIGA, share_of_ceiling
+from benchmarks.ceilings import GIGA, fraction_of_ceiling
 from benchmarks.timing import Result, median
 
 LESS_IS_BETTER = ("s", "ms", "GiB")  # units whose figure is the cost itself
@@ -45,15 +45,15 @@ def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
     """
     own = [result for result in results if result.is_ours and result.costs]
     head = ["", results[0].unit, "least to most"]
-    head += [f"{one.contestant} is ... times as good" for one in own]
+    head += [f"{one.variant} is ... times as good" for one in own]
     head += ["share of the ceiling", "cores used by others", "notes"]
     lines = [_row(head), _row(["---", *("--:" for _ in head[1:-1]), "---"])]
     for result in results:
         if not result.costs:
-            lines.append(_row([result.contestant, result.failure, *("" for _ in head[2:])]))
+            lines.append(_row([result.variant, result.failure, *("" for _ in head[2:])]))
             continue
         figures = sorted(_figure(result, cost) for cost in result.costs)
-        share = share_of_ceiling(result, ceilings)
+        fraction = fraction_of_ceiling(result, ceilings)
         others = [load for load in result.others if load is not None]
         notes = [result.note, result.failure]
         if result.build_seconds > 20:
@@ -61,11 +61,11 @@ def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
         lines.append(
             _row(
                 [
-                    f"**{result.contestant}**" if result.is_ours else result.contestant,
+                    f"**{result.variant}**" if result.is_ours else result.variant,
                     number(_figure(result, median(result.costs))),
                     f"{number(figures[0])} to {number(figures[-1])}",
                     *(number(median(result.costs) / median(one.costs)) for one in own),
-                    "" if share is None else f"{100 * share:.0f} %",
+                    "" if fraction is None else f"{100 * fraction:.0f} %",
                     f"{max(others):.2f}" if others else "not known",
                     "; ".join(note for note in notes if note),
                 ]

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from benchmarks import ours, peers
 from benchmarks.ceilings import bytes_of
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import Contestant, Job, Precision, Result, interleave
+from benchmarks.timing import Job, Precision, Result, Variant, interleave
 from dalle_mini_impl.native.decoder import NativeWeights
 
 MOST_ROUNDS = {1: 9, 4: 2, 16: 1, 64: 1}  # a round of many pictures takes minutes
@@ -30,7 +30,7 @@ BOTH_PRODUCTS = (("", "highest"), (', matmul "medium"', "medium"))
 VERIFIED_ROWS = 2  # pictures drawn before timing
 
 
-def run(settings: Settings, size: Size, batches: Sequence[int]) -> list[Result]:
+def run(config: BenchmarkConfig, size: Size, batches: Sequence[int]) -> list[Result]:
     """Compare drawing at some batches, each first without and then with guidance.
 
     Args:
@@ -41,19 +41,19 @@ def run(settings: Settings, size: Size, batches: Sequence[int]) -> list[Result]:
     Returns:
         Rows in seconds per picture.
     """
-    makers = Makers(size, tuple(settings.precisions()))
+    makers = Makers(size, tuple(config.precisions()))
     results = []
-    for batch in batches[:1] if settings.quick else batches:
+    for batch in batches[:1] if config.quick else batches:
         for guided in (False, True):
             results += interleave(
                 f"draw {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",
                 [
                     one
-                    for one in makers.contestants(batch, guided=guided)
-                    if not (settings.quick and "compiled" in one.name)
+                    for one in makers.variants(batch, guided=guided)
+                    if not (config.quick and "compiled" in one.name)
                 ],
                 unit="s",
-                rounds=min(settings.rounds, MOST_ROUNDS[batch]),
+                rounds=min(config.rounds, MOST_ROUNDS[batch]),
             )
     return results
 
@@ -79,7 +79,7 @@ class Makers:
         )
         self.dalle = functools.cache(lambda: peers.build_dalle(size).eval())
 
-    def contestants(self, batch: int, *, guided: bool) -> Iterator[Contestant]:
+    def variants(self, batch: int, *, guided: bool) -> Iterator[Variant]:
         """Name the rows of one table.
 
         Args:
@@ -90,7 +90,7 @@ class Makers:
             Contestants.
         """
         for precision in self.precisions:
-            yield Contestant(
+            yield Variant(
                 name=f"ours, {precision}",
                 build=functools.partial(self._own_job, precision, batch, guided),
                 is_ours=True,
@@ -99,7 +99,7 @@ class Makers:
             )
             if precision == "float32":
                 for weights, name in NATIVE.items():
-                    yield Contestant(
+                    yield Variant(
                         name=name,
                         build=functools.partial(self._own_job, precision, batch, guided, weights),
                         is_ours=True,
@@ -114,7 +114,7 @@ class Makers:
                 ways["static cache, compiled"] = "highest"
                 ways['static cache, compiled, matmul "medium"'] = "medium"
             for words, matmul in ways.items():
-                yield Contestant(
+                yield Variant(
                     name=f"{peers.LLAMA}, {precision}, {words}",
                     build=functools.partial(
                         llama_job, llama, self.size, batch, guided, "compiled" in words
@@ -125,7 +125,7 @@ class Makers:
         if batch > SLOW_PEERS_UP_TO:
             return
         for words, matmul in BOTH_PRODUCTS if not guided else ():
-            yield Contestant(
+            yield Variant(
                 name=f"x-transformers, float32{words}",
                 build=functools.partial(x_transformers_job, self.x_transformers, self.size, batch),
                 matmul=matmul,
@@ -141,7 +141,7 @@ class Makers:
     ) -> Job:
         return self.own(precision, native)(batch=batch, guided=guided)
 
-    def _dalle(self, batch: int, *, guided: bool) -> Iterator[Contestant]:
+    def _dalle(self, batch: int, *, guided: bool) -> Iterator[Variant]:
         if guided:
             ways = {"cache, as shipped": {"use_cache": True, "cond_scale": 3.0}}
         else:
@@ -150,7 +150,7 @@ class Makers:
                 ways["as shipped"] = {}
         for name, options in ways.items():
             for words, matmul in BOTH_PRODUCTS if guided or "mended" in name else BOTH_PRODUCTS[:1]:
-                yield Contestant(
+                yield Variant(
                     name=f"{peers.DALLE}, {name}{words}",
                     build=functools.partial(
                         dalle_job, self.dalle, self.size, batch, options, mended="mended" in name
@@ -193,14 +193,14 @@ def llama_job(
     if guided:
         config.guidance_scale = ours.GUIDANCE_SCALE
 
-    def draw(prompts: Tensor) -> Tensor:
+    def generate(prompts: Tensor) -> Tensor:
         null = {"negative_prompt_ids": torch.zeros_like(prompts)} if guided else {}
         attended = torch.ones_like(prompts)
         return net.generate(prompts, attention_mask=attended, generation_config=config, **null)[
             :, size.text_length :
         ]
 
-    return _verified(draw, text, net, size, passes=1 + guided)
+    return _verified(generate, text, net, size, passes=1 + guided)
 
 
 def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
@@ -219,12 +219,12 @@ def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
     wrapper = AutoregressiveWrapper(model())
     text, _ = random_pairs(size, batch=batch)
 
-    def draw(prompts: Tensor) -> Tensor:
+    def generate(prompts: Tensor) -> Tensor:
         return wrapper.generate(
             prompts, size.image_length, cache_kv=True, filter_logits_fn=lambda logits: logits
         )
 
-    return _verified(draw, text, wrapper, size)
+    return _verified(generate, text, wrapper, size)
 
 
 def dalle_job(
@@ -249,7 +249,7 @@ def dalle_job(
         del cond_scale
         return net(*arguments, **others)
 
-    def draw(prompts: Tensor) -> Tensor:
+    def generate(prompts: Tensor) -> Tensor:
         if mended:
             net.forward_with_cond_scale = pass_cache_on
         try:
@@ -261,11 +261,11 @@ def dalle_job(
 
     # Without a cache a picture takes a minute, and what returns it is the same code: not checked.
     guided = options.get("cond_scale", 1.0) != 1.0
-    return _verified(draw, text, net, size, passes=1 + guided, verify=bool(options))
+    return _verified(generate, text, net, size, passes=1 + guided, verify=bool(options))
 
 
 def _verified(
-    draw: Callable[[Tensor], Tensor],
+    generate: Callable[[Tensor], Tensor],
     text: Tensor,
     net: torch.nn.Module,
     size: Size,
@@ -275,11 +275,11 @@ def _verified(
 ) -> Job:
     """Prove that every token is drawn, and count what one call must compute and read."""
     some = text[:VERIFIED_ROWS]
-    if verify and (shape := draw(some).shape) != (len(some), size.image_length):
+    if verify and (shape := generate(some).shape) != (len(some), size.image_length):
         raise ValueError(f"drew {tuple(shape)}, wanted {len(some)} x {size.image_length}")
     weights = peers.linear_weights(net)
     return Job(
-        run=lambda: draw(text),
+        run=lambda: generate(text),
         items=len(text),
         flops=2.0 * sum(map(torch.numel, weights)) * len(text) * passes * size.image_length,
         bytes=bytes_of(*weights) * size.image_length,

@@ -7,7 +7,7 @@ from benchmarks.timing import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class BenchmarkConfig:
     """Options of a run."""
 
     rounds: int

@@ -15,13 +15,13 @@ import torch
 
 from benchmarks import ours, peers
 from benchmarks.sampling import NATIVE, llama_job
-from benchmarks.settings import Settings
+from benchmarks.settings import BenchmarkConfig
 from benchmarks.sizes import Size
-from benchmarks.timing import Contestant, Job, Result, interleave
+from benchmarks.timing import Job, Result, Variant, interleave
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
+from dalle_mini_impl.sampling.jacobi import best_window, jacobi_decode
 
 MODEL = Path("checkpoints/emoji-64")
 PROMPTS = (
@@ -35,7 +35,7 @@ EMOJI_64 = Size(
 )  # fmt: skip
 
 
-def run(settings: Settings) -> list[Result]:
+def run(settings: BenchmarkConfig) -> list[Result]:
     """Draw one picture at a time.
 
     Args:
@@ -47,7 +47,7 @@ def run(settings: Settings) -> list[Result]:
     pipeline = TextToImagePipeline.from_pretrained(MODEL)
     results = []
     for guided in (False, True):
-        rows = list(contestants(pipeline, guided=guided))
+        rows = list(variants(pipeline, guided=guided))
         results += interleave(
             f"draw {EMOJI_64.name}, trained, batch 1, "
             f"{f'guidance {pipeline.settings.guidance_scale:g}' if guided else 'no guidance'}",
@@ -58,7 +58,7 @@ def run(settings: Settings) -> list[Result]:
     return results
 
 
-def contestants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator[Contestant]:
+def variants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator[Variant]:
     """Name the rows of a table.
 
     Args:
@@ -74,7 +74,7 @@ def contestants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator[Cont
         **{name: {"weights": weights} for weights, name in NATIVE.items()},
     }
     for name, options in ways.items():
-        yield Contestant(
+        yield Variant(
             name=name,
             build=functools.partial(own_job, pipeline, guided=guided, **options),
             is_ours=True,
@@ -84,7 +84,7 @@ def contestants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator[Cont
         ("dynamic cache", "highest"),
         ('dynamic cache, matmul "medium"', "medium"),
     ):
-        yield Contestant(
+        yield Variant(
             name=f"{peers.LLAMA}, {words}",
             build=lambda: llama_job(
                 lambda: peers.build_language_model(peers.LLAMA, EMOJI_64).eval(),
@@ -121,27 +121,27 @@ def own_job(
     model: TextToImageModel | NativeDecoder = pipeline.dalle
     if weights is not None:
         model = ours.compile_native(pipeline.dalle, weights)
-    settings = pipeline.sampling_settings({} if guided else {"guidance_scale": 1.0})
-    text = pipeline.captions.encode(PROMPTS)
+    settings = pipeline.resolve_sampling_config({} if guided else {"guidance_scale": 1.0})
+    text = pipeline.text_tokenizer.encode(PROMPTS)
     window = 1 if one_by_one else best_window(model, 1)
 
-    def draw(number: int, window: int) -> tuple[torch.Tensor, int]:
-        drawn = draw_by_jacobi(
+    def generate(number: int, window: int) -> tuple[torch.Tensor, int]:
+        generated = jacobi_decode(
             model,
             text[number : number + 1],
             seeds=torch.tensor([number]),
             settings=settings,
             window=window,
         )
-        return drawn.image_token_ids, drawn.num_passes
+        return generated.image_token_ids, generated.num_passes
 
-    drawn = [draw(number, window) for number in range(len(PROMPTS))]
-    if not torch.equal(drawn[0][0], draw(0, 1)[0]):
+    generated = [generate(number, window) for number in range(len(PROMPTS))]
+    if not torch.equal(generated[0][0], generate(0, 1)[0]):
         raise ValueError("Jacobi passes draw another picture")
-    passes = sum(count for _, count in drawn) / len(PROMPTS)
+    passes = sum(count for _, count in generated) / len(PROMPTS)
     turn = itertools.cycle(range(len(PROMPTS)))
     return Job(
-        run=lambda: [draw(next(turn), window) for _ in PROMPTS],
+        run=lambda: [generate(next(turn), window) for _ in PROMPTS],
         items=len(PROMPTS),
         note=f"{passes:.1f} passes a picture",
     )

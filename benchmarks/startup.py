@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import ours_pictures, peers
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import Size
-from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
+from benchmarks.timing import Job, NotMeasuredError, Result, Variant, interleave
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GENERATE = str(REPOSITORY / "scripts" / "generate.py")
@@ -25,7 +25,7 @@ DEMO = Size(
 )  # fmt: skip
 # What DALLE-pytorch's generate.py does between its imports and the file, without its tokenizer,
 # whose import needs a package that no longer builds.
-PEER_DRAWS = """
+PEER_GENERATES = """
 import numpy, sys, torch
 from PIL import Image
 from dalle_pytorch import DALLE, DiscreteVAE
@@ -38,7 +38,7 @@ Image.fromarray(numpy.ascontiguousarray(pixels)).save(sys.argv[2])
 """
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Compare starting programs.
 
     Args:
@@ -58,7 +58,7 @@ def run(settings: Settings) -> list[Result]:
         "python alone": [*python, "pass"],
     }
     helps = [
-        Contestant(
+        Variant(
             name=f"ours, {name}" if name.startswith("generate") else name,
             build=partial(process_job, command),
             is_ours=name.startswith("generate"),
@@ -67,28 +67,28 @@ def run(settings: Settings) -> list[Result]:
     ]
     helps.insert(
         1,
-        Contestant(
+        Variant(
             name=f"{peers.DALLE}: its imports, before it reads a command line",
             build=lambda: process_job([*python, stub_code()]),
         ),
     )
-    results = interleave("start-up", helps, unit="s", rounds=max(settings.rounds, 1))
+    results = interleave("start-up", helps, unit="s", rounds=max(config.rounds, 1))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures = [
-            Contestant(name="ours, generate.py", build=partial(own_picture, folder), is_ours=True),
-            Contestant(
+        images = [
+            Variant(name="ours, generate.py", build=partial(own_image, folder), is_ours=True),
+            Variant(
                 name=f"{peers.DALLE}, what its generate.py does, without text tokenizer",
-                build=partial(peer_picture, folder),
+                build=partial(peer_image, folder),
             ),
-            Contestant(name="import torch", build=partial(process_job, [*python, "import torch"])),
+            Variant(name="import torch", build=partial(process_job, [*python, "import torch"])),
         ]
         work = "first picture from process start, a model of the demo's size"
-        results += interleave(work, pictures, unit="s", rounds=settings.rounds)
+        results += interleave(work, images, unit="s", rounds=config.rounds)
     return results
 
 
-def process_job(command: Sequence[str], *, wanted: Path | None = None) -> Job:
+def process_job(command: Sequence[str], *, expected: Path | None = None) -> Job:
     """Start a process and wait for its end.
 
     Args:
@@ -100,11 +100,11 @@ def process_job(command: Sequence[str], *, wanted: Path | None = None) -> Job:
     """
 
     def start() -> None:
-        if wanted is not None:
-            shutil.rmtree(wanted.parent, ignore_errors=True)  # pictures are numbered on
-            wanted.parent.mkdir(parents=True)
+        if expected is not None:
+            shutil.rmtree(expected.parent, ignore_errors=True)  # pictures are numbered on
+            expected.parent.mkdir(parents=True)
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        if done.returncode or (wanted is not None and not wanted.is_file()):
+        if done.returncode or (expected is not None and not expected.is_file()):
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise ValueError(lines[-1])
 
@@ -112,7 +112,7 @@ def process_job(command: Sequence[str], *, wanted: Path | None = None) -> Job:
     return Job(run=start)
 
 
-def own_picture(folder: Path) -> Job:
+def own_image(folder: Path) -> Job:
     """Draw one picture with ``generate.py``.
 
     Args:
@@ -125,10 +125,10 @@ def own_picture(folder: Path) -> Job:
     out = folder / "pictures"
     command = [sys.executable, GENERATE, "--model", str(folder / "model"), "--prompt", PROMPT]
     command += ["--num-images", "1", "--out", str(out)]
-    return process_job(command, wanted=out / "grid-0000.png")
+    return process_job(command, expected=out / "grid-0000.png")
 
 
-def peer_picture(folder: Path) -> Job:
+def peer_image(folder: Path) -> Job:
     """Draw one picture with DALLE-pytorch.
 
     Args:
@@ -150,9 +150,9 @@ def peer_picture(folder: Path) -> Job:
     model = dalle_pytorch.DALLE(vae=dalle_pytorch.DiscreteVAE(**vae), **arguments)
     saved = {"vae_params": vae, "hparams": arguments, "weights": model.state_dict()}
     torch.save(saved, folder / "peer.pt")
-    picture = folder / "peer" / "peer.png"
-    code = [sys.executable, "-W", "ignore", "-c", stub_code() + PEER_DRAWS]
-    return process_job([*code, str(folder / "peer.pt"), str(picture)], wanted=picture)
+    image = folder / "peer" / "peer.png"
+    code = [sys.executable, "-W", "ignore", "-c", stub_code() + PEER_GENERATES]
+    return process_job([*code, str(folder / "peer.pt"), str(image)], expected=image)
 
 
 def stub_code() -> str:

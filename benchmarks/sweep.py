@@ -37,7 +37,7 @@ class Recipe:
     tokenizer: Overrides = field(default_factory=dict)
     """Options of train_vqvae.py; recipes with the same ones share a tokenizer."""
     sampling: Overrides = field(default_factory=dict)
-    """Settings of the drawing; without other changes the first recipe's model draws."""
+    """BenchmarkConfig of the drawing; without other changes the first recipe's model draws."""
 
 
 MUON_RATE, NOISE = "training.learning_rate", "task.token_noise_probability"
@@ -117,14 +117,14 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
         out: Folder to write; its pictures are copies.
     """
     from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
-    from dalle_mini_impl.data.splits import draw
+    from dalle_mini_impl.data.splits import stable_hash
 
     lines = (emoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     chosen = set()
     for role, grid in grid_roles(rows).items():
         free = [cell for cell, row in grid.items() if row["split"] == "train"]
-        for cell in sorted(free, key=lambda cell: draw("recipes", role, *cell))[:2]:
+        for cell in sorted(free, key=lambda cell: stable_hash("recipes", role, *cell))[:2]:
             chosen.add(grid[cell]["file_name"])
     for row in rows:
         row["split"] = "train" if row["split"] == "train" else "not used"
@@ -172,8 +172,8 @@ def run_recipe(recipe: Recipe, out: Path, minutes: float) -> dict[str, Any]:
         "vqvae.yaml",
         data | {"training.max_minutes": 0.75 * minutes} | recipe.tokenizer,
     )
-    only_draws = bool(recipe.sampling)
-    run = out / "dalle" / ("0" if only_draws else str(RECIPES.index(recipe)))
+    only_generates = bool(recipe.sampling)
+    run = out / "dalle" / ("0" if only_generates else str(RECIPES.index(recipe)))
     run.parent.mkdir(exist_ok=True)
     shared = {"vqvae_dir": str(vqvae / "model"), "training.max_minutes": minutes}
     train("train_dalle", run, "dalle.yaml", data | shared | recipe.decoder)
@@ -185,11 +185,11 @@ def run_recipe(recipe: Recipe, out: Path, minutes: float) -> dict[str, Any]:
         "steps": last["step"],
         "held_out_nats": last["validation/image_nats"],
         "train_nats": last["validation/train_image_nats"],
-        **judge(run / "model", out / "data", recipe.sampling),
+        **evaluate_model(run / "model", out / "data", recipe.sampling),
     }
 
 
-def judge(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
+def evaluate_model(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
     """Draw held-out cells, and plain things that training showed, in both languages.
 
     Returns:
@@ -201,7 +201,7 @@ def judge(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
     import torch
 
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
-    from dalle_mini_impl.data.splits import draw
+    from dalle_mini_impl.data.splits import stable_hash
     from dalle_mini_impl.evaluation.emoji import evaluate_grid
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
@@ -217,7 +217,7 @@ def judge(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
     rows = [json.loads(line) for line in lines]
     things = [row for row in rows if row["split"] == "train" and not row["skin_tones"]]
     things = [row for row in things if row["kind"] in ("other", "country flag")]
-    things.sort(key=lambda row: draw("plain", row["hexcode"]))
+    things.sort(key=lambda row: stable_hash("plain", row["hexcode"]))
     truth = torch.stack(
         [
             image_to_pixels(
@@ -228,8 +228,8 @@ def judge(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
     )
     for language, column in (("plain_en", "text"), ("plain_ko", "text_ko")):
         prompts = [row[column] for row in things[:NUM_PLAIN]]
-        drawn = pipeline(prompts, seed=0, **sampling).images
-        pixels = torch.stack([image_to_pixels(image).flatten() for image in drawn])
+        generated = pipeline(prompts, seed=0, **sampling).images
+        pixels = torch.stack([image_to_pixels(image).flatten() for image in generated])
         nearest = torch.cdist(pixels, truth).argmin(dim=1)
         figures[language] = float((nearest == torch.arange(len(prompts))).float().mean())
     seconds = []
@@ -250,8 +250,8 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(results, key=lambda row: order.index(row["recipe"])):
-        shares = ("cells", "tone", "gender", "plain_en", "plain_ko")
-        percent = " | ".join(f"{100 * row[name]:.0f} %" for name in shares)
+        fractions = ("cells", "tone", "gender", "plain_en", "plain_ko")
+        percent = " | ".join(f"{100 * row[name]:.0f} %" for name in fractions)
         nats = f"{row['held_out_nats']:.2f} / {row['train_nats']:.2f}"
         lines.append(
             f"| {row['recipe']} | {row['expected']} | {row['steps']:,} | {nats} | {percent} "

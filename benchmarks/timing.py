@@ -54,7 +54,7 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contestant:
+class Variant:
     """One row of a comparison."""
 
     name: str
@@ -76,7 +76,7 @@ class Result:
     """What became of a contestant; costs are per item."""
 
     work: str
-    contestant: str
+    variant: str
     is_ours: bool
     unit: str
     """``tokens/s`` and the like, or ``s`` and ``GiB``, where less is better."""
@@ -99,7 +99,7 @@ class Result:
 
 def interleave(
     work: str,
-    contestants: Sequence[Contestant],
+    variants: Sequence[Variant],
     *,
     unit: str,
     rounds: int,
@@ -120,22 +120,22 @@ def interleave(
     results = [
         Result(
             work=work,
-            contestant=one.name,
+            variant=one.name,
             is_ours=one.is_ours,
             unit=unit,
             precision=one.precision,
         )
-        for one in contestants
+        for one in variants
     ]
-    jobs = [_build(one, result) for one, result in zip(contestants, results, strict=True)]
+    jobs = [_build(one, result) for one, result in zip(variants, results, strict=True)]
     for round_number in range(rounds):
-        for index in turning_order(len(contestants), round_number):
-            one, job, result = contestants[index], jobs[index], results[index]
+        for index in turning_order(len(variants), round_number):
+            one, job, result = variants[index], jobs[index], results[index]
             if job is not None and round_number < (one.rounds or rounds):
                 _time(one, job, result)
     for result in results:
         cost = f"{median(result.costs):.4g} s an item" if result.costs else result.failure
-        show(f"  {work} | {result.contestant}: {cost}")
+        show(f"  {work} | {result.variant}: {cost}")
     return results
 
 
@@ -153,7 +153,7 @@ def turning_order(count: int, round_number: int) -> list[int]:
     return order[::-1] if round_number % 2 else order
 
 
-def _build(one: Contestant, result: Result) -> Job | None:
+def _build(one: Variant, result: Result) -> Job | None:
     started = time.perf_counter()
     try:
         if one.matmul == "medium" and not medium_is_float32():
@@ -172,7 +172,7 @@ def _build(one: Contestant, result: Result) -> Job | None:
     return job
 
 
-def _time(one: Contestant, job: Job, result: Result) -> None:
+def _time(one: Variant, job: Job, result: Result) -> None:
     if result.failure:
         return
     gc.collect()
@@ -260,7 +260,7 @@ def require_compiled(run: Callable[[], object]) -> None:
     """
     with torch.profiler.profile() as profiler:
         run()
-    if not any("Torch-Compiled Region" in event.name for event in profiler.events()):
+    if not any("Torch-Compiled InpaintingMask" in event.name for event in profiler.events()):
         raise ValueError("nothing of it is compiled")
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from benchmarks import ours, ours_pictures, peers
 from benchmarks.ceilings import count_flops
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.timing import (
-    Contestant,
     Job,
     Precision,
     Result,
+    Variant,
     interleave,
     require_training,
 )
@@ -29,7 +29,7 @@ Work = Literal["encode", "decode", "train"]
 WORKS: tuple[Work, ...] = ("encode", "decode", "train")
 
 
-def run(settings: Settings) -> list[Result]:
+def run(config: BenchmarkConfig) -> list[Result]:
     """Compare tokenizers.
 
     Args:
@@ -39,27 +39,27 @@ def run(settings: Settings) -> list[Result]:
         Rows in images per second.
     """
     results = []
-    for precision in settings.precisions():
-        pixels = pictures(2, 32) if settings.quick else pictures(16, 64)
+    for precision in config.precisions():
+        pixels = random_images(2, 32) if config.quick else random_images(16, 64)
         for work in WORKS:
             results += interleave(
                 f"tokenizer by default, {pixels.shape[-1]} px, {work}, {precision}",
-                list(default_rows(work, pixels, precision, with_compiled=not settings.quick)),
+                list(default_rows(work, pixels, precision, with_compiled=not config.quick)),
                 unit="images/s",
-                rounds=settings.rounds,
+                rounds=config.rounds,
             )
-        pixels = pictures(2, 32) if settings.quick else pictures(8, 128)
-        codes = 64 if settings.quick else 8192
+        pixels = random_images(2, 32) if config.quick else random_images(8, 128)
+        codes = 64 if config.quick else 8192
         results += interleave(
             f"Gumbel dVAE, {codes:,} codes, {pixels.shape[-1]} px, same mathematics, {precision}",
-            list(gumbel_rows(pixels, codes, precision, with_compiled=not settings.quick)),
+            list(gumbel_rows(pixels, codes, precision, with_compiled=not config.quick)),
             unit="images/s",
-            rounds=settings.rounds,
+            rounds=config.rounds,
         )
     return results
 
 
-def pictures(batch: int, side: int) -> Tensor:
+def random_images(batch: int, side: int) -> Tensor:
     """Make up smooth pictures in [-1, 1], (batch, 3, side, side)."""
     coarse = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, side, mode="bilinear").clamp(-1, 1)
@@ -67,7 +67,7 @@ def pictures(batch: int, side: int) -> Tensor:
 
 def default_rows(
     work: Work, pixels: Tensor, precision: Precision, *, with_compiled: bool = True
-) -> Iterator[Contestant]:
+) -> Iterator[Variant]:
     """Name the rows of the comparison by default.
 
     Args:
@@ -80,7 +80,7 @@ def default_rows(
         Contestants.
     """
     for words, compiled in _own_ways(work, with_compiled=with_compiled):
-        yield Contestant(
+        yield Variant(
             name=f"ours (FSQ){words}",
             build=functools.partial(
                 ours_pictures.tokenizer_job, work, pixels, precision, compiled=compiled
@@ -97,7 +97,7 @@ def default_rows(
 
 def gumbel_rows(
     pixels: Tensor, codes: int, precision: Precision, *, with_compiled: bool = True
-) -> Iterator[Contestant]:
+) -> Iterator[Variant]:
     """Name the rows of the comparison with the same mathematics.
 
     Args:
@@ -122,7 +122,7 @@ def gumbel_rows(
         vae = build()
         loss = vae((pixels + 1) / 2, return_loss=True)
         loss.backward()
-        theirs = ours_pictures.Beginning(
+        theirs = ours_pictures.FirstStep(
             float(loss.detach()), float(vae.codebook.weight.grad.norm())
         )
         vae.zero_grad()
@@ -132,12 +132,12 @@ def gumbel_rows(
             vae.codebook.weight.detach().clone(),
             pixels,
             precision,
-            beginning=theirs,
+            expected_first_step=theirs,
             compiled=compiled,
         )
 
     for words, compiled in _own_ways("train", with_compiled=with_compiled):
-        yield Contestant(
+        yield Variant(
             name=f"ours{words}",
             build=functools.partial(own_job, compiled=compiled),
             is_ours=True,
@@ -161,7 +161,7 @@ def _dvae_rows(
     build: Callable[[], Any],
     *,
     with_compiled: bool,
-) -> Iterator[Contestant]:
+) -> Iterator[Variant]:
     shipped = ("as shipped", "highest", torch.contiguous_format, False)
     ways = [
         shipped,
@@ -174,7 +174,7 @@ def _dvae_rows(
             ('channels last, compiled, matmul "medium"', "medium", torch.channels_last, True),
         ]
     for words, matmul, layout, compiled in ways:
-        yield Contestant(
+        yield Variant(
             name=f"{peers.DALLE}, {words}",
             build=functools.partial(
                 dvae_job, work, build, pixels, precision, layout, compiled=compiled

@@ -4,9 +4,9 @@ import functools
 from collections.abc import Iterator
 
 from benchmarks import ours, peers
-from benchmarks.settings import Settings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import Size
-from benchmarks.timing import Contestant, Job, Precision, Result, interleave
+from benchmarks.timing import Job, Precision, Result, Variant, interleave
 
 # Peers' names in the table, and how they run: (words, compiled, float32 matrix product).
 WAYS = (
@@ -17,7 +17,7 @@ WAYS = (
 )
 
 
-def run(settings: Settings, size: Size) -> list[Result]:
+def run(config: BenchmarkConfig, size: Size) -> list[Result]:
     """Compare one training step in each precision.
 
     Args:
@@ -28,19 +28,17 @@ def run(settings: Settings, size: Size) -> list[Result]:
         Rows in tokens per second.
     """
     results = []
-    for precision in settings.precisions():
+    for precision in config.precisions():
         results += interleave(
             f"train {size.name}, {precision}",
-            list(contestants(size, precision, with_compiled=not settings.quick)),
+            list(variants(size, precision, with_compiled=not config.quick)),
             unit="tokens/s",
-            rounds=settings.rounds,
+            rounds=config.rounds,
         )
     return results
 
 
-def contestants(
-    size: Size, precision: Precision, *, with_compiled: bool = True
-) -> Iterator[Contestant]:
+def variants(size: Size, precision: Precision, *, with_compiled: bool = True) -> Iterator[Variant]:
     """Name the rows of a table: ours, and every peer in every way it can run.
 
     Args:
@@ -53,7 +51,7 @@ def contestants(
     """
     for name, compiled in (("ours", False), ("ours, training.compile", True)):
         if with_compiled or not compiled:
-            yield Contestant(
+            yield Variant(
                 name=name,
                 build=functools.partial(ours.decoder_training, size, precision, compiled=compiled),
                 is_ours=True,
@@ -68,7 +66,7 @@ def contestants(
                 continue
             if compiled and not with_compiled:
                 continue
-            yield Contestant(
+            yield Variant(
                 name=f"{name}, {words}",
                 build=functools.partial(_job, base, size, precision, compiled),
                 precision=precision,

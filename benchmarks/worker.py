@@ -10,8 +10,8 @@ import warnings
 from pathlib import Path
 
 from benchmarks.ceilings import measure_ceilings
+from benchmarks.config import BenchmarkConfig
 from benchmarks.parts import PARTS
-from benchmarks.settings import Settings
 
 
 def main() -> None:
@@ -23,10 +23,10 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
-    settings = Settings(rounds=options.rounds, quick=options.quick, bf16=options.bf16)
+    config = BenchmarkConfig(rounds=options.rounds, quick=options.quick, bf16=options.bf16)
     warnings.filterwarnings("ignore")  # peers' deprecations, which would bury the figures
     before = measure_ceilings(side=512 if options.quick else 1536)
-    results = PARTS[options.part](settings)
+    results = PARTS[options.part](config)
     values = {"ceilings": before, "results": [dataclasses.asdict(one) for one in results]}
     options.file.write_text(json.dumps(values), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.data.images import image_to_pixels, resize_and_crop, to_rgb
 from dalle_mini_impl.data.pairs import is_hub_name
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig
 from vqvae.serialization import (
@@ -34,13 +34,13 @@ from vqvae.serialization import (
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 BATCH_SIZE = 32
-WANTED = "wanted a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
+EXPECTED = "wanted a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
 
 
 class ClipRanker:
     """Our CLIP and its caption tokenizer."""
 
-    def __init__(self, model: Clip, captions: CaptionEncoder) -> None:
+    def __init__(self, model: Clip, text_tokenizer: TextTokenizer) -> None:
         """Put the parts together.
 
         Args:
@@ -51,10 +51,10 @@ class ClipRanker:
             UserError: If they do not fit each other.
         """
         for name in ("vocab_size", "text_length"):
-            got, wanted = getattr(captions, name), getattr(model.config, name)
-            if got != wanted:
-                raise UserError(f"{name}: got {got} in the tokenizer, the model wants {wanted}")
-        self.model, self.captions = model, captions
+            got, expected = getattr(text_tokenizer, name), getattr(model.config, name)
+            if got != expected:
+                raise UserError(f"{name}: got {got} in the tokenizer, the model wants {expected}")
+        self.model, self.text_tokenizer = model, text_tokenizer
 
     def to(self, device: torch.device | str) -> "ClipRanker":
         """Move the model.
@@ -130,7 +130,7 @@ class ClipRanker:
         Raises:
             UserError: If a text is empty.
         """
-        text_token_ids = self.captions.encode(texts).to(self._device)
+        text_token_ids = self.text_tokenizer.encode(texts).to(self._device)
         return _in_equal_parts(self.model.embed_texts, text_token_ids).cpu()
 
     @property
@@ -146,7 +146,7 @@ class ClipRanker:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_NAME, dtype=torch.float32)
-        self.captions.save_pretrained(folder / TOKENIZER_NAME)
+        self.text_tokenizer.save_pretrained(folder / TOKENIZER_NAME)
         text = json.dumps(dataclasses.asdict(self.model.config), indent=2)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
@@ -169,10 +169,10 @@ class ClipRanker:
             for name in TOKENIZER_FILES:
                 own_file(folder, f"{TOKENIZER_NAME}/{name}")
             model = _load_model(config, own_file(folder, WEIGHTS_NAME))
-            return cls(model, CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME))
+            return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_NAME))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"clip: {folder} does not load: {reason}; {WANTED}") from None
+            raise UserError(f"clip: {folder} does not load: {reason}; {EXPECTED}") from None
 
 
 def _load_model(config: ClipConfig, weights: Path) -> Clip:
@@ -296,7 +296,7 @@ class TransformersClipRanker:
             processor = CLIPProcessor.from_pretrained(name, local_files_only=is_local)
         except Exception as error:  # the library raises whatever its parts raise
             reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise UserError(f"clip: {name} does not load: {reason}; {WANTED}") from None
+            raise UserError(f"clip: {name} does not load: {reason}; {EXPECTED}") from None
         finally:
             noisy.setLevel(level)
         return cls(model, processor)
@@ -316,7 +316,7 @@ def load_clip_ranker(name: str | Path) -> ClipRanker | TransformersClipRanker:
     """
     folder = Path(name)
     if not folder.exists() and not is_hub_name(str(name)):
-        raise UserError(f"clip: {name}: no such folder; {WANTED}")
+        raise UserError(f"clip: {name}: no such folder; {EXPECTED}")
     if (folder / TOKENIZER_NAME).is_dir() or (folder.is_dir() and not is_of_transformers(folder)):
         return ClipRanker.from_pretrained(folder)
     return TransformersClipRanker.from_pretrained(str(name))

@@ -87,8 +87,8 @@ def _readable(reason: str) -> str:
     if not match:
         return reason
     key, types, kind, value = match.groups()
-    wanted = re.sub(r"<class '(\w+)'>", r"\1", types or kind).replace("typing.Literal", "one of ")
-    return f"{key}: got {value}, wanted {wanted.replace(', NoneType', ' or null')}"
+    expected = re.sub(r"<class '(\w+)'>", r"\1", types or kind).replace("typing.Literal", "one of ")
+    return f"{key}: got {value}, wanted {expected.replace(', NoneType', ' or null')}"
 
 
 def _dotted(reason: str, config_class: type[Any]) -> str:

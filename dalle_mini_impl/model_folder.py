@@ -70,10 +70,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}, "
             "with the field sha256; train_dalle.py --resume latest writes the folder anew"
         )
-    any_order = index.get("draws_any_order", False)  # older folders do not say
+    any_order = index.get("generates_any_order", False)  # older folders do not say
     if not isinstance(any_order, bool):
-        raise UserError(f"draws_any_order: got {shown(repr(any_order))}, wanted true or false")
-    odd = sorted((index.keys() - {"draws_any_order"}) ^ set(INDEX_FIELDS))
+        raise UserError(f"generates_any_order: got {shown(repr(any_order))}, wanted true or false")
+    odd = sorted((index.keys() - {"generates_any_order"}) ^ set(INDEX_FIELDS))
     if odd:
         raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
     digests = index["sha256"]

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images, resize_and_crop, to_rgb
-from dalle_mini_impl.data.inpainting_mask import choose_region, paste_back
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.inpainting_mask import build_inpainting_mask, paste_back
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.model_folder import (
     FORMAT_VERSION,
@@ -33,14 +33,14 @@ from dalle_mini_impl.model_folder import (
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
-from dalle_mini_impl.sampling.generate import DrawnTokens, generate_image_token_ids
+from dalle_mini_impl.sampling.generate import GeneratedTokens, generate_image_token_ids
 from dalle_mini_impl.sampling.inpaint import (
-    complete_image_token_ids,
-    completion_order,
+    inpaint_image_token_ids,
+    inpainting_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.likelihood import caption_gain
-from dalle_mini_impl.sampling.rerank import PictureRanker, best_of
+from dalle_mini_impl.sampling.likelihood import log_likelihood_ratio
+from dalle_mini_impl.sampling.rerank import ImageRanker, best_of
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.pretrained.load import load_tokenizer
@@ -50,7 +50,7 @@ from vqvae.serialization import (
     save_weights,
 )
 
-Rank = PictureRanker | Literal["likelihood", "none"]
+Rank = ImageRanker | Literal["likelihood", "none"]
 MAX_SEED = 2**63 - 1
 logger = logging.getLogger(__name__)
 MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every picture's file
@@ -79,9 +79,9 @@ class TextToImagePipeline:
         *,
         dalle: TextToImageModel,
         vqvae: ImageTokenizer,
-        captions: CaptionEncoder,
-        settings: SamplingConfig | None = None,
-        draws_any_order: bool = False,
+        text_tokenizer: TextTokenizer,
+        sampling_config: SamplingConfig | None = None,
+        generates_any_order: bool = False,
     ) -> None:
         """Put the three parts together.
 
@@ -90,8 +90,8 @@ class TextToImagePipeline:
             vqvae: The image tokenizer that it was trained on.
             captions: The caption tokenizer that it was trained on.
             settings: How tokens are drawn unless a call says otherwise.
-            draws_any_order: Whether the decoder was trained in random order up to the end, so that
-                ``complete`` may redraw any part of a picture.
+            generates_any_order: Whether the decoder was trained in random order up to the end, so that
+                ``inpaint`` may redraw any part of a picture.
 
         Raises:
             ValueError: If the parts do not fit each other.
@@ -101,15 +101,17 @@ class TextToImagePipeline:
         if parts != expected:
             raise ValueError(f"vqvae: codebook and grid are {parts}, the decoder wants {expected}")
         for name in ("text_length", "vocab_size"):
-            got, wanted = getattr(captions, name), getattr(dalle.config, name)
-            if got != wanted:
-                raise ValueError(f"captions: {name} is {got}, the decoder wants {wanted}")
-        if draws_any_order and dalle.config.decoder.draws_raster_order_only:
-            raise ValueError("draws_any_order: got true, but the decoder draws raster order only")
-        self.dalle, self.vqvae, self.captions = dalle, vqvae, captions
+            got, required = getattr(text_tokenizer, name), getattr(dalle.config, name)
+            if got != required:
+                raise ValueError(f"captions: {name} is {got}, the decoder wants {required}")
+        if generates_any_order and dalle.config.decoder.raster_order_only:
+            raise ValueError(
+                "generates_any_order: got true, but the decoder draws raster order only"
+            )
+        self.dalle, self.vqvae, self.text_tokenizer = dalle, vqvae, text_tokenizer
         self.native: NativeDecoder | None = None
-        self.settings = settings or SamplingConfig()
-        self.draws_any_order = draws_any_order
+        self.sampling_config = sampling_config or SamplingConfig()
+        self.generates_any_order = generates_any_order
 
     def to(self, device: torch.device | str) -> "TextToImagePipeline":
         """Move both models.
@@ -148,7 +150,7 @@ class TextToImagePipeline:
         return self.native is not None
 
     @property
-    def native_settings(self) -> dict[str, Any]:
+    def native_metadata(self) -> dict[str, Any]:
         """What to keep beside a picture: ``native`` and its weights; nothing if torch draws."""
         return {"native": self.native.weights} if self.native else {}
 
@@ -187,33 +189,38 @@ class TextToImagePipeline:
         """
         prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        settings = self.sampling_settings(overrides)
+        sampling_config = self.resolve_sampling_config(overrides)
 
-        def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
+        def generate_tokens(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> GeneratedTokens:
             return generate_image_token_ids(
-                self.native or self.dalle, text_token_ids, seeds=seeds, settings=settings
+                self.native or self.dalle,
+                text_token_ids,
+                seeds=seeds,
+                sampling_config=sampling_config,
             )
 
         seeds = torch.arange(seed, seed + num_images * num_candidates)
         if rank == "none":
             seeds = seeds[::num_candidates]
-        return self._draw(prompts, seeds.repeat(len(prompts)), draw, num_images, settings, rank)
+        return self._generate(
+            prompts, seeds.repeat(len(prompts)), generate_tokens, num_images, sampling_config, rank
+        )
 
     @torch.inference_mode()
-    def complete(
+    def inpaint(
         self,
         prompt: str | Sequence[str],
         image: Image.Image,
         *,
         mask: Image.Image | None = None,
         keep_rows: int | None = None,
-        keep_share: float | None = None,
+        keep_fraction: float | None = None,
         num_images: int = 1,
         seed: int = 0,
         num_candidates: int = 1,
         **overrides: Any,
     ) -> PipelineOutput:
-        """Redraw a part of a picture; give exactly one of mask, keep_rows and keep_share.
+        """Redraw a part of a picture; give exactly one of mask, keep_rows and keep_fraction.
 
         Prompts, seeds and candidates are as in a plain call. The picture is scaled and cropped to
         the model's square. With a mask or with rows, every pixel that is not redrawn is the
@@ -226,7 +233,7 @@ class TextToImagePipeline:
             mask: As large as the picture, white where it is redrawn. Every token's patch that white
                 touches is drawn anew.
             keep_rows: Rows of tokens at the top that stay.
-            keep_share: Share of the tokens that stay, in (0, 1); each seed keeps others.
+            keep_fraction: Share of the tokens that stay, in (0, 1); each seed keeps others.
             num_images: Pictures per prompt.
             seed: Of the first picture of each prompt.
             num_candidates: Pictures drawn for each one that is kept.
@@ -240,80 +247,82 @@ class TextToImagePipeline:
         """
         prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        settings = self.sampling_settings(overrides)
+        sampling_config = self.resolve_sampling_config(overrides)
         size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
-        picture, device = to_rgb(image), self.dalle.image_head.rows.device
+        source_image, device = to_rgb(image), self.dalle.image_head.rows.device
         seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
-        region = choose_region(
-            mask=mask, keep_rows=keep_rows, keep_share=keep_share, picture_size=picture.size,
+        inpainting_mask = build_inpainting_mask(
+            mask=mask, keep_rows=keep_rows, keep_fraction=keep_fraction, source_size=source_image.size,
             size=size, grid=grid, seeds=seeds.tolist(),
         )  # fmt: skip
-        is_redrawn = region.is_redrawn.to(device)
-        if not self.draws_any_order and not is_raster_order(completion_order(is_redrawn)):
-            field = "mask" if keep_share is None else "keep_share"
+        is_masked = inpainting_mask.is_masked.to(device)
+        if not self.generates_any_order and not is_raster_order(inpainting_order(is_masked)):
+            field = "mask" if keep_fraction is None else "keep_fraction"
             raise UserError(
                 f"{field}: something stays after the first redrawn token, and this model draws "
                 "from the top left to the bottom right only; wanted keep_rows, or a model trained "
                 "with --task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
             )
-        image_token_ids = self.encode([picture])
+        image_token_ids = self.encode([source_image])
 
-        def draw(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> DrawnTokens:
-            return complete_image_token_ids(
+        def generate_tokens(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> GeneratedTokens:
+            return inpaint_image_token_ids(
                 self.native or self.dalle, text_token_ids,
-                image_token_ids.expand(len(seeds), -1), is_redrawn, seeds=seeds, settings=settings,
+                image_token_ids.expand(len(seeds), -1), is_masked, seeds=seeds, sampling_config=sampling_config,
             )  # fmt: skip
 
-        output = self._draw(prompts, seeds, draw, num_images, settings)
-        if region.shown is None:
+        output = self._generate(prompts, seeds, generate_tokens, num_images, sampling_config)
+        if inpainting_mask.shown is None:
             return output
-        images = [paste_back(each, picture, region.shown) for each in output.images]
+        images = [paste_back(each, source_image, inpainting_mask.shown) for each in output.images]
         return dataclasses.replace(output, images=images)
 
-    def _draw(
+    def _generate(
         self,
         prompts: list[str],
         seeds: torch.Tensor,
-        draw: Callable[[torch.Tensor, torch.Tensor], DrawnTokens],
+        generate_tokens: Callable[[torch.Tensor, torch.Tensor], GeneratedTokens],
         num_images: int,
-        settings: SamplingConfig,
+        sampling_config: SamplingConfig,
         rank: Rank = "likelihood",
     ) -> PipelineOutput:
         """Draw captions and seeds, as many for each prompt, and keep the best candidates."""
         per_prompt = len(seeds) // len(prompts)
-        text_token_ids = self.captions.encode(prompts).to(self.dalle.image_head.rows.device)
+        text_token_ids = self.text_tokenizer.encode(prompts).to(self.dalle.image_head.rows.device)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
         was_training = self.dalle.training
         self.dalle.eval()
-        drawn = draw(text_token_ids, seeds)
+        generated = generate_tokens(text_token_ids, seeds)
         if isinstance(rank, str):
             images = None
-            scores = self._gains(drawn, text_token_ids, per_prompt // num_images, settings)
+            scores = self._log_likelihood_ratios(
+                generated, text_token_ids, per_prompt // num_images, sampling_config
+            )
         else:
-            images = self.decode(drawn.image_token_ids)
+            images = self.decode(generated.image_token_ids)
             scores = rank.score(images, [text for text in prompts for _ in range(per_prompt)])
         self.dalle.train(was_training)
         kept = best_of(scores, num_candidates=per_prompt // num_images)
         return PipelineOutput(
             images=[images[index] for index in kept.tolist()]
             if images
-            else self.decode(drawn.image_token_ids[kept]),
+            else self.decode(generated.image_token_ids[kept]),
             prompts=[text for text in prompts for _ in range(num_images)],
             seeds=seeds[kept.cpu()].tolist(),
             scores=scores[kept].tolist(),
         )
 
-    def _gains(
+    def _log_likelihood_ratios(
         self,
-        drawn: DrawnTokens,
+        generated: GeneratedTokens,
         text_token_ids: torch.Tensor,
         num_candidates: int,
-        settings: SamplingConfig,
+        sampling_config: SamplingConfig,
     ) -> torch.Tensor:
         """Return the caption gains, which drawing without guidance has not summed up."""
-        if num_candidates > 1 and settings.guidance_scale == 1.0:
-            return caption_gain(self.dalle, text_token_ids, drawn.image_token_ids)
-        return drawn.caption_gain
+        if num_candidates > 1 and sampling_config.guidance_scale == 1.0:
+            return log_likelihood_ratio(self.dalle, text_token_ids, generated.image_token_ids)
+        return generated.log_likelihood_ratio
 
     def check(
         self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int
@@ -391,15 +400,15 @@ class TextToImagePipeline:
         """
         folder = Path(folder)
         self.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
-        self.captions.save_pretrained(folder / "text_tokenizer")
+        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
         (folder / "dalle").mkdir(parents=True, exist_ok=True)
         save_weights(self.dalle, folder / "dalle" / "model.safetensors", dtype=dtype)
         _write_json(folder / "dalle" / "config.json", dataclasses.asdict(self.dalle.config))
         index = {
             "format_version": FORMAT_VERSION,
             "pipeline": type(self).__name__,
-            "sampling": dataclasses.asdict(self.settings),
-            "draws_any_order": self.draws_any_order,
+            "sampling": dataclasses.asdict(self.sampling_config),
+            "generates_any_order": self.generates_any_order,
             "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
             "sha256": file_hashes(folder),
         }
@@ -432,13 +441,13 @@ class TextToImagePipeline:
             vqvae = load_tokenizer(folder / "vqvae")
             if vqvae.fingerprint() != index["vqvae_fingerprint"]:
                 raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
-            settings = build_config(SamplingConfig, index["sampling"])
+            sampling_config = build_config(SamplingConfig, index["sampling"])
             return cls(
                 dalle=_load_dalle(folder, index["sha256"]),
                 vqvae=vqvae,
-                captions=CaptionEncoder.from_pretrained(folder / "text_tokenizer"),
-                settings=settings,
-                draws_any_order=index.get("draws_any_order", False),
+                text_tokenizer=TextTokenizer.from_pretrained(folder / "text_tokenizer"),
+                sampling_config=sampling_config,
+                generates_any_order=index.get("generates_any_order", False),
             )
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
@@ -450,10 +459,10 @@ class TextToImagePipeline:
         millions = sum(weight.numel() for weight in self.dalle.parameters()) / 1e6
         return MODEL_CARD.format(
             size=size, rows=grid[0], columns=grid[1], codes=self.vqvae.codebook_size,
-            millions=millions, vocab=self.captions.vocab_size, length=self.captions.text_length,
+            millions=millions, vocab=self.text_tokenizer.vocab_size, length=self.text_tokenizer.text_length,
         )  # fmt: skip
 
-    def sampling_settings(self, overrides: Mapping[str, Any]) -> SamplingConfig:
+    def resolve_sampling_config(self, overrides: Mapping[str, Any]) -> SamplingConfig:
         """Put the settings of a call in place of the model's own.
 
         Args:
@@ -473,7 +482,7 @@ class TextToImagePipeline:
             )
         _require_numbers(overrides)
         try:
-            return dataclasses.replace(self.settings, **overrides)
+            return dataclasses.replace(self.sampling_config, **overrides)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -483,10 +492,10 @@ def _as_list(prompt: str | Sequence[str]) -> list[Any]:
     return [prompt] if is_one else list(prompt)
 
 
-def _require_numbers(settings: Mapping[str, Any]) -> None:
+def _require_numbers(sampling_config: Mapping[str, Any]) -> None:
     """Refuse sampling settings that cannot be compared with their limits."""
     for field in dataclasses.fields(SamplingConfig):
-        value = settings.get(field.name, field.default)
-        kind, wanted = (Real, "a number") if field.type is float else (Integral, "a whole number")
+        value = sampling_config.get(field.name, field.default)
+        kind, required = (Real, "a number") if field.type is float else (Integral, "a whole number")
         if field.type in (float, int) and not isinstance(value, kind):
-            raise UserError(f"{field.name}: got {value!r}, wanted {wanted}")
+            raise UserError(f"{field.name}: got {value!r}, wanted {required}")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.seq2seq import (
     PAD_TOKEN_ID,
@@ -32,7 +32,11 @@ class Translator:
     """Translates texts with a trained model."""
 
     def __init__(
-        self, model: EncoderDecoder, captions: CaptionEncoder, *, beam: BeamConfig | None = None
+        self,
+        model: EncoderDecoder,
+        text_tokenizer: TextTokenizer,
+        *,
+        beam: BeamConfig | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -44,12 +48,12 @@ class Translator:
         Raises:
             UserError: If the model has another vocabulary.
         """
-        if model.vocab_size != captions.vocab_size:
+        if model.vocab_size != text_tokenizer.vocab_size:
             raise UserError(
-                f"vocab_size: got {model.vocab_size} in the model and {captions.vocab_size} in the "
+                f"vocab_size: got {model.vocab_size} in the model and {text_tokenizer.vocab_size} in the "
                 "tokenizer, wanted as many in both"
             )
-        self.model, self.captions, self.beam = model, captions, beam or BeamConfig()
+        self.model, self.text_tokenizer, self.beam = model, text_tokenizer, beam or BeamConfig()
 
     def __call__(self, texts: Sequence[str], *, beam: BeamConfig | None = None) -> list[str]:
         """Translate.
@@ -71,13 +75,13 @@ class Translator:
         device = self.model.embedding.weight.device
         translations: list[str] = []
         for start in range(0, len(texts), BATCH_SIZE):
-            source = self.captions.encode(texts[start : start + BATCH_SIZE]).to(device)
+            source = self.text_tokenizer.encode(texts[start : start + BATCH_SIZE]).to(device)
             found = beam_search(
-                self.model, source, beam or self.beam, max_length=self.captions.text_length
+                self.model, source, beam or self.beam, max_length=self.text_tokenizer.text_length
             )
             for row in found.token_ids.tolist():
                 kept = [token for token in row if token != PAD_TOKEN_ID]
-                translations.append(self.captions.tokenizer.decode(kept).strip())
+                translations.append(self.text_tokenizer.tokenizer.decode(kept).strip())
         return translations
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -89,7 +93,7 @@ class Translator:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_weights(self.model, folder / WEIGHTS_NAME, dtype=torch.float32)
-        self.captions.save_pretrained(folder / TOKENIZER_NAME)
+        self.text_tokenizer.save_pretrained(folder / TOKENIZER_NAME)
         config = {
             "model": dataclasses.asdict(self.model.config),
             "beam": dataclasses.asdict(self.beam),
@@ -138,7 +142,7 @@ class Translator:
                 f"model: {folder} is no translator that loads: {reason}; wanted a folder that "
                 "train_translation.py wrote"
             ) from None
-        return cls(model, CaptionEncoder.from_pretrained(folder / TOKENIZER_NAME), beam=beam)
+        return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_NAME), beam=beam)
 
 
 def score_translations(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:

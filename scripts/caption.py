@@ -28,14 +28,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--data", type=Path, default=Path("out/demo/data"), help="emoji folder for --evaluate")
     add("--language", choices=("en", "ko"), default="en", help="of the emoji captions")
     add("--style", default="twemoji", help="of the emoji")
-    add("--num-pictures", type=int, default=200, help="for --evaluate, at most")
+    add("--num-images", type=int, default=200, help="for --evaluate, at most")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Print JSON, one line per picture, caption or measurement."""
     options = parse(arguments)
-    from dalle_mini_impl.cli.caption import beginnings, caption_pictures, complete_captions
+    from dalle_mini_impl.cli.caption import caption_images, complete_captions, prefixes
     from dalle_mini_impl.cli.generate import read_prompts
     from dalle_mini_impl.evaluation.zero_shot import zero_shot_emoji, zero_shot_shapes
     from dalle_mini_impl.hardware import use_fast_float32
@@ -47,21 +47,21 @@ def main(arguments: Sequence[str]) -> None:
     pipeline = TextToImagePipeline.from_pretrained(options.model)
     if options.evaluate == "emoji":
         words = {"language": options.language, "style": options.style}
-        report = zero_shot_emoji(pipeline, options.data, num_pictures=options.num_pictures, **words)
+        report = zero_shot_emoji(pipeline, options.data, num_images=options.num_images, **words)
         print(json.dumps(dataclasses.asdict(report)))
     elif options.evaluate == "shapes":
         for split in ("test", "test_compose"):
-            report = zero_shot_shapes(pipeline, split=split, num_pictures=options.num_pictures)
+            report = zero_shot_shapes(pipeline, split=split, num_images=options.num_images)
             print(json.dumps({"split": split, **dataclasses.asdict(report)}))
     else:
         longer = []
         if options.complete is not None:
             sizes = {"num_samples": options.num_samples, "num_tokens": options.num_tokens}
             longer = complete_captions(pipeline, options.complete, seed=options.seed, **sizes)
-            captions += beginnings(longer, options.complete)
+            captions += prefixes(longer, options.complete)
         choice = {"use_prior": options.use_prior, "top": options.top}
         ranks = options.images or not longer
-        rows = caption_pictures(pipeline, options.images, captions, **choice) if ranks else longer
+        rows = caption_images(pipeline, options.images, captions, **choice) if ranks else longer
         for line in rows:
             print(json.dumps(line, ensure_ascii=False))
 

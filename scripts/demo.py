@@ -20,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
         print(f"[{(time.monotonic() - started) / 60:4.1f} min] {text}")
 
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
-    from dalle_mini_impl.cli.demo import draw_demo
+    from dalle_mini_impl.cli.demo import generate_demo
     from dalle_mini_impl.config import load_config
     from dalle_mini_impl.hardware import use_fast_float32
     from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
@@ -45,11 +45,11 @@ def main(arguments: Sequence[str]) -> None:
         announce("training the decoder")
         preset = ["--config", str(options.configs / "dalle.yaml")]
         preset += ["--vqvae_dir", str(vqvae / "model"), *shared(dalle)]
-        settings, resume = load_config(DalleRunConfig, preset, description="")
-        train_dalle(settings, resume=resume)
+        run_config, resume = load_config(DalleRunConfig, preset, description="")
+        train_dalle(run_config, resume=resume)
     announce("drawing pictures")
     use_fast_float32()  # as training did: a later run of this script alone draws the same pictures
-    for line in draw_demo(dalle / "model", data, out):
+    for line in generate_demo(dalle / "model", data, out):
         announce(line)
 
 

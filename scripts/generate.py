@@ -34,7 +34,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--image", type=Path, help="redraw a part of this picture, which is:")
     add("--mask", type=Path, help="what is white in this picture of the same size")
     add("--keep-rows", type=int, help="all but the first rows of image tokens")
-    add("--keep-share", type=float, help="all but this share of the image tokens")
+    add("--keep-fraction", type=float, help="all but this share of the image tokens")
     return parser.parse_args(arguments)
 
 
@@ -43,19 +43,25 @@ def main(arguments: Sequence[str]) -> None:
     options = parse(arguments)
     # torch loads after the options fit
     from dalle_mini_impl.cli.generate import (
-        Edit,
+        InpaintingOptions,
         Ranking,
-        complete_to_folder,
-        draw_to_folder,
+        generate_to_folder,
+        inpaint_to_folder,
         read_prompts,
     )
 
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
     overrides = {name: getattr(options, name) for name in names}
     more = read_prompts(options.prompts_file) if options.prompts_file else []
-    edit = Edit(options.image, options.mask, options.keep_rows, options.keep_share)
-    draw = draw_to_folder if edit == Edit(None) else partial(complete_to_folder, edit=edit)
-    grid = draw(
+    inpainting = InpaintingOptions(
+        options.image, options.mask, options.keep_rows, options.keep_fraction
+    )
+    generate = (
+        generate_to_folder
+        if inpainting == InpaintingOptions(None)
+        else partial(inpaint_to_folder, inpainting=inpainting)
+    )
+    grid = generate(
         options.model,
         prompts=[*options.prompt, *more],
         num_images=options.num_images,

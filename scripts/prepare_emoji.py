@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     report = prepare_emoji(
         options.out, size=options.size, styles=options.styles, npm_dir=options.npm_dir
     )
-    print(f"{options.out}: {report.pictures} pictures of {options.size} x {options.size}")
+    print(f"{options.out}: {report.images} pictures of {options.size} x {options.size}")
     for name, counts in (("split", report.splits), ("style", report.styles)):
         listed = ", ".join(f"{key} {count}" for key, count in sorted(counts.items()))
         print(f"  per {name}: {listed}")

@@ -15,7 +15,7 @@ from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
+from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.dalle import DalleTask, DalleTaskConfig
 from tests.reference import tiny
@@ -24,7 +24,7 @@ NUM_CODES, STEPS, BATCH = 4, 500, 64
 LIKE_FIRST, LIKE_FOURTH = 1, 2  # captions of one token
 
 
-def pictures(count: int, seed: int) -> tuple[Tensor, Tensor]:
+def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Captions and pictures of the rule above."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, NUM_CODES, (count, 4), generator=generator)
@@ -51,7 +51,7 @@ def trained(random_order_probability: float) -> Dalle:
         for name, parameter in dalle.named_parameters():
             if "norm" not in name:
                 parameter.mul_(5)
-    text, image = pictures(2000, seed=1)
+    text, image = images(2000, seed=1)
     data = TokenDataset(image.int()[:, None], text.int(), torch.arange(2001))
     config = DalleTaskConfig(
         random_order_probability=random_order_probability,
@@ -66,7 +66,7 @@ def trained(random_order_probability: float) -> Dalle:
     generator = torch.Generator().manual_seed(2)
     for step in range(STEPS):
         ids = torch.randint(0, len(data), (BATCH,), generator=generator)
-        batch = task.make_batch(ids, torch.rand(BATCH, task.num_draws, generator=generator))
+        batch = task.make_batch(ids, torch.rand(BATCH, task.num_uniforms, generator=generator))
         loss, _ = task.loss(dalle, batch, progress=step / STEPS, generator=generator)
         optimizer.zero_grad()
         loss.backward()
@@ -75,28 +75,28 @@ def trained(random_order_probability: float) -> Dalle:
     return dalle.eval()
 
 
-def share_right(dalle: Dalle) -> tuple[float, float]:
+def fraction_right(dalle: Dalle) -> tuple[float, float]:
     """Fill the second token of new pictures: shares that are right, by caption."""
-    text, image = pictures(300, seed=3)
+    text, image = images(300, seed=3)
     hole = torch.tensor([False, True, False, False]).expand(300, -1)
-    drawn = complete_image_token_ids(
+    generated = inpaint_image_token_ids(
         dalle,
         text,
         image.masked_fill(hole, 0),
         hole,
         seeds=torch.arange(300),
-        settings=SamplingConfig(guidance_scale=1.0),
+        sampling_config=SamplingConfig(guidance_scale=1.0),
     ).image_token_ids
-    right, is_first = drawn[:, 1] == image[:, 1], text[:, 0] == LIKE_FIRST
+    right, is_first = generated[:, 1] == image[:, 1], text[:, 0] == LIKE_FIRST
     return float(right[is_first].float().mean()), float(right[~is_first].float().mean())
 
 
 @pytest.mark.slow
 def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
-    like_first, like_fourth = share_right(trained(1.0))
+    like_first, like_fourth = fraction_right(trained(1.0))
     assert like_first > 0.9
     assert like_fourth > 0.9
-    _, like_fourth = share_right(trained(0.0))
+    _, like_fourth = fraction_right(trained(0.0))
     assert like_fourth < 0.7  # it never saw a picture's end before its middle
 
 
@@ -111,6 +111,6 @@ def test_a_run_says_in_its_model_folder_how_it_ended(
         max_steps=1,
     )  # fmt: skip
     folder, _ = tiny.train(run)
-    wanted = probability > 0 and ends_at == 1
-    assert json.loads((folder / "model_index.json").read_text())["draws_any_order"] is wanted
-    assert TextToImagePipeline.from_pretrained(folder).draws_any_order is wanted
+    expected = probability > 0 and ends_at == 1
+    assert json.loads((folder / "model_index.json").read_text())["generates_any_order"] is expected
+    assert TextToImagePipeline.from_pretrained(folder).generates_any_order is expected

@@ -13,14 +13,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dalle_mini_impl.cli.generate import Ranking, draw_to_folder
+from dalle_mini_impl.cli.generate import Ranking, generate_to_folder
 from dalle_mini_impl.clip_ranker import ClipRanker, TransformersClipRanker, load_clip_ranker
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
 
-PICTURES = [tiny.draw_picture(number) for number in range(12)]
+IMAGES = [tiny.render_image(number) for number in range(12)]
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -49,14 +49,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_score_is_a_cosine_and_does_not_depend_on_its_neighbours(ranker: ClipRanker) -> None:
-    pictures = [*PICTURES, *PICTURES, *PICTURES]  # more than one batch
-    prompts = [tiny.CAPTIONS[number % 5] for number in range(len(pictures))]
-    together = ranker.score(pictures, prompts)
+    pil_images = [*IMAGES, *IMAGES, *IMAGES]  # more than one batch
+    prompts = [tiny.CAPTIONS[number % 5] for number in range(len(pil_images))]
+    together = ranker.score(pil_images, prompts)
     assert together.std() > 0.05
     for index in (0, 11, 30, 35):
-        alone = ranker.score(pictures[index : index + 1], prompts[index : index + 1])
+        alone = ranker.score(pil_images[index : index + 1], prompts[index : index + 1])
         assert torch.equal(alone[0], together[index])
-        images, texts = ranker.embed_images([pictures[index]]), ranker.embed_texts([prompts[index]])
+        images, texts = (
+            ranker.embed_images([pil_images[index]]),
+            ranker.embed_texts([prompts[index]]),
+        )
         assert float(together[index]) == pytest.approx(float((images * texts).sum()), abs=1e-6)
 
 
@@ -64,7 +67,7 @@ def test_a_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> 
     loaded = load_clip_ranker(clip_dir)
     assert isinstance(loaded, ClipRanker)
     assert not loaded.model.training
-    scores = [each.score(PICTURES, list(tiny.CAPTIONS)) for each in (ranker, loaded)]
+    scores = [each.score(IMAGES, list(tiny.CAPTIONS)) for each in (ranker, loaded)]
     assert torch.equal(*scores)
 
 
@@ -111,7 +114,7 @@ def linked(folder: Path) -> None:
 
 
 def other_tokenizer(folder: Path) -> None:
-    CaptionEncoder(train_text_tokenizer(["ab"], vocab_size=257), 8).save_pretrained(
+    TextTokenizer(train_text_tokenizer(["ab"], vocab_size=257), 8).save_pretrained(
         folder / "text_tokenizer"
     )
 
@@ -168,8 +171,8 @@ def test_the_pipeline_keeps_what_its_ranker_prefers() -> None:
     scores = Darkest().score(every.images, every.prompts).tolist()
     groups = [range(start, start + 3) for start in range(0, 12, 3)]
     best = [max(group, key=scores.__getitem__) for group in groups]
-    gains = [max(group, key=every.scores.__getitem__) for group in groups]
-    assert best != gains
+    log_likelihood_ratios = [max(group, key=every.scores.__getitem__) for group in groups]
+    assert best != log_likelihood_ratios
     kept = pipeline(prompts, num_images=2, num_candidates=3, seed=5, rank=darkest)
     assert [each.tobytes() for each in kept.images] == [every.images[i].tobytes() for i in best]
     assert kept.seeds == [every.seeds[index] for index in best]
@@ -186,8 +189,8 @@ def test_no_ranker_keeps_the_first_of_each_block() -> None:
     assert [each.tobytes() for each in kept.images] == [every.images[i].tobytes() for i in (0, 3)]
 
 
-def draw(model: Path, out: Path, ranking: Ranking) -> dict[str, Any]:
-    draw_to_folder(
+def generate(model: Path, out: Path, ranking: Ranking) -> dict[str, Any]:
+    generate_to_folder(
         str(model),
         prompts=["a blue box"],
         num_images=1,
@@ -202,20 +205,20 @@ def draw(model: Path, out: Path, ranking: Ranking) -> dict[str, Any]:
         return json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined,no-any-return]
 
 
-def test_a_clip_beside_the_model_ranks_what_it_draws(
+def test_clip_beside_the_model_ranks_what_it_generates(
     model_dir: Path, clip_dir: Path, ranker: ClipRanker, tmp_path: Path
 ) -> None:
     every = TextToImagePipeline.from_pretrained(model_dir)("a blue box", num_images=6)
     best = int(ranker.score(every.images, every.prompts).argmax())
     assert best not in (0, max(range(6), key=every.scores.__getitem__))
-    found = draw(model_dir, tmp_path / "named", Ranking("clip", str(clip_dir)))
+    found = generate(model_dir, tmp_path / "named", Ranking("clip", str(clip_dir)))
     assert found["seed"] == best
     assert found["rank"] == "clip"
     whole = shutil.copytree(model_dir, tmp_path / "model")
     shutil.copytree(clip_dir, whole / "clip")
-    assert draw(whole, tmp_path / "beside", Ranking("clip"))["seed"] == best
-    assert draw(model_dir, tmp_path / "none", Ranking("none"))["seed"] == 0
-    assert "rank" not in draw(whole, tmp_path / "plain", Ranking())
+    assert generate(whole, tmp_path / "beside", Ranking("clip"))["seed"] == best
+    assert generate(model_dir, tmp_path / "none", Ranking("none"))["seed"] == 0
+    assert "rank" not in generate(whole, tmp_path / "plain", Ranking())
 
 
 @pytest.mark.parametrize(
@@ -226,11 +229,11 @@ def test_a_clip_beside_the_model_ranks_what_it_draws(
         (Ranking("none", "x"), "clip: got x with --rank none, wanted --rank clip"),
     ],
 )
-def test_a_ranking_that_cannot_be_is_refused_before_anything_is_drawn(
+def test_invalid_ranking_is_refused_before_generation(
     model_dir: Path, tmp_path: Path, ranking: Ranking, message: str
 ) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        draw(model_dir, tmp_path / "out", ranking)
+        generate(model_dir, tmp_path / "out", ranking)
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "out").glob("*"))
 
@@ -274,13 +277,13 @@ def test_a_clip_of_transformers_ranks_too(their_dir: Path, model_dir: Path, tmp_
     loaded = load_clip_ranker(their_dir)
     assert isinstance(loaded, TransformersClipRanker)
     prompts = ["a red disc", "a very long caption that is cut at the end", *["a blue box"] * 10]
-    scores = loaded.score(PICTURES, prompts)
+    scores = loaded.score(IMAGES, prompts)
     assert scores.shape == (12,)
     assert scores.abs().max() <= 1 + 1e-6
     assert scores.std() > 1e-3
-    alone = loaded.score(PICTURES[7:8], prompts[7:8])
+    alone = loaded.score(IMAGES[7:8], prompts[7:8])
     assert torch.equal(alone[0], scores[7])
-    assert draw(model_dir, tmp_path / "out", Ranking("clip", str(their_dir)))["rank"] == "clip"
+    assert generate(model_dir, tmp_path / "out", Ranking("clip", str(their_dir)))["rank"] == "clip"
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
@@ -296,13 +299,13 @@ def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_a_part_of_a_picture_is_ranked_by_likelihood_alone(tmp_path: Path) -> None:
-    from dalle_mini_impl.cli.generate import Edit, complete_to_folder
+def test_inpainting_ranks_by_likelihood_only(tmp_path: Path) -> None:
+    from dalle_mini_impl.cli.generate import InpaintingOptions, inpaint_to_folder
 
     with pytest.raises(UserError, match=r"^rank: got none with --image, wanted likelihood"):
-        complete_to_folder(
+        inpaint_to_folder(
             str(tmp_path / "never read"),
-            edit=Edit(tmp_path / "a.png", keep_rows=1),
+            inpainting=InpaintingOptions(tmp_path / "a.png", keep_rows=1),
             prompts=["a blue box"],
             out=tmp_path / "out",
             overrides={},

@@ -20,7 +20,7 @@ from tests.reference import tiny
 PRESETS = Path(__file__).parents[1] / "configs" / "dalle_paper"
 
 
-def test_the_scaled_down_preset_trains_saves_loads_and_draws(tmp_path: Path) -> None:
+def test_scaled_down_preset_trains_saves_loads_and_generates(tmp_path: Path) -> None:
     preset = read_config(DalleRunConfig, PRESETS / "small_dalle.yaml")
     tiny.build_vqvae(image_size=32).save_pretrained(tmp_path / "vqvae")  # 4 x 4 tokens
     config = dataclasses.replace(
@@ -40,13 +40,13 @@ def test_the_scaled_down_preset_trains_saves_loads_and_draws(tmp_path: Path) -> 
     assert losses[-1] < losses[0]
     pipeline = TextToImagePipeline.from_pretrained(folder)
     assert pipeline.dalle.config.decoder == preset.decoder
-    assert not pipeline.draws_any_order
-    drawn = pipeline("a blue box", num_images=2, seed=3)
-    assert [image.size for image in drawn.images] == [(32, 32)] * 2
-    upper = pipeline.complete("a blue box", drawn.images[0], keep_rows=2, seed=3)
+    assert not pipeline.generates_any_order
+    generated = pipeline("a blue box", num_images=2, seed=3)
+    assert [image.size for image in generated.images] == [(32, 32)] * 2
+    upper = pipeline.inpaint("a blue box", generated.images[0], keep_rows=2, seed=3)
     assert len(upper.images) == 1
     with pytest.raises(UserError, match="this model draws from the top left"):
-        pipeline.complete("a blue box", drawn.images[0], keep_share=0.5)
+        pipeline.inpaint("a blue box", generated.images[0], keep_fraction=0.5)
 
 
 def test_the_published_preset_has_the_published_sizes() -> None:

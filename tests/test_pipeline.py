@@ -42,21 +42,19 @@ def bytes_of(images: list[Image.Image]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("decoder", [{}, tiny.WITH_ENCODER], ids=["decoder_only", "encoder"])
-def test_a_folder_of_each_architecture_draws_the_same_pictures(
-    decoder: dict[str, Any], tmp_path: Path
-) -> None:
+def test_saved_folder_generates_the_same_images(decoder: dict[str, Any], tmp_path: Path) -> None:
     pipeline = tiny.build_pipeline(**decoder)
     pipeline.save_pretrained(tmp_path)
     loaded = TextToImagePipeline.from_pretrained(tmp_path)
     assert loaded.dalle.config == pipeline.dalle.config
     assert type(loaded.dalle) is type(pipeline.dalle)
     prompts, options = ["a red disc", "파란 상자"], {"num_images": 2, "num_candidates": 2}
-    drawn, again = (each(prompts, **options) for each in (pipeline, loaded))
-    assert bytes_of(drawn.images) == bytes_of(again.images)
-    assert drawn.scores == again.scores
-    assert len(set(bytes_of(drawn.images))) == 4
-    part = loaded.complete("a red disc", drawn.images[0], keep_rows=1, seed=3)
-    whole = drawn.images[0].crop((0, 0, 16, 4))
+    generated, again = (each(prompts, **options) for each in (pipeline, loaded))
+    assert bytes_of(generated.images) == bytes_of(again.images)
+    assert generated.scores == again.scores
+    assert len(set(bytes_of(generated.images))) == 4
+    part = loaded.inpaint("a red disc", generated.images[0], keep_rows=1, seed=3)
+    whole = generated.images[0].crop((0, 0, 16, 4))
     assert part.images[0].crop((0, 0, 16, 4)).tobytes() == whole.tobytes()
 
 
@@ -73,22 +71,22 @@ def test_a_folder_older_than_the_architectures_is_decoder_only(
         TextToImagePipeline.from_pretrained(own_copy)
 
 
-def test_a_loaded_folder_draws_the_same_pictures(
+def test_loaded_folder_generates_the_same_images(
     pipeline: TextToImagePipeline, model_dir: Path
 ) -> None:
     loaded = TextToImagePipeline.from_pretrained(model_dir)
-    assert loaded.settings == pipeline.settings
+    assert loaded.sampling_config == pipeline.sampling_config
     assert not loaded.dalle.training
-    drawn, again = (each("a red disc", num_images=3, seed=4) for each in (pipeline, loaded))
-    assert bytes_of(drawn.images) == bytes_of(again.images)
-    assert drawn.seeds == again.seeds == [4, 5, 6]
-    assert drawn.prompts == ["a red disc"] * 3
-    assert len(set(bytes_of(drawn.images))) == 3
+    generated, again = (each("a red disc", num_images=3, seed=4) for each in (pipeline, loaded))
+    assert bytes_of(generated.images) == bytes_of(again.images)
+    assert generated.seeds == again.seeds == [4, 5, 6]
+    assert generated.prompts == ["a red disc"] * 3
+    assert len(set(bytes_of(generated.images))) == 3
     for name, value in pipeline.dalle.state_dict().items():
         assert torch.equal(value, loaded.dalle.state_dict()[name]), name
 
 
-def test_a_picture_does_not_depend_on_its_neighbours(pipeline: TextToImagePipeline) -> None:
+def test_image_does_not_depend_on_its_neighbours(pipeline: TextToImagePipeline) -> None:
     prompts = [*tiny.CAPTIONS, "파란 상자"]
     together = pipeline(prompts, num_images=2, seed=7)
     assert together.prompts == [text for text in prompts for _ in range(2)]
@@ -111,14 +109,14 @@ def test_the_best_candidates_are_kept(pipeline: TextToImagePipeline) -> None:
     assert unguided.scores[0] != 0.0  # computed apart, as no null logits were at hand
 
 
-def test_settings_of_a_call_override_the_models(pipeline: TextToImagePipeline) -> None:
+def test_config_of_a_call_override_the_models(pipeline: TextToImagePipeline) -> None:
     greedy = pipeline(["a red disc"] * 2, seed=0, top_k=1).images
     other_seed = pipeline("a red disc", seed=99, top_k=1).images
     assert bytes_of(other_seed) == bytes_of(greedy)[:1]
-    assert pipeline.settings == SamplingConfig(guidance_scale=2.0)
+    assert pipeline.sampling_config == SamplingConfig(guidance_scale=2.0)
 
 
-def test_drawing_leaves_a_model_in_training_as_it_was(pipeline: TextToImagePipeline) -> None:
+def test_generation_leaves_a_model_in_training_as_it_was(pipeline: TextToImagePipeline) -> None:
     pipeline.dalle.train()
     before = pipeline("a red disc").images
     assert pipeline.dalle.training
@@ -140,7 +138,7 @@ def test_drawing_leaves_a_model_in_training_as_it_was(pipeline: TextToImagePipel
         ("a disc", {"guidance": 2.0}, "guidance: unknown setting, wanted one of guidance_scale"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(
+def test_invalid_requests_are_refused(
     pipeline: TextToImagePipeline, prompt: Any, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
@@ -286,56 +284,56 @@ def test_parts_that_do_not_fit_are_refused(pipeline: TextToImagePipeline) -> Non
         TextToImagePipeline(
             dalle=pipeline.dalle,
             vqvae=pipeline.vqvae,
-            captions=tiny.build_captions(text_length=9),
+            captions=tiny.build_text_tokenizer(text_length=9),
         )
 
 
 @pytest.fixture(scope="module")
 def any_order() -> TextToImagePipeline:
     pipeline = tiny.build_pipeline()
-    pipeline.draws_any_order = True
+    pipeline.generates_any_order = True
     return pipeline
 
 
-PICTURE = tiny.draw_picture(3)
-HOLE = Image.new("L", PICTURE.size, 0)  # a part of the second of four tokens
+IMAGE = tiny.render_image(3)
+HOLE = Image.new("L", IMAGE.size, 0)  # a part of the second of four tokens
 HOLE.paste(255, (9, 1, 15, 6))
 
 
-def test_a_completion_keeps_tokens_and_pixels(any_order: TextToImagePipeline) -> None:
-    drawn = any_order.complete("a blue box", PICTURE, mask=HOLE, num_images=6, seed=3)
-    assert drawn.seeds == [3, 4, 5, 6, 7, 8]
-    for image in drawn.images:
+def test_inpainting_keeps_tokens_and_pixels(any_order: TextToImagePipeline) -> None:
+    generated = any_order.inpaint("a blue box", IMAGE, mask=HOLE, num_images=6, seed=3)
+    assert generated.seeds == [3, 4, 5, 6, 7, 8]
+    for image in generated.images:
         for place in ((x, y) for x in range(16) for y in range(16)):
             if HOLE.getpixel(place) == 0:
-                assert image.getpixel(place) == PICTURE.getpixel(place)
-    assert len({image.crop((9, 1, 15, 6)).tobytes() for image in drawn.images}) > 1
+                assert image.getpixel(place) == IMAGE.getpixel(place)
+    assert len({image.crop((9, 1, 15, 6)).tobytes() for image in generated.images}) > 1
 
-    rows = any_order.complete("a blue box", PICTURE, keep_rows=1, seed=1).images[0]
-    assert rows.crop((0, 0, 16, 8)).tobytes() == PICTURE.crop((0, 0, 16, 8)).tobytes()
-    assert rows.tobytes() != PICTURE.tobytes()
+    rows = any_order.inpaint("a blue box", IMAGE, keep_rows=1, seed=1).images[0]
+    assert rows.crop((0, 0, 16, 8)).tobytes() == IMAGE.crop((0, 0, 16, 8)).tobytes()
+    assert rows.tobytes() != IMAGE.tobytes()
 
-    shares = any_order.complete("a blue box", PICTURE, keep_share=0.75, num_images=8, seed=1)
-    assert len({image.tobytes() for image in shares.images}) > 4
+    fractions = any_order.inpaint("a blue box", IMAGE, keep_fraction=0.75, num_images=8, seed=1)
+    assert len({image.tobytes() for image in fractions.images}) > 4
 
 
-def test_a_completion_does_not_depend_on_its_neighbours(any_order: TextToImagePipeline) -> None:
+def test_inpainting_does_not_depend_on_its_neighbours(any_order: TextToImagePipeline) -> None:
     prompts = ["a red disc", "a blue box"]
-    for part in ({"mask": HOLE}, {"keep_rows": 1}, {"keep_share": 0.5}):
-        together = any_order.complete(prompts, PICTURE, num_images=3, seed=7, **part)
+    for part in ({"mask": HOLE}, {"keep_rows": 1}, {"keep_fraction": 0.5}):
+        together = any_order.inpaint(prompts, IMAGE, num_images=3, seed=7, **part)
         assert together.prompts == [text for text in prompts for _ in range(3)]
         for index in (0, 4):
-            alone = any_order.complete(
-                together.prompts[index], PICTURE, seed=together.seeds[index], **part
+            alone = any_order.inpaint(
+                together.prompts[index], IMAGE, seed=together.seeds[index], **part
             )
             assert bytes_of(alone.images) == [together.images[index].tobytes()]
         assert len({image.tobytes() for image in together.images}) > 3
 
 
 def test_the_best_completions_are_kept(any_order: TextToImagePipeline) -> None:
-    every = any_order.complete("a blue box", PICTURE, keep_rows=1, num_images=4, seed=5)
+    every = any_order.inpaint("a blue box", IMAGE, keep_rows=1, num_images=4, seed=5)
     best = max(range(4), key=every.scores.__getitem__)
-    kept = any_order.complete("a blue box", PICTURE, keep_rows=1, num_candidates=4, seed=5)
+    kept = any_order.inpaint("a blue box", IMAGE, keep_rows=1, num_candidates=4, seed=5)
     assert kept.seeds == [5 + best]
     assert bytes_of(kept.images) == [every.images[best].tobytes()]
 
@@ -343,30 +341,30 @@ def test_the_best_completions_are_kept(any_order: TextToImagePipeline) -> None:
 def test_a_model_of_raster_order_goes_on_below_and_nothing_else(
     pipeline: TextToImagePipeline,
 ) -> None:
-    assert not pipeline.draws_any_order
-    assert pipeline.complete("a red disc", PICTURE, keep_rows=1).images
-    below = Image.new("L", PICTURE.size, 0)
+    assert not pipeline.generates_any_order
+    assert pipeline.inpaint("a red disc", IMAGE, keep_rows=1).images
+    below = Image.new("L", IMAGE.size, 0)
     below.paste(255, (8, 0, 16, 8))  # the rest of the first row, and all below
     below.paste(255, (0, 8, 16, 16))
-    assert pipeline.complete("a red disc", PICTURE, mask=below).images
-    for part in ({"mask": HOLE}, {"keep_share": 0.75}):
+    assert pipeline.inpaint("a red disc", IMAGE, mask=below).images
+    for part in ({"mask": HOLE}, {"keep_fraction": 0.75}):
         [field] = part
         with pytest.raises(
             UserError, match=rf"^{field}: .*--task\.random_order_probability above 0"
         ):
-            pipeline.complete("a red disc", PICTURE, num_images=4, **part)  # type: ignore[arg-type]
+            pipeline.inpaint("a red disc", IMAGE, num_images=4, **part)  # type: ignore[arg-type]
 
 
-def test_a_folder_says_whether_its_model_draws_in_any_order(
+def test_folder_records_generates_any_order(
     any_order: TextToImagePipeline, own_copy: Path, tmp_path: Path
 ) -> None:
     any_order.save_pretrained(tmp_path / "any")
-    assert TextToImagePipeline.from_pretrained(tmp_path / "any").draws_any_order
-    assert not TextToImagePipeline.from_pretrained(own_copy).draws_any_order
+    assert TextToImagePipeline.from_pretrained(tmp_path / "any").generates_any_order
+    assert not TextToImagePipeline.from_pretrained(own_copy).generates_any_order
     index = json.loads((own_copy / "model_index.json").read_text())
-    del index["draws_any_order"]  # as in older folders
+    del index["generates_any_order"]  # as in older folders
     (own_copy / "model_index.json").write_text(json.dumps(index))
-    assert not TextToImagePipeline.from_pretrained(own_copy).draws_any_order
-    change_json(own_copy / "model_index.json", draws_any_order=1)
-    with pytest.raises(UserError, match="draws_any_order: got 1, wanted true or false"):
+    assert not TextToImagePipeline.from_pretrained(own_copy).generates_any_order
+    change_json(own_copy / "model_index.json", generates_any_order=1)
+    with pytest.raises(UserError, match="generates_any_order: got 1, wanted true or false"):
         TextToImagePipeline.from_pretrained(own_copy)

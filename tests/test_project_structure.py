@@ -41,11 +41,11 @@ def fenced_code(text: str) -> str:
 
 
 def test_the_map_names_every_file_and_no_other() -> None:
-    wanted = {*SCRIPTS, *MODULES, *BENCHMARKS}
+    expected = {*SCRIPTS, *MODULES, *BENCHMARKS}
     pattern = r"^((?:scripts|benchmarks|dalle_mini_impl|vqvae)/[\w/]+\.py)\s"
     named = re.findall(pattern, fenced_code(README), re.MULTILINE)
-    assert set(named) - wanted == set(), "the map names files that are not there"
-    assert wanted - set(named) == set(), "files that the map in README.md does not name"
+    assert set(named) - expected == set(), "the map names files that are not there"
+    assert expected - set(named) == set(), "files that the map in README.md does not name"
     assert len(named) == len(set(named))
 
 
@@ -152,7 +152,7 @@ def test_help_comes_without_the_heavy_libraries() -> None:
     assert result.stdout.splitlines()[-1] == "loaded: []"
 
 
-def test_drawing_comes_without_the_compiler_and_training_libraries() -> None:
+def test_generation_imports_no_training_libraries() -> None:
     # torch.compiler.disable as a decorator, for one, imports the compiler: two seconds.
     heavy = "{'torch._dynamo', 'transformers', 'datasets', 'accelerate', 'wandb'}"
     code = f"import sys, dalle_mini_impl.cli.generate; print(sorted({heavy} & sys.modules.keys()))"

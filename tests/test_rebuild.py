@@ -24,7 +24,7 @@ def commands_of(name: str) -> list[list[str]]:
     return [shlex.split(line[2:]) for line in lines if line.startswith("# python scripts/")]
 
 
-def keep_few_pictures(data: Path) -> int:
+def keep_few_images(data: Path) -> int:
     """Leave two whole roles, held-out cells among them, and every fortieth other picture."""
     path = data / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -45,7 +45,7 @@ def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_pat
     data, vqvae, dalle = (tmp_path / name for name in ("data", "vqvae", "dalle"))
     # The other styles come from npm packages, which tests do not fetch.
     output_of(*prepare[1 : prepare.index("--out")], "--out", data)
-    count = keep_few_pictures(data)
+    count = keep_few_images(data)
     output_of(*train_vqvae[1:], "--data.source", data, "--output_dir", vqvae, *FEW_STEPS)
     output_of(
         *train_dalle[1:],

@@ -16,7 +16,7 @@ MAX_TRAINING_MINUTES = 3.0
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_three_minutes_of_training_draw_captions_and_new_combinations_right(tmp_path: Path) -> None:
+def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
     presets = {name: REPOSITORY / f"configs/shapes/{name}.yaml" for name in ("vqvae", "dalle")}
     minutes = [
         yaml.safe_load(path.read_text())["training"]["max_minutes"] for path in presets.values()
@@ -32,13 +32,13 @@ def test_three_minutes_of_training_draw_captions_and_new_combinations_right(tmp_
     model, out = tmp_path / "dalle/model", tmp_path / "out"
     output_of("scripts/evaluate.py", "--model", model, "--data", data, "--out", out)
     found = json.loads((tmp_path / "out/report.json").read_text())["composition"]
-    shares = {
+    fractions = {
         split: {way: facts[WHOLE]["value"] for way, facts in ways.items()}
         for split, ways in found.items()
     }
-    assert set(shares) == {"test", "test_compose"}
-    assert shares["test"]["one picture"] >= 0.9
-    assert shares["test_compose"]["one picture"] >= 0.6
-    for ways in shares.values():
+    assert set(fractions) == {"test", "test_compose"}
+    assert fractions["test"]["one picture"] >= 0.9
+    assert fractions["test_compose"]["one picture"] >= 0.6
+    for ways in fractions.values():
         assert ways[CEILING] >= 0.8  # a tokenizer of 1.2 minutes blurs small shapes
         assert ways[FLOOR] < 0.05  # the checker does not say yes to everything

@@ -22,7 +22,7 @@ def test_it_is_at_most_30_mb_of_bf16() -> None:
     assert sum(file.stat().st_size for file in files) <= 30e6
 
 
-def test_colours_are_drawn_in_both_languages(shipped: TextToImagePipeline) -> None:
+def test_colours_are_generated_in_both_languages(shipped: TextToImagePipeline) -> None:
     prompts = ["red heart", "빨간색 하트", "blue heart", "파란색 하트, 노토 스타일"]
     for prompt, image in zip(prompts, shipped(prompts, seed=0).images, strict=True):
         red, _, blue = image_to_pixels(image)[:, 24:40, 24:40].mean(dim=(1, 2)).tolist()
@@ -30,7 +30,7 @@ def test_colours_are_drawn_in_both_languages(shipped: TextToImagePipeline) -> No
         assert (red - blue > 0.5) if is_red else (blue - red > 0.5), prompt
 
 
-def test_alone_and_beside_others_a_prompt_is_the_same_picture(
+def test_image_does_not_depend_on_its_batch(
     shipped: TextToImagePipeline,
 ) -> None:
     prompts = ["rocket, 3D fluent style", "pizza", "dog face, noto style"]

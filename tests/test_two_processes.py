@@ -68,13 +68,13 @@ def write_configs(data: Path, folder: Path, vqvae_dir: Path, **training: Any) ->
     return configs
 
 
-def pictures_of(folder: Path) -> dict[str, bytes]:
+def images_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [("a red disc",), ("a red disc", "a blue box", "파란 상자")])
-def test_the_script_draws_the_same_on_two_processes(
+def test_script_generates_the_same_on_two_processes(
     tmp_path: Path, prompts: tuple[str, ...]
 ) -> None:
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
@@ -90,9 +90,9 @@ def test_the_script_draws_the_same_on_two_processes(
         check=False,
     )
     assert one.returncode == 0
-    expected = pictures_of(tmp_path / "one")
+    expected = images_of(tmp_path / "one")
     assert len(expected) == 3 * len(prompts) + 1
-    assert pictures_of(tmp_path / "two") == expected
+    assert images_of(tmp_path / "two") == expected
 
 
 @pytest.mark.slow
@@ -129,10 +129,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
                 assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
     assert tiny.losses(pair / "line") == pytest.approx(tiny.losses(alone / "line"), rel=1e-5)
 
-    training_worker.draw(tmp_path / "model", alone / "pictures")
-    expected = pictures_of(alone / "pictures")
+    training_worker.generate(tmp_path / "model", alone / "pictures")
+    expected = images_of(alone / "pictures")
     assert len(expected) == 2 * len(training_worker.PROMPTS) + 1
-    assert pictures_of(pair / "pictures") == expected
+    assert images_of(pair / "pictures") == expected
     with capsys.disabled():
         print("two processes: " + "; ".join(lines))
 

@@ -86,9 +86,9 @@ class VQVAEConfig:
             ("architecture", Architecture),
             ("decoder_output", DecoderOutput),
         ):
-            got, wanted = getattr(self, name), get_args(choices)
-            if got not in wanted:
-                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(wanted)}")
+            got, expected = getattr(self, name), get_args(choices)
+            if got not in expected:
+                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(expected)}")
         if self.architecture == "dalle":
             if self.patch_size != 1:
                 raise ValueError(f"patch_size: got {self.patch_size}, wanted 1 for dalle")

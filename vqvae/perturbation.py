@@ -19,9 +19,9 @@ from vqvae.quantizers.output import QuantizerOutput
 class Perturbation:
     """How many tokens are replaced, and by what."""
 
-    image_share: float
+    image_fraction: float
     """Share of the pictures that are touched, in [0, 1]."""
-    token_share: float
+    token_fraction: float
     """Largest share of such a picture's tokens; each picture's own is uniform up to this."""
     num_neighbours: int
     """Nearest codes to draw from; the codebook's size, or more, means any other code."""
@@ -47,10 +47,12 @@ def perturb_latents(
     """
     latents, token_ids = quantized.quantized_latents, quantized.token_ids
     device = token_ids.device if generator is None else generator.device
-    draws = torch.rand((2, len(token_ids), 1, 1), generator=generator, device=device)
+    uniforms = torch.rand((2, len(token_ids), 1, 1), generator=generator, device=device)
     tokens = torch.rand(token_ids.shape, generator=generator, device=device)
     others = torch.rand(token_ids.shape, generator=generator, device=device)
-    touched = (draws[0] < perturbation.image_share) & (tokens < draws[1] * perturbation.token_share)
+    touched = (uniforms[0] < perturbation.image_fraction) & (
+        tokens < uniforms[1] * perturbation.token_fraction
+    )
     touched, others = touched.to(token_ids.device), others.to(token_ids.device)
     codes = codebook.detach().float()
     count = min(perturbation.num_neighbours, len(codes) - 1)

@@ -127,27 +127,27 @@ def shown(value: object) -> str:
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
-def _typed(key: str, value: Any, wanted: Any) -> Any:
+def _typed(key: str, value: Any, expected: Any) -> Any:
     """Return a value if it is of the wanted type; True is no number, and 1.0 no count."""
-    if dataclasses.is_dataclass(wanted):
-        return build_config(wanted, value)  # type: ignore[arg-type]
-    kinds = get_args(wanted)
-    if get_origin(wanted) is Literal:
+    if dataclasses.is_dataclass(expected):
+        return build_config(expected, value)  # type: ignore[arg-type]
+    kinds = get_args(expected)
+    if get_origin(expected) is Literal:
         fits, kind = any(value == each and type(value) is type(each) for each in kinds), kinds
         words = f"one of {', '.join(map(str, kind))}"
-    elif get_origin(wanted) is tuple:
+    elif get_origin(expected) is tuple:
         any_length = kinds[-1] is Ellipsis
         fits = isinstance(value, list) and all(type(each) is kinds[0] for each in value)
         fits = fits and (any_length or len(value) == len(kinds))
         words = "a list of whole numbers" if any_length else f"{len(kinds)} whole numbers"
         words = words.replace("whole numbers", "words") if kinds[0] is str else words
         value = tuple(value) if fits else value
-    elif wanted is float:
+    elif expected is float:
         fits, words = type(value) in (int, float), "a number"
         value = float(value) if fits else value
     else:
         names = {int: "a whole number", str: "text", bool: "true or false"}
-        fits, words = type(value) is wanted, names[wanted]
+        fits, words = type(value) is expected, names[expected]
     if not fits:
         raise ValueError(f"{key}: got {shown(repr(value))}, wanted {words}")
     return value
@@ -209,10 +209,10 @@ def build_checked(
             raise ValueError(f"the config asks for {num_elements} numbers, the file holds {held}")
         model = build()
         state = model.state_dict()
-        wanted = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
-        for name in sorted(stored.keys() | wanted.keys()):
-            if stored.get(name) != wanted.get(name):
-                got, want = (_shown(each.get(name)) for each in (stored, wanted))
+        expected = {name: (tuple(value.shape), value.dtype) for name, value in state.items()}
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
+                got, want = (_shown(each.get(name)) for each in (stored, expected))
                 raise ValueError(f"tensor {name[:80]}: got {got}, wanted {want}")
         return model
     except (SafetensorError, RuntimeError, OverflowError, OSError, ValueError) as error:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
-from dalle_mini_impl.data.splits import draw
+from dalle_mini_impl.data.splits import stable_hash
 from dalle_mini_impl.errors import UserError
 
 DIGITS = "digits"
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
+class LabelledImages:
     """Pictures in memory, with their classes."""
 
     pixels: UInt8[Tensor, "samples channels height width"]
@@ -35,8 +35,8 @@ class LabelledPictures:
 class LabelledSplits:
     """What is learned, what is measured, and what the classes are called."""
 
-    train: LabelledPictures
-    held_out: LabelledPictures
+    train: LabelledImages
+    held_out: LabelledImages
     class_names: tuple[str, ...]
 
 
@@ -65,7 +65,7 @@ def load_digits(*, held_out_percent: int) -> LabelledSplits:
     return _split(pixels, labels, families, names, held_out_percent)
 
 
-def load_labelled_pictures(
+def load_labelled_images(
     source: str,
     *,
     label: str,
@@ -127,7 +127,7 @@ def _split(
     held_out_percent: int,
 ) -> LabelledSplits:
     is_held_out = torch.tensor(
-        [draw("picture", family) % 100 < held_out_percent for family in families]
+        [stable_hash("picture", family) % 100 < held_out_percent for family in families]
     )
     if is_held_out.all() or not is_held_out.any():
         raise UserError(
@@ -135,7 +135,7 @@ def _split(
             f"of {len(families)} pictures to measure; wanted more pictures or another share"
         )
     train, held_out = (
-        LabelledPictures(
+        LabelledImages(
             pixels[part],
             labels[part],
             tuple(family for family, chosen in zip(families, part.tolist(), strict=True) if chosen),

@@ -20,7 +20,7 @@ from dalle_mini_impl.builtin_datasets.emoji.index import (
     split_gender,
     tones_of,
 )
-from dalle_mini_impl.data.splits import draw
+from dalle_mini_impl.data.splits import stable_hash
 from dalle_mini_impl.errors import UserError
 
 EMOJI = "emoji"
@@ -81,13 +81,13 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
         for pair, is_main in pairs.items()
     ]
 
-    def is_drawn(purpose: str, name: str) -> bool:
-        return draw(purpose, name) % 100 < held_out_percent
+    def is_selected(purpose: str, name: str) -> bool:
+        return stable_hash(purpose, name) % 100 < held_out_percent
 
     # By its target, so that no other source of the same name is learned.
     is_held_out = [
-        is_drawn("translation", pair.family)
-        or (not pair.is_plain and is_drawn("translation of a combination", pair.target))
+        is_selected("translation", pair.family)
+        or (not pair.is_plain and is_selected("translation of a combination", pair.target))
         for pair, _ in named
     ]
     train = [pair for (pair, _), held in zip(named, is_held_out, strict=True) if not held]
@@ -117,7 +117,7 @@ def nearest_targets(sources: Sequence[str], train: Sequence[TextPair]) -> list[s
     for number, trigrams in enumerate(known):
         for trigram in trigrams:
             places.setdefault(trigram, []).append(number)
-    answers = []
+    predictions = []
     for source in sources:
         own = _trigrams(source)
         shared = Counter(number for trigram in own for number in places.get(trigram, ()))
@@ -125,8 +125,8 @@ def nearest_targets(sources: Sequence[str], train: Sequence[TextPair]) -> list[s
             sorted(shared) or [0],
             key=lambda number: 2 * shared[number] / (len(own) + len(known[number])),
         )
-        answers.append(train[best].target)
-    return answers
+        predictions.append(train[best].target)
+    return predictions
 
 
 def _trigrams(text: str) -> set[str]:

@@ -17,7 +17,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from dalle_mini_impl.cli.image_files import picture_name, save_picture
+from dalle_mini_impl.cli.image_files import image_name, save_image
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import use_fast_float32
 from dalle_mini_impl.native.decoder import NativeWeights
@@ -37,7 +37,7 @@ LIMITS = {
 }
 
 
-class Painter:
+class PageBackend:
     """Draws for the page, one call after the other."""
 
     def __init__(self, pipeline: TextToImagePipeline, folder: Path, *, name: str) -> None:
@@ -51,7 +51,7 @@ class Painter:
         self.pipeline, self.folder, self.name = pipeline, folder, name
         self._calls: deque[Path] = deque()
 
-    def draw(
+    def generate(
         self, prompt: Any, num_images: Any, seed: Any, guidance_scale: Any, temperature: Any
     ) -> list[tuple[str, str]]:
         """Draw pictures of one prompt into files.
@@ -80,20 +80,20 @@ class Painter:
             "guidance_scale": _number("guidance_scale", guidance_scale),
             "temperature": _number("temperature", temperature),
         }
-        drawn = self.pipeline(prompt, num_images=count, seed=first, **changes)
+        generated = self.pipeline(prompt, num_images=count, seed=first, **changes)
         settings = {
             "model": self.name,
             "num_candidates": 1,
-            **dataclasses.asdict(self.pipeline.sampling_settings(changes)),
-            **self.pipeline.native_settings,
+            **dataclasses.asdict(self.pipeline.resolve_sampling_config(changes)),
+            **self.pipeline.native_metadata,
         }
         folder = self._new_folder()
-        pictures = []
-        for image, image_seed in zip(drawn.images, drawn.seeds, strict=True):
-            path = folder / picture_name(0, prompt, image_seed)
-            save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
-            pictures.append((str(path), f"{prompt} · seed {image_seed}"))
-        return pictures
+        images = []
+        for image, image_seed in zip(generated.images, generated.seeds, strict=True):
+            path = folder / image_name(0, prompt, image_seed)
+            save_image(image, path, prompt=prompt, seed=image_seed, settings=settings)
+            images.append((str(path), f"{prompt} · seed {image_seed}"))
+        return images
 
     def _new_folder(self) -> Path:
         if len(self._calls) == CALLS_KEPT:
@@ -112,7 +112,7 @@ def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
     return int(value) if is_whole else float(value)
 
 
-def build_page(painter: Painter) -> Any:
+def build_page(backend: PageBackend) -> Any:
     """Lay out the page.
 
     Args:
@@ -123,14 +123,14 @@ def build_page(painter: Painter) -> Any:
     """
     import gradio as gr
 
-    def draw(*values: Any) -> tuple[list[tuple[str, str]], list[str]]:
+    def generate(*values: Any) -> tuple[list[tuple[str, str]], list[str]]:
         try:
-            pictures = painter.draw(*values)
+            images = backend.generate(*values)
         except UserError as error:
             raise gr.Error(str(error), print_exception=False) from None
-        return pictures, [path for path, _ in pictures]
+        return images, [path for path, _ in images]
 
-    settings = painter.pipeline.settings
+    settings = backend.pipeline.settings
     with gr.Blocks(
         title="dalle_mini_impl", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
@@ -160,7 +160,7 @@ def build_page(painter: Painter) -> Any:
             interactive=False,
         )
         inputs = [prompt, count, seed, guidance, temperature]
-        gr.on([button.click, prompt.submit], draw, inputs, [gallery, files], api_name="draw")
+        gr.on([button.click, prompt.submit], generate, inputs, [gallery, files], api_name="draw")
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -192,11 +192,11 @@ def serve(
             pipeline.use_native(native)
         import gradio as gr  # takes seconds: after the model is known to load
 
-        page = build_page(Painter(pipeline, Path(folder), name=Path(model).resolve().name))
+        page = build_page(PageBackend(pipeline, Path(folder), name=Path(model).resolve().name))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
             page.launch(
-                server_name=host, server_port=port, share=False, quiet=True, theme=theme,
+                server_name=host, server_port=port, fraction=False, quiet=True, theme=theme,
                 footer_links=[], ssr_mode=False, mcp_server=False, enable_monitoring=False,
                 max_file_size=1, prevent_thread_lock=True,
             )  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dalle_mini_impl.data.images import read_picture
+from dalle_mini_impl.data.images import read_image_file
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -43,12 +43,12 @@ def complete_captions(
     dalle = _writer_of_captions(pipeline, "complete")
     captions, device = pipeline.captions, pipeline.dalle.image_head.rows.device
     null = captions.null_text_token_ids().unsqueeze(0)
-    beginning = (captions.encode([start]) if start.strip() else null).to(device)
-    rows = [complete_text(dalle, beginning, num_tokens=num_tokens)]
+    prefix = (captions.encode([start]) if start.strip() else null).to(device)
+    rows = [complete_text(dalle, prefix, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
-        drawn = beginning.expand(len(seeds), -1)
-        rows.append(complete_text(dalle, drawn, num_tokens=num_tokens, seeds=seeds))
+        generated = prefix.expand(len(seeds), -1)
+        rows.append(complete_text(dalle, generated, num_tokens=num_tokens, seeds=seeds))
     written = captions.decode(torch.cat(rows))
     # Tokens may be parts of a letter, and a caption may begin or end within one.
     return list(dict.fromkeys(text.strip("\N{REPLACEMENT CHARACTER}") for text in written))
@@ -64,7 +64,7 @@ def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
     )
 
 
-def beginnings(captions: Sequence[str], start: str) -> list[str]:
+def prefixes(captions: Sequence[str], start: str) -> list[str]:
     """List all beginnings of captions that end with a word.
 
     Args:
@@ -83,7 +83,7 @@ def beginnings(captions: Sequence[str], start: str) -> list[str]:
     return list(dict.fromkeys([start, *every] if start.strip() else every))
 
 
-def caption_pictures(
+def caption_images(
     pipeline: TextToImagePipeline,
     images: Sequence[Path],
     captions: Sequence[str],
@@ -117,20 +117,20 @@ def caption_pictures(
         raise UserError(f"top: got {top}, wanted at least 1")
     if use_prior:
         _writer_of_captions(pipeline, "use_prior")
-    pictures = [read_picture(path, field="images") for path in images]
+    loaded_images = [read_image_file(path, field="images") for path in images]
     text_token_ids = pipeline.captions.encode(unique).to(pipeline.dalle.image_head.rows.device)
-    for path, picture in zip(images, pictures, strict=True):
-        scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([picture]))
-        shares = scores.shares(use_prior=use_prior)[0]
-        best = shares.argsort(descending=True, stable=True)[:top].tolist()
+    for path, image in zip(images, loaded_images, strict=True):
+        scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([image]))
+        probabilities = scores.probabilities(use_prior=use_prior)[0]
+        best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
         yield {
             "image": str(path),
             "captions": [
                 {
                     "caption": unique[index],
-                    "share": round(float(shares[index]), 4),
+                    "share": round(float(probabilities[index]), 4),
                     "image_nats": round(float(scores.image_given_text[0, index]), 2),
-                    "gain_nats": round(
+                    "log_likelihood_ratio_nats": round(
                         float(scores.image_given_text[0, index] - scores.image[0]), 2
                     ),
                     "text_nats": (

@@ -42,25 +42,25 @@ def estimate_lines(
     """
     num_train = report.split_sizes.get(config.data.train_split, 0)
     splits = {config.data.train_split, config.data.validation_split}
-    num_pictures = sum(report.split_sizes.get(split, 0) for split in splits)
+    num_images = sum(report.split_sizes.get(split, 0) for split in splits)
     num_captions = sum(report.num_captions.get(split, 0) for split in splits)
     use_fast_float32()
     keep_freed_memory()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     size = vqvae.config.image_size
-    pixel_bytes = num_pictures * 3 * size * size
+    pixel_bytes = num_images * 3 * size * size
     lines = [
-        f"pixels in memory: {_readable(pixel_bytes)} ({num_pictures} of {size} x {size})",
-        f"reading the pictures: {num_pictures * report.seconds_per_picture:.0f} s",
+        f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {size} x {size})",
+        f"reading the pictures: {num_images * report.seconds_per_image:.0f} s",
     ]
     if isinstance(config, VQVAERunConfig):
         model: nn.Module = vqvae.to(device).train()
     else:
         grid = vqvae.image_grid_size[0] * vqvae.image_grid_size[1]
         token_bytes = 4 * (
-            num_pictures * config.num_views * grid + num_captions * config.text.text_length
+            num_images * config.num_views * grid + num_captions * config.text.text_length
         )
-        encoding = _encoding_seconds(vqvae.to(device).eval()) * num_pictures * config.num_views
+        encoding = _encoding_seconds(vqvae.to(device).eval()) * num_images * config.num_views
         lines += [
             f"token table: {_readable(token_bytes)} ({grid} tokens a picture)",
             f"encoding the pictures: {encoding:.0f} s",

@@ -13,7 +13,7 @@ NUM_HELD_OUT_SHOWN = 16
 README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two idle cores
 
 
-def draw_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
+def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
     """Draw the demo's grids with a trained model.
 
     Args:
@@ -70,9 +70,9 @@ def held_out_sheet(report: GridReport) -> Image.Image:
     Returns:
         Pairs of drawn and true pictures.
     """
-    step = max(1, len(report.drawn) // NUM_HELD_OUT_SHOWN)
+    step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
-    for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.drawn)), step):
-        images += [report.drawn[index], report.true[index]]
+    for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):
+        images += [report.generated[index], report.true[index]]
         captions += [report.captions[index], "(true picture)"]
     return make_grid(images, columns=8, captions=captions)

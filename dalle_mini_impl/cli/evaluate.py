@@ -22,9 +22,9 @@ from dalle_mini_impl.evaluation.distribution import (
     measure_distribution,
     network_or_none,
 )
-from dalle_mini_impl.evaluation.emoji import Question, ask, measure_emoji
+from dalle_mini_impl.evaluation.emoji import HeldOutPrompt, held_out_prompts, measure_emoji
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
-from dalle_mini_impl.evaluation.memorization import measure_copying
+from dalle_mini_impl.evaluation.memorization import measure_memorization
 from dalle_mini_impl.evaluation.reconstruction import measure_tokenizer
 from dalle_mini_impl.evaluation.report import Section, numbers_in, write_report
 from dalle_mini_impl.evaluation.samples import (
@@ -32,7 +32,7 @@ from dalle_mini_impl.evaluation.samples import (
     Pixels,
     Samples,
     decode,
-    draw,
+    generate_candidates,
     join,
     read_data,
 )
@@ -42,7 +42,7 @@ from dalle_mini_impl.model_folder import file_hashes
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.output_dirs import make_folder
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.rerank import PictureRanker
+from dalle_mini_impl.sampling.rerank import ImageRanker
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
@@ -102,15 +102,15 @@ def evaluate(config: EvaluationConfig) -> Path:
     make_folder(config.out, field="out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
-    settings = pipeline.sampling_settings(config.overrides)
+    sampling_config = pipeline.resolve_sampling_config(config.overrides)
     if config.native is not None:
         pipeline.use_native(config.native)
     ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
     clock = _Clock()
     data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
     clock.lap("pictures read and tokenized")
-    sections = _measure(pipeline, data, settings, config, clock, ranker)
-    protocol = _protocol(pipeline, data, settings, config)
+    sections = _measure(pipeline, data, sampling_config, config, clock, ranker)
+    protocol = _protocol(pipeline, data, sampling_config, config)
     write_report(config.out, f"Evaluation of {config.model}", protocol, sections)
     seconds = json.dumps(clock.seconds, indent=1)
     (config.out / "timings.json").write_text(seconds + "\n", encoding="utf-8")
@@ -135,41 +135,45 @@ class _Clock:
 def _measure(
     pipeline: TextToImagePipeline,
     data: EvaluationData,
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     config: EvaluationConfig,
     clock: _Clock,
-    ranker: PictureRanker | None,
+    ranker: ImageRanker | None,
 ) -> list[Section]:
     """Draw, and judge the drawings in every way."""
     vqvae, seed = pipeline.vqvae, config.seed
-    questions: list[Question] = []
+    prompts: list[HeldOutPrompt] = []
     if data.kind == "emoji":
-        questions, wanted = ask(data, config.styles, max_samples=config.max_samples)
+        prompts, reference = held_out_prompts(data, config.styles, max_samples=config.max_samples)
     else:
-        wanted = join([split.spread(config.max_samples) for split in data.held_out.values()])
+        reference = join([split.spread(config.max_samples) for split in data.held_out.values()])
     sections = [measure_tokenizer(vqvae, data.held_out_samples)]
     clock.lap("tokenizer measured")
-    drawings = draw(
+    candidates = generate_candidates(
         pipeline,
-        wanted.captions,
-        settings=settings,
+        reference.captions,
+        sampling_config=sampling_config,
         num_candidates=config.num_candidates,
         seed=seed,
     )
-    clock.lap(f"{drawings.gains.numel()} pictures drawn")
-    ways = {ONE: decode(vqvae, drawings.first)}
+    clock.lap(f"{candidates.log_likelihood_ratios.numel()} pictures drawn")
+    ways = {ONE: decode(vqvae, candidates.first)}
     if config.num_candidates > 1:
-        ways[f"best of {config.num_candidates}"] = decode(vqvae, drawings.best)
-    rebuilt = decode(vqvae, wanted.image_token_ids)
+        ways[f"best of {config.num_candidates}"] = decode(vqvae, candidates.best)
+    reconstructions = decode(vqvae, reference.image_token_ids)
     if data.kind == "emoji":
-        sections.append(measure_emoji(questions, wanted.captions, ways, rebuilt, seed=seed))
+        sections.append(
+            measure_emoji(prompts, reference.captions, ways, reconstructions, seed=seed)
+        )
     elif data.kind == "shapes":
-        sections.append(measure_shapes(wanted, ways, rebuilt, seed=seed))
+        sections.append(measure_shapes(reference, ways, reconstructions, seed=seed))
     if ranker is not None:
-        sections.append(measure_clip_score(ranker, ways, wanted.pixels, wanted.captions, seed=seed))
+        sections.append(
+            measure_clip_score(ranker, ways, reference.pixels, reference.captions, seed=seed)
+        )
     clock.lap("drawings judged")
-    drawn = Samples(wanted.pairs, ways[ONE], drawings.first)
-    sections += _compare(pipeline, data, drawn, wanted, rebuilt, seed=seed)
+    generated = Samples(reference.pairs, ways[ONE], candidates.first)
+    sections += _compare(pipeline, data, generated, reference, reconstructions, seed=seed)
     clock.lap("drawings compared with true pictures")
     splits = {"train": data.train, **data.held_out}
     sections.insert(1, measure_likelihood(
@@ -182,47 +186,47 @@ def _measure(
 def _compare(
     pipeline: TextToImagePipeline,
     data: EvaluationData,
-    drawn: Samples,
-    wanted: Samples,
-    rebuilt: Pixels,
+    generated: Samples,
+    reference: Samples,
+    reconstructions: Pixels,
     *,
     seed: int,
 ) -> list[Section]:
     """Compare drawings as a set with true pictures, and each with the training set."""
     space = FeatureSpace(data.train.pixels)
     features = {
-        "drawn": space(drawn.pixels),
-        "held_out": space(wanted.pixels),
-        "rebuilt": space(rebuilt),
+        "drawn": space(generated.pixels),
+        "held_out": space(reference.pixels),
+        "rebuilt": space(reconstructions),
         "train": space(data.train.pixels),
     }
     nearest = torch.cdist(features["held_out"], features["train"]).argmin(dim=1)
     copies = decode(pipeline.vqvae, data.train.image_token_ids[nearest])
     features["copies"] = space(copies)
-    others = {"drawings": drawn.pixels, "true pictures, rebuilt": rebuilt}
-    if len(data.train) >= len(wanted):
-        others["training pictures"] = data.train.spread(len(wanted)).pixels
+    others = {"drawings": generated.pixels, "true pictures, rebuilt": reconstructions}
+    if len(data.train) >= len(reference):
+        others["training pictures"] = data.train.spread(len(reference)).pixels
     spaces = [space]
     if network := network_or_none():
-        spaces.append(FeatureSpace(wanted.pixels, describe=network))
+        spaces.append(FeatureSpace(reference.pixels, describe=network))
     return [
         *(
             measure_distribution(
-                each(wanted.pixels),
+                each(reference.pixels),
                 {name: each(pixels) for name, pixels in others.items()},
                 seed=seed,
                 by_network=each is not space,
             )
             for each in spaces
         ),
-        measure_copying(drawn, wanted, data.train, features, seed=seed),
+        measure_memorization(generated, reference, data.train, features, seed=seed),
     ]
 
 
 def _protocol(
     pipeline: TextToImagePipeline,
     data: EvaluationData,
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     """Everything that decides the figures."""
@@ -239,9 +243,9 @@ def _protocol(
             **{name: len(split) for name, split in data.held_out.items()},
         },
         "sampling": {
-            **dataclasses.asdict(settings),
+            **dataclasses.asdict(sampling_config),
             "num_candidates": config.num_candidates,
-            **pipeline.native_settings,
+            **pipeline.native_metadata,
         },
         "options": {
             "seed": config.seed,
@@ -301,8 +305,8 @@ def _track(
             tracker.log(numbers_in(section.figures, name), step)
             for table in section.tables:
                 tracker.log_table(f"{name}/{table.name}", table.columns, table.rows, step)
-            for file, picture in section.pictures.items():
-                tracker.log_images(f"{name}/{file}", [picture], [section.title], step)
+            for file, image in section.images.items():
+                tracker.log_images(f"{name}/{file}", [image], [section.title], step)
     finally:
         tracker.close()
 

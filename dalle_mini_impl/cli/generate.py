@@ -13,13 +13,13 @@ from PIL import Image
 
 from dalle_mini_impl.cli.image_files import (
     grid_name,
+    image_name,
     next_number,
-    picture_name,
-    save_picture,
+    save_image,
 )
 from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.data.image_grid import make_grid
-from dalle_mini_impl.data.images import read_picture
+from dalle_mini_impl.data.images import read_image_file
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import is_out_of_memory, use_fast_float32
 from dalle_mini_impl.native.decoder import NativeWeights
@@ -28,9 +28,9 @@ from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
 
 logger = logging.getLogger(__name__)
 
-PICTURES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
+IMAGES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
 CLIP_FOLDER = "clip"  # of a model folder
-MAX_PICTURES = 100_000  # of one call: days of drawing, and a slip of the finger beyond
+MAX_IMAGES = 100_000  # of one call: days of drawing, and a slip of the finger beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Ranking:
 BY_LIKELIHOOD = Ranking()
 
 
-def draw_to_folder(
+def generate_to_folder(
     model: str,
     *,
     prompts: Sequence[str],
@@ -115,9 +115,9 @@ def draw_to_folder(
         counts[name] for name in ("num_images", "num_candidates", "seed")
     )
     unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same pictures
-    if len(unique) * num_images > MAX_PICTURES:
+    if len(unique) * num_images > MAX_IMAGES:
         raise UserError(
-            f"num_images: got {num_images} of {len(unique)} prompts, wanted at most {MAX_PICTURES} "
+            f"num_images: got {num_images} of {len(unique)} prompts, wanted at most {MAX_IMAGES} "
             "pictures in one call"
         )
     ranking.check(model)
@@ -125,13 +125,13 @@ def draw_to_folder(
     pipeline = TextToImagePipeline.from_pretrained(model)
     pipeline.check(unique, num_images=num_images, num_candidates=num_candidates, seed=seed)
     folder = Path(model).resolve()
-    settings = {
+    metadata = {
         # a run calls each of its models "model"
         "model": folder.parent.name if folder.name == "model" else folder.name,
         "vqvae": pipeline.vqvae.fingerprint(),
         "num_candidates": num_candidates,
         **({} if ranking == BY_LIKELIHOOD else {"rank": ranking.by}),
-        **dataclasses.asdict(pipeline.sampling_settings(overrides)),
+        **dataclasses.asdict(pipeline.resolve_sampling_config(overrides)),
     }
     make_folder(out, field="out")
     processes = _Processes()
@@ -139,16 +139,16 @@ def draw_to_folder(
     rank = ranking.load(model, processes.device)
     if native is not None:
         pipeline.use_native(native)
-    settings |= pipeline.native_settings
+    metadata |= pipeline.native_metadata
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
-    num_pictures = len(unique) * num_images
-    logger.info(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
-    mine = processes.share(list(enumerate(unique, start=first)))
+    total_images = len(unique) * num_images
+    logger.info(f"drawing {total_images} picture{'s' if total_images > 1 else ''}")
+    mine = processes.split(list(enumerate(unique, start=first)))
     written: list[tuple[int, int, str, str]] = []
     with resources(out):
         for part, offset, count in _parts(mine, num_images):
-            drawn = pipeline(
+            generated = pipeline(
                 list(part.values()),
                 num_images=count,
                 seed=seed + offset * num_candidates,
@@ -157,12 +157,12 @@ def draw_to_folder(
                 **overrides,
             )
             places = [(number, offset + index) for number in part for index in range(count)]
-            facts = zip(places, drawn.images, drawn.prompts, drawn.seeds, strict=True)
+            facts = zip(places, generated.images, generated.prompts, generated.seeds, strict=True)
             for place, image, prompt, image_seed in facts:
-                path = out / picture_name(place[0], prompt, image_seed)
-                save_picture(image, path, prompt=prompt, seed=image_seed, settings=settings)
+                path = out / image_name(place[0], prompt, image_seed)
+                save_image(image, path, prompt=prompt, seed=image_seed, metadata=metadata)
                 written.append((*place, str(path), prompt))
-            if len(mine) * num_images > PICTURES_AT_A_TIME:
+            if len(mine) * num_images > IMAGES_AT_A_TIME:
                 logger.info(f"{len(written)} of {len(mine) * num_images} drawn")
         written = sorted(processes.gather(written))
         if not processes.is_main:
@@ -176,11 +176,11 @@ def _parts(
     numbered: Sequence[tuple[int, str]], num_images: int
 ) -> Iterator[tuple[dict[int, str], int, int]]:
     """Split the work into (prompts by number, first picture of each, pictures of each)."""
-    prompts_at_a_time = max(PICTURES_AT_A_TIME // num_images, 1)
+    prompts_at_a_time = max(IMAGES_AT_A_TIME // num_images, 1)
     for start in range(0, len(numbered), prompts_at_a_time):
         part = dict(numbered[start : start + prompts_at_a_time])
-        for offset in range(0, num_images, PICTURES_AT_A_TIME):
-            yield part, offset, min(num_images - offset, PICTURES_AT_A_TIME)
+        for offset in range(0, num_images, IMAGES_AT_A_TIME):
+            yield part, offset, min(num_images - offset, IMAGES_AT_A_TIME)
 
 
 class _Processes:
@@ -197,7 +197,7 @@ class _Processes:
         self.device = self._accelerator.device if self._accelerator else torch.device("cpu")
         self.is_main = self._accelerator is None or self._accelerator.is_main_process
 
-    def share(self, items: list[Any]) -> list[Any]:
+    def split(self, items: list[Any]) -> list[Any]:
         if self._accelerator is None:
             return items
         with self._accelerator.split_between_processes(items) as mine:
@@ -243,8 +243,8 @@ def resources(out: Path) -> Iterator[None]:
 def _write_grid(path: Path, written: Sequence[tuple[str, str]], *, columns: int) -> None:
     """Lay out what all processes wrote, a row for each prompt."""
     images = []
-    for picture, _ in written:
-        with Image.open(picture) as image:
+    for source_image, _ in written:
+        with Image.open(source_image) as image:
             images.append(image.convert("RGB"))
     make_grid(images, columns=columns, captions=[prompt for _, prompt in written]).save(path)
 
@@ -270,7 +270,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Edit:
+class InpaintingOptions:
     """A picture, and which part of it is redrawn: one of the last three."""
 
     image: Path | None
@@ -279,14 +279,14 @@ class Edit:
     """A picture as large, white where it is redrawn."""
     keep_rows: int | None = None
     """Rows of image tokens at the top that stay."""
-    keep_share: float | None = None
+    keep_fraction: float | None = None
     """Share of the image tokens that stay."""
 
 
-def complete_to_folder(
+def inpaint_to_folder(
     model: str,
     *,
-    edit: Edit,
+    inpainting: InpaintingOptions,
     prompts: Sequence[str],
     out: Path,
     overrides: dict[str, Any],
@@ -316,49 +316,51 @@ def complete_to_folder(
     """
     if os.environ.get("RANK", "0") != "0":
         return None
-    if edit.image is None:
+    if inpainting.image is None:
         raise UserError(
-            "image: none given; wanted --image with --mask, --keep-rows or --keep-share"
+            "image: none given; wanted --image with --mask, --keep-rows or --keep-fraction"
         )
     if not prompts:
         raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
     if ranking != BY_LIKELIHOOD:
         raise UserError(f"rank: got {ranking.by} with --image, wanted likelihood and no --clip")
-    picture = read_picture(edit.image, field="image")
-    mask = None if edit.mask is None else read_picture(edit.mask, field="mask")
+    source_image = read_image_file(inpainting.image, field="image")
+    mask = None if inpainting.mask is None else read_image_file(inpainting.mask, field="mask")
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model)
-    settings = {
+    metadata = {
         "model": Path(model).resolve().parent.name,
         "vqvae": pipeline.vqvae.fingerprint(),
-        **{name: _shown(value) for name, value in vars(edit).items() if value is not None},
+        **{name: _shown(value) for name, value in vars(inpainting).items() if value is not None},
         "num_candidates": counts.get("num_candidates", 1),
-        **dataclasses.asdict(pipeline.sampling_settings(overrides)),
+        **dataclasses.asdict(pipeline.resolve_sampling_config(overrides)),
     }
     if native is not None:
         pipeline.use_native(native)
-    settings |= pipeline.native_settings
+    metadata |= pipeline.native_metadata
     make_folder(out, field="out")
     first = next_number(out)
     unique = list(dict.fromkeys(prompts))
     columns = counts.get("num_images", 1)
-    num_pictures = len(unique) * columns
-    logger.info(f"drawing {num_pictures} picture{'s' if num_pictures > 1 else ''}")
+    total_images = len(unique) * columns
+    logger.info(f"drawing {total_images} picture{'s' if total_images > 1 else ''}")
     with resources(out):
-        drawn = pipeline.complete(
+        generated = pipeline.inpaint(
             unique,
-            picture,
+            source_image,
             mask=mask,
-            keep_rows=edit.keep_rows,
-            keep_share=edit.keep_share,
+            keep_rows=inpainting.keep_rows,
+            keep_fraction=inpainting.keep_fraction,
             **counts,
             **overrides,
         )
-        for image, prompt, seed in zip(drawn.images, drawn.prompts, drawn.seeds, strict=True):
-            path = out / picture_name(first + unique.index(prompt), prompt, seed)
-            save_picture(image, path, prompt=prompt, seed=seed, settings=settings)
+        for image, prompt, seed in zip(
+            generated.images, generated.prompts, generated.seeds, strict=True
+        ):
+            path = out / image_name(first + unique.index(prompt), prompt, seed)
+            save_image(image, path, prompt=prompt, seed=seed, metadata=metadata)
         grid = out / grid_name(first)
-        make_grid(drawn.images, columns=columns, captions=drawn.prompts).save(grid)
+        make_grid(generated.images, columns=columns, captions=generated.prompts).save(grid)
     return grid
 
 

@@ -14,7 +14,7 @@ MAX_NAME_LENGTH = 60  # characters of the prompt
 MAX_NAME_BYTES = 180  # of them, in UTF-8: 60 in Hangul; file systems allow 255 for a whole name
 
 
-def picture_name(number: int, prompt: str, seed: int) -> str:
+def image_name(number: int, prompt: str, seed: int) -> str:
     """Name a picture's file by the number of its prompt, the prompt and the seed.
 
     Args:
@@ -35,7 +35,7 @@ def grid_name(number: int) -> str:
     """Name the grid of a call by the number of its first prompt.
 
     Args:
-        number: As in ``picture_name``.
+        number: As in ``image_name``.
 
     Returns:
         A file name.
@@ -57,8 +57,8 @@ def next_number(folder: Path) -> int:
     return max((int(match[1] or match[2]) + 1 for match in found if match), default=0)
 
 
-def save_picture(
-    image: Image.Image, path: Path, *, prompt: str, seed: int, settings: dict[str, Any]
+def save_image(
+    image: Image.Image, path: Path, *, prompt: str, seed: int, metadata: dict[str, Any]
 ) -> None:
     """Write a PNG with its prompt, seed and settings in its metadata.
 
@@ -72,7 +72,7 @@ def save_picture(
         seed: Its seed.
         settings: Everything else that decided it.
     """
-    facts = {"prompt": prompt, "seed": seed, **settings}
+    facts = {"prompt": prompt, "seed": seed, **metadata}
     info = PngInfo()
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if key != "prompt")
     info.add_itxt("parameters", f"{prompt}\n{line}")

@@ -28,7 +28,7 @@ def shift_images(
 
 def zoom_images(
     pixels: UInt8[Tensor, "batch channels height width"],
-    draws: Float[Tensor, "batch 3"],
+    uniforms: Float[Tensor, "batch 3"],
     *,
     max_zoom: float,
 ) -> UInt8[Tensor, "batch channels height width"]:
@@ -48,7 +48,7 @@ def zoom_images(
     """
     height, width = pixels.shape[-2:]
     results = []
-    for image, (growth, down, right) in zip(pixels, draws.tolist(), strict=True):
+    for image, (growth, down, right) in zip(pixels, uniforms.tolist(), strict=True):
         sides = [
             size + int(growth * (round(max_zoom * size) - size + 1)) for size in (height, width)
         ]

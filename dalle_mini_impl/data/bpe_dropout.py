@@ -20,7 +20,7 @@ from jaxtyping import Int64
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 
 NUM_VARIANTS = 8  # of each caption, the usual encoding among them
 
@@ -33,30 +33,30 @@ class MergeRules(NamedTuple):
 
 
 def encode_variants(
-    captions: CaptionEncoder, texts: Sequence[str], *, dropout: float
+    text_tokenizer: TextTokenizer, texts: Sequence[str], *, dropout: float
 ) -> Int64[Tensor, "rows text_length"]:
     """Encode every caption in `NUM_VARIANTS` ways; the first is the usual one.
 
     Args:
         captions: The caption tokenizer.
-        texts: Captions as `CaptionEncoder.encode` takes them.
+        texts: Captions as `TextTokenizer.encode` takes them.
         dropout: Probability that a merge is left out at a step, in [0, 1].
 
     Returns:
         Token ids; all variants of a caption stand together.
 
     Raises:
-        UserError: As `CaptionEncoder.encode`.
+        UserError: As `TextTokenizer.encode`.
     """
-    rows = captions.encode(texts).repeat_interleave(NUM_VARIANTS, dim=0)
-    rules = merge_rules(captions.tokenizer)
-    words = [words_of(captions.tokenizer, text) for text in texts]
+    rows = text_tokenizer.encode(texts).repeat_interleave(NUM_VARIANTS, dim=0)
+    rules = merge_rules(text_tokenizer.tokenizer)
+    words = [words_of(text_tokenizer.tokenizer, text) for text in texts]
     for variant in range(1, NUM_VARIANTS):
         split = [
             split_with_dropout(each, rules, dropout=dropout, seed=f"{variant} {text}")
             for each, text in zip(words, texts, strict=True)
         ]
-        rows[variant::NUM_VARIANTS] = captions.pad(texts, split)
+        rows[variant::NUM_VARIANTS] = text_tokenizer.pad(texts, split)
     return rows
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 
 from dalle_mini_impl.data.images import decode_image, describe_image
-from dalle_mini_impl.data.loading import each_picture
+from dalle_mini_impl.data.loading import each_image
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 
 HUGE_PIXELS = 8_000_000
@@ -62,7 +62,7 @@ class DataReport:
     """Tokens of each caption, shortest first."""
     text_length: int
     """Tokens that fit."""
-    seconds_per_picture: float
+    seconds_per_image: float
     """To read and decode one, all processors at work."""
     findings: tuple[Finding, ...]
 
@@ -120,7 +120,7 @@ def check_data(
         _listed("not usable, as the picture cannot be read", unreadable),
         _listed("not usable, as picture or caption is missing", pairs.skipped),
         *_duplicates(facts, paths, splits),
-        *_odd_pictures(facts, paths, image_size),
+        *_unusual_images(facts, paths, image_size),
         _long_captions(texts, lengths, text_length),
     ]
     return DataReport(
@@ -131,7 +131,7 @@ def check_data(
         kinds=dict(Counter(fact.kind for fact in facts.values()).most_common()),
         caption_lengths=tuple(sorted(lengths)),
         text_length=text_length,
-        seconds_per_picture=seconds,
+        seconds_per_image=seconds,
         findings=tuple(finding for finding in findings if finding.paths),
     )
 
@@ -148,7 +148,7 @@ def _read_all(
         digest.update(decoded.tobytes())
         return index, _Facts(*describe_image(data), pixels=digest.digest()[:16])
 
-    for done, result in enumerate(each_picture(pairs, read), start=1):
+    for done, result in enumerate(each_image(pairs, read), start=1):
         if isinstance(result, SkippedRecord):
             unreadable.append(result)
         else:
@@ -158,7 +158,7 @@ def _read_all(
 
 
 def _token_counts(texts: Sequence[str], *, text_length: int, vocab_size: int) -> list[int]:
-    encoder = CaptionEncoder(train_text_tokenizer(texts, vocab_size=vocab_size), text_length)
+    encoder = TextTokenizer(train_text_tokenizer(texts, vocab_size=vocab_size), text_length)
     return [len(row) for row in encoder.tokenizer.encode_batch_fast(list(texts))]
 
 
@@ -195,7 +195,9 @@ def _duplicates(
     ]
 
 
-def _odd_pictures(facts: dict[int, _Facts], paths: Sequence[str], image_size: int) -> list[Finding]:
+def _unusual_images(
+    facts: dict[int, _Facts], paths: Sequence[str], image_size: int
+) -> list[Finding]:
     def named(holds: Callable[[int, _Facts], bool]) -> tuple[str, ...]:
         return tuple(
             f"{paths[index]} ({fact.kind}, {fact.width}x{fact.height})"

@@ -43,22 +43,22 @@ def make_grid(
         raise ValueError(f"got {len(images)} images in {columns} columns, wanted 1 or more of both")
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"got {len(captions)} captions, wanted {len(images)}, one per image")
-    pictures = [to_rgb(image) for image in images]
+    tiles = [to_rgb(image) for image in images]
     if captions is not None:
-        pictures = [_double_until_legible(picture) for picture in pictures]
-    width = max(picture.width for picture in pictures)
-    height = max(picture.height for picture in pictures)
+        tiles = [_double_until_legible(tile) for tile in tiles]
+    width = max(tile.width for tile in tiles)
+    height = max(tile.height for tile in tiles)
     texts = [_wrap(text, width) for text in captions] if captions is not None else []
     text_height = _text_height(max((text.count("\n") + 1 for text in texts), default=0))
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
+    columns = min(columns, len(tiles))
+    rows = -(-len(tiles) // columns)
     step_x, step_y = width + padding, height + text_height + padding
     sheet = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), WHITE)
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
+    for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
         x, y = padding + column * step_x, padding + row * step_y
-        sheet.paste(picture, (x, y))
+        sheet.paste(tile, (x, y))
         if texts:
             text = texts[index]
             draw.multiline_text((x, y + height), text, "black", font=_font(text), spacing=1)
@@ -85,14 +85,14 @@ def _is_latin(text: str) -> bool:
     return all(ord(letter) < 256 for letter in text)
 
 
-def _double_until_legible(picture: Image.Image) -> Image.Image:
+def _double_until_legible(tile: Image.Image) -> Image.Image:
     factor = 1
-    while picture.width * factor < _LEGIBLE_SIDE:
+    while tile.width * factor < _LEGIBLE_SIDE:
         factor *= 2
     if factor == 1:
-        return picture
-    size = (picture.width * factor, picture.height * factor)
-    return picture.resize(size, Image.Resampling.NEAREST)
+        return tile
+    size = (tile.width * factor, tile.height * factor)
+    return tile.resize(size, Image.Resampling.NEAREST)
 
 
 def _text_height(num_lines: int) -> int:

@@ -130,7 +130,7 @@ def describe_image(data: bytes) -> tuple[str, int, int]:
         return f"{image.format} {image.mode}", image.width, image.height
 
 
-def read_picture(path: Path, *, field: str) -> Image.Image:
+def read_image_file(path: Path, *, field: str) -> Image.Image:
     """Reads one picture that a user names.
 
     Args:

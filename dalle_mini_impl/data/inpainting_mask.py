@@ -21,32 +21,32 @@ WHITE_FROM = 128  # of 255
 
 
 @dataclass(frozen=True)
-class Region:
+class InpaintingMask:
     """What is drawn anew in each of several versions of one picture."""
 
-    is_redrawn: Bool[Tensor, "batch image_length"]
+    is_masked: Bool[Tensor, "batch image_length"]
     """Which tokens, raster order; as many in each row."""
     shown: Bool[Tensor, "height width"] | None
     """Where the drawing shows; elsewhere the picture's own pixels do. None: everywhere."""
 
 
-def choose_region(
+def build_inpainting_mask(
     *,
     mask: Image.Image | None,
     keep_rows: int | None,
-    keep_share: float | None,
-    picture_size: tuple[int, int],
+    keep_fraction: float | None,
+    source_size: tuple[int, int],
     size: int,
     grid: tuple[int, int],
     seeds: list[int],
-) -> Region:
+) -> InpaintingMask:
     """Find what is redrawn, from whichever of the three ways to say it was taken.
 
     Args:
         mask: White where the picture is redrawn, or None.
         keep_rows: Rows of tokens at the top that stay, or None.
-        keep_share: Share of the tokens that stay, others for each seed, or None.
-        picture_size: Width and height of the picture, in pixels.
+        keep_fraction: Share of the tokens that stay, others for each seed, or None.
+        source_size: Width and height of the picture, in pixels.
         size: Side of the model's pictures, in pixels.
         grid: Image tokens along (height, width).
         seeds: One per picture that will be drawn.
@@ -57,34 +57,34 @@ def choose_region(
     Raises:
         UserError: If not one of the three is given, it is out of range, or it redraws nothing.
     """
-    if [mask, keep_rows, keep_share].count(None) != 2:
-        ways = {"mask": mask, "keep_rows": keep_rows, "keep_share": keep_share}
+    if [mask, keep_rows, keep_fraction].count(None) != 2:
+        ways = {"mask": mask, "keep_rows": keep_rows, "keep_fraction": keep_fraction}
         got = ", ".join(name for name, value in ways.items() if value is not None) or "none of them"
         raise UserError(f"mask: got {got}, wanted exactly one of {', '.join(ways)}")
-    if keep_share is not None:
-        return Region(random_cells(keep_share, grid=grid, seeds=seeds), None)
+    if keep_fraction is not None:
+        return InpaintingMask(random_cells(keep_fraction, grid=grid, seeds=seeds), None)
     if keep_rows is not None:
         cells = rows_below(keep_rows, grid=grid)
         shown = enlarged(cells, grid=grid, size=size)
     elif mask is not None:
-        shown = mask_pixels(mask, picture_size=picture_size, size=size)
+        shown = mask_pixels(mask, source_size=source_size, size=size)
         cells = touched_cells(shown, grid=grid)
     if not cells.any():
         raise UserError(
             "mask: no white in the middle square, which is what the model sees of the picture; "
             "wanted white where it is redrawn"
         )
-    return Region(cells.expand(len(seeds), -1), shown)
+    return InpaintingMask(cells.expand(len(seeds), -1), shown)
 
 
 def mask_pixels(
-    mask: Image.Image, *, picture_size: tuple[int, int], size: int
+    mask: Image.Image, *, source_size: tuple[int, int], size: int
 ) -> Bool[Tensor, "height width"]:
     """Bring a mask to the size of the model's pictures.
 
     Args:
         mask: White where the picture is redrawn; transparent counts as white.
-        picture_size: Width and height of the picture that it belongs to, in pixels.
+        source_size: Width and height of the picture that it belongs to, in pixels.
         size: Side of the model's pictures, in pixels.
 
     Returns:
@@ -93,18 +93,18 @@ def mask_pixels(
     Raises:
         UserError: If the mask is not as large as the picture.
     """
-    if mask.size != picture_size:
+    if mask.size != source_size:
         raise UserError(
             f"mask: got {mask.width}x{mask.height} pixels, "
-            f"wanted {picture_size[0]}x{picture_size[1]}, as the picture has"
+            f"wanted {source_size[0]}x{source_size[1]}, as the picture has"
         )
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     side = min(white.size)
     left, top = (white.width - side) / 2, (white.height - side) / 2
     box = (left, top, left + side, top + side)
     # In float32, where one white pixel of a thousand is not rounded away.
-    shares = white.convert("F").resize((size, size), Image.Resampling.BOX, box=box)
-    return torch.from_numpy(np.array(shares) > 0)
+    fractions = white.convert("F").resize((size, size), Image.Resampling.BOX, box=box)
+    return torch.from_numpy(np.array(fractions) > 0)
 
 
 def touched_cells(
@@ -143,7 +143,7 @@ def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_
 
 
 def random_cells(
-    share: float, *, grid: tuple[int, int], seeds: list[int]
+    fraction: float, *, grid: tuple[int, int], seeds: list[int]
 ) -> Bool[Tensor, "batch image_length"]:
     """Mark random cells, others for each seed.
 
@@ -158,16 +158,16 @@ def random_cells(
     Raises:
         UserError: If the share is out of range.
     """
-    if not 0 < share < 1:
-        raise UserError(f"keep_share: got {share}, wanted above 0 and below 1")
+    if not 0 < fraction < 1:
+        raise UserError(f"keep_fraction: got {fraction}, wanted above 0 and below 1")
     length = grid[0] * grid[1]
-    num_kept = min(round(share * length), length - 1)
-    is_redrawn = torch.ones(len(seeds), length, dtype=torch.bool)
-    for row, seed in zip(is_redrawn, seeds, strict=True):
+    num_kept = min(round(fraction * length), length - 1)
+    is_masked = torch.ones(len(seeds), length, dtype=torch.bool)
+    for row, seed in zip(is_masked, seeds, strict=True):
         row[torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:num_kept]] = (
             False
         )
-    return is_redrawn
+    return is_masked
 
 
 def enlarged(
@@ -188,7 +188,7 @@ def enlarged(
 
 
 def paste_back(
-    drawn: Image.Image, picture: Image.Image, redrawn: Bool[Tensor, "height width"]
+    generated: Image.Image, image: Image.Image, masked_pixels: Bool[Tensor, "height width"]
 ) -> Image.Image:
     """Put the pixels that were not to change back.
 
@@ -200,5 +200,5 @@ def paste_back(
     Returns:
         A new picture of the drawing's size.
     """
-    mask = Image.fromarray(redrawn.numpy().astype(np.uint8) * 255)
-    return Image.composite(drawn, resize_and_crop(picture, drawn.width), mask)
+    mask = Image.fromarray(masked_pixels.numpy().astype(np.uint8) * 255)
+    return Image.composite(generated, resize_and_crop(image, generated.width), mask)

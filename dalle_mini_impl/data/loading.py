@@ -54,7 +54,7 @@ def _square(data: bytes, path: str, size: int) -> Image.Image:
     return resize_and_crop(decode_image(data, source=path, min_side=2 * size), size)
 
 
-def each_picture(
+def each_image(
     pairs: Pairs, work: Callable[[int, bytes, str], Result], *, min_side: int | None = None
 ) -> Generator[Result | SkippedRecord, None, None]:
     """Works on all pictures, in one thread per processor.
@@ -121,7 +121,7 @@ def load_all_pixels(
 
     kept: list[int] = []
     bad: list[SkippedRecord] = []
-    with closing(each_picture(pairs, load, min_side=2 * image_size)) as results:
+    with closing(each_image(pairs, load, min_side=2 * image_size)) as results:
         for done, result in enumerate(results, start=1):
             if isinstance(result, SkippedRecord):
                 bad.append(result)

@@ -26,7 +26,7 @@ from dalle_mini_impl.data.readers.folder import (
 )
 from dalle_mini_impl.data.readers.parquet import parquet_files, read_hub, read_parquet
 from dalle_mini_impl.data.readers.records import (
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     WHOLE_FILE,
     Listing,
     RawPair,
@@ -64,7 +64,7 @@ class Pairs:
         self,
         listed: Sequence[RawPair],
         skipped: Sequence[SkippedRecord],
-        pictures: "Dataset | None",
+        images: "Dataset | None",
         *,
         num_records: int,
     ) -> None:
@@ -91,7 +91,7 @@ class Pairs:
             {name: values for name, (_, values) in columns.items()},
             features=Features({name: feature for name, (feature, _) in columns.items()}),
         )
-        self._pictures = pictures
+        self._images = images
         self.skipped = tuple(skipped)
         self.num_records = num_records
 
@@ -118,17 +118,17 @@ class Pairs:
         """
         record = self._record(index)
         if not record["file"]:
-            assert self._pictures is not None
-            [value] = self._pictures[record["offset"]].values()
+            assert self._images is not None
+            [value] = self._images[record["offset"]].values()
             return bytes(value["bytes"])
         size = record["size"]
-        wanted = MAX_PICTURE_BYTES if size == WHOLE_FILE else size
+        expected = MAX_IMAGE_BYTES if size == WHOLE_FILE else size
         try:
             with open(record["file"], "rb") as file:
-                if size == WHOLE_FILE and os.fstat(file.fileno()).st_size > MAX_PICTURE_BYTES:
-                    raise BadImageError(record["path"], f"larger than {MAX_PICTURE_BYTES} bytes")
+                if size == WHOLE_FILE and os.fstat(file.fileno()).st_size > MAX_IMAGE_BYTES:
+                    raise BadImageError(record["path"], f"larger than {MAX_IMAGE_BYTES} bytes")
                 file.seek(record["offset"])
-                data = file.read(wanted)
+                data = file.read(expected)
         except OSError as error:
             raise BadImageError(record["path"], f"cannot be read ({error.strerror})") from error
         if size != WHOLE_FILE and len(data) != size:
@@ -197,7 +197,7 @@ def open_all_splits(
 
 def _pairs_of(listing: Listing, chosen: Sequence[RawPair]) -> Pairs:
     num_records = len(listing.pairs) + len(listing.skipped)
-    return Pairs(chosen, listing.skipped, listing.pictures, num_records=num_records)
+    return Pairs(chosen, listing.skipped, listing.images, num_records=num_records)
 
 
 def _list_whole(source: str, text_columns: Sequence[str], image_column: str) -> Listing:

@@ -50,10 +50,10 @@ def epoch_order(
     ends = cumulated / cumulated[-1] * num_samples
     offset = torch.rand(1, dtype=torch.float64, generator=generator)
     points = torch.arange(num_samples, dtype=torch.float64) + offset
-    drawn = torch.searchsorted(ends, points, right=True)
+    generated = torch.searchsorted(ends, points, right=True)
     # Rounding may push the last point past the end; it then belongs to the last sample in use.
-    drawn = drawn.clamp(max=int(weights.nonzero().max()))
-    return drawn[torch.randperm(num_samples, generator=generator)]
+    generated = generated.clamp(max=int(weights.nonzero().max()))
+    return generated[torch.randperm(num_samples, generator=generator)]
 
 
 def _check_weights(weights: Tensor, num_samples: int) -> None:

@@ -35,8 +35,8 @@ def choose_split(source: str, listed: Sequence[RawPair], split: str | None) -> l
         return list(listed)
     if not any(pair.split for pair in listed):
         return _choose_unnamed(source, listed, split)
-    wanted = VALIDATION if split in VALIDATION else (split,)
-    chosen = [pair for pair in listed if (pair.split or TRAIN) in wanted]
+    expected = VALIDATION if split in VALIDATION else (split,)
+    chosen = [pair for pair in listed if (pair.split or TRAIN) in expected]
     if not chosen:
         names = sorted({pair.split or TRAIN for pair in listed})
         raise UserError(f"{source} has no split {split!r}, it has {', '.join(names)}")
@@ -96,13 +96,13 @@ def held_out_split(
     if len(paths) < MIN_PAIRS_TO_HOLD_OUT or fraction == 0:
         return list(range(len(paths))), []
     digests = [hashlib.sha1(f"{seed}:{path}".encode()).digest()[:8] for path in paths]
-    draws = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
-    held_out = {index for index, draw in enumerate(draws) if draw < fraction}
-    held_out |= set(sorted(range(len(draws)), key=draws.__getitem__)[:MIN_HELD_OUT])
+    uniforms = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
+    held_out = {index for index, uniform in enumerate(uniforms) if uniform < fraction}
+    held_out |= set(sorted(range(len(uniforms)), key=uniforms.__getitem__)[:MIN_HELD_OUT])
     return [index for index in range(len(paths)) if index not in held_out], sorted(held_out)
 
 
-def draw(*key: str) -> int:
+def stable_hash(*key: str) -> int:
     """A fixed pseudo-random number of a key.
 
     Args:

@@ -89,7 +89,7 @@ def _untrained() -> Tokenizer:
     return tokenizer
 
 
-class CaptionEncoder:
+class TextTokenizer:
     """Turns captions into rows of `text_length` token ids."""
 
     def __init__(self, tokenizer: Tokenizer, text_length: int) -> None:
@@ -116,7 +116,7 @@ class CaptionEncoder:
     @classmethod
     def learn(
         cls, captions: Iterable[str], *, vocab_size: int, text_length: int
-    ) -> "CaptionEncoder":
+    ) -> "TextTokenizer":
         """Trains a tokenizer and wraps it.
 
         Args:
@@ -224,16 +224,16 @@ class CaptionEncoder:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(str(folder / _TOKENIZER_NAME))
-        settings = {
+        fields = {
             "model_max_length": self.text_length,
             "pad_token": PAD_TOKEN,
             "tokenizer_class": "PreTrainedTokenizerFast",
         }
-        text = json.dumps(settings, indent=2)
+        text = json.dumps(fields, indent=2)
         (folder / _CONFIG_NAME).write_text(f"{text}\n", encoding="utf-8")
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "CaptionEncoder":
+    def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
         """Reads a folder that `save_pretrained` wrote, and nothing else in it.
 
         A tokenizer by other rules is refused: a stranger's may hold a pattern that takes forever.

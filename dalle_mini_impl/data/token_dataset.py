@@ -24,7 +24,7 @@ from torch import Tensor
 from dalle_mini_impl.data.augmentation import shift_images, zoom_images
 from dalle_mini_impl.data.bpe_dropout import encode_variants
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.progress import log_now_and_then
 from vqvae.image_tokenizer import ImageTokenizer
@@ -73,7 +73,7 @@ class TokenDataset:
         return len(self.image_token_ids)
 
     def captions_of(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, " batch"]
     ) -> Int[Tensor, "batch text_length"]:
         """Choose one caption for each sample: half of the time one of the first two.
 
@@ -90,15 +90,15 @@ class TokenDataset:
         """
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
         count = end - start
-        main = 2 * draws * count.clamp(max=NUM_MAIN_CAPTIONS)
-        any_of_all = (2 * draws - 1) * count
-        place = torch.where(draws < 0.5, main, any_of_all)
+        main = 2 * uniforms * count.clamp(max=NUM_MAIN_CAPTIONS)
+        any_of_all = (2 * uniforms - 1) * count
+        place = torch.where(uniforms < 0.5, main, any_of_all)
         num_variants = len(self.text_token_ids) // int(self.caption_offsets[-1])
         variant = (place.frac() * num_variants).long()
         return self.text_token_ids[(start + place.long()) * num_variants + variant].long()
 
     def images_of(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, " batch"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, " batch"]
     ) -> Int[Tensor, "batch image_length"]:
         """Choose one view of each sample.
 
@@ -110,7 +110,7 @@ class TokenDataset:
             Image tokens in raster order.
         """
         num_views = self.image_token_ids.shape[1]
-        return self.image_token_ids[sample_ids, (draws * num_views).long()].long()
+        return self.image_token_ids[sample_ids, (uniforms * num_views).long()].long()
 
 
 def build_token_dataset(
@@ -118,7 +118,7 @@ def build_token_dataset(
     pixels: UInt8[Tensor, "samples 3 height width"],
     *,
     vqvae: ImageTokenizer,
-    captions: CaptionEncoder,
+    captions: TextTokenizer,
     variation: Variation,
     cache_dir: Path,
 ) -> TokenDataset:
@@ -209,7 +209,7 @@ def _encode_views(
 
 
 def _encode_captions(
-    pairs: Sequence[Pair], captions: CaptionEncoder, bpe_dropout: float
+    pairs: Sequence[Pair], captions: TextTokenizer, bpe_dropout: float
 ) -> Int[Tensor, "rows text_length"]:
     texts = [text for pair in pairs for text in pair.captions]
     if bpe_dropout == 0:
@@ -221,12 +221,12 @@ def _fingerprint(
     pairs: Sequence[Pair],
     pixels: Tensor,
     vqvae: ImageTokenizer,
-    captions: CaptionEncoder,
-    settings: tuple[int | float, ...],
+    captions: TextTokenizer,
+    variation_key: tuple[int | float, ...],
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().data)
     digest.update(captions.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]
-    digest.update(json.dumps([captions.text_length, settings, texts]).encode())
+    digest.update(json.dumps([captions.text_length, variation_key, texts]).encode())
     return digest.hexdigest()[:16]

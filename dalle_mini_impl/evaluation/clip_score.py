@@ -6,15 +6,15 @@ from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
 from dalle_mini_impl.evaluation.report import FLOOR, Section, Table, number
 from dalle_mini_impl.evaluation.samples import Pixels, to_images
-from dalle_mini_impl.sampling.rerank import PictureRanker
+from dalle_mini_impl.sampling.rerank import ImageRanker
 
 TRUE = "true pictures"
 
 
 def measure_clip_score(
-    ranker: PictureRanker,
+    ranker: ImageRanker,
     ways: Mapping[str, Pixels],
-    true: Pixels,
+    reference: Pixels,
     captions: Sequence[str],
     *,
     seed: int,
@@ -23,7 +23,7 @@ def measure_clip_score(
 
     Args:
         ranker: Compares them; its scores are cosines.
-        ways: Drawings of the captions, by how they were chosen.
+        ways: CandidateTokens of the captions, by how they were chosen.
         true: The pictures that the captions belong to.
         captions: One per picture.
         seed: Of the shuffling and the intervals.
@@ -40,7 +40,7 @@ def measure_clip_score(
         cosines = ranker.score(to_images(pixels), texts)
         return bootstrap_mean((100 * cosines.clamp(min=0)).tolist(), seed=seed)
 
-    found = {name: score(pixels, captions) for name, pixels in {**ways, TRUE: true}.items()}
+    found = {name: score(pixels, captions) for name, pixels in {**ways, TRUE: reference}.items()}
     found[FLOOR] = score(next(iter(ways.values())), others)
     rows = [(name, number(estimate, 2)) for name, estimate in found.items()]
     text = (

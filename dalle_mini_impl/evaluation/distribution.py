@@ -23,7 +23,7 @@ from vqvae.losses.perceptual import PerceptualDistance
 NUM_HALVINGS = 200
 NUM_DIRECTIONS = 256
 NUM_NEIGHBOURS = 3
-MIN_PICTURES = 16
+MIN_IMAGES = 16
 PLAIN_FEATURES = (
     "Features: colours and contrasts of the Laplacian pyramid on 8 x 8 cells "
     "(`evaluation/features.py`); they need no weights."
@@ -69,7 +69,7 @@ def sliced_distance(
     return float((left.sort(dim=0).values - right.sort(dim=0).values).abs().mean())
 
 
-def share_inside(
+def fraction_inside(
     distances: Float[Tensor, "samples reference"], own: Float[Tensor, "reference reference"]
 ) -> float:
     """Count the pictures that lie in the manifold of a reference set.
@@ -90,7 +90,7 @@ def share_inside(
 
 
 def compare_sets(
-    true: Features, others: Mapping[str, Features], *, seed: int
+    reference: Features, others: Mapping[str, Features], *, seed: int
 ) -> dict[str, dict[str, Estimate]]:
     """Compare sets of pictures with the true ones.
 
@@ -102,22 +102,22 @@ def compare_sets(
     Returns:
         Name of the set -> distance, precision and recall.
     """
-    count = len(true)
-    directions = random_directions(true.shape[1], seed=seed)
+    count = len(reference)
+    directions = random_directions(reference.shape[1], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(count, generator=generator) for _ in range(NUM_HALVINGS)]
-    projected_true, own_true = true @ directions, _distances(true, true)
+    projected_reference, own_reference = reference @ directions, _distances(reference, reference)
     results = {}
     for name, features in others.items():
         projected = features @ directions
-        across, own = _distances(features, true), _distances(features, features)
+        across, own = _distances(features, reference), _distances(features, features)
         found: dict[str, list[float]] = {"distance": [], "precision": [], "recall": []}
         for order in orders:
             a, b = order[: count // 2], order[count // 2 : 2 * (count // 2)]
-            found["distance"].append(sliced_distance(projected[a], projected_true[b]))
+            found["distance"].append(sliced_distance(projected[a], projected_reference[b]))
             between = across[a][:, b]
-            found["precision"].append(share_inside(between, own_true[b][:, b]))
-            found["recall"].append(share_inside(between.T, own[a][:, a]))
+            found["precision"].append(fraction_inside(between, own_reference[b][:, b]))
+            found["recall"].append(fraction_inside(between.T, own[a][:, a]))
         results[name] = {what: percentile_estimate(values) for what, values in found.items()}
     return results
 
@@ -128,13 +128,13 @@ def _distances(left: Features, right: Features) -> Float[Tensor, "left right"]:
 
 
 def measure_distribution(
-    true: Features, others: Mapping[str, Features], *, seed: int, by_network: bool = False
+    reference: Features, others: Mapping[str, Features], *, seed: int, by_network: bool = False
 ) -> Section:
     """Compare the drawings as a set with true pictures, and put baselines beside.
 
     Args:
         true: Features of the true pictures of the captions that were drawn.
-        others: Drawings first, then the baselines.
+        others: CandidateTokens first, then the baselines.
         seed: Of all random choices.
         by_network: Whether the features are those of a network.
 
@@ -150,11 +150,11 @@ def measure_distribution(
         f"pictures of the other captions; interval: the middle 95 % of {NUM_HALVINGS} random "
         "halvings. FID is left out: its network's weights do not come with this project."
     )
-    if len(true) < MIN_PICTURES:
-        reason = f"too few pictures: {len(true)}, wanted {MIN_PICTURES}"
+    if len(reference) < MIN_IMAGES:
+        reason = f"too few pictures: {len(reference)}, wanted {MIN_IMAGES}"
         return Section(title, f"{text} Left out here: {reason}.", {"left_out": reason})
-    found = compare_sets(true, {**others, "true pictures": true}, seed=seed)
-    figures: dict[str, Any] = {"num_pictures": len(true), **found}
+    found = compare_sets(reference, {**others, "true pictures": reference}, seed=seed)
+    figures: dict[str, Any] = {"num_images": len(reference), **found}
     rows = [
         (name, number(row["distance"], 4), percent(row["precision"]), percent(row["recall"]))
         for name, row in found.items()

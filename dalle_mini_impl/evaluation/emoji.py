@@ -21,7 +21,7 @@ from dalle_mini_impl.data.images import (
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
-from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, Table, share_table
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, Table, fraction_table
 from dalle_mini_impl.evaluation.samples import (
     EvaluationData,
     Pixels,
@@ -33,18 +33,18 @@ from dalle_mini_impl.evaluation.samples import (
 )
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
-ASKED = ("cell", "gender", "tone", "style")
+ATTRIBUTES = ("cell", "gender", "tone", "style")
 ALL_STYLES = "all styles"
 NUM_SHOWN = 24
 Row = Mapping[str, Any]
-Picture = Float[Tensor, "3 height width"]
+ImageTensor = Float[Tensor, "3 height width"]
 Key = TypeVar("Key", bound=Hashable)
 Read = Callable[[Row], Tensor]
 
 
-def ask(
+def held_out_prompts(
     data: EvaluationData, styles: Sequence[str], *, max_samples: int
-) -> tuple[list[Question], Samples]:
+) -> tuple[list[HeldOutPrompt], Samples]:
     """Find the held-out emoji that a model shall draw.
 
     Args:
@@ -70,24 +70,24 @@ def ask(
             pixels[at] = to_floats(all_samples.pixels[at : at + 1])[0]
         return pixels[at]
 
-    questions: list[Question] = []
+    prompts: list[HeldOutPrompt] = []
     for style in styles or known:
-        cells = grid_questions(rows, style=style, read=read)
-        questions += [cells[i] for i in spread_indices(len(cells), max_samples)]
-        clocks = clock_questions(rows, style=style, read=read)
-        questions += [clocks[i] for i in spread_indices(len(clocks), max_samples)]
-    if not any("cell" in question.right for question in questions):
+        cells = grid_prompts(rows, style=style, read=read)
+        prompts += [cells[i] for i in spread_indices(len(cells), max_samples)]
+        clocks = clock_prompts(rows, style=style, read=read)
+        prompts += [clocks[i] for i in spread_indices(len(clocks), max_samples)]
+    if not any("cell" in prompt.right for prompt in prompts):
         raise UserError(
             f"data: no held-out grid cells (split test_compose) in {', '.join(styles or known)}"
         )
-    return questions, all_samples.take([int(question.row["_at"]) for question in questions])
+    return prompts, all_samples.take([int(prompt.row["_at"]) for prompt in prompts])
 
 
 def measure_emoji(
-    questions: Sequence[Question],
+    prompts: Sequence[HeldOutPrompt],
     captions: Sequence[str],
-    drawn: Mapping[str, Pixels],
-    rebuilt: Pixels,
+    generated: Mapping[str, Pixels],
+    reconstructions: Pixels,
     *,
     seed: int,
 ) -> Section:
@@ -103,17 +103,17 @@ def measure_emoji(
     Returns:
         Shares of right drawings by style, with ceiling and floor.
     """
-    answers = {way: _answers(questions, pixels) for way, pixels in drawn.items()}
-    answers[CEILING] = _answers(questions, rebuilt)
-    answers[FLOOR] = _shuffled_answers(questions, next(iter(drawn.values())), seed=seed)
-    styles = list(dict.fromkeys(str(question.row["style"]) for question in questions))
-    chosen = {style: [at for at, q in enumerate(questions) if q.row["style"] == style]
+    checks = {way: _check_images(prompts, pixels) for way, pixels in generated.items()}
+    checks[CEILING] = _check_images(prompts, reconstructions)
+    checks[FLOOR] = _check_shuffled_images(prompts, next(iter(generated.values())), seed=seed)
+    styles = list(dict.fromkeys(str(prompt.row["style"]) for prompt in prompts))
+    chosen = {style: [at for at, q in enumerate(prompts) if q.row["style"] == style]
               for style in styles}  # fmt: skip
     if len(styles) > 1:
-        chosen[ALL_STYLES] = list(range(len(questions)))
+        chosen[ALL_STYLES] = list(range(len(prompts)))
     figures = {
-        way: {style: _shares(found[at] for at in places) for style, places in chosen.items()}
-        for way, found in answers.items()
+        way: {style: _fractions(found[at] for at in places) for style, places in chosen.items()}
+        for way, found in checks.items()
     }
     return Section(
         "Composition",
@@ -125,75 +125,81 @@ def measure_emoji(
         {"chance": {"cell": 1 / 15, "gender": 1 / 3, "tone": 1 / 5, "clock": 1 / 24}, **figures},
         [
             table
-            for name, asked in (("held-out cells", ASKED), ("held-out clocks", ("clock",)))
-            if (table := _table(name, asked, figures, questions, chosen)).rows
+            for name, attributes in (
+                ("held-out cells", ATTRIBUTES),
+                ("held-out clocks", ("clock",)),
+            )
+            if (table := _table(name, attributes, figures, prompts, chosen)).rows
         ],
-        _sheets(questions, captions, list(drawn.values())[-1]),
+        _sheets(prompts, captions, list(generated.values())[-1]),
     )
 
 
-def _answers(questions: Sequence[Question], pixels: Pixels) -> list[dict[str, bool]]:
+def _check_images(prompts: Sequence[HeldOutPrompt], pixels: Pixels) -> list[dict[str, bool]]:
     """Judge one drawing per question."""
-    pairs = zip(questions, to_floats(pixels), strict=True)
-    return [question.answer(picture) for question, picture in pairs]
+    pairs = zip(prompts, to_floats(pixels), strict=True)
+    return [prompt.check(image) for prompt, image in pairs]
 
 
-def _shuffled_answers(
-    questions: Sequence[Question], pixels: Pixels, *, seed: int
+def _check_shuffled_images(
+    prompts: Sequence[HeldOutPrompt], pixels: Pixels, *, seed: int
 ) -> list[dict[str, bool]]:
     """Judge drawings as if each had been asked for by another question of its kind."""
-    found: list[dict[str, bool]] = [{} for _ in questions]
+    found: list[dict[str, bool]] = [{} for _ in prompts]
     for kind in ("cell", "clock"):
-        places = [at for at, question in enumerate(questions) if kind in question.right]
+        places = [at for at, prompt in enumerate(prompts) if kind in prompt.right]
         for at, other in zip(places, shuffled(len(places), seed=seed).tolist(), strict=True):
-            found[at] = questions[at].answer(to_floats(pixels[places[other]][None])[0])
+            found[at] = prompts[at].check(to_floats(pixels[places[other]][None])[0])
     return found
 
 
-def _shares(answers: Iterable[dict[str, bool]]) -> dict[str, Estimate]:
+def _fractions(checks: Iterable[dict[str, bool]]) -> dict[str, Estimate]:
     """Average what was asked."""
-    found = list(answers)
+    found = list(checks)
     return {
-        what: bootstrap_mean([float(answer[what]) for answer in found if what in answer])
-        for what in (*ASKED, "clock")
-        if any(what in answer for answer in found)
+        what: bootstrap_mean([float(check[what]) for check in found if what in check])
+        for what in (*ATTRIBUTES, "clock")
+        if any(what in check for check in found)
     }
 
 
 def _table(
     name: str,
-    asked: Sequence[str],
+    attributes: Sequence[str],
     figures: Mapping[str, Mapping[str, Mapping[str, Estimate]]],
-    questions: Sequence[Question],
+    prompts: Sequence[HeldOutPrompt],
     chosen: Mapping[str, Sequence[int]],
 ) -> Table:
     """Lay the shares of one kind of question out, by way of drawing and style."""
-    shares, counts = {}, {}
+    fractions, counts = {}, {}
     for way, by_style in figures.items():
         for style, found in by_style.items():
-            if asked[0] in found:
+            if attributes[0] in found:
                 row = f"{way}, {style}"
-                shares[row] = {f"right {what}": found[what] for what in asked}
-                counts[row] = sum(asked[0] in questions[at].right for at in chosen[style])
-    return share_table(name, "drawn", shares, counts)
+                fractions[row] = {f"right {what}": found[what] for what in attributes}
+                counts[row] = sum(attributes[0] in prompts[at].right for at in chosen[style])
+    return fraction_table(name, "drawn", fractions, counts)
 
 
 def _sheets(
-    questions: Sequence[Question], captions: Sequence[str], drawn: Pixels
+    prompts: Sequence[HeldOutPrompt], captions: Sequence[str], generated: Pixels
 ) -> dict[str, Image.Image]:
-    """Drawings beside the true pictures: some cells, all clocks, and what is wrong."""
-    answers = _answers(questions, drawn)
+    """CandidateTokens beside the true pictures: some cells, all clocks, and what is wrong."""
+    checks = _check_images(prompts, generated)
     kinds: dict[str, list[int]] = {
-        "held_out_cells": [i for i, a in enumerate(answers) if "cell" in a],
-        "held_out_clocks": [i for i, a in enumerate(answers) if "clock" in a],
-        "wrong": [i for i, a in enumerate(answers) if not all(a.values())],
+        "held_out_cells": [i for i, a in enumerate(checks) if "cell" in a],
+        "held_out_clocks": [i for i, a in enumerate(checks) if "clock" in a],
+        "wrong": [i for i, a in enumerate(checks) if not all(a.values())],
     }
     sheets = {}
     for name, places in kinds.items():
         images, texts = [], []
         for at in (places[i] for i in spread_indices(len(places), NUM_SHOWN)):
-            images += [*to_images(drawn[at][None]), *pixels_to_images(questions[at].true[None])]
-            wrong = [what for what, right in answers[at].items() if not right]
+            images += [
+                *to_images(generated[at][None]),
+                *pixels_to_images(prompts[at].reference[None]),
+            ]
+            wrong = [what for what, right in checks[at].items() if not right]
             verdict = f" (WRONG {', '.join(wrong)})" if wrong else ""
             texts += [captions[at] + verdict, "(true picture)"]
         if images:
@@ -202,7 +208,7 @@ def _sheets(
 
 
 @dataclass(frozen=True)
-class Question:
+class HeldOutPrompt:
     """A held-out picture to be drawn, and the true pictures that its drawing is compared with."""
 
     row: Row
@@ -212,7 +218,7 @@ class Question:
     right: Mapping[str, Hashable]
     """The right name for each."""
 
-    def answer(self, picture: Picture) -> dict[str, bool]:
+    def check(self, image: ImageTensor) -> dict[str, bool]:
         """Judge a drawing.
 
         Args:
@@ -221,23 +227,23 @@ class Question:
         Returns:
             What is asked -> whether the drawing is right; for a cell its two parts as well.
         """
-        answers = {}
+        checks = {}
         for what, choices in self.choices.items():
-            found = nearest(picture, choices)
-            answers[what] = found == self.right[what]
-            wanted = self.right[what]
-            if isinstance(found, tuple) and isinstance(wanted, tuple):
-                answers["gender"], answers["tone"] = found[0] == wanted[0], found[1] == wanted[1]
-        return answers
+            found = nearest(image, choices)
+            checks[what] = found == self.right[what]
+            expected = self.right[what]
+            if isinstance(found, tuple) and isinstance(expected, tuple):
+                checks["gender"], checks["tone"] = found[0] == expected[0], found[1] == expected[1]
+        return checks
 
     @property
-    def true(self) -> Tensor:
+    def reference(self) -> Tensor:
         """The true picture."""
         [what, *_] = self.choices
         return self.choices[what][self.right[what]]
 
 
-def nearest(picture: Picture, choices: Mapping[Key, Tensor]) -> Key:
+def nearest(image: ImageTensor, choices: Mapping[Key, Tensor]) -> Key:
     """Find the true picture with the smallest squared error.
 
     Args:
@@ -247,10 +253,10 @@ def nearest(picture: Picture, choices: Mapping[Key, Tensor]) -> Key:
     Returns:
         The name of the nearest.
     """
-    return min(choices, key=lambda name: float((choices[name] - picture).square().mean()))
+    return min(choices, key=lambda name: float((choices[name] - image).square().mean()))
 
 
-def grid_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Question]:
+def grid_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOutPrompt]:
     """List the held-out grid cells of a style.
 
     Args:
@@ -264,7 +270,7 @@ def grid_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Quest
     by_emoji: dict[str, dict[Hashable, Row]] = {}
     for row in rows:
         by_emoji.setdefault(row["hexcode"], {})[row["style"]] = row
-    questions = []
+    prompts = []
     for grid in grid_roles(rows, style=style).values():
         held_out = {cell: row for cell, row in grid.items() if row["split"] == "test_compose"}
         truth: dict[Hashable, Tensor] = (
@@ -272,13 +278,13 @@ def grid_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Quest
         )
         for cell, row in held_out.items():
             styles = {name: read(other) for name, other in by_emoji[row["hexcode"]].items()}
-            questions.append(
-                Question(row, {"cell": truth, "style": styles}, {"cell": cell, "style": style})
+            prompts.append(
+                HeldOutPrompt(row, {"cell": truth, "style": styles}, {"cell": cell, "style": style})
             )
-    return questions
+    return prompts
 
 
-def clock_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Question]:
+def clock_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOutPrompt]:
     """List the held-out clock faces of a style.
 
     Args:
@@ -292,7 +298,7 @@ def clock_questions(rows: Sequence[Row], *, style: str, read: Read) -> list[Ques
     clocks = [row for row in rows if row["style"] == style and row.get("kind") == "clock"]
     truth: dict[Hashable, Tensor] = {row["hexcode"]: read(row) for row in clocks}
     return [
-        Question(row, {"clock": truth}, {"clock": row["hexcode"]})
+        HeldOutPrompt(row, {"clock": truth}, {"clock": row["hexcode"]})
         for row in clocks
         if row["split"] == "test_clock"
     ]
@@ -310,12 +316,12 @@ class GridReport:
     tone_accuracy: float
     """Share whose nearest cell has the right skin tone; chance 1/5."""
     captions: list[str]
-    drawn: list[Image.Image]
-    true: list[Image.Image]
+    generated: list[Image.Image]
+    reference: list[Image.Image]
 
 
 def evaluate_grid(
-    pipeline: TextToImagePipeline, data_dir: Path, *, seed: int = 0, **settings: Any
+    pipeline: TextToImagePipeline, data_dir: Path, *, seed: int = 0, **overrides: Any
 ) -> GridReport:
     """Draw every held-out cell of Twemoji once and find the nearest true picture.
 
@@ -344,23 +350,22 @@ def evaluate_grid(
     try:
         lines = metadata.read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines if line.strip()]
-        questions = grid_questions(rows, style="twemoji", read=read)
+        prompts = grid_prompts(rows, style="twemoji", read=read)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
             "wanted the folder that prepare_emoji.py wrote"
         ) from None
-    if not questions:
+    if not prompts:
         raise UserError(f"data: {metadata} has no held-out grid cells (split test_compose)")
-    captions = [question.row["text"] for question in questions]
-    drawn = pipeline(captions, seed=seed, **settings).images
-    answers = [
-        question.answer(image_to_pixels(image))
-        for question, image in zip(questions, drawn, strict=True)
+    captions = [prompt.row["text"] for prompt in prompts]
+    generated = pipeline(captions, seed=seed, **overrides).images
+    checks = [
+        prompt.check(image_to_pixels(image))
+        for prompt, image in zip(prompts, generated, strict=True)
     ]
     cell, gender, tone = (
-        sum(answer[what] for answer in answers) / len(answers)
-        for what in ("cell", "gender", "tone")
+        sum(check[what] for check in checks) / len(checks) for what in ("cell", "gender", "tone")
     )
-    true = [pixels_to_images(question.true[None])[0] for question in questions]
-    return GridReport(len(questions), cell, gender, tone, captions, drawn, true)
+    reference = [pixels_to_images(prompt.reference[None])[0] for prompt in prompts]
+    return GridReport(len(prompts), cell, gender, tone, captions, generated, reference)

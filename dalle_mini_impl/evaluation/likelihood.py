@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
-from dalle_mini_impl.evaluation.report import Section, Table, draw_map, number
+from dalle_mini_impl.evaluation.report import Section, Table, number, render_heatmap
 from dalle_mini_impl.evaluation.samples import Samples
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID
 from dalle_mini_impl.models.text_to_image import TextToImageModel
@@ -91,17 +91,17 @@ def measure_likelihood(
             by_cell[name, what] = nats.mean(dim=0)
             per_token = bootstrap_mean(nats.mean(dim=1).numpy())
             bits = nats.shape[1] / math.log(2)
-            per_picture = Estimate(
+            per_image = Estimate(
                 per_token.value * bits, per_token.low * bits, per_token.high * bits
             )
-            figures[name][what] = {"nats_per_token": per_token, "bits_per_picture": per_picture}
+            figures[name][what] = {"nats_per_token": per_token, "bits_per_image": per_image}
             progress(3 * index + number_of + 1, 3 * len(splits))
         found = figures[name]
         rows.append((
             name,
             str(len(chosen)),
             *(number(found[what]["nats_per_token"]) for what in CAPTIONS),
-            number(found[CAPTIONS[0]]["bits_per_picture"], 1),
+            number(found[CAPTIONS[0]]["bits_per_image"], 1),
         ))  # fmt: skip
     held_out = [name for name in splits if name != "train"]
     shown = max(held_out, key=lambda name: len(splits[name]))
@@ -118,7 +118,7 @@ def _section(
 ) -> Section:
     maps = {what: nats.reshape(grid) for what, nats in by_cell.items()}
     highest = max(float(values.max()) for values in maps.values())
-    images = [draw_map(values, low=0.0, high=highest) for values in maps.values()]
+    images = [render_heatmap(values, low=0.0, high=highest) for values in maps.values()]
     by_row = [
         (str(row + 1), *(f"{float(values[row].mean()):.3f}" for values in maps.values()))
         for row in range(grid[0])

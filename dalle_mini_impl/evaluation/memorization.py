@@ -25,7 +25,7 @@ COPY_THRESHOLD = 0.9  # share of equal tokens above which a picture counts as a 
 NUM_SHOWN = 32
 HELD_OUT_PER_CELL = 50  # on average
 MAX_CELLS = 10
-MIN_DRAWN_PER_CELL = 20
+MIN_GENERATED_PER_CELL = 20
 
 Features = Float[Tensor, "_ features"]
 
@@ -51,7 +51,7 @@ class CopyingCell:
 
     num_train: int
     num_held_out: int
-    num_drawn: int
+    num_generated: int
     z: float
     """Below 0: drawings are nearer to the training set than held-out pictures are."""
 
@@ -68,7 +68,7 @@ class CopyingTest:
 
 
 def data_copying_test(
-    drawn: Float[Tensor, "drawn features"],
+    generated: Float[Tensor, "drawn features"],
     held_out: Float[Tensor, "held_out features"],
     train: Float[Tensor, "train features"],
     *,
@@ -98,12 +98,14 @@ def data_copying_test(
         ) from None
     count = min(MAX_CELLS, max(1, len(held_out) // HELD_OUT_PER_CELL), len(train))
     centres, train_cells = kmeans2(train.numpy(), count, minit="++", rng=seed)
-    held_out_cells, drawn_cells = (vq(part.numpy(), centres)[0] for part in (held_out, drawn))
+    held_out_cells, generated_cells = (
+        vq(part.numpy(), centres)[0] for part in (held_out, generated)
+    )
     cells = []
     for cell in range(count):
         own = train[train_cells == cell]
-        seen, made = held_out[held_out_cells == cell], drawn[drawn_cells == cell]
-        if len(made) >= min(MIN_DRAWN_PER_CELL, len(drawn)) and len(seen) and len(own):
+        seen, made = held_out[held_out_cells == cell], generated[generated_cells == cell]
+        if len(made) >= min(MIN_GENERATED_PER_CELL, len(generated)) and len(seen) and len(own):
             z = _z(_nearest(made, own)[0], _nearest(seen, own)[0])
             cells.append(CopyingCell(len(own), len(seen), len(made), z))
     total = sum(cell.num_held_out for cell in cells)
@@ -112,23 +114,23 @@ def data_copying_test(
     return CopyingTest(sum(cell.z * cell.num_held_out for cell in cells) / total, cells)
 
 
-def _nearest(pictures: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
     """Distance to the nearest training picture, and which it is."""
-    nearest = torch.cdist(pictures, train).min(dim=1)
+    nearest = torch.cdist(images, train).min(dim=1)
     return nearest.values, nearest.indices
 
 
-def _z(drawn: Float[Tensor, " drawn"], held_out: Float[Tensor, " held_out"]) -> float:
+def _z(generated: Float[Tensor, " drawn"], held_out: Float[Tensor, " held_out"]) -> float:
     """Mann and Whitney's U of two samples as a normal deviate; below 0: drawn are smaller."""
     from scipy.stats import mannwhitneyu
 
-    n, m = len(drawn), len(held_out)
-    statistic = mannwhitneyu(drawn.numpy(), held_out.numpy()).statistic
+    n, m = len(generated), len(held_out)
+    statistic = mannwhitneyu(generated.numpy(), held_out.numpy()).statistic
     return float((statistic - n * m / 2) / math.sqrt(n * m * (n + m + 1) / 12))
 
 
-def measure_copying(
-    drawn: Samples,
+def measure_memorization(
+    generated: Samples,
     held_out: Samples,
     train: Samples,
     features: Mapping[str, Features],
@@ -138,10 +140,10 @@ def measure_copying(
     """Compare drawings and held-out pictures with all training pictures.
 
     Args:
-        drawn: Drawings, with the captions that they were drawn from.
+        drawn: CandidateTokens, with the captions that they were drawn from.
         held_out: The true pictures of the same captions.
         train: The training set.
-        features: Of ``drawn``, ``held_out`` and ``train``; of ``rebuilt``, the held-out pictures
+        features: Of ``generated``, ``held_out`` and ``train``; of ``reconstructions``, the held-out pictures
             after the image tokenizer, and of ``copies``, rebuilt training pictures near them.
         seed: Of the data-copying test.
 
@@ -149,15 +151,15 @@ def measure_copying(
         Shares of copies, the data-copying test, and drawings beside their nearest pictures.
     """
     agreement = {
-        "drawings": nearest_agreement(drawn.image_token_ids, train.image_token_ids),
+        "drawings": nearest_agreement(generated.image_token_ids, train.image_token_ids),
         "held-out pictures": nearest_agreement(held_out.image_token_ids, train.image_token_ids),
     }
     tokens = {
         name: {
-            "agreement": bootstrap_mean(shares.numpy()),
-            "copies": bootstrap_mean((shares > COPY_THRESHOLD).float().numpy()),
+            "agreement": bootstrap_mean(fractions.numpy()),
+            "copies": bootstrap_mean((fractions > COPY_THRESHOLD).float().numpy()),
         }
-        for name, shares in agreement.items()
+        for name, fractions in agreement.items()
     }
     pairs = {
         "drawings against held-out pictures": ("drawn", "held_out"),
@@ -173,11 +175,11 @@ def measure_copying(
         f"Copies share more than {COPY_THRESHOLD:.0%} of their tokens with one training picture; "
         "held-out pictures, which cannot be copies, show what to expect. C_T is the data-copying "
         "test of Meehan et al. 2020 on the features of the section above: below -3 drawings are "
-        "nearer to training pictures than held-out pictures are, above 3 farther. Drawings come "
+        "nearer to training pictures than held-out pictures are, above 3 farther. CandidateTokens come "
         "from the tokenizer, so their fair partners are rebuilt held-out pictures. The last row is "
         "what a model would score that draws the nearest training picture each time.",
         {
-            "num_drawings": len(drawn),
+            "num_generated": len(generated),
             "num_train": len(train),
             "tokens": tokens,
             "data_copying_test": {name: asdict(found) for name, found in tests.items()},
@@ -198,27 +200,27 @@ def measure_copying(
                     (
                         name,
                         "too few pictures" if found.score is None else f"{found.score:.2f}",
-                        ", ".join(f"{cell.z:.1f} ({cell.num_drawn})" for cell in found.cells),
+                        ", ".join(f"{cell.z:.1f} ({cell.num_generated})" for cell in found.cells),
                     )
                     for name, found in tests.items()
                 ],
             ),
         ],
-        {"nearest": _sheet(drawn, train, features, agreement["drawings"])},
+        {"nearest": _sheet(generated, train, features, agreement["drawings"])},
     )
 
 
 def _sheet(
-    drawn: Samples, train: Samples, features: Mapping[str, Features], agreement: Tensor
+    generated: Samples, train: Samples, features: Mapping[str, Features], agreement: Tensor
 ) -> Image.Image:
-    """Drawings, each beside the training picture with the nearest features."""
-    chosen = spread_indices(len(drawn), NUM_SHOWN)
+    """CandidateTokens, each beside the training picture with the nearest features."""
+    chosen = spread_indices(len(generated), NUM_SHOWN)
     nearest = _nearest(features["drawn"][chosen], features["train"])[1].tolist()
     images, captions = [], []
     for index, other in zip(chosen, nearest, strict=True):
-        images += to_images(torch.stack([drawn.pixels[index], train.pixels[other]]))
+        images += to_images(torch.stack([generated.pixels[index], train.pixels[other]]))
         captions += [
-            f"drawn ({agreement[index]:.0%}): {drawn.captions[index]}",
+            f"drawn ({agreement[index]:.0%}): {generated.captions[index]}",
             f"training: {train.captions[other]}",
         ]
     return make_grid(images, columns=8, captions=captions)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
-from dalle_mini_impl.evaluation.report import Section, Table, draw_map, number
+from dalle_mini_impl.evaluation.report import Section, Table, number, render_heatmap
 from dalle_mini_impl.evaluation.samples import Pixels, Samples, decode, to_floats, to_images
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.metrics import codebook_perplexity, codebook_usage, psnr, token_counts
@@ -65,8 +65,8 @@ def position_entropy(
     """
     entropies = []
     for column in image_token_ids.T:
-        shares = torch.bincount(column).double() / len(column)
-        entropies.append(torch.special.entr(shares).sum() / math.log(2))
+        fractions = torch.bincount(column).double() / len(column)
+        entropies.append(torch.special.entr(fractions).sum() / math.log(2))
     return torch.stack(entropies).float()
 
 
@@ -80,17 +80,17 @@ def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
     Returns:
         PSNR, SSIM, use of the codebook, entropy per position, and the worst reconstructions.
     """
-    rebuilt = decode(vqvae, held_out.image_token_ids)
-    true_floats, rebuilt_floats = to_floats(held_out.pixels), to_floats(rebuilt)
+    reconstructions = decode(vqvae, held_out.image_token_ids)
+    reference_floats, reconstructed_floats = to_floats(held_out.pixels), to_floats(reconstructions)
     decibels = np.array([
-        float(psnr(rebuilt_floats[i : i + 1], true_floats[i : i + 1])) for i in range(len(rebuilt))
+        float(psnr(reconstructed_floats[i : i + 1], reference_floats[i : i + 1])) for i in range(len(reconstructions))
     ])  # fmt: skip
-    similarity = ssim(rebuilt, held_out.pixels)
+    similarity = ssim(reconstructions, held_out.pixels)
     counts = token_counts(held_out.image_token_ids, vqvae.codebook_size)
     entropy = position_entropy(held_out.image_token_ids).reshape(vqvae.image_grid_size)
     psnr_db, ssim_mean = bootstrap_mean(decibels), bootstrap_mean(similarity)
     figures = {
-        "num_pictures": len(held_out),
+        "num_images": len(held_out),
         "num_tokens": int(counts.sum()),
         "psnr_db": psnr_db,
         "ssim": ssim_mean,
@@ -118,9 +118,9 @@ def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
         ],
     )
     worst = np.argsort(decibels, kind="stable")[:NUM_WORST]
-    pictures, captions = [], []
+    images, captions = [], []
     for index in worst.tolist():
-        pictures += to_images(torch.stack([held_out.pixels[index], rebuilt[index]]))
+        images += to_images(torch.stack([held_out.pixels[index], reconstructions[index]]))
         captions += [held_out.captions[index], f"rebuilt, {decibels[index]:.1f} dB"]
     return Section(
         "Tokenizer",
@@ -130,8 +130,8 @@ def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
         figures,
         [table],
         {
-            "worst_reconstructions": make_grid(pictures, columns=8, captions=captions),
-            "position_entropy": draw_map(
+            "worst_reconstructions": make_grid(images, columns=8, captions=captions),
+            "position_entropy": render_heatmap(
                 entropy, low=0.0, high=math.log2(min(len(held_out), vqvae.codebook_size) + 1)
             ),
         },

@@ -44,8 +44,8 @@ def write_report(
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     try:
         for section in sections:
-            for name, picture in section.pictures.items():
-                picture.save(out / f"{name}.png")
+            for name, image in section.images.items():
+                image.save(out / f"{name}.png")
         (out / MARKDOWN_NAME).write_text("\n".join(lines), encoding="utf-8")
         (out / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
@@ -102,7 +102,7 @@ def _section(section: Section) -> list[str]:
     lines = [f"## {section.title}", "", section.text, ""]
     for table in section.tables:
         lines += _table(table)
-    for name in section.pictures:
+    for name in section.images:
         lines += [f"![{name.replace('_', ' ')}]({name}.png)", ""]
     return lines
 
@@ -133,7 +133,7 @@ class Section:
     figures: dict[str, Any]
     """Numbers, estimates, and dictionaries of such."""
     tables: list[Table] = field(default_factory=list)
-    pictures: dict[str, Image.Image] = field(default_factory=dict)
+    images: dict[str, Image.Image] = field(default_factory=dict)
     """By the name of their file, without its ending."""
 
 
@@ -163,8 +163,11 @@ def number(estimate: Estimate, digits: int = 3) -> str:
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
-def share_table(
-    name: str, first: str, shares: Mapping[str, Mapping[str, Estimate]], counts: Mapping[str, int]
+def fraction_table(
+    name: str,
+    first: str,
+    fractions: Mapping[str, Mapping[str, Estimate]],
+    counts: Mapping[str, int],
 ) -> Table:
     """Lay shares out, a row for each set of pictures.
 
@@ -177,15 +180,17 @@ def share_table(
     Returns:
         The table.
     """
-    columns = list(dict.fromkeys(column for row in shares.values() for column in row))
+    columns = list(dict.fromkeys(column for row in fractions.values() for column in row))
     rows = [
         (row, str(counts[row]), *(percent(found[c]) if c in found else "" for c in columns))
-        for row, found in shares.items()
+        for row, found in fractions.items()
     ]
     return Table(name, (first, "pictures", *columns), rows)
 
 
-def draw_map(values: Float[Tensor, "rows columns"], *, low: float, high: float) -> Image.Image:
+def render_heatmap(
+    values: Float[Tensor, "rows columns"], *, low: float, high: float
+) -> Image.Image:
     """Paint one value per token of the grid.
 
     Args:

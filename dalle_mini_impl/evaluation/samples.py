@@ -20,7 +20,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.progress import log_now_and_then
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
-from dalle_mini_impl.sampling.likelihood import caption_gain
+from dalle_mini_impl.sampling.likelihood import log_likelihood_ratio
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
 
@@ -92,7 +92,7 @@ class EvaluationData:
         return join(list(self.held_out.values()))
 
 
-def spread_indices(count: int, wanted: int) -> list[int]:
+def spread_indices(count: int, expected: int) -> list[int]:
     """Choose places at equal distances.
 
     Args:
@@ -102,8 +102,8 @@ def spread_indices(count: int, wanted: int) -> list[int]:
     Returns:
         Indices below ``count``.
     """
-    wanted = min(count, wanted)
-    return [index * count // wanted for index in range(wanted)]
+    expected = min(count, expected)
+    return [index * count // expected for index in range(expected)]
 
 
 def join(parts: Sequence[Samples]) -> Samples:
@@ -257,11 +257,11 @@ def to_images(pixels: Pixels) -> list[Image.Image]:
 
 
 @dataclass(frozen=True)
-class Drawings:
+class CandidateTokens:
     """Tokens that a model drew, several candidates per caption."""
 
     image_token_ids: Int[Tensor, "captions candidates image_length"]
-    gains: Float[Tensor, "captions candidates"]
+    log_likelihood_ratios: Float[Tensor, "captions candidates"]
     """Caption gain of each candidate in nats; zeros where there is one only."""
 
     @property
@@ -272,18 +272,20 @@ class Drawings:
     @property
     def best(self) -> Int[Tensor, "captions image_length"]:
         """The candidates with the largest gain."""
-        return self.image_token_ids[torch.arange(len(self.gains)), self.gains.argmax(dim=1)]
+        return self.image_token_ids[
+            torch.arange(len(self.log_likelihood_ratios)), self.log_likelihood_ratios.argmax(dim=1)
+        ]
 
 
 @torch.inference_mode()
-def draw(
+def generate_candidates(
     pipeline: TextToImagePipeline,
     captions: Sequence[str],
     *,
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     num_candidates: int = 1,
     seed: int = 0,
-) -> Drawings:
+) -> CandidateTokens:
     """Draw candidates for every caption, each with a seed of its own.
 
     The first candidate of caption i has seed ``seed + i``, however many others there are, so that
@@ -312,19 +314,21 @@ def draw(
         seeds = torch.arange(count) + seed + candidate * count
         parts = []
         for rows in torch.arange(count).split(ROWS_PER_BATCH):
-            drawn = generate_image_token_ids(
+            generated = generate_image_token_ids(
                 pipeline.native or pipeline.dalle,
                 text[rows.to(device)],
                 seeds=seeds[rows],
-                settings=settings,
+                sampling_config=sampling_config,
             )
-            gains = drawn.caption_gain
-            if num_candidates > 1 and settings.guidance_scale == 1.0:
-                gains = caption_gain(pipeline.dalle, text[rows.to(device)], drawn.image_token_ids)
-            parts.append((drawn.image_token_ids.cpu(), gains.float().cpu()))
+            log_likelihood_ratios = generated.log_likelihood_ratio
+            if num_candidates > 1 and sampling_config.guidance_scale == 1.0:
+                log_likelihood_ratios = log_likelihood_ratio(
+                    pipeline.dalle, text[rows.to(device)], generated.image_token_ids
+                )
+            parts.append((generated.image_token_ids.cpu(), log_likelihood_ratios.float().cpu()))
             progress(candidate * count + int(rows[-1]) + 1, num_candidates * count)
         columns.append([torch.cat(part) for part in zip(*parts, strict=True)])
-    return Drawings(
+    return CandidateTokens(
         torch.stack([tokens for tokens, _ in columns], dim=1),
-        torch.stack([gains for _, gains in columns], dim=1),
+        torch.stack([log_likelihood_ratios for _, log_likelihood_ratios in columns], dim=1),
     )

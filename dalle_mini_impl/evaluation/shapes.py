@@ -11,7 +11,7 @@ from dalle_mini_impl.data.image_grid import make_grid
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.likelihood import shuffled
-from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, share_table
+from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, fraction_table
 from dalle_mini_impl.evaluation.samples import Pixels, Samples, to_images
 
 NUM_SHOWN = 32
@@ -27,7 +27,7 @@ class Checked:
     facts: dict[str, tuple[bool, ...]]
     """Whether each fact holds, by what it states: number, colour, shape, size, ..."""
 
-    def shares(self) -> dict[str, Estimate]:
+    def fractions(self) -> dict[str, Estimate]:
         """Average, for whole captions and for each kind of fact."""
         return {
             WHOLE: bootstrap_mean([float(right) for right in self.is_right]),
@@ -38,7 +38,7 @@ class Checked:
         }
 
 
-def check_pictures(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]]) -> Checked:
+def check_images(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]]) -> Checked:
     """Check pictures against their captions.
 
     Args:
@@ -55,10 +55,10 @@ def check_pictures(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]
         raise UserError(f"images: got {len(images)} for {len(facts)} captions, want one each")
     is_right: list[bool] = []
     by_kind: dict[str, list[bool]] = {}
-    for image, wanted in zip(images, facts, strict=True):
-        held = facts_hold(wanted, read_objects(image))
+    for image, expected in zip(images, facts, strict=True):
+        held = facts_hold(expected, read_objects(image))
         is_right.append(all(held))
-        for fact, holds in zip(wanted, held, strict=True):
+        for fact, holds in zip(expected, held, strict=True):
             by_kind.setdefault(stated_by(fact), []).append(holds)
     return Checked(tuple(is_right), {kind: tuple(held) for kind, held in by_kind.items()})
 
@@ -91,7 +91,7 @@ def facts_of(samples: Samples) -> list[list[Fact]]:
 
 
 def measure_shapes(
-    wanted: Samples, drawn: Mapping[str, Pixels], rebuilt: Pixels, *, seed: int
+    expected: Samples, generated: Mapping[str, Pixels], reconstructions: Pixels, *, seed: int
 ) -> Section:
     """Check drawings of captions whose pictures were held out.
 
@@ -104,30 +104,30 @@ def measure_shapes(
     Returns:
         Shares of captions and facts that hold, by split, with ceiling and floor.
     """
-    facts, splits = facts_of(wanted), [row["split"] for row in wanted.rows]
+    facts, splits = facts_of(expected), [row["split"] for row in expected.rows]
     figures: dict[str, dict[str, dict[str, Estimate]]] = {}
     counts: dict[str, int] = {}
     sheets: dict[str, Image.Image] = {}
     for split in dict.fromkeys(splits):
         places = [at for at, name in enumerate(splits) if name == split]
         own = [facts[at] for at in places]
-        checked = {way: check_pictures(to_images(p[places]), own) for way, p in drawn.items()}
-        shown = checked[list(drawn)[-1]].is_right
-        images = to_images(list(drawn.values())[-1][places])
+        checked = {way: check_images(to_images(p[places]), own) for way, p in generated.items()}
+        shown = checked[list(generated)[-1]].is_right
+        images = to_images(list(generated.values())[-1][places])
         captions = [
-            wanted.captions[at] if right else f"WRONG: {wanted.captions[at]}"
+            expected.captions[at] if right else f"WRONG: {expected.captions[at]}"
             for at, right in zip(places, shown, strict=True)
         ]
         sheets[f"drawings_{split}"] = make_grid(
             images[:NUM_SHOWN], columns=8, captions=captions[:NUM_SHOWN]
         )
         others = [own[at] for at in shuffled(len(places), seed=seed).tolist()]
-        first = to_images(next(iter(drawn.values()))[places])
-        checked[CEILING] = check_pictures(to_images(rebuilt[places]), own)
-        checked[FLOOR] = check_pictures(first, others)
-        figures[split] = {way: found.shares() for way, found in checked.items()}
+        first = to_images(next(iter(generated.values()))[places])
+        checked[CEILING] = check_images(to_images(reconstructions[places]), own)
+        checked[FLOOR] = check_images(first, others)
+        figures[split] = {way: found.fractions() for way, found in checked.items()}
         counts |= {f"{way}, {split}": len(places) for way in checked}
-    shares = {
+    fractions = {
         f"{way}, {split}": found for split in figures for way, found in figures[split].items()
     }
     return Section(
@@ -136,6 +136,6 @@ def measure_shapes(
         "is right if all do. `test` has colours and shapes as in training; `test_compose` has "
         "pairs of colour and shape that training never showed. Intervals: bootstrap.",
         figures,
-        [share_table("facts", "drawn", shares, counts)],
+        [fraction_table("facts", "drawn", fractions, counts)],
         sheets,
     )

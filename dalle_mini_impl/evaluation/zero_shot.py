@@ -21,10 +21,10 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     COLOURS,
     MIN_IMAGE_SIZE,
     SHAPES,
-    draw_scene,
     make_scene,
+    render_scene,
 )
-from dalle_mini_impl.data.images import read_picture
+from dalle_mini_impl.data.images import read_image_file
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -34,7 +34,7 @@ FIRST_SCENE_SEED = 20_000_000  # ``prepare_shapes`` counts from 0: these scenes 
 
 
 @dataclass(frozen=True)
-class Question:
+class MultipleChoice:
     """A picture and the captions that it might have."""
 
     image: Image.Image
@@ -63,7 +63,7 @@ def zero_shot_emoji(
     *,
     language: str = "en",
     style: str = "twemoji",
-    num_pictures: int | None = None,
+    num_images: int | None = None,
 ) -> ZeroShotReport:
     """Ask for gender and skin tone of the emoji that were held out (split ``test_compose``).
 
@@ -72,7 +72,7 @@ def zero_shot_emoji(
         data_dir: Folder that ``prepare_emoji.py`` wrote.
         language: Of the captions: ``en`` or ``ko``.
         style: Whose pictures are asked about.
-        num_pictures: So many of them, spread evenly; None is all.
+        num_images: So many of them, spread evenly; None is all.
 
     Returns:
         The shares.
@@ -89,8 +89,8 @@ def zero_shot_emoji(
             captions = tuple(row[field] for row in grid.values())
             for index, row in enumerate(grid.values()):
                 if row["split"] == "test_compose":
-                    picture = read_picture(data_dir / row["file_name"], field="data")
-                    questions.append(Question(picture, captions, tuple(grid), index))
+                    image = read_image_file(data_dir / row["file_name"], field="data")
+                    questions.append(MultipleChoice(image, captions, tuple(grid), index))
     except UserError:
         raise
     except OSError as error:
@@ -104,22 +104,22 @@ def zero_shot_emoji(
         ) from None
     if not questions:
         raise UserError(f"data: {metadata} has no held-out cells (test_compose) in {style}")
-    if num_pictures is not None and num_pictures < 1:
-        raise UserError(f"num_pictures: got {num_pictures}, wanted at least 1")
-    count = min(num_pictures or len(questions), len(questions))
+    if num_images is not None and num_images < 1:
+        raise UserError(f"num_images: got {num_images}, wanted at least 1")
+    count = min(num_images or len(questions), len(questions))
     spread = [questions[place * len(questions) // count] for place in range(count)]
     return answer(pipeline, spread, parts=("gender", "tone"))
 
 
 def zero_shot_shapes(
-    pipeline: TextToImagePipeline, *, split: str, num_pictures: int, seed: int = 0
+    pipeline: TextToImagePipeline, *, split: str, num_images: int, seed: int = 0
 ) -> ZeroShotReport:
     """Ask for colour and shape of single objects in pictures that no data set holds.
 
     Args:
         pipeline: The model.
         split: ``test`` (as in training) or ``test_compose`` (colour and shape never met together).
-        num_pictures: How many.
+        num_images: How many.
         seed: Decides the scenes.
 
     Returns:
@@ -128,25 +128,27 @@ def zero_shot_shapes(
     Raises:
         UserError: If the split is unknown, or the number below 1.
     """
-    if num_pictures < 1:
-        raise UserError(f"num_pictures: got {num_pictures}, wanted at least 1")
+    if num_images < 1:
+        raise UserError(f"num_images: got {num_images}, wanted at least 1")
     labels = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
     questions = []
-    for index in range(num_pictures):
-        scene_seed = FIRST_SCENE_SEED + seed * num_pictures + index
+    for index in range(num_images):
+        scene_seed = FIRST_SCENE_SEED + seed * num_images + index
         scene = make_scene(scene_seed, split=split, kinds=("single",))
         only = scene.objects[0]
         rivals = [dataclasses.replace(only, colour=colour, shape=shape) for colour, shape in labels]
         captions = tuple(
             describe_scene(dataclasses.replace(scene, objects=(rival,))).text for rival in rivals
         )
-        image = draw_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
-        questions.append(Question(image, captions, labels, labels.index((only.colour, only.shape))))
+        image = render_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
+        questions.append(
+            MultipleChoice(image, captions, labels, labels.index((only.colour, only.shape)))
+        )
     return answer(pipeline, questions, parts=("colour", "shape"))
 
 
 def answer(
-    pipeline: TextToImagePipeline, questions: Sequence[Question], *, parts: tuple[str, str]
+    pipeline: TextToImagePipeline, questions: Sequence[MultipleChoice], *, parts: tuple[str, str]
 ) -> ZeroShotReport:
     """Pick the likeliest caption of every picture and count the right ones.
 
@@ -167,19 +169,19 @@ def answer(
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([question.image]))
         truth = question.labels[question.answer]
         for use_prior in right:
-            picked = int(scores.shares(use_prior=use_prior)[0].argmax())
-            right[use_prior] += _hits(question.labels[picked], truth)
+            predicted = int(scores.probabilities(use_prior=use_prior)[0].argmax())
+            right[use_prior] += _hits(question.labels[predicted], truth)
         chance += torch.stack([_hits(label, truth) for label in question.labels]).mean(dim=0)
     names = (*parts, "both")
 
-    def shares(sums: torch.Tensor) -> dict[str, float]:
+    def probabilities(sums: torch.Tensor) -> dict[str, float]:
         return dict(zip(names, (sums / len(questions)).tolist(), strict=True))
 
     return ZeroShotReport(
         num_questions=len(questions),
-        accuracy=shares(right[False]),
-        accuracy_with_prior=shares(right[True]) if True in right else None,
-        chance=shares(chance),
+        accuracy=probabilities(right[False]),
+        accuracy_with_prior=probabilities(right[True]) if True in right else None,
+        chance=probabilities(chance),
     )
 
 

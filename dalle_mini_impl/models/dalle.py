@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.models.dalle_shared import (
     DalleLogits,
-    DigitTable,
+    FactorizedEmbedding,
     build_cache,
     initialize_weights,
     steps_and_cells,
@@ -62,7 +62,7 @@ class Dalle(nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.text_positions = nn.Embedding(config.text_length, width)
         self.text_pads = nn.Embedding(config.text_length, width)
-        self.image_embedding = DigitTable(config.codebook_levels, width)
+        self.image_embedding = FactorizedEmbedding(config.codebook_levels, width)
         if decoder.has_target_positions:
             self.target_positions = nn.Embedding(num_cells, width)
         if decoder.positions == "learned":
@@ -87,7 +87,7 @@ class Dalle(nn.Module):
             self.register_buffer("image_masks", torch.stack(masks), persistent=False)
         self.output_norm = build_norm(width, use_bias=decoder.block_options.use_bias)
         self.text_head = nn.Linear(width, config.vocab_size, bias=False)
-        self.image_head = DigitTable(config.codebook_levels, width)
+        self.image_head = FactorizedEmbedding(config.codebook_levels, width)
         self.register_buffer(
             "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
         )
@@ -106,7 +106,7 @@ class Dalle(nn.Module):
             text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
             image_token_ids: Tokens in the order in which they are drawn.
             image_order: Grid cell (raster index) of each of them; raster order when None, and the
-                only one of a decoder that ``draws_raster_order_only``.
+                only one of a decoder that ``raster_order_only``.
 
         Returns:
             Logits of the caption tokens and of the image tokens, in drawing order.
@@ -238,7 +238,7 @@ class Dalle(nn.Module):
                 hidden_states,
                 rotation=rotation,
                 attention_mask=everything if mask is None else mask,
-                cache=cache.layer_at(index, positions),
+                cache=cache.scatter_layer(index, positions),
             )
         return F.linear(self.output_norm(hidden_states), self.image_head.table())
 

@@ -87,10 +87,10 @@ class DecoderConfig:
 
     def _check_architecture(self) -> None:
         if self.has_encoder != (self.num_encoder_layers > 0) or self.num_encoder_layers < 0:
-            wanted = "at least 1" if self.has_encoder else "0"
+            expected = "at least 1" if self.has_encoder else "0"
             raise ValueError(
                 f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
-                f"wanted {wanted} with architecture {self.architecture}"
+                f"wanted {expected} with architecture {self.architecture}"
             )
         if self.has_encoder:
             others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
@@ -128,7 +128,7 @@ class DecoderConfig:
         return RADFORD_2019 if self.block == "gelu" else BlockOptions()
 
     @property
-    def draws_raster_order_only(self) -> bool:
+    def raster_order_only(self) -> bool:
         """Whether no training could make this decoder draw in any other order."""
         return self.attention == "dalle" or not self.has_target_positions
 
@@ -162,7 +162,7 @@ class DalleConfig:
             raise ValueError(f"codebook_levels: got {self.codebook_levels}, wanted positive sizes")
         if min(self.image_grid_size) < 1:
             raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
-        if self.decoder.draws_raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
+        if self.decoder.raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
             raise ValueError(
                 f"image_grid_size: got {self.image_grid_size}, with the caption "
                 f"{self.sequence_length} positions, wanted at most {MAX_MASKED_LENGTH}"

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig
 from dalle_mini_impl.models.dalle_shared import (
     DalleLogits,
-    DigitTable,
+    FactorizedEmbedding,
     build_cache,
     initialize_weights,
     steps_and_cells,
@@ -65,12 +65,12 @@ class DalleEncoderDecoder(nn.Module):
         self.encoder_norm = build_norm(width)
 
         self.image_start = nn.Parameter(torch.empty(width))
-        self.image_embedding = DigitTable(config.codebook_levels, width)
+        self.image_embedding = FactorizedEmbedding(config.codebook_levels, width)
         self.target_positions = nn.Embedding(config.image_length, width)
         options = replace(BlockOptions(), has_cross_attention=True)
         self.blocks = build_blocks(decoder, decoder.num_layers, options)
         self.output_norm = build_norm(width)
-        self.image_head = DigitTable(config.codebook_levels, width)
+        self.image_head = FactorizedEmbedding(config.codebook_levels, width)
         self.register_buffer(
             "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
         )
@@ -205,7 +205,7 @@ class DalleEncoderDecoder(nn.Module):
                 hidden_states,
                 rotation=rotation,
                 attention_mask=mask,
-                cache=cache.layer_at(index, positions),
+                cache=cache.scatter_layer(index, positions),
                 context=cache.contexts[index],
             )
         return self.logits(hidden_states)

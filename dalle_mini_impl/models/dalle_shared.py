@@ -20,7 +20,7 @@ class DalleLogits(NamedTuple):
     image: Float[Tensor, "batch image_length codebook_size"]
 
 
-class DigitTable(nn.Module):
+class FactorizedEmbedding(nn.Module):
     """One row per image token: a row of its own plus a shared row for each of its digits.
 
     An FSQ token is a number whose digits are its levels. Tokens that share a level share a row, so

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.models.dalle_shared import DigitTable, steps_and_cells
+from dalle_mini_impl.models.dalle_shared import FactorizedEmbedding, steps_and_cells
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError, load_library
 from dalle_mini_impl.transformer.blocks import TransformerBlock
@@ -158,9 +158,9 @@ class NativeDecoder:
         for index, row in enumerate(different):
             source = int((group == index).nonzero()[0])
             hidden_states = self._embedder.embed_text(row[None, :-1], row[-1:])
-            pictures = torch.full_like(positions, source)
+            images = torch.full_like(positions, source)
             logits.append(
-                self._decode(hidden_states[0], cache, pictures, positions, cells, positions[-1:])
+                self._decode(hidden_states[0], cache, images, positions, cells, positions[-1:])
             )
             sources.append(source)
         copied = torch.tensor(sources)[group] if sources else group
@@ -231,14 +231,14 @@ class NativeDecoder:
         self,
         hidden_states: Float[Tensor, "rows hidden"],
         cache: KeyValueCache,
-        pictures: Int[Tensor, " rows"],
+        images: Int[Tensor, " rows"],
         positions: Int[Tensor, " rows"],
         cells: Int[Tensor, " rows"],
         logit_rows: Int[Tensor, " logit_rows"],
     ) -> Float[Tensor, "logit_rows codebook_size"]:
         logits = torch.empty(len(logit_rows), self._decoder.head.panels * PANEL)
         hidden_states = hidden_states.contiguous()
-        numbers = [each.int() for each in (pictures, positions, cells, logit_rows)]
+        numbers = [each.int() for each in (images, positions, cells, logit_rows)]
         rows = _Rows(
             len(hidden_states), hidden_states.data_ptr(),
             *(each.data_ptr() for each in numbers[:3]), len(logit_rows), numbers[3].data_ptr(),
@@ -340,7 +340,7 @@ def _with_plain_table(model: Dalle) -> Dalle:
     """Share the model's embeddings, but with the rows of image tokens added up once for all."""
     embedder = copy.copy(model)
     embedder._modules = dict(model._modules)
-    table = DigitTable((model.config.codebook_size,), model.config.decoder.hidden_size)
+    table = FactorizedEmbedding((model.config.codebook_size,), model.config.decoder.hidden_size)
     table.rows = nn.Parameter(model.image_embedding.table().detach(), requires_grad=False)
     embedder.image_embedding = table
     return embedder

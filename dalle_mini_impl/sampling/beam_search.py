@@ -37,7 +37,7 @@ class BeamConfig:
             raise ValueError(f"beam.length_penalty: got {self.length_penalty}, wanted at least 0")
 
 
-class Found(NamedTuple):
+class BeamOutput(NamedTuple):
     """The best row of each source."""
 
     token_ids: Int[Tensor, "batch max_length"]
@@ -66,7 +66,7 @@ def beam_search(
     config: BeamConfig,
     *,
     max_length: int,
-) -> Found:
+) -> BeamOutput:
     """Search the best target of each source; a row's result does not depend on its neighbours.
 
     Args:
@@ -92,7 +92,7 @@ def beam_search(
             break
         state.cache.select_rows(rows)  # the context is the same for all rows of a source
         last = search.tokens[:, :, length].flatten()
-    return Found(search.best_tokens, search.best_scores)
+    return BeamOutput(search.best_tokens, search.best_scores)
 
 
 def _log_probs(model: EncoderDecoder, logits: Tensor) -> Tensor:

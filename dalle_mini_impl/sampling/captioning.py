@@ -46,14 +46,14 @@ def complete_text(
     for _ in range(num_tokens):
         logits = model.predict_text(text).float()
         places = ends.clamp_max(text.shape[1] - 1)
-        wanted = logits[rows, places].log_softmax(-1)
-        wanted[:, PAD_TOKEN_ID] = float("-inf")
+        next_logits = logits[rows, places].log_softmax(-1)
+        next_logits[:, PAD_TOKEN_ID] = float("-inf")
         if seeds is not None:
             steps = places.unsqueeze(1)
-            wanted = wanted + gumbel_noise(
-                seeds.to(text.device), steps=steps, vocab_size=wanted.shape[1]
+            next_logits = next_logits + gumbel_noise(
+                seeds.to(text.device), steps=steps, vocab_size=next_logits.shape[1]
             )
         has_room = ends < text.shape[1]
-        text[rows, places] = wanted.argmax(dim=-1).where(has_room, text[rows, places])
+        text[rows, places] = next_logits.argmax(dim=-1).where(has_room, text[rows, places])
         ends = ends + has_room
     return text

@@ -7,13 +7,13 @@ Python takes several times as long as running them.
 import torch
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
-from dalle_mini_impl.sampling.sampler import TokenChoice
+from dalle_mini_impl.sampling.sampler import Sampler
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 NUM_WARM_UP_STEPS = 2  # run before the recording: libraries reserve their memory at first use
 
 
-def replay_steps(model: TextToImageModel, choice: TokenChoice, cache: KeyValueCache) -> None:
+def run_cuda_graph(model: TextToImageModel, sampler: Sampler, cache: KeyValueCache) -> None:
     """Choose every token but the first.
 
     Args:
@@ -23,27 +23,27 @@ def replay_steps(model: TextToImageModel, choice: TokenChoice, cache: KeyValueCa
 
     Source: CUDA graphs in torch, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
     """
-    step = torch.ones(1, dtype=torch.long, device=choice.seeds.device)
+    step = torch.ones(1, dtype=torch.long, device=sampler.seeds.device)
     num_rows = cache.keys.shape[1]
 
     def advance() -> None:
-        last = choice.for_each_row(choice.tokens.index_select(1, step - 1))
+        last = sampler.for_each_row(sampler.tokens.index_select(1, step - 1))
         logits = model.decode_window(last, cache, first_steps=(step - 1).expand(num_rows))
-        choice.choose(logits[:, 0], step)
+        sampler.sample_and_record(logits[:, 0], step)
         step.add_(1)
 
-    num_eager = min(NUM_WARM_UP_STEPS, choice.num_steps - 1)
+    num_eager = min(NUM_WARM_UP_STEPS, sampler.num_steps - 1)
     side_stream = torch.cuda.Stream()
     side_stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side_stream):
         for _ in range(num_eager):
             advance()
     torch.cuda.current_stream().wait_stream(side_stream)
-    num_replayed = choice.num_steps - 1 - num_eager
-    if num_replayed == 0:
+    num_graph_steps = sampler.num_steps - 1 - num_eager
+    if num_graph_steps == 0:
         return
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         advance()  # recorded, not run
-    for _ in range(num_replayed):
+    for _ in range(num_graph_steps):
         graph.replay()

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
-from dalle_mini_impl.sampling.cuda_graph import replay_steps
-from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
-from dalle_mini_impl.sampling.sampler import SamplingConfig, TokenChoice
+from dalle_mini_impl.sampling.cuda_graph import run_cuda_graph
+from dalle_mini_impl.sampling.jacobi import best_window, jacobi_decode
+from dalle_mini_impl.sampling.sampler import Sampler, SamplingConfig
 
 ROWS_PER_BATCH = 16  # pictures drawn together
 
 
-class DrawnTokens(NamedTuple):
+class GeneratedTokens(NamedTuple):
     """Image tokens, and how much more likely the caption makes them."""
 
     image_token_ids: Int[Tensor, "batch image_length"]
-    caption_gain: Float[Tensor, " batch"]
+    log_likelihood_ratio: Float[Tensor, " batch"]
     """log p(image | caption) - log p(image) in nats; zeros when guidance is off."""
 
 
@@ -34,8 +34,8 @@ def generate_image_token_ids(
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],
-    settings: SamplingConfig,
-) -> DrawnTokens:
+    sampling_config: SamplingConfig,
+) -> GeneratedTokens:
     """Draw one picture's tokens for every caption.
 
     Args:
@@ -52,30 +52,32 @@ def generate_image_token_ids(
     """
     if len(seeds) != len(text_token_ids):
         raise ValueError(f"seeds: got {len(seeds)}, wanted one per caption, {len(text_token_ids)}")
-    drawn = []
+    generated = []
     for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]
         some_seeds = seeds[start : start + ROWS_PER_BATCH]
         if text.is_cuda and not isinstance(model, NativeDecoder):
-            part = draw_rows(model, text, seeds=some_seeds, settings=settings)
+            part = generate_sequentially(
+                model, text, seeds=some_seeds, sampling_config=sampling_config
+            )
         else:
             window = best_window(model, len(text))
-            tokens, gain, _ = draw_by_jacobi(
-                model, text, seeds=some_seeds, settings=settings, window=window
+            tokens, log_likelihood_ratio, _ = jacobi_decode(
+                model, text, seeds=some_seeds, sampling_config=sampling_config, window=window
             )
-            part = DrawnTokens(tokens, gain)
-        drawn.append(part)
-    return DrawnTokens(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+            part = GeneratedTokens(tokens, log_likelihood_ratio)
+        generated.append(part)
+    return GeneratedTokens(*(torch.cat(parts) for parts in zip(*generated, strict=True)))
 
 
 @torch.inference_mode()
-def draw_rows(
+def generate_sequentially(
     model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],
-    settings: SamplingConfig,
-) -> DrawnTokens:
+    sampling_config: SamplingConfig,
+) -> GeneratedTokens:
     """Draw one batch token by token: what GPUs do best, and the plain way elsewhere.
 
     Args:
@@ -88,15 +90,17 @@ def draw_rows(
         Tokens in raster order, and the caption's gain.
     """
     seeds = seeds.to(text_token_ids.device)
-    choice = TokenChoice(model.config, seeds=seeds, settings=settings)
-    captions = choice.caption_rows(text_token_ids)
+    sampler = Sampler(model.config, seeds=seeds, sampling_config=sampling_config)
+    captions = sampler.caption_rows(text_token_ids)
     cache = model.new_cache(len(captions))
     steps = torch.arange(model.config.image_length, device=seeds.device).split(1)
-    choice.choose(model.prefill(captions, cache), steps[0])
+    sampler.sample_and_record(model.prefill(captions, cache), steps[0])
     if text_token_ids.is_cuda:
-        replay_steps(model, choice, cache)
+        run_cuda_graph(model, sampler, cache)
     else:
         for index, step in enumerate(steps[1:]):
-            last = choice.for_each_row(choice.tokens[:, index])
-            choice.choose(model.decode_one(last, cache, cell=index, next_cell=index + 1), step)
-    return DrawnTokens(choice.tokens, choice.gain)
+            last = sampler.for_each_row(sampler.tokens[:, index])
+            sampler.sample_and_record(
+                model.decode_one(last, cache, cell=index, next_cell=index + 1), step
+            )
+    return GeneratedTokens(sampler.tokens, sampler.log_likelihood_ratio)

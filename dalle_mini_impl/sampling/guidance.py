@@ -67,5 +67,5 @@ def scale_at(
     """
     if schedule == "constant":
         return guidance_scale
-    share = ((step + 1) / num_steps) ** power
-    return 1 + (guidance_scale - 1) * (1 - math.cos(math.pi * share)) / 2
+    fraction = ((step + 1) / num_steps) ** power
+    return 1 + (guidance_scale - 1) * (1 - math.cos(math.pi * fraction)) / 2

@@ -16,23 +16,23 @@ from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
-from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, DrawnTokens
-from dalle_mini_impl.sampling.jacobi import best_window, draw_by_jacobi
+from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, GeneratedTokens
+from dalle_mini_impl.sampling.jacobi import best_window, jacobi_decode
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 
-def completion_order(
-    is_redrawn: Bool[Tensor, "batch image_length"],
+def inpainting_order(
+    is_masked: Bool[Tensor, "batch image_length"],
 ) -> Int[Tensor, "batch image_length"]:
     """Put the cells that stay before those that are redrawn, each group in raster order.
 
     Args:
-        is_redrawn: Which cells (raster order) are drawn anew.
+        is_masked: Which cells (raster order) are drawn anew.
 
     Returns:
         Grid cell of each step.
     """
-    return is_redrawn.long().argsort(dim=1, stable=True)
+    return is_masked.long().argsort(dim=1, stable=True)
 
 
 def is_raster_order(order: Int[Tensor, "batch image_length"]) -> bool:
@@ -48,15 +48,15 @@ def is_raster_order(order: Int[Tensor, "batch image_length"]) -> bool:
 
 
 @torch.inference_mode()
-def complete_image_token_ids(
+def inpaint_image_token_ids(
     model: TextToImageModel | NativeDecoder,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
-    is_redrawn: Bool[Tensor, "batch image_length"],
+    is_masked: Bool[Tensor, "batch image_length"],
     *,
     seeds: Int[Tensor, " batch"],
-    settings: SamplingConfig,
-) -> DrawnTokens:
+    sampling_config: SamplingConfig,
+) -> GeneratedTokens:
     """Draw some tokens of every picture anew.
 
     Args:
@@ -64,7 +64,7 @@ def complete_image_token_ids(
             first ones.
         text_token_ids: Captions, padded; the batch may have any size.
         image_token_ids: The pictures, raster order.
-        is_redrawn: Which tokens are drawn anew: as many in each row.
+        is_masked: Which tokens are drawn anew: as many in each row.
         seeds: One per picture, in [0, 2 ** 63).
         settings: Guidance and filters. A guidance schedule counts the tokens that stay as drawn.
 
@@ -74,23 +74,27 @@ def complete_image_token_ids(
     Raises:
         ValueError: If the rows redraw different numbers of tokens, or none.
     """
-    counts = is_redrawn.sum(dim=1).unique().tolist()
+    counts = is_masked.sum(dim=1).unique().tolist()
     if len(counts) != 1 or counts == [0]:
-        raise ValueError(f"is_redrawn: got {counts} tokens, wanted as many in each row, at least 1")
+        raise ValueError(f"is_masked: got {counts} tokens, wanted as many in each row, at least 1")
     num_known = model.config.image_length - counts[0]
-    order = completion_order(is_redrawn)
+    order = inpainting_order(is_masked)
     known = image_token_ids.gather(1, order)[:, :num_known]
-    drawn = []
+    generated = []
     for start in range(0, len(seeds), ROWS_PER_BATCH):
         rows = slice(start, start + ROWS_PER_BATCH)
-        tokens, gain, _ = draw_by_jacobi(
+        tokens, log_likelihood_ratio, _ = jacobi_decode(
             model,
             text_token_ids[rows],
             seeds=seeds[rows],
-            settings=settings,
+            sampling_config=sampling_config,
             window=best_window(model, len(seeds[rows])),
             image_order=order[rows],
             known_token_ids=known[rows],
         )
-        drawn.append(DrawnTokens(torch.empty_like(tokens).scatter_(1, order[rows], tokens), gain))
-    return DrawnTokens(*(torch.cat(parts) for parts in zip(*drawn, strict=True)))
+        generated.append(
+            GeneratedTokens(
+                torch.empty_like(tokens).scatter_(1, order[rows], tokens), log_likelihood_ratio
+            )
+        )
+    return GeneratedTokens(*(torch.cat(parts) for parts in zip(*generated, strict=True)))

@@ -22,7 +22,7 @@ from torch import Tensor
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
 from dalle_mini_impl.sampling.logits import gumbel_noise
-from dalle_mini_impl.sampling.sampler import SamplingConfig, TokenChoice
+from dalle_mini_impl.sampling.sampler import Sampler, SamplingConfig
 
 MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
 TOKENS_PER_PASS = 128  # measured on CPUs: more cost as much as they save
@@ -35,34 +35,34 @@ class JacobiTokens(NamedTuple):
     """Image tokens, the caption's gain, and what they took."""
 
     image_token_ids: Int[Tensor, "batch image_length"]
-    caption_gain: Float[Tensor, " batch"]
+    log_likelihood_ratio: Float[Tensor, " batch"]
     """log p(image | caption) - log p(image) in nats; zeros when guidance is off."""
     num_passes: int
     """Passes of the decoder over all rows, the captions' included."""
 
 
-def best_window(model: TextToImageModel | NativeDecoder, num_pictures: int) -> int:
+def best_window(model: TextToImageModel | NativeDecoder, num_images: int) -> int:
     """Choose how many tokens of each picture to read per pass.
 
     Args:
         model: That draws.
-        num_pictures: Drawn together.
+        num_images: Drawn together.
 
     Returns:
         The fastest window, as measured on CPUs.
     """
     if isinstance(model, NativeDecoder):
-        return max(min(NATIVE_TOKENS_PER_PASS // max(num_pictures, 1), MAX_NATIVE_WINDOW), 1)
-    return max(min(TOKENS_PER_PASS // max(num_pictures, 1), MAX_WINDOW), 1)
+        return max(min(NATIVE_TOKENS_PER_PASS // max(num_images, 1), MAX_NATIVE_WINDOW), 1)
+    return max(min(TOKENS_PER_PASS // max(num_images, 1), MAX_WINDOW), 1)
 
 
 @torch.inference_mode()
-def draw_by_jacobi(
+def jacobi_decode(
     model: TextToImageModel | NativeDecoder,
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
     seeds: Int[Tensor, " batch"],
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     window: int = MAX_WINDOW,
     image_order: Int[Tensor, "batch image_length"] | None = None,
     known_token_ids: Int[Tensor, "batch num_known"] | None = None,
@@ -88,54 +88,54 @@ def draw_by_jacobi(
         raise ValueError(f"window: got {window}, wanted at least 1 token")
     seeds = seeds.to(text_token_ids.device)
     noise = model.gumbel_noise if isinstance(model, NativeDecoder) else gumbel_noise
-    choice = TokenChoice(model.config, seeds=seeds, settings=settings, noise=noise)
-    captions = choice.caption_rows(text_token_ids)
+    sampler = Sampler(model.config, seeds=seeds, sampling_config=sampling_config, noise=noise)
+    captions = sampler.caption_rows(text_token_ids)
     cache = model.new_cache(len(captions))
-    num_steps = choice.num_steps
+    num_steps = sampler.num_steps
     if known_token_ids is None:
         known_token_ids = seeds.new_empty(len(seeds), 0)
     num_known = known_token_ids.shape[1]
     if num_known >= num_steps:
         raise ValueError(f"known_token_ids: got {num_known} of {num_steps}, wanted fewer")
-    order = None if image_order is None else choice.for_each_row(image_order)
+    order = None if image_order is None else sampler.for_each_row(image_order)
     logits = model.prefill(captions, cache, first_cell=0 if order is None else order[:, 0])
     num_passes = 1
     if num_known:
-        known = choice.for_each_row(known_token_ids)
+        known = sampler.for_each_row(known_token_ids)
         logits = model.decode_window(
             known, cache, first_steps=torch.zeros_like(known[:, 0]), image_order=order
         )[:, -1]
         num_passes = 2
-    first_token, gained = choice.pick(
+    first_token, new_log_ratios = sampler.sample(
         logits.unsqueeze(1), torch.full_like(seeds, num_known).unsqueeze(1)
     )
-    guesses = first_token.repeat(1, num_steps)  # the token before is as good a guess as any
-    guesses[:, :num_known] = known_token_ids
-    gains = torch.zeros_like(guesses, dtype=torch.float32)
-    gains[:, num_known : num_known + 1] = gained
+    draft_tokens = first_token.repeat(1, num_steps)  # the token before is as good a guess as any
+    draft_tokens[:, :num_known] = known_token_ids
+    log_ratios = torch.zeros_like(draft_tokens, dtype=torch.float32)
+    log_ratios[:, num_known : num_known + 1] = new_log_ratios
     steps = torch.arange(num_steps, device=seeds.device)
-    num_certain = torch.full_like(seeds, num_known + 1)  # tokens from the start of each picture
+    num_accepted = torch.full_like(seeds, num_known + 1)  # tokens from the start of each picture
     window = min(window, max(num_steps - 1 - num_known, 1))
-    while len(seeds) and int(num_certain.min()) < num_steps:
+    while len(seeds) and int(num_accepted.min()) < num_steps:
         # Near the end the window reaches back over certain tokens: none may go beyond the picture.
-        first = (num_certain - 1).clamp_max(num_steps - 1 - window)
+        first = (num_accepted - 1).clamp_max(num_steps - 1 - window)
         read = first.unsqueeze(1) + steps[:window]
-        before = guesses.gather(1, read)
+        before = draft_tokens.gather(1, read)
         logits = model.decode_window(
-            choice.for_each_row(before),
+            sampler.for_each_row(before),
             cache,
-            first_steps=choice.for_each_row(first),
+            first_steps=sampler.for_each_row(first),
             image_order=order,
         )
         num_passes += 1
-        answers, gained = choice.pick(logits, read + 1)
+        verified_tokens, new_log_ratios = sampler.sample(logits, read + 1)
         # Certain tokens stay: another rounding must not change what later ones were conditioned on.
-        is_open = read + 1 >= num_certain.unsqueeze(1)
-        answers = answers.where(is_open, guesses.gather(1, read + 1))
-        gained = gained.where(is_open, gains.gather(1, read + 1))
-        was_right = (answers[:, :-1] == before[:, 1:]).long().cumprod(dim=1)
-        num_certain = first + 2 + was_right.sum(dim=1)
-        guesses = guesses.where(steps <= read[:, -1:], answers[:, -1:])
-        guesses.scatter_(1, read + 1, answers)
-        gains.scatter_(1, read + 1, gained)
-    return JacobiTokens(guesses, gains.sum(dim=1), num_passes)
+        is_open = read + 1 >= num_accepted.unsqueeze(1)
+        verified_tokens = verified_tokens.where(is_open, draft_tokens.gather(1, read + 1))
+        new_log_ratios = new_log_ratios.where(is_open, log_ratios.gather(1, read + 1))
+        was_accepted = (verified_tokens[:, :-1] == before[:, 1:]).long().cumprod(dim=1)
+        num_accepted = first + 2 + was_accepted.sum(dim=1)
+        draft_tokens = draft_tokens.where(steps <= read[:, -1:], verified_tokens[:, -1:])
+        draft_tokens.scatter_(1, read + 1, verified_tokens)
+        log_ratios.scatter_(1, read + 1, new_log_ratios)
+    return JacobiTokens(draft_tokens, log_ratios.sum(dim=1), num_passes)

@@ -23,7 +23,7 @@ class PairScores(NamedTuple):
     image: Float[Tensor, " images"]
     """log p(image), under the null caption."""
 
-    def shares(self, *, use_prior: bool = False) -> Float[Tensor, "images captions"]:
+    def probabilities(self, *, use_prior: bool = False) -> Float[Tensor, "images captions"]:
         """Compute p(caption | image), as if each picture had one of these captions.
 
         Args:
@@ -98,7 +98,7 @@ def text_log_likelihood(
 
 
 @torch.inference_mode()
-def caption_gain(
+def log_likelihood_ratio(
     model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],

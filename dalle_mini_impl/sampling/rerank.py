@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @runtime_checkable  # for the checks of types in the tests
-class PictureRanker(Protocol):
+class ImageRanker(Protocol):
     """Says how well pictures fit their prompts."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:

@@ -50,7 +50,7 @@ class SamplingConfig:
             raise ValueError(f"top_p: got {self.top_p}, wanted above 0 and up to 1")
 
 
-class TokenChoice:
+class Sampler:
     """The pictures of one batch so far, and the rule for their next token.
 
     Steps are tensors, so that one recording of a step serves all of them.
@@ -61,7 +61,7 @@ class TokenChoice:
         config: DalleConfig,
         *,
         seeds: Int[Tensor, " batch"],
-        settings: SamplingConfig,
+        sampling_config: SamplingConfig,
         noise: Callable[..., Tensor] = gumbel_noise,
     ) -> None:
         """Start with empty pictures.
@@ -72,17 +72,17 @@ class TokenChoice:
             settings: Guidance and filters.
             noise: ``gumbel_noise``, or the same numbers made faster.
         """
-        self.seeds, self.settings, self.noise = seeds, settings, noise
+        self.seeds, self.sampling_config, self.noise = seeds, sampling_config, noise
         self.num_steps, self.codebook_size = config.image_length, config.codebook_size
-        self.is_guided = settings.guidance_scale != 1.0
+        self.is_guided = sampling_config.guidance_scale != 1.0
         self.tokens = torch.zeros(len(seeds), self.num_steps, dtype=torch.long, device=seeds.device)
-        self.gain = torch.zeros(len(seeds), device=seeds.device)
+        self.log_likelihood_ratio = torch.zeros(len(seeds), device=seeds.device)
         scales = [
             scale_at(
                 step,
                 self.num_steps,
-                guidance_scale=settings.guidance_scale,
-                schedule=settings.guidance_schedule,
+                guidance_scale=sampling_config.guidance_scale,
+                schedule=sampling_config.guidance_schedule,
             )
             for step in range(self.num_steps)
         ]
@@ -100,7 +100,9 @@ class TokenChoice:
         """Repeat what belongs to a picture for its null row, if there is one."""
         return torch.cat([values, values]) if self.is_guided else values
 
-    def choose(self, logits: Float[Tensor, "rows vocab"], step: Int[Tensor, "1"]) -> None:
+    def sample_and_record(
+        self, logits: Float[Tensor, "rows vocab"], step: Int[Tensor, "1"]
+    ) -> None:
         """Choose one token of every picture and note what the caption gained by it.
 
         Args:
@@ -108,11 +110,11 @@ class TokenChoice:
             step: Index of the token.
         """
         steps = step.expand(len(self.seeds), 1)
-        chosen, gained = self.pick(logits.unsqueeze(1), steps)
+        chosen, log_ratio = self.sample(logits.unsqueeze(1), steps)
         self.tokens.index_copy_(1, step, chosen)
-        self.gain += gained.squeeze(1)
+        self.log_likelihood_ratio += log_ratio.squeeze(1)
 
-    def pick(
+    def sample(
         self, logits: Float[Tensor, "rows window vocab"], steps: Int[Tensor, "batch window"]
     ) -> tuple[Int[Tensor, "batch window"], Float[Tensor, "batch window"]]:
         """Say which tokens these logits choose at these steps, and note nothing.
@@ -124,21 +126,23 @@ class TokenChoice:
         Returns:
             The tokens, and what the caption gained by each, in nats.
         """
-        num_pictures, window = steps.shape
+        num_images, window = steps.shape
         logits = logits.float().flatten(0, 1)
         conditional, null = logits[: steps.numel()], logits[steps.numel() :]
-        wanted, flat_steps = conditional, steps.reshape(-1, 1)
+        guided_logits, flat_steps = conditional, steps.reshape(-1, 1)
         if self.is_guided:
             scales = self._scales.index_select(0, flat_steps.squeeze(1)).unsqueeze(1)
-            wanted = guide(conditional, null, guidance_scale=scales)
-        settings = self.settings
-        wanted = keep_top_k(wanted / settings.temperature, settings.top_k)
-        wanted = keep_top_p(wanted, settings.top_p)
+            guided_logits = guide(conditional, null, guidance_scale=scales)
+        sampling_config = self.sampling_config
+        guided_logits = keep_top_k(
+            guided_logits / sampling_config.temperature, sampling_config.top_k
+        )
+        guided_logits = keep_top_p(guided_logits, sampling_config.top_p)
         seeds = self.seeds.repeat_interleave(window)
         noise = self.noise(seeds, steps=flat_steps, vocab_size=self.codebook_size)
-        chosen = (wanted + noise).argmax(dim=-1, keepdim=True)
-        gained = torch.zeros_like(chosen, dtype=torch.float32)
+        chosen = (guided_logits + noise).argmax(dim=-1, keepdim=True)
+        log_ratio = torch.zeros_like(chosen, dtype=torch.float32)
         if self.is_guided:
-            gains = conditional.log_softmax(-1) - null.log_softmax(-1)
-            gained = gains.gather(1, chosen)
-        return chosen.view(num_pictures, window), gained.view(num_pictures, window)
+            log_ratios = conditional.log_softmax(-1) - null.log_softmax(-1)
+            log_ratio = log_ratios.gather(1, chosen)
+        return chosen.view(num_images, window), log_ratio.view(num_images, window)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from dalle_mini_impl.clip_ranker import ClipRanker
 from dalle_mini_impl.data.augmentation import shift_images
 from dalle_mini_impl.data.pairs import Pair
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig, sigmoid_loss, softmax_loss
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def _prepare(
             load_pairs(config.data, split, image_size=config.image_size, records=records)
             for split in (config.data.train_split, config.data.validation_split)
         )
-    captions = CaptionEncoder.learn(
+    captions = TextTokenizer.learn(
         (text for pair in train.listed for text in pair.captions),
         vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
@@ -146,17 +146,17 @@ def _prepare(
 def _write_report(task: ClipTask, output_dir: Path) -> None:
     """Measure the trained model and write ``report.json``."""
     task.ranker.model.eval()
-    scores, asked = score_retrieval(task.ranker, task.held_out), task.held_out
+    scores, retrieval = score_retrieval(task.ranker, task.held_out), task.held_out
     chance = scores["chance_r1"]
     report = {
-        "pictures": len(asked.pixels),
-        "captions": len(asked.captions),
+        "pictures": len(retrieval.pixels),
+        "captions": len(retrieval.captions),
         **scores,
         "image_to_text_times_chance": scores["image_to_text_r1"] / chance,
         "text_to_image_times_chance": scores["text_to_image_r1"] / chance,
     }
     logger.info(
-        f"held out: {len(asked.pixels)} pictures, {len(asked.captions)} captions; R@1 picture to "
+        f"held out: {len(retrieval.pixels)} pictures, {len(retrieval.captions)} captions; R@1 picture to "
         f"caption {scores['image_to_text_r1']:.1%}, caption to picture "
         f"{scores['text_to_image_r1']:.1%}, chance {chance:.2%}"
     )
@@ -183,7 +183,7 @@ class ClipTaskConfig:
 class ClipTask:
     """Pictures with their captions, and the loss of telling which belong together."""
 
-    num_draws = 3
+    num_uniforms = 3
 
     def __init__(
         self,
@@ -218,15 +218,15 @@ class ClipTask:
         self.held_out = build_retrieval(held_out.pairs, held_out.pixels, captions)
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
         """Look up pictures, shift them, and choose one caption of each."""
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
-        chosen = start + (draws[:, 0] * (end - start)).long()
+        chosen = start + (uniforms[:, 0] * (end - start)).long()
         largest = self.config.max_shift
         images = self.pixels[sample_ids]
         if largest:
-            offsets = (draws[:, 1:] * (2 * largest + 1)).long() - largest
+            offsets = (uniforms[:, 1:] * (2 * largest + 1)).long() - largest
             images = shift_images(images, offsets)
         return {
             "pixels": images.float() / 127.5 - 1,
@@ -264,7 +264,7 @@ class ClipTask:
             for name, x in score_retrieval(self.ranker, self.held_out).items()
         }
 
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Draw nothing."""
         del model
         return []
@@ -304,7 +304,7 @@ class Retrieval:
 
 
 def build_retrieval(
-    pairs: Sequence[Pair], pixels: UInt8[Tensor, "samples 3 height width"], captions: CaptionEncoder
+    pairs: Sequence[Pair], pixels: UInt8[Tensor, "samples 3 height width"], captions: TextTokenizer
 ) -> Retrieval:
     """Ask for the main caption of each picture.
 
@@ -320,12 +320,12 @@ def build_retrieval(
     chosen = [index * len(pairs) // count for index in range(count)]
     normalize = captions.tokenizer.normalizer.normalize_str
     own = [{normalize(text) for text in pairs[index].captions} for index in chosen]
-    asked = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
-    is_right = torch.tensor([[text in texts for text in asked] for texts in own])
-    return Retrieval(pixels[torch.tensor(chosen)], asked, is_right)
+    retrieval = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
+    is_right = torch.tensor([[text in texts for text in retrieval] for texts in own])
+    return Retrieval(pixels[torch.tensor(chosen)], retrieval, is_right)
 
 
-def score_retrieval(ranker: ClipRanker, asked: Retrieval) -> dict[str, float]:
+def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float]:
     """Count how often the nearest one is right.
 
     Args:
@@ -335,12 +335,12 @@ def score_retrieval(ranker: ClipRanker, asked: Retrieval) -> dict[str, float]:
     Returns:
         ``image_to_text_r1`` and ``text_to_image_r1`` in [0, 1] (R@1), and ``chance_r1``.
     """
-    parts = [ranker.embed_pixels(part.float() / 127.5 - 1) for part in asked.pixels.split(512)]
-    scores = torch.cat(parts) @ ranker.embed_texts(asked.captions).T  # (pictures, captions)
-    found_texts, found_images = scores.argmax(dim=1), scores.argmax(dim=0)
-    pictures, captions = (torch.arange(size) for size in scores.shape)
+    parts = [ranker.embed_pixels(part.float() / 127.5 - 1) for part in retrieval.pixels.split(512)]
+    scores = torch.cat(parts) @ ranker.embed_texts(retrieval.captions).T  # (pictures, captions)
+    top_texts, top_images = scores.argmax(dim=1), scores.argmax(dim=0)
+    images, captions = (torch.arange(size) for size in scores.shape)
     return {
-        "image_to_text_r1": float(asked.is_right[pictures, found_texts].double().mean()),
-        "text_to_image_r1": float(asked.is_right[found_images, captions].double().mean()),
-        "chance_r1": asked.chance,
+        "image_to_text_r1": float(retrieval.is_right[images, top_texts].double().mean()),
+        "text_to_image_r1": float(retrieval.is_right[top_images, captions].double().mean()),
+        "chance_r1": retrieval.chance,
     }

@@ -123,16 +123,16 @@ class TrainingConfig:
         Returns:
             The larger share of the two limits, in [0, 1].
         """
-        shares = []
+        fractions = []
         if self.max_minutes is not None:
-            shares.append(minutes / self.max_minutes)
+            fractions.append(minutes / self.max_minutes)
         if self.max_steps is not None or self.max_minutes is None:
-            shares.append(step / (self.max_steps or DEFAULT_MAX_STEPS))
-        return min(1.0, max(shares))
+            fractions.append(step / (self.max_steps or DEFAULT_MAX_STEPS))
+        return min(1.0, max(fractions))
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
+    def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted {wanted}")
+            raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)

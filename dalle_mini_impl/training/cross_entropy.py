@@ -29,16 +29,16 @@ def token_nats(
 class _TokenNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, token_ids: Tensor) -> Tensor:
-        log_shares = logits.log_softmax(dim=-1, dtype=torch.float32)
-        ctx.save_for_backward(log_shares, token_ids)
+        log_probs = logits.log_softmax(dim=-1, dtype=torch.float32)
+        ctx.save_for_backward(log_probs, token_ids)
         ctx.dtype = logits.dtype
-        return -log_shares.gather(1, token_ids[:, None]).squeeze(1)
+        return -log_probs.gather(1, token_ids[:, None]).squeeze(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        log_shares, token_ids = ctx.saved_tensors
+        log_probs, token_ids = ctx.saved_tensors
         # In place of what was kept: torch refuses a second backward pass.
-        shares = log_shares.exp_()
-        shares.scatter_add_(1, token_ids[:, None], shares.new_full((len(shares), 1), -1.0))
-        return shares.mul_(gradient[:, None]).to(ctx.dtype), None
+        fractions = log_probs.exp_()
+        fractions.scatter_add_(1, token_ids[:, None], fractions.new_full((len(fractions), 1), -1.0))
+        return fractions.mul_(gradient[:, None]).to(ctx.dtype), None

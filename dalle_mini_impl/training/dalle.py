@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
@@ -21,7 +21,7 @@ from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConf
 from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.load import load_tokenizer
@@ -78,7 +78,7 @@ class DalleRunConfig:
             raise ValueError(f"max_shift: got {self.max_shift}, wanted at least 0")
         if not 1 <= self.max_zoom <= MAX_ZOOM:
             raise ValueError(f"max_zoom: got {self.max_zoom}, wanted 1 to {MAX_ZOOM}")
-        if self.decoder.draws_raster_order_only and self.task.random_order_probability:
+        if self.decoder.raster_order_only and self.task.random_order_probability:
             raise ValueError(
                 f"task.random_order_probability: got {self.task.random_order_probability}, wanted "
                 "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
@@ -151,7 +151,7 @@ def _prepare(
         load_pairs(config.data, split, image_size=size, records=records)
         for split in (config.data.train_split, config.data.validation_split)
     )
-    captions = CaptionEncoder.learn(
+    captions = TextTokenizer.learn(
         (text for pair in train.listed for text in pair.captions),
         vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
@@ -189,8 +189,8 @@ def _prepare(
         dalle=dalle,
         vqvae=vqvae,
         captions=captions,
-        settings=config.sampling,
-        draws_any_order=config.task.ends_in_random_order,
+        sampling_config=config.sampling,
+        generates_any_order=config.task.ends_in_random_order,
     )
     prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
     task = DalleTask(
@@ -273,7 +273,7 @@ class DalleTask:
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
         self.num_samples = len(train)
         self.image_length = train.image_token_ids.shape[-1]
-        self.num_draws = 6 + 3 * self.image_length
+        self.num_uniforms = 6 + 3 * self.image_length
         self.tokens_per_sample = train.text_token_ids.shape[-1] + self.image_length
         codebook_size = pipeline.dalle.config.codebook_size
         counts = torch.bincount(train.image_token_ids[:, 0].flatten(), minlength=codebook_size)
@@ -289,22 +289,24 @@ class DalleTask:
             }
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
         """Look up the tokens; the draws of the loss travel with them."""
         views = torch.where(
-            draws[:, 1] < self.config.shifted_view_probability, draws[:, 2], torch.zeros(())
+            uniforms[:, 1] < self.config.shifted_view_probability, uniforms[:, 2], torch.zeros(())
         )
         length = self.image_length
-        strangers = (draws[:, -length:] * self.num_samples).long()  # (batch, image_length)
+        noise_sample_ids = (
+            uniforms[:, -length:] * self.num_samples
+        ).long()  # (batch, image_length)
         return {
-            "text_token_ids": self.train.captions_of(sample_ids, draws[:, 0]),
+            "text_token_ids": self.train.captions_of(sample_ids, uniforms[:, 0]),
             "image_token_ids": self.train.images_of(sample_ids, torch.zeros(len(sample_ids))),
             "view_token_ids": self.train.images_of(sample_ids, views),
-            "stranger_token_ids": self.train.image_token_ids[
-                strangers, 0, torch.arange(length)
+            "noise_token_ids": self.train.image_token_ids[
+                noise_sample_ids, 0, torch.arange(length)
             ].long(),
-            "draws": draws[:, 3 : 6 + 2 * length],
+            "draws": uniforms[:, 3 : 6 + 2 * length],
         }
 
     def loss(
@@ -317,23 +319,23 @@ class DalleTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return image loss plus weighted text loss, if there is one, in nats per token."""
         del generator  # every random number here belongs to a sample, not to a process
-        text_token_ids, draws = batch["text_token_ids"], batch["draws"]
+        text_token_ids, uniforms = batch["text_token_ids"], batch["draws"]
         augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
         image = batch["view_token_ids"] if augmentation else batch["image_token_ids"]
-        dropped = draws[:, 0] < self.config.caption_dropout_probability
+        dropped = uniforms[:, 0] < self.config.caption_dropout_probability
         given_text = text_token_ids.masked_fill(dropped[:, None], PAD_TOKEN_ID)
 
         length = self.image_length
-        order_draws, noise_draws = draws[:, 3:].split(length, dim=1)
-        is_random = draws[:, 1] < self.config.random_order_probability * augmentation
+        order_uniforms, noise_uniforms = uniforms[:, 3:].split(length, dim=1)
+        is_random = uniforms[:, 1] < self.config.random_order_probability * augmentation
         order = torch.where(
             is_random[:, None],
-            order_draws.argsort(dim=1),
+            order_uniforms.argsort(dim=1),
             torch.arange(length, device=image.device),
         )
-        noise_shares = draws[:, 2:3] * self.config.token_noise_probability * augmentation
-        is_noise = noise_draws < noise_shares
-        noisy = torch.where(is_noise, batch["stranger_token_ids"], image)
+        noise_fractions = uniforms[:, 2:3] * self.config.token_noise_probability * augmentation
+        is_noise = noise_uniforms < noise_fractions
+        noisy = torch.where(is_noise, batch["noise_token_ids"], image)
 
         logits = model(given_text, noisy.gather(1, order), image_order=order)
         targets = image.gather(1, order)
@@ -342,10 +344,11 @@ class DalleTask:
             return image_nats, {"image_nats": image_nats.detach()}
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
         loss = image_nats + self.config.text_loss_weight * text_nats
-        share_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
+        fraction_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
         return loss, {
             "image_nats": image_nats.detach(),
-            "text_nats": text_nats.detach() / share_counted,  # hidden captions count as zero in it
+            "text_nats": text_nats.detach()
+            / fraction_counted,  # hidden captions count as zero in it
         }
 
     @torch.no_grad()
@@ -359,9 +362,9 @@ class DalleTask:
             "validation/image_nats": held_out["given"],
             "validation/image_nats_null_caption": held_out["null"],
             **text,
-            "validation/caption_gain_nats": held_out["null"] - held_out["given"],
+            "validation/log_likelihood_ratio_nats": held_out["null"] - held_out["given"],
             "validation/train_image_nats": train["given"],
-            "validation/memorisation_gap_nats": held_out["given"] - train["given"],
+            "validation/memorization_gap_nats": held_out["given"] - train["given"],
             **self.baselines,
         }
 
@@ -385,11 +388,11 @@ class DalleTask:
         return totals
 
     @torch.no_grad()
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Draw the fixed prompts, one picture each, always with the same seeds."""
         del model  # the pipeline holds the same module
-        drawn = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
-        return [PictureGrid("samples", drawn.images, list(self.fixed_prompts))]
+        generated = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
+        return [ImageGrid("samples", generated.images, list(self.fixed_prompts))]
 
 
 def text_loss(
@@ -419,5 +422,5 @@ def text_loss(
 
 
 def _entropy(counts: Tensor) -> float:
-    shares = counts[counts > 0].double() / counts.sum()
-    return float(-(shares * shares.log()).sum())
+    fractions = counts[counts > 0].double() / counts.sum()
+    return float(-(fractions * fractions.log()).sum())

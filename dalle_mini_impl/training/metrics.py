@@ -75,8 +75,8 @@ class Meter:
             A line with their number, seconds and share of the time.
         """
         seconds = self._save_seconds + self._save.seconds
-        share = seconds / max(1e-9, time.perf_counter() - self._begun)
-        return f"checkpoints: {self._saves} in {seconds:.2f} s, {100 * share:.2f} % of the time"
+        fraction = seconds / max(1e-9, time.perf_counter() - self._begun)
+        return f"checkpoints: {self._saves} in {seconds:.2f} s, {100 * fraction:.2f} % of the time"
 
 
 class _Stopwatch:

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 # What a resumed run may do otherwise: how it learns from here on, how long, what it shows, where
 # things lie.
 # Folders are free, as tokens and the number of samples are compared by themselves.
-FREE = (
+MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.source",
     "data.validation_split",
@@ -25,7 +25,7 @@ FREE = (
     "vqvae_dir",
 )
 # Of `training`, what decides the samples of a step and what a checkpoint holds.
-BOUND = ("ema_decay", "global_batch_size", "optimizer", "seed")
+MUST_MATCH = ("ema_decay", "global_batch_size", "optimizer", "seed")
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
@@ -74,7 +74,7 @@ def refuse_used_folder(output_dir: Path) -> None:
         )
 
 
-def compare_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> list[str]:
+def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> list[str]:
     """Hold the settings of a checkpoint's run against this one's.
 
     Args:
@@ -91,13 +91,13 @@ def compare_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> lis
     if not isinstance(config, Mapping):
         raise UserError(f"resume: {checkpoint.path}: config: got {config!r}, wanted an object")
     before = _flat(config)
-    now = _flat(settings)
+    now = _flat(run_config)
     free: list[str] = []
     bound: list[str] = []
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
             line = f"{name} was {before[name]!r}, is {now[name]!r}"
-            (free if _is_free(name) else bound).append(line)
+            (free if _may_change(name) else bound).append(line)
     if bound:
         raise UserError(
             f"resume: {checkpoint.path} does not fit this config: {'; '.join(bound)}; wanted the "
@@ -106,10 +106,10 @@ def compare_settings(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> lis
     return free
 
 
-def _is_free(name: str) -> bool:
+def _may_change(name: str) -> bool:
     if name.startswith("training."):
-        return name.removeprefix("training.") not in BOUND
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in FREE)
+        return name.removeprefix("training.") not in MUST_MATCH
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dalle_mini_impl.hardware import build_accelerator, keep_freed_memory, use_f
 from dalle_mini_impl.output_dirs import locked_folder, make_folder
 from dalle_mini_impl.training.checkpoint import Checkpoint
 from dalle_mini_impl.training.resume import (
-    compare_settings,
+    compare_configs,
     find_checkpoint,
     refuse_used_folder,
 )
@@ -61,7 +61,7 @@ def run_task(
     logger.info(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if checkpoint:
         logger.info(f"resuming at step {checkpoint.step} from {checkpoint.path}")
-        for line in compare_settings(checkpoint, _plain(dataclasses.asdict(config))):
+        for line in compare_configs(checkpoint, _plain(dataclasses.asdict(config))):
             logger.info(f"changed since: {line}")
         trainer.restore(checkpoint)
     if config.training.find_batch_size:

@@ -59,7 +59,7 @@ class LoadedPairs:
         if balance_by not in known:
             raise UserError(
                 f"data.balance_by: no picture has the attribute {balance_by!r}; "
-                f"wanted {', '.join(['null (every picture as often)', *sorted(known)])}"
+                f"wanted {', '.join(['null (every image as often)', *sorted(known)])}"
             )
         groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
         sizes = Counter(groups)

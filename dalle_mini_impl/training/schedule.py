@@ -55,5 +55,5 @@ def anneal(progress: float, *, start: float, end: float, over: float = 1.0) -> f
     Returns:
         The value now.
     """
-    share = min(1.0, progress / over)
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * share))
+    fraction = min(1.0, progress / over)
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class PictureGrid:
+class ImageGrid:
     """Pictures that a task wants to be seen."""
 
     key: str
@@ -24,7 +24,7 @@ class Task(Protocol):
 
     num_samples: int
     """Training samples."""
-    num_draws: int
+    num_uniforms: int
     """Uniform random numbers that one sample of a batch uses."""
     tokens_per_sample: int
     """Tokens that one sample makes; the loop reports tokens per second."""
@@ -34,9 +34,9 @@ class Task(Protocol):
     """How often each sample is wanted relative to the others, or None for equal shares."""
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Collect the samples on the CPU; ``draws`` are uniform in [0, 1)."""
+        """Collect the samples on the CPU; ``uniforms`` are uniform in [0, 1)."""
         ...
 
     def loss(
@@ -54,6 +54,6 @@ class Task(Protocol):
         """Measure the model on held-out samples."""
         ...
 
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Make the pictures that show how far the model is."""
         ...

@@ -115,11 +115,11 @@ class Tracker:
         def send(run: Any) -> None:
             import wandb
 
-            pictures = [
+            wandb_images = [
                 wandb.Image(image, caption=caption)
                 for image, caption in zip(images, captions, strict=True)
             ]
-            run.log({key: pictures, GLOBAL_STEP: step})
+            run.log({key: wandb_images, GLOBAL_STEP: step})
 
         self._to_wandb("log images", send)
 

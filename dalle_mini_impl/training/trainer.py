@@ -42,7 +42,7 @@ from dalle_mini_impl.training.metrics import Meter
 from dalle_mini_impl.training.optimizer import build_optimizers, keep_memory_formats
 from dalle_mini_impl.training.schedule import learning_rate_factor
 from dalle_mini_impl.training.signals import StopRequest
-from dalle_mini_impl.training.task import PictureGrid, Task
+from dalle_mini_impl.training.task import ImageGrid, Task
 from dalle_mini_impl.training.tracking import Tracker
 from dalle_mini_impl.transformer.blocks import recompute_activations
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_REASON = 300
 NOT_FINITE_NAME = "not_finite.jsonl"
-DROPOUT_PURPOSE, DRAWS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
+DROPOUT_PURPOSE, UNIFORMS_PURPOSE, NOISE_PURPOSE = 1, 2, 3
 
 
 @dataclass
@@ -300,11 +300,11 @@ class Trainer:
     def _evaluate(self, request: StopRequest) -> None:
         """Measure and draw with the averaged weights, if there are any; a signal cuts it short."""
         config, state = self.config, self.state
-        draw = state.progress(config) >= 1.0 or state.step % config.sample_every_steps == 0
+        make_grids = state.progress(config) >= 1.0 or state.step % config.sample_every_steps == 0
 
-        def work() -> tuple[dict[str, float], list[PictureGrid]]:
+        def work() -> tuple[dict[str, float], list[ImageGrid]]:
             metrics = self.task.evaluate(self.model)
-            return metrics, self.task.draw_pictures(self.model) if draw else []
+            return metrics, self.task.make_image_grids(self.model) if make_grids else []
 
         if self.average is not None:
             self.average.swap(self.model)
@@ -451,8 +451,8 @@ class Trainer:
         model = copy.deepcopy(self.model).train()  # as some models learn by being used
         moments = [torch.empty_like(weight) for weight in model.parameters()]  # the copy is more
         sample_ids = self.order.indices(0).repeat(2)[: size + -(-size // 4)]
-        draws = torch.zeros(len(sample_ids), self.task.num_draws)
-        batch = self.task.make_batch(sample_ids, draws)
+        uniforms = torch.zeros(len(sample_ids), self.task.num_uniforms)
+        batch = self.task.make_batch(sample_ids, uniforms)
         on_device = {name: value.to(self.accelerator.device) for name, value in batch.items()}
         for progress in (0.0, 1.0):  # some parts of a loss begin late
             with self.accelerator.autocast():
@@ -474,13 +474,13 @@ class Trainer:
     def _batches(self, step: int) -> list[dict[str, Tensor]]:
         """Make this process's micro-batches of one step."""
         sample_ids = self.order.indices(step)
-        shape = (len(sample_ids), self.task.num_draws)
-        generator = step_generator(self.config.seed, step, 0, DRAWS_PURPOSE)
-        draws = torch.rand(shape, generator=generator)
+        shape = (len(sample_ids), self.task.num_uniforms)
+        generator = step_generator(self.config.seed, step, 0, UNIFORMS_PURPOSE)
+        uniforms = torch.rand(shape, generator=generator)
         size, accumulation = self.micro_batch_size, self.config.gradient_accumulation_steps
         start = self.accelerator.process_index * size * accumulation
         slices = [slice(start + i * size, start + (i + 1) * size) for i in range(accumulation)]
-        return [self.task.make_batch(sample_ids[part], draws[part]) for part in slices]
+        return [self.task.make_batch(sample_ids[part], uniforms[part]) for part in slices]
 
     def _generator(self, purpose: int) -> torch.Generator:
         rank = self.accelerator.process_index

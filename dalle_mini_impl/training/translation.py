@@ -19,12 +19,12 @@ from dalle_mini_impl.builtin_datasets.translation_pairs import (
     nearest_targets,
 )
 from dalle_mini_impl.data.bpe_dropout import encode_variants
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.models.seq2seq import PAD_TOKEN_ID, EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam_search import BeamConfig
 from dalle_mini_impl.training.config import TextConfig, TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.translator import Translator, score_translations
 
@@ -115,16 +115,16 @@ def _prepare(config: TranslationRunConfig) -> TranslationTask:
     score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
     pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
     logger.info(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
-    captions = CaptionEncoder.learn(
+    text_tokenizer = TextTokenizer.learn(
         (text for pair in pairs.train for text in (pair.source, pair.target)),
         vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
     )
     torch.manual_seed(config.training.seed)
-    model = EncoderDecoder(config.model, vocab_size=captions.vocab_size)
-    task = TranslationTask(pairs, Translator(model, captions, beam=config.beam), config.task)
-    if captions.num_truncated:
-        logger.info(captions.truncation_report())
+    model = EncoderDecoder(config.model, vocab_size=text_tokenizer.vocab_size)
+    task = TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
+    if text_tokenizer.num_truncated:
+        logger.info(text_tokenizer.truncation_report())
     return task
 
 
@@ -134,7 +134,7 @@ def _write_report(task: TranslationTask, output_dir: Path) -> None:
     held_out, references = task.pairs.held_out, task.references
     sources = [pair.source for pair in held_out]
     nearest = nearest_targets(sources, task.pairs.train)
-    answers = {
+    predictions = {
         "model": task.translator(sources),
         "nearest source": [task.normalize(text) for text in nearest],
         "copy": [task.normalize(text) for text in sources],
@@ -156,14 +156,16 @@ def _write_report(task: TranslationTask, output_dir: Path) -> None:
         chosen = [references[number] for number in numbers]
         report[part] = {
             name: score_translations([texts[number] for number in numbers], chosen)
-            for name, texts in answers.items()
+            for name, texts in predictions.items()
         }
         logger.info(f"held out, {part} ({len(numbers)}):")
         for name, scores in report[part].items():
             figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
             logger.info(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    rows = zip(sources, references, answers["model"], answers["nearest source"], strict=True)
+    rows = zip(
+        sources, references, predictions["model"], predictions["nearest source"], strict=True
+    )
     lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]
     (output_dir / "translations.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -193,7 +195,7 @@ class TranslationTaskConfig:
 class TranslationTask:
     """Pairs of token rows, and the loss of writing the second from the first."""
 
-    num_draws = 2
+    num_uniforms = 2
 
     def __init__(
         self, pairs: TextPairs, translator: Translator, config: TranslationTaskConfig
@@ -212,22 +214,22 @@ class TranslationTask:
         self.num_samples = len(pairs.train)
         self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
         self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
-        digest = hashlib.sha256(translator.captions.fingerprint().encode())
+        digest = hashlib.sha256(translator.text_tokenizer.fingerprint().encode())
         for token_ids in (*self.train, *self.held_out):
             digest.update(token_ids.numpy().tobytes())
         self.identity = digest.hexdigest()[:16]
 
     def normalize(self, text: str) -> str:
         """Bring a text to the form in which the tokenizer reads and writes."""
-        return self.translator.captions.tokenizer.normalizer.normalize_str(text)
+        return self.translator.text_tokenizer.tokenizer.normalizer.normalize_str(text)
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
         """Look up the tokens, each text in one of its variants."""
         source, target = (
-            _trim(table[sample_ids, (draw * table.shape[1]).long()])
-            for table, draw in zip(self.train, draws.unbind(1), strict=True)
+            _trim(table[sample_ids, (uniform * table.shape[1]).long()])
+            for table, uniform in zip(self.train, uniforms.unbind(1), strict=True)
         )
         return {"source_token_ids": source, "target_token_ids": target}
 
@@ -268,7 +270,7 @@ class TranslationTask:
             **{f"validation/greedy_{name}": value for name, value in scores.items()},
         }
 
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Draw nothing."""
         del model
         return []
@@ -282,19 +284,19 @@ class TranslationTask:
         return source, target
 
     def _encode_texts(self, texts: list[str], dropout: float) -> Tensor:
-        captions = self.translator.captions
+        text_tokenizer = self.translator.text_tokenizer
         if dropout == 0:
-            return _trim(captions.encode(texts)).unsqueeze(1)
-        rows = _trim(encode_variants(captions, texts, dropout=dropout))
+            return _trim(text_tokenizer.encode(texts)).unsqueeze(1)
+        rows = _trim(encode_variants(text_tokenizer, texts, dropout=dropout))
         return rows.unflatten(0, (len(texts), -1))
 
     def _nats(self, model: nn.Module, source: Tensor, target: Tensor) -> float:
         device = next(model.parameters()).device
         total = 0.0
         for rows in torch.arange(len(source)).split(EVALUATION_BATCH_SIZE):
-            answer = target[rows].to(device)
-            logits = model(source[rows].to(device), answer).float()
-            nats = target_nats(logits, answer, end_token_id=self.translator.model.end_token_id)
+            prediction = target[rows].to(device)
+            logits = model(source[rows].to(device), prediction).float()
+            nats = target_nats(logits, prediction, end_token_id=self.translator.model.end_token_id)
             total += float(nats) * len(rows) / len(source)
         return total
 
@@ -317,13 +319,13 @@ def target_nats(
     Returns:
         Nats per token.
     """
-    wanted = F.pad(target_token_ids, (0, 1), value=PAD_TOKEN_ID)
+    expected = F.pad(target_token_ids, (0, 1), value=PAD_TOKEN_ID)
     lengths = (target_token_ids != PAD_TOKEN_ID).sum(dim=1, keepdim=True)
-    wanted = wanted.scatter(1, lengths, end_token_id)
+    expected = expected.scatter(1, lengths, end_token_id)
     nats = F.cross_entropy(
-        logits.flatten(0, 1), wanted.flatten(), reduction="none", label_smoothing=label_smoothing
-    ).view_as(wanted)
-    is_token = wanted != PAD_TOKEN_ID
+        logits.flatten(0, 1), expected.flatten(), reduction="none", label_smoothing=label_smoothing
+    ).view_as(expected)
+    is_token = expected != PAD_TOKEN_ID
     return ((nats * is_token).sum(dim=1) / is_token.sum(dim=1)).mean()
 
 

@@ -16,17 +16,17 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.builtin_datasets.labelled_images import (
     DIGITS,
-    LabelledPictures,
+    LabelledImages,
     LabelledSplits,
     load_digits,
-    load_labelled_pictures,
+    load_labelled_images,
 )
 from dalle_mini_impl.data.augmentation import shift_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
 from dalle_mini_impl.training.config import TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.serialization import save_weights
 
@@ -137,7 +137,7 @@ def train_vit(
 def _load(config: LabelledDataConfig) -> LabelledSplits:
     if config.source == DIGITS:
         return load_digits(held_out_percent=config.held_out_percent)
-    return load_labelled_pictures(
+    return load_labelled_images(
         config.source,
         label=config.label,
         families=config.families,
@@ -259,7 +259,7 @@ class ViTTaskConfig:
 class ViTTask:
     """Pictures, their classes, and the loss of telling them."""
 
-    num_draws = 2
+    num_uniforms = 2
     tokens_per_sample = 1  # a picture
 
     def __init__(self, splits: LabelledSplits, config: ViTTaskConfig) -> None:
@@ -281,13 +281,13 @@ class ViTTask:
         self.identity = digest.hexdigest()[:16]
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
         """Look up the pictures and shift them."""
         train, largest = self.splits.train, self.config.max_shift
         images = train.pixels[sample_ids]
         if largest:
-            images = shift_images(images, (draws * (2 * largest + 1)).long() - largest)
+            images = shift_images(images, (uniforms * (2 * largest + 1)).long() - largest)
         return {"pixels": images.float() / 127.5 - 1, "labels": train.labels[sample_ids]}
 
     def loss(
@@ -320,15 +320,13 @@ class ViTTask:
         scores["nats"] = float(F.cross_entropy(logits, labels))
         return {f"validation/{name}": value for name, value in scores.items()}
 
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Draw nothing."""
         del model
         return []
 
 
-def score_classes(
-    predicted: Int64[Tensor, " samples"], pictures: LabelledPictures
-) -> dict[str, float]:
+def score_classes(predicted: Int64[Tensor, " samples"], images: LabelledImages) -> dict[str, float]:
     """Count right answers.
 
     Args:
@@ -339,9 +337,9 @@ def score_classes(
         ``accuracy``, and ``family_accuracy``, the mean over families of the accuracy in each, so
         that a thing in twenty variants counts once. Both in [0, 1].
     """
-    is_right = (predicted == pictures.labels).double()
-    sizes = Counter(pictures.families)
-    weights = torch.tensor([1 / sizes[name] for name in pictures.families], dtype=torch.double)
+    is_right = (predicted == images.labels).double()
+    sizes = Counter(images.families)
+    weights = torch.tensor([1 / sizes[name] for name in images.families], dtype=torch.double)
     return {
         "accuracy": float(is_right.mean()),
         "family_accuracy": float((is_right * weights).sum() / weights.sum()),

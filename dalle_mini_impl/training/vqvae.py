@@ -17,7 +17,7 @@ from dalle_mini_impl.training.config import DataConfig, TrainingConfig
 from dalle_mini_impl.training.run import begin_run, run_task
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
 from dalle_mini_impl.training.schedule import anneal
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.logit_laplace import logit_laplace_loss
@@ -211,10 +211,10 @@ class VQVAETaskConfig:
     perceptual_weight: float = 0.0
     """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
     ``perceptual``."""
-    perturbed_image_share: float = 0.0
+    perturbed_image_fraction: float = 0.0
     """Share of the training images in which some tokens are replaced before they are decoded
     (arXiv:2503.08354)."""
-    perturbed_token_share: float = 0.3
+    perturbed_token_fraction: float = 0.3
     """Largest share of such an image's tokens that is replaced."""
     perturbed_neighbours: int = 8
     """Nearest codes of which one takes the token's place."""
@@ -229,7 +229,7 @@ class VQVAETaskConfig:
                 raise ValueError(f"task.{name}: got {value}, wanted at least 0")
         if self.gumbel_final_temperature == 0:
             raise ValueError("task.gumbel_final_temperature: got 0, wanted above 0")
-        for name in ("perturbed_image_share", "perturbed_token_share"):
+        for name in ("perturbed_image_fraction", "perturbed_token_fraction"):
             if getattr(self, name) > 1:
                 raise ValueError(f"task.{name}: got {getattr(self, name)}, wanted at most 1")
         if self.perturbed_neighbours < 1:
@@ -275,22 +275,22 @@ class VQVAETask:
         self.discriminator = discriminator or DiscriminatorConfig()
         self.perceptual = PerceptualDistance() if config.perceptual_weight else None
         self.perturbation = Perturbation(
-            config.perturbed_image_share,
-            config.perturbed_token_share,
+            config.perturbed_image_fraction,
+            config.perturbed_token_fraction,
             config.perturbed_neighbours,
         )
         self.num_samples = len(train)
-        self.num_draws = 2
+        self.num_uniforms = 2
         self.tokens_per_sample = prod(vqvae.image_grid_size)
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], draws: Float[Tensor, "batch num_draws"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
         """Look up the images and shift them."""
         images = self.train[sample_ids]
         if self.config.max_shift:
             steps = 2 * self.config.max_shift + 1
-            images = shift_images(images, (draws * steps).long() - self.config.max_shift)
+            images = shift_images(images, (uniforms * steps).long() - self.config.max_shift)
         return {"pixels": images.float() / 127.5 - 1}
 
     def loss(
@@ -314,7 +314,7 @@ class VQVAETask:
         elif isinstance(quantizer, VectorQuantizer):
             quantizer.freeze_restarts = progress >= RESTARTS_END_AT
         pixels = batch["pixels"]
-        perturbs = self.perturbation.image_share > 0
+        perturbs = self.perturbation.image_fraction > 0
         output = model(
             pixels, generator=generator, **({"perturbation": self.perturbation} if perturbs else {})
         )
@@ -346,12 +346,12 @@ class VQVAETask:
         if self.discriminator.is_on:
             trained: Any = getattr(model, "module", model)  # DDP's, on several processes
             takes_part = progress >= self.discriminator.starts_at
-            judge = self._judge if takes_part else self._wait
-            terms, found = judge(trained, reconstruction, output.reconstruction, pixels)
+            adversarial_loss = self._adversarial_terms if takes_part else self._no_adversarial_terms
+            terms, found = adversarial_loss(trained, reconstruction, output.reconstruction, pixels)
             loss, metrics = loss + terms, metrics | found
         return loss, metrics
 
-    def _judge(
+    def _adversarial_terms(
         self, trained: AdversarialVQVAE, loss: Tensor, reconstruction: Tensor, pixels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what the discriminator adds to the loss, and metrics."""
@@ -366,7 +366,7 @@ class VQVAETask:
         total = total + config.feature_matching_weight * terms.feature_matching
         return total, metrics | {"generator_weight": weight}
 
-    def _wait(
+    def _no_adversarial_terms(
         self, trained: AdversarialVQVAE, loss: Tensor, *_: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Keep the discriminator as it is, with gradients of 0: DDP waits for every gradient."""
@@ -388,12 +388,12 @@ class VQVAETask:
             token_ids = vqvae.encode_to_token_ids(pixels)
             hard = vqvae.decode_from_token_ids(token_ids)
             counts += token_counts(token_ids, vqvae.codebook_size)
-            share = len(images) / len(self.held_out)
-            totals["psnr_db"] += float(psnr(hard, pixels)) * share
+            fraction = len(images) / len(self.held_out)
+            totals["psnr_db"] += float(psnr(hard, pixels)) * fraction
             if isinstance(vqvae.quantizer, GumbelQuantizer):
                 latents = vqvae.quantizer.soft_latents(vqvae.encoder(pixels), generator=noise)
                 soft = vqvae.decode_from_latents(latents)
-                totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * share
+                totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * fraction
         if not isinstance(vqvae.quantizer, GumbelQuantizer):
             del totals["hard_soft_gap_db"]
         totals["codebook_usage"] = float(codebook_usage(counts))
@@ -401,14 +401,16 @@ class VQVAETask:
         return {f"validation/{name}": value for name, value in totals.items()}
 
     @torch.no_grad()
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         """Show held-out images beside their reconstructions."""
         device = next(model.parameters()).device
         chosen = torch.linspace(0, len(self.held_out) - 1, min(NUM_SHOWN, len(self.held_out)))
         pixels = self.held_out[chosen.long()].to(device).float() / 127.5 - 1
-        rebuilt = self.vqvae.decode_from_token_ids(self.vqvae.encode_to_token_ids(pixels))
+        reconstructions = self.vqvae.decode_from_token_ids(self.vqvae.encode_to_token_ids(pixels))
         images, captions = [], []
-        for original, copy in zip(pixels_to_images(pixels), pixels_to_images(rebuilt), strict=True):
+        for original, copy in zip(
+            pixels_to_images(pixels), pixels_to_images(reconstructions), strict=True
+        ):
             images += [original, copy]
             captions += ["original", "reconstruction"]
-        return [PictureGrid("reconstructions", images, captions)]
+        return [ImageGrid("reconstructions", images, captions)]

@@ -124,9 +124,9 @@ class TransformerBlock(nn.Module):
             ValueError: If a block with cross-attention gets no context, or one without gets some.
         """
         if self.has_cross_attention == (context is None):
-            wanted = "one" if self.has_cross_attention else "none without cross-attention"
+            expected = "one" if self.has_cross_attention else "none without cross-attention"
             raise ValueError(
-                f"context: got {'none' if context is None else 'one'}, wanted {wanted}"
+                f"context: got {'none' if context is None else 'one'}, wanted {expected}"
             )
         run = partial(
             self._run,

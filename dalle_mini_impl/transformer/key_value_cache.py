@@ -44,11 +44,13 @@ class KeyValueCache:
         """Positions stored so far."""
         return self._lengths[-1]
 
-    def layer(self, index: int) -> "LayerView":
+    def layer(self, index: int) -> "LayerCache":
         """Return the part of one layer."""
-        return LayerView(self, index)
+        return LayerCache(self, index)
 
-    def layer_at(self, index: int, positions: Int[Tensor, "batch length"]) -> "LayerAt":
+    def scatter_layer(
+        self, index: int, positions: Int[Tensor, "batch length"]
+    ) -> "ScatterLayerCache":
         """Return the part of one layer, to be written at given positions of each row.
 
         What is returned by its ``append`` has the cache's full length at every call, whatever was
@@ -63,7 +65,7 @@ class KeyValueCache:
         Returns:
             The part, as attention wants it.
         """
-        return LayerAt(self.keys[index], self.values[index], positions)
+        return ScatterLayerCache(self.keys[index], self.values[index], positions)
 
     def mask_at(
         self, positions: Int[Tensor, "batch length"]
@@ -116,7 +118,7 @@ class KeyValueCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-class LayerView:
+class LayerCache:
     """One layer's part of a cache, as attention wants it."""
 
     def __init__(self, cache: KeyValueCache, index: int) -> None:
@@ -129,7 +131,7 @@ class LayerView:
         return self._cache.append(self._index, keys, values)
 
 
-class LayerAt:
+class ScatterLayerCache:
     """One layer's part of a cache, written at positions that tensors hold."""
 
     def __init__(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from benchmarks.random_images import write_images
 from torch import nn
 
 import benchmarks.__main__
 from benchmarks import ours, ours_pictures, peers, quality, shipped, timing
-from benchmarks.ceilings import attention_flops, count_flops, measure_ceilings, share_of_ceiling
+from benchmarks.ceilings import attention_flops, count_flops, fraction_of_ceiling, measure_ceilings
 from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
 from benchmarks.parts import PARTS, choose_parts
-from benchmarks.pictures import write_pictures
 from benchmarks.report import number, render
-from benchmarks.settings import Settings
+from benchmarks.settings import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, TOY, random_pairs
 from benchmarks.startup import process_job
-from benchmarks.timing import Contestant, Job, NotMeasuredError, Result, interleave
-from benchmarks.tokenizer import pictures
+from benchmarks.timing import Job, NotMeasuredError, Result, Variant, interleave
+from benchmarks.tokenizer import random_images
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
 
@@ -44,14 +44,14 @@ def same_flags():
     torch.set_float32_matmul_precision(before)
 
 
-def contest(*contestants: Contestant, rounds: int = 4, unit: str = "images/s") -> list[Result]:
-    return interleave("work", contestants, unit=unit, rounds=rounds, show=lambda line: None)
+def contest(*variants: Variant, rounds: int = 4, unit: str = "images/s") -> list[Result]:
+    return interleave("work", variants, unit=unit, rounds=rounds, show=lambda line: None)
 
 
 def test_rounds_interleave_and_everyone_goes_first() -> None:
     calls: list[str] = []
     rows = [
-        Contestant(name=name, build=lambda name=name: Job(run=lambda: calls.append(name)))
+        Variant(name=name, build=lambda name=name: Job(run=lambda: calls.append(name)))
         for name in "abc"
     ]
     results = contest(*rows, rounds=6)
@@ -65,8 +65,8 @@ def test_costs_are_per_item_and_medians_are_middle_values() -> None:
     assert timing.median([5.0, 1.0, 3.0]) == 3.0
     assert timing.median([4.0, 1.0]) == 2.5
     one, four = contest(
-        Contestant(name="one", build=lambda: Job(run=lambda: time.sleep(0.05))),
-        Contestant(name="four", build=lambda: Job(run=lambda: time.sleep(0.05), items=4, flops=8)),
+        Variant(name="one", build=lambda: Job(run=lambda: time.sleep(0.05))),
+        Variant(name="four", build=lambda: Job(run=lambda: time.sleep(0.05), items=4, flops=8)),
     )
     assert four.flops == 2.0
     # A sleep never ends early: 0.05 s for one item, and for four far less than half of it each.
@@ -79,7 +79,7 @@ def sum_up() -> int:
     return sum(range(1000))
 
 
-def test_a_contestant_that_fails_says_why_and_the_others_go_on() -> None:
+def test_failed_variant_is_reported_and_others_run() -> None:
     def broken() -> Job:
         raise RuntimeError("no such\noperator")
 
@@ -90,10 +90,10 @@ def test_a_contestant_that_fails_says_why_and_the_others_go_on() -> None:
         raise ValueError("too late")
 
     results = contest(
-        Contestant(name="broken", build=broken),
-        Contestant(name="missing", build=missing),
-        Contestant(name="late", build=lambda: Job(run=late)),
-        Contestant(name="fine", build=lambda: Job(run=sum_up), rounds=1),
+        Variant(name="broken", build=broken),
+        Variant(name="missing", build=missing),
+        Variant(name="late", build=lambda: Job(run=late)),
+        Variant(name="fine", build=lambda: Job(run=sum_up), rounds=1),
     )
     assert [result.failure for result in results] == [
         "failed: RuntimeError: no such operator",
@@ -106,7 +106,7 @@ def test_a_contestant_that_fails_says_why_and_the_others_go_on() -> None:
     assert "| broken | failed: RuntimeError: no such operator |" in text
 
 
-def test_each_contestant_runs_with_its_own_matrix_products() -> None:
+def test_each_variant_runs_with_its_own_matrix_products() -> None:
     seen: list[str] = []
 
     def build() -> Job:
@@ -114,7 +114,7 @@ def test_each_contestant_runs_with_its_own_matrix_products() -> None:
         return Job(run=lambda: seen.append(torch.get_float32_matmul_precision()))
 
     names = ("highest", "high")
-    contest(*(Contestant(name=name, build=build, matmul=name) for name in names), rounds=2)
+    contest(*(Variant(name=name, build=build, matmul=name) for name in names), rounds=2)
     assert seen == ["highest", "high", "highest", "high", "high", "highest"]
 
 
@@ -125,18 +125,18 @@ def test_training_that_does_not_train_is_refused(losses: list[float]) -> None:
         timing.require_falling(losses)
 
 
-def test_ceilings_are_positive_and_shares_follow_the_tighter_one() -> None:
+def test_ceilings_and_fraction_of_the_tighter_one() -> None:
     assert all(rate > 0 for rate in measure_ceilings(side=64).values())
-    result = Result(work="w", contestant="c", is_ours=True, unit="s", costs=[2.0], flops=100.0)
-    assert share_of_ceiling(result, CEILINGS) == 0.5  # 1 s of arithmetic in 2 s
+    result = Result(work="w", variant="c", is_ours=True, unit="s", costs=[2.0], flops=100.0)
+    assert fraction_of_ceiling(result, CEILINGS) == 0.5  # 1 s of arithmetic in 2 s
     result.bytes = 15.0
-    assert share_of_ceiling(result, CEILINGS) == 0.75  # 1.5 s of reading
+    assert fraction_of_ceiling(result, CEILINGS) == 0.75  # 1.5 s of reading
     result.precision, result.bytes = "bfloat16", 0.0
-    assert share_of_ceiling(result, CEILINGS) == 0.125
+    assert fraction_of_ceiling(result, CEILINGS) == 0.125
     result.floor = 1.0
-    assert share_of_ceiling(result, CEILINGS) == 0.5
+    assert fraction_of_ceiling(result, CEILINGS) == 0.5
     result.floor, result.flops = None, 0.0
-    assert share_of_ceiling(result, CEILINGS) is None
+    assert fraction_of_ceiling(result, CEILINGS) is None
 
 
 def test_flops_count_products_and_leave_attention_to_its_formula() -> None:
@@ -150,13 +150,13 @@ def test_flops_count_products_and_leave_attention_to_its_formula() -> None:
     assert attention_flops(layers=1, width=8, length=10, rows=1) == expected
 
 
-def test_the_table_shows_rates_ratios_and_shares() -> None:
+def test_table_shows_rates_ratios_and_fractions() -> None:
     own = Result(
-        work="train", contestant="ours", is_ours=True, unit="tokens/s", costs=[0.01, 0.02, 0.03],
+        work="train", variant="ours", is_ours=True, unit="tokens/s", costs=[0.01, 0.02, 0.03],
         others=[0.1, None, 0.3], flops=1.0,
     )  # fmt: skip
     peer = Result(
-        work="train", contestant="a | b", is_ours=False, unit="tokens/s", costs=[0.05],
+        work="train", variant="a | b", is_ours=False, unit="tokens/s", costs=[0.05],
         others=[None], build_seconds=63.0, note="as shipped",
     )  # fmt: skip
     lines = render([own, peer], CEILINGS, {"date": "today"}).splitlines()
@@ -176,7 +176,7 @@ def test_numbers_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
 
 
-def test_parts_are_chosen_by_the_beginnings_of_their_names() -> None:
+def test_parts_are_selected_by_prefix() -> None:
     assert choose_parts(["all"]) == list(PARTS)
     assert choose_parts(["train"]) == ["train_small", "train_medium"]
     assert choose_parts(["sample_o", "lookup"]) == ["lookup", "sample_one"]
@@ -221,7 +221,7 @@ def test_sizes_are_those_of_the_comparison() -> None:
     assert text.shape == (TOY.batch, TOY.text_length)
     assert image.shape == (TOY.batch, TOY.image_length)
     assert ours.build_decoder(TOY).config.sequence_length == TOY.length
-    assert list(Settings(rounds=1, quick=True, bf16=False).precisions()) == ["float32"]
+    assert list(BenchmarkConfig(rounds=1, quick=True, bf16=False).precisions()) == ["float32"]
 
 
 def test_our_decoder_trains() -> None:
@@ -234,13 +234,13 @@ def test_our_decoder_trains() -> None:
 
 
 @pytest.mark.parametrize("guided", [False, True])
-def test_our_decoder_draws(guided: bool) -> None:
+def test_our_decoder_generates(guided: bool) -> None:
     job = ours.decoder_sampler(TOY, "float32")(batch=2, guided=guided)
-    drawn = job.run()
-    assert drawn.image_token_ids.shape == (2, TOY.image_length)  # type: ignore[attr-defined]
+    generated = job.run()
+    assert generated.image_token_ids.shape == (2, TOY.image_length)  # type: ignore[attr-defined]
 
 
-def test_drawing_that_its_cache_changes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_dependent_sampling_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours.build_decoder(TOY).eval()
     with torch.no_grad():
         model.image_head.rows.normal_(std=0.1)
@@ -257,7 +257,7 @@ def test_drawing_that_its_cache_changes_is_refused(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("work", ["encode", "decode", "train"])
 def test_our_tokenizer_works(work: str) -> None:
-    job = ours_pictures.tokenizer_job(work, pictures(2, 32), "float32")  # type: ignore[arg-type]
+    job = ours_pictures.tokenizer_job(work, random_images(2, 32), "float32")  # type: ignore[arg-type]
     assert job.flops > 0
     job.run()
 
@@ -265,19 +265,19 @@ def test_our_tokenizer_works(work: str) -> None:
 def test_our_gumbel_quantizer_trains_between_given_networks() -> None:
     torch.manual_seed(0)
     encoder, decoder = nn.Conv2d(3, 16, 4, 4), nn.ConvTranspose2d(8, 3, 4, 4)
-    parts = (encoder, decoder, torch.randn(16, 8), pictures(256, 16), "float32")
+    parts = (encoder, decoder, torch.randn(16, 8), random_images(256, 16), "float32")
     job = ours_pictures.gumbel_training(*parts)  # type: ignore[arg-type]
     assert job.items == 256
-    for wrong in (ours_pictures.Beginning(99.0, 1.0), ours_pictures.Beginning(1.0, 99.0)):
+    for wrong in (ours_pictures.FirstStep(99.0, 1.0), ours_pictures.FirstStep(1.0, 99.0)):
         with pytest.raises(ValueError, match=f"the peer's {re.escape(str(wrong))}"):
-            ours_pictures.gumbel_training(*parts, beginning=wrong)  # type: ignore[arg-type]
+            ours_pictures.gumbel_training(*parts, first_step=wrong)  # type: ignore[arg-type]
 
 
 def test_beginnings_are_alike_but_for_noise() -> None:
-    one = ours_pictures.Beginning(1.0, 2.0)
-    assert one.is_like(ours_pictures.Beginning(1.04, 2.3))
-    assert not one.is_like(ours_pictures.Beginning(1.1, 2.0))
-    assert not one.is_like(ours_pictures.Beginning(1.0, 3.0))
+    one = ours_pictures.FirstStep(1.0, 2.0)
+    assert one.is_like(ours_pictures.FirstStep(1.04, 2.3))
+    assert not one.is_like(ours_pictures.FirstStep(1.1, 2.0))
+    assert not one.is_like(ours_pictures.FirstStep(1.0, 3.0))
 
 
 def test_what_is_not_compiled_is_refused() -> None:
@@ -295,16 +295,12 @@ def test_a_block_warms_up_and_is_measured_again_while_others_are_busy(
 ) -> None:
     monkeypatch.setattr(timing, "LONGEST_SECONDS", 10.0)
     calls: list[float] = []
-    [alone] = contest(
-        Contestant(name="a", build=lambda: Job(run=lambda: calls.append(0))), rounds=1
-    )
+    [alone] = contest(Variant(name="a", build=lambda: Job(run=lambda: calls.append(0))), rounds=1)
     assert len(calls) in (2, 4, 6), "a call to warm up and one that counts, up to three times"
     busy = itertools.chain([0, 0, 9e9], itertools.repeat(9e9))  # others took the first block only
     monkeypatch.setattr(timing, "_busy_seconds", lambda: next(busy))
     calls.clear()
-    [again] = contest(
-        Contestant(name="a", build=lambda: Job(run=lambda: calls.append(0))), rounds=1
-    )
+    [again] = contest(Variant(name="a", build=lambda: Job(run=lambda: calls.append(0))), rounds=1)
     assert len(calls) == 4
     assert len(again.costs) == len(alone.costs) == 1
     assert again.others == [0.0]
@@ -317,9 +313,9 @@ def test_our_look_up_finds_the_nearest_codes() -> None:
     assert found.tolist() == (vectors @ codebook.T).argmax(dim=1).tolist()
 
 
-def test_all_readers_read_every_picture(tmp_path: Path) -> None:
-    write_pictures(tmp_path, 5, side=32)
-    assert ours_pictures.read_pictures(tmp_path, 16) == 5
+def test_all_readers_read_every_image(tmp_path: Path) -> None:
+    write_images(tmp_path, 5, side=32)
+    assert ours_pictures.read_images(tmp_path, 16) == 5
     assert read_as_peer(tmp_path, 0) == decode_only(tmp_path) == 5
     pixels = DallePytorchFolder(tmp_path, side=16)[0]
     assert pixels.shape == (3, 16, 16)
@@ -328,7 +324,7 @@ def test_all_readers_read_every_picture(tmp_path: Path) -> None:
 
 
 def test_whole_training_reads_tokenizes_and_trains(tmp_path: Path) -> None:
-    write_pictures(tmp_path / "pictures", 6, side=32)
+    write_images(tmp_path / "pictures", 6, side=32)
     run = ours_pictures.toy_run()
     job = ours_pictures.whole_training(tmp_path / "pictures", run, epochs=2)
     assert job.items == 2 * run.batch
@@ -339,14 +335,14 @@ def test_whole_training_reads_tokenizes_and_trains(tmp_path: Path) -> None:
     assert (matched.vqvae.image_grid_size, matched.vqvae.codebook_size) == ((4, 4), 64)
 
 
-def test_the_model_folder_draws(tmp_path: Path) -> None:
+def test_model_folder_generates(tmp_path: Path) -> None:
     from dalle_mini_impl.models.dalle_config import DecoderConfig
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
     decoder = DecoderConfig(hidden_size=32, num_layers=1, num_heads=2)
     ours_pictures.write_model(tmp_path, decoder)
-    drawn = TextToImagePipeline.from_pretrained(tmp_path)("red heart")
-    assert drawn.images[0].size == (64, 64)
+    generated = TextToImagePipeline.from_pretrained(tmp_path)("red heart")
+    assert generated.images[0].size == (64, 64)
     assert json.loads((tmp_path / "model_index.json").read_text())
 
 
@@ -360,10 +356,10 @@ def test_peak_memory_grows_and_never_shrinks() -> None:
     assert 0.01 < before < after - 0.2
 
 
-def test_quality_is_the_mean_psnr_of_pictures() -> None:
-    pictures_of_bytes = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
+def test_quality_is_the_mean_psnr_of_images() -> None:
+    images_of_bytes = torch.full((3, 3, 8, 8), 100, dtype=torch.uint8)
     far = torch.tensor([0.2, 0.02, 0.002]).view(3, 1, 1, 1)
-    found = quality.quality(lambda pixels: pixels + far, pictures_of_bytes)
+    found = quality.quality(lambda pixels: pixels + far, images_of_bytes)
     assert found == pytest.approx((20 + 40 + 60) / 3, abs=1e-3)  # 0.2 of [-1, 1] is 0.1 of [0, 1]
 
 
@@ -391,7 +387,7 @@ def test_learners_take_turns_until_the_goal_or_six_times_our_time(
     monkeypatch.setattr(quality.ours_pictures, "tokenizer_to_quality", lambda train: own)
     monkeypatch.setattr(quality, "TURN_SECONDS", 0.0001)
     monkeypatch.setattr(quality, "GOAL_DB", 22.0)
-    ours_row, stopped, failed = quality.run(Settings(rounds=1, quick=False, bf16=False))
+    ours_row, stopped, failed = quality.run(BenchmarkConfig(rounds=1, quick=False, bf16=False))
     assert len(ours_row.costs) == 1
     assert "dB after" in ours_row.note
     assert stopped.failure.startswith("more than")
@@ -402,7 +398,7 @@ def test_learners_take_turns_until_the_goal_or_six_times_our_time(
 
 def test_our_tokenizer_learns_to_a_quality(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ours_pictures, "QUALITY_STEPS", 40)
-    train = ((pictures(32, 16) + 1) * 127.5).byte()
+    train = ((random_images(32, 16) + 1) * 127.5).byte()
     step, rebuild = ours_pictures.tokenizer_to_quality(train)
     before = quality.quality(rebuild, train)
     for _ in range(40):
@@ -410,14 +406,14 @@ def test_our_tokenizer_learns_to_a_quality(monkeypatch: pytest.MonkeyPatch) -> N
     assert quality.quality(rebuild, train) > before + 2
 
 
-def test_trained_models_draw_the_same_in_fewer_passes() -> None:
+def test_jacobi_needs_fewer_passes_for_the_same_images() -> None:
     pipeline = tiny.build_pipeline()
     many = shipped.own_job(pipeline, guided=True)
     single = shipped.own_job(pipeline, guided=True, one_by_one=True)
     assert many.items == single.items == len(shipped.PROMPTS)
-    drawn = [tokens for tokens, _ in many.run()]  # type: ignore[attr-defined]
-    wanted = [tokens for tokens, _ in single.run()]  # type: ignore[attr-defined]
-    assert all(map(torch.equal, drawn, wanted))
+    generated = [tokens for tokens, _ in many.run()]  # type: ignore[attr-defined]
+    expected = [tokens for tokens, _ in single.run()]  # type: ignore[attr-defined]
+    assert all(map(torch.equal, generated, expected))
     assert single.note == f"{pipeline.dalle.config.image_length:.1f} passes a picture"
     assert float(many.note.split()[0]) < float(single.note.split()[0])
 
@@ -438,6 +434,6 @@ def test_a_program_that_numbers_its_files_on_can_be_timed_again(tmp_path: Path) 
     out = tmp_path / "out"
     code = "import os, sys; open(f'{sys.argv[1]}/{len(os.listdir(sys.argv[1]))}', 'w').close()"
     command = [sys.executable, "-c", code, str(out)]
-    process_job(command, wanted=out / "0").run()
+    process_job(command, expected=out / "0").run()
     with pytest.raises(ValueError, match="exit code 0"):
-        process_job(command, wanted=out / "1")
+        process_job(command, expected=out / "1")

@@ -13,16 +13,18 @@ from tests.reference import tiny
 from tests.reference.grid_data import write_grid_data
 
 
-def test_gains_are_paired_and_bounded_by_the_oracle() -> None:
+def test_log_ratios_are_paired_and_bounded_by_the_oracle() -> None:
     answers = [[{"cell": float(right)} for right in row] for row in ((0, 1), (1, 0), (0, 0))]
     figures = compare(answers, {"none": [0, 0, 0], "good": [1, 0, 0], "bad": [0, 1, 1]})
     means = {name: values["cell"]["mean"]["value"] for name, values in figures.items()}
-    gains = {name: values["cell"]["gain"]["value"] for name, values in figures.items()}
+    log_likelihood_ratios = {
+        name: values["cell"]["gain"]["value"] for name, values in figures.items()
+    }
     third = 1 / 3
     assert means == pytest.approx(
         {"none": third, "good": 2 * third, "bad": 0, "mean of all": third, "oracle": 2 * third}
     )
-    assert gains == pytest.approx(
+    assert log_likelihood_ratios == pytest.approx(
         {"none": 0, "good": third, "bad": -third, "mean of all": 0, "oracle": third}
     )
     interval = figures["good"]["cell"]["gain"]
@@ -31,7 +33,7 @@ def test_gains_are_paired_and_bounded_by_the_oracle() -> None:
     assert "| good | 66.7 % | +33.3 (+0.0 to +100.0) |" in table(figures)
 
 
-def test_candidates_are_those_of_generate_and_are_drawn_once(tmp_path: Path) -> None:
+def test_candidates_are_those_of_generate_and_are_generated_once(tmp_path: Path) -> None:
     data = write_grid_data(tmp_path / "data", styles=("twemoji", "noto"))
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
     tiny.build_ranker().save_pretrained(tmp_path / "clip")
@@ -51,6 +53,6 @@ def test_candidates_are_those_of_generate_and_are_drawn_once(tmp_path: Path) -> 
     prompts = [held_out[index * len(held_out) // 3] for index in range(3)]
     ranker = load_clip_ranker(options.clip)
     for name, rank in (("none", "none"), ("likelihood", "likelihood"), ("clip", ranker)):
-        drawn = pipeline(prompts, num_candidates=5, seed=7, temperature=1.0, rank=rank)  # type: ignore[arg-type]
-        assert [seed - 7 for seed in drawn.seeds] == results["picks"][name]
+        generated = pipeline(prompts, num_candidates=5, seed=7, temperature=1.0, rank=rank)  # type: ignore[arg-type]
+        assert [seed - 7 for seed in generated.seeds] == results["picks"][name]
     assert set(results["figures"]["clip"]) == {"cell", "gender", "tone", "style", "psnr_db"}

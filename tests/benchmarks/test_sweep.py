@@ -6,9 +6,11 @@ from benchmarks.bake_off import CONTENDERS, bits_above_line, table
 
 
 def row(name: str, psnr_db: float, bits: float) -> dict[str, object]:
-    shares = dict.fromkeys(("cells", "tone", "gender", "codebook_usage"), 0.25)
+    fractions = dict.fromkeys(("cells", "tone", "gender", "codebook_usage"), 0.25)
     numbers = {"codebook_perplexity": 99.0, "feature_distance": 0.5, "seconds": 60.0}
-    return {"tokenizer": name, "expected": "x", "psnr_db": psnr_db, "bits": bits} | shares | numbers
+    return (
+        {"tokenizer": name, "expected": "x", "psnr_db": psnr_db, "bits": bits} | fractions | numbers
+    )
 
 
 def test_bits_are_held_against_fsq_at_the_same_psnr() -> None:

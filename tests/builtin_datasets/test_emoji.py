@@ -53,7 +53,7 @@ def everything() -> list[EmojiFacts]:
     return [facts_of(hexcode) for hexcode in emoji_index().emoji]
 
 
-def test_fixed_prompts_are_main_captions_of_pictures_that_training_may_see() -> None:
+def test_fixed_prompts_are_training_captions() -> None:
     facts = [facts_of(hexcode) for hexcode in FIXED_HEXCODES.split()]
     assert tuple(fact.texts[0] for fact in facts) == FIXED_PROMPTS
     assert tuple(fact.texts_ko[0] for fact in facts) == FIXED_PROMPTS_KO
@@ -162,8 +162,8 @@ def test_cells_of_a_role_differ_by_the_words_of_gender_and_tone_only(
         ("women wrestling", None),
     ],
 )
-def test_with_article(phrase: str, wanted: str | None) -> None:
-    assert with_article(phrase) == wanted
+def test_with_article(phrase: str, expected: str | None) -> None:
+    assert with_article(phrase) == expected
 
 
 def test_held_out_cells_leave_every_gender_and_tone_of_a_role_in_train() -> None:
@@ -176,7 +176,7 @@ def test_held_out_cells_leave_every_gender_and_tone_of_a_role_in_train() -> None
         assert tones <= set(TONES)
 
 
-def test_draws_never_change(everything: list[EmojiFacts]) -> None:
+def test_stable_hash_is_pinned(everything: list[EmojiFacts]) -> None:
     # A changed draw would make old and new runs incomparable: this test pins it.
     assert held_out_clocks() == {"1F554", "1F556", "1F558", "1F55E", "1F563", "1F567"}
     assert held_out_cells("1F9D1-200D-1F33E") == {("woman", "medium"), ("man", "dark")}
@@ -212,9 +212,9 @@ def test_leaks_are_dropped_or_moved() -> None:
 
 
 def test_clear_pixels_leave_no_colour_on_white() -> None:
-    picture = Image.new("RGBA", (16, 8), (255, 0, 0, 0))
-    picture.paste((0, 0, 255, 255), (0, 0, 8, 8))
-    out = np.asarray(on_white(picture, 8)).astype(int)
+    image = Image.new("RGBA", (16, 8), (255, 0, 0, 0))
+    image.paste((0, 0, 255, 255), (0, 0, 8, 8))
+    out = np.asarray(on_white(image, 8)).astype(int)
     assert out.shape == (8, 8, 3)
     red, green = out[..., 0], out[..., 1]
     assert np.abs(red - green).max() <= 1
@@ -251,17 +251,17 @@ def test_prepare_writes_an_image_folder(tmp_path: Path) -> None:
     report = prepare_emoji(out, size=16, styles=["fluent3d"], npm_dir=npm_dir)
     rows = {row["hexcode"]: row for row in read_rows(out)}
     assert set(rows) == {"2764", "1F355", "1F499", "1F44D-1F3FC", "1F44D-1F3FD"}
-    assert (report.pictures, report.unnamed, report.styles) == (5, 1, {"fluent3d": 5})
+    assert (report.images, report.unnamed, report.styles) == (5, 1, {"fluent3d": 5})
     heart = rows["2764"]
     assert heart["text"] == "red heart, 3D fluent style" == heart["texts"][0]
     assert heart["text_ko"] == "빨간색 하트, 플루언트 3D 스타일"
     assert heart["license"] == "MIT"
     assert heart["file_name"] == "images/fluent3d/2764.png"
-    with Image.open(out / heart["file_name"]) as picture:
-        assert (picture.mode, picture.size) == ("RGB", (16, 16))
-        assert picture.getpixel((8, 8)) == (255, 0, 0)
-    with Image.open(out / rows["1F44D-1F3FC"]["file_name"]) as picture:
-        assert picture.getpixel((8, 8)) == (220, 190, 160)
+    with Image.open(out / heart["file_name"]) as image:
+        assert (image.mode, image.size) == ("RGB", (16, 16))
+        assert image.getpixel((8, 8)) == (255, 0, 0)
+    with Image.open(out / rows["1F44D-1F3FC"]["file_name"]) as image:
+        assert image.getpixel((8, 8)) == (220, 190, 160)
     assert "Microsoft" in (out / "ATTRIBUTION.txt").read_text("utf-8")
     visible = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     assert visible == {"images", "metadata.jsonl", "ATTRIBUTION.txt"}
@@ -358,7 +358,7 @@ def test_script_prints_one_line_for_a_user_error(tmp_path: Path) -> None:
 def test_twemoji(tmp_path: Path) -> None:
     report = prepare_emoji(tmp_path / "a", size=64)
     rows = read_rows(tmp_path / "a")
-    assert report.pictures == len(rows) == 3919
+    assert report.images == len(rows) == 3919
     assert report.splits == dict(Counter(row["split"] for row in rows))
     assert report.splits == {
         "train": 3592,
@@ -375,8 +375,8 @@ def test_twemoji(tmp_path: Path) -> None:
     )
     pixels = Counter()
     for row in rows:
-        with Image.open(tmp_path / "a" / row["file_name"]) as picture:
-            pixels[picture.tobytes()] += 1
+        with Image.open(tmp_path / "a" / row["file_name"]) as image:
+            pixels[image.tobytes()] += 1
     assert max(pixels.values()) == 1
     grids = grid_roles(rows)
     assert len(grids) == 84

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dalle_mini_impl.builtin_datasets.labelled_images import load_digits, load_labelled_pictures
+from dalle_mini_impl.builtin_datasets.labelled_images import load_digits, load_labelled_images
 from dalle_mini_impl.errors import UserError
 from tests.reference import tiny
 
@@ -37,7 +37,7 @@ def test_families_stay_on_one_side(tmp_path: Path) -> None:
         row["role"] = f"role {number // 3}" if number % 2 else None
         row["base"] = f"base {number // 4}"
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    splits = load_labelled_pictures(
+    splits = load_labelled_images(
         str(folder), label="color", families=("role", "base"), image_size=16, held_out_percent=30
     )
     assert splits.class_names == tuple(sorted(tiny.COLORS))
@@ -56,6 +56,6 @@ def test_a_source_without_the_attribute_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"data.label: no picture has the attribute 'group'; wanted"
     ):
-        load_labelled_pictures(
+        load_labelled_images(
             str(folder), label="group", families=(), image_size=16, held_out_percent=30
         )

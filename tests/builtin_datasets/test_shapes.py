@@ -32,8 +32,8 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     SPLITS,
     Scene,
     ShapeObject,
-    draw_scene,
     make_scene,
+    render_scene,
 )
 from dalle_mini_impl.errors import UserError
 
@@ -66,7 +66,7 @@ def measure(count: int, image_size: int) -> tuple[float, float, float]:
     shuffled = random.Random(1).sample(captions, count)
     held, verdicts, facts = [], [], []
     for scene, caption, other in zip(scenes, captions, shuffled, strict=True):
-        image = draw_scene(scene, image_size)
+        image = render_scene(scene, image_size)
         held.append(check_caption(image, caption.facts).all_held)
         seen = check_caption(image, other.facts)
         verdicts.append(seen.all_held == scene_satisfies(scene, other.facts))
@@ -83,7 +83,7 @@ def test_scenes_and_captions_are_functions_of_the_seed() -> None:
         scene = make_scene(seed, split="train")
         assert make_scene(seed, split="train") == scene
         assert describe_scene(scene) == describe_scene(make_scene(seed, split="train"))
-        assert np.array_equal(np.asarray(draw_scene(scene)), np.asarray(draw_scene(scene)))
+        assert np.array_equal(np.asarray(render_scene(scene)), np.asarray(render_scene(scene)))
 
 
 def test_the_world_of_a_seed_is_pinned() -> None:
@@ -93,7 +93,7 @@ def test_the_world_of_a_seed_is_pinned() -> None:
     assert texts == pinned
 
 
-def test_splits_draw_from_independent_streams() -> None:
+def test_splits_use_independent_streams() -> None:
     train = [make_scene(seed, split="train", kinds=("single",)).objects for seed in range(100)]
     test = [make_scene(seed, split="test", kinds=("single",)).objects for seed in range(100)]
     assert not set(train) & set(test)
@@ -124,12 +124,12 @@ def test_every_pair_is_frequent_in_its_split() -> None:
         assert count == 0 if pair in HELD_OUT_PAIRS else count > 20, pair
 
 
-def test_scenes_are_inside_the_picture_and_apart() -> None:
+def test_scenes_are_inside_the_image_and_apart() -> None:
     """Ink on the border or inks in contact would make a picture ambiguous."""
     for scene in make_scenes(300):
-        ink = np.asarray(draw_scene(scene, 64)).min(-1) < 128
+        ink = np.asarray(render_scene(scene, 64)).min(-1) < 128
         assert ink.sum() == ink[1:-1, 1:-1].sum()
-        parts = [np.asarray(draw_scene(replace(scene, objects=(o,)), 64)) for o in scene.objects]
+        parts = [np.asarray(render_scene(replace(scene, objects=(o,)), 64)) for o in scene.objects]
         grown = [part.min(-1) < 250 for part in parts]
         for axis in (0, 1):
             grown = [g | np.roll(g, 1, axis) | np.roll(g, -1, axis) for g in grown]
@@ -157,7 +157,7 @@ def test_unknown_split_and_tiny_size_are_refused() -> None:
     with pytest.raises(UserError, match="split: got 'val'"):
         make_scene(0, split="val")
     with pytest.raises(UserError, match="image_size: got 31"):
-        draw_scene(make_scene(0, split="train"), 31)
+        render_scene(make_scene(0, split="train"), 31)
 
 
 # The words
@@ -284,20 +284,20 @@ def test_checker_tolerates_noise_and_blur(image_size: int) -> None:
     held: dict[str, list[bool]] = {}
     for scene in make_scenes(150):
         facts = describe_scene(scene).facts
-        image = draw_scene(scene, image_size)
+        image = render_scene(scene, image_size)
         blurred = image.filter(ImageFilter.GaussianBlur(0.8 * image_size / 32))
         pale = Image.blend(image, Image.new("RGB", image.size, "white"), 0.2)
-        pictures: dict[str, Any] = {
+        images: dict[str, Any] = {
             "noise": add_noise(image, 8, scene.seed),
             "strong noise": add_noise(image, 22, scene.seed),
             "blur": blurred,
             "noise and blur": add_noise(blurred, 8, scene.seed),
             "pale": pale,
         }
-        for name, picture in pictures.items():
-            held.setdefault(name, []).append(check_caption(picture, facts).all_held)
-    shares = {name: float(np.mean(values)) for name, values in held.items()}
-    assert min(shares.values()) >= 0.98, shares
+        for name, altered in images.items():
+            held.setdefault(name, []).append(check_caption(altered, facts).all_held)
+    fractions = {name: float(np.mean(values)) for name, values in held.items()}
+    assert min(fractions.values()) >= 0.98, fractions
 
 
 def test_one_changed_attribute_breaks_exactly_its_facts() -> None:
@@ -315,7 +315,7 @@ def test_one_changed_attribute_breaks_exactly_its_facts() -> None:
             other = rng.choice([p for p in POSITIONS if p != scene.position])
             changes["any"] = {"center": POSITIONS[other]}
         for word, change in changes.items():
-            image = draw_scene(replace(scene, objects=(replace(item, **change),)))
+            image = render_scene(replace(scene, objects=(replace(item, **change),)))
             held = check_caption(image, caption.facts).facts_held
             broken = [f for f, ok in zip(caption.facts, held, strict=True) if not ok]
             assert [str(fact.subject) for fact in broken] == [word], (seed, change)
@@ -327,8 +327,8 @@ def test_one_more_object_breaks_the_count(colour: str) -> None:
     scene = Scene("single", (make_object(center=(0.25, 0.25)),), 0)
     more = replace(scene, objects=(*scene.objects, make_object(center=(0.7, 0.7), colour=colour)))
     facts = describe_scene(scene).facts
-    assert check_caption(draw_scene(scene), facts).all_held
-    result = check_caption(draw_scene(more), facts)
+    assert check_caption(render_scene(scene), facts).all_held
+    result = check_caption(render_scene(more), facts)
     assert not result.all_held
     assert not result.facts_held[0]
 
@@ -338,20 +338,20 @@ def test_objects_of_different_colours_that_touch_are_two() -> None:
         make_object(shape="square", center=(0.35, 0.5)),
         make_object(shape="square", center=(0.58, 0.5), colour="blue"),
     )
-    seen = read_objects(draw_scene(Scene("count", objects, 0)))
+    seen = read_objects(render_scene(Scene("count", objects, 0)))
     assert [(o.colour, o.shape) for o in seen] == [("red", "square"), ("blue", "square")]
 
 
 def test_centres_and_radii_are_read_to_a_third_of_a_pixel() -> None:
     for scene in make_scenes(150, ("single",)):
         item = scene.objects[0]
-        seen = read_objects(draw_scene(scene))[0]
+        seen = read_objects(render_scene(scene))[0]
         assert abs(seen.center[0] - item.center[0]) * 32 < 1 / 3
         assert abs(seen.center[1] - item.center[1]) * 32 < 1 / 3
         assert abs(seen.radius - item.radius) * 32 < 1 / 3
 
 
-def draw_by_hand(colour: tuple[int, int, int], corners: list[tuple[float, float]]) -> Image.Image:
+def render_by_hand(colour: tuple[int, int, int], corners: list[tuple[float, float]]) -> Image.Image:
     """A polygon of any colour, in pixels of a 32 x 32 picture."""
     image = Image.new("RGB", (256, 256), "white")
     ImageDraw.Draw(image).polygon([(8 * x, 8 * y) for x, y in corners], fill=colour)
@@ -367,13 +367,13 @@ def draw_by_hand(colour: tuple[int, int, int], corners: list[tuple[float, float]
     ],
 )
 def test_other_forms_are_unknown_but_count(corners: list[tuple[float, float]]) -> None:
-    (seen,) = read_objects(draw_by_hand(COLOURS["red"], corners))
+    (seen,) = read_objects(render_by_hand(COLOURS["red"], corners))
     assert (seen.shape, seen.colour) == ("unknown", "red")
 
 
 @pytest.mark.parametrize("colour", [(150, 150, 150), (120, 70, 20), (150, 200, 255)])
 def test_other_colours_are_unknown_but_count(colour: tuple[int, int, int]) -> None:
-    (seen,) = read_objects(draw_by_hand(colour, [(10, 10), (22, 10), (22, 22), (10, 22)]))
+    (seen,) = read_objects(render_by_hand(colour, [(10, 10), (22, 10), (22, 22), (10, 22)]))
     assert (seen.shape, seen.colour) == ("square", "unknown")
 
 
@@ -381,7 +381,7 @@ def test_other_colours_are_unknown_but_count(colour: tuple[int, int, int]) -> No
 def test_squares_of_other_sizes_are_unknown_but_count(side: int) -> None:
     low, high = 16 - side / 2, 16 + side / 2
     corners = [(low, low), (high, low), (high, high), (low, high)]
-    (seen,) = read_objects(draw_by_hand(COLOURS["black"], corners))
+    (seen,) = read_objects(render_by_hand(COLOURS["black"], corners))
     assert (seen.shape, seen.size, seen.colour) == ("unknown", "unknown", "black")
 
 
@@ -406,7 +406,7 @@ def test_nothing_and_garbage_show_no_caption() -> None:
         Image.new("RGB", (40, 32)),
     ],
 )
-def test_other_pictures_are_refused(image: object) -> None:
+def test_other_images_are_refused(image: object) -> None:
     with pytest.raises(UserError, match="image: got"):
         check_caption(image, [])  # type: ignore[arg-type]
 
@@ -418,8 +418,8 @@ def test_chance_of_single_captions_is_below_five_percent() -> None:
     assert 0.001 < np.mean(hits) < 0.05
 
 
-def test_checker_reads_300_pictures_per_second() -> None:
-    images = [draw_scene(scene) for scene in make_scenes(150)]
+def test_checker_reads_300_images_per_second() -> None:
+    images = [render_scene(scene) for scene in make_scenes(150)]
     read_objects(images[0])  # draws the templates
     start = time.process_time()
     for image in images:
@@ -430,7 +430,7 @@ def test_checker_reads_300_pictures_per_second() -> None:
 # The files
 
 
-def test_prepared_folder_holds_pictures_of_their_facts(tmp_path: Path) -> None:
+def test_prepared_folder_holds_images_of_their_facts(tmp_path: Path) -> None:
     counts = {"train": 5, "test": 3, "test_compose": 2}
     prepare_shapes(tmp_path, counts=counts)
     stale = tmp_path / "images" / "train" / "0000099.png"

@@ -106,8 +106,8 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
         load_text_pairs(str(tmp_path / "none.tsv"), held_out_percent=10)
 
 
-def test_the_nearest_source_answers(names: TextPairs) -> None:
+def test_nearest_source_predictions(names: TextPairs) -> None:
     known = [pair for pair in names.train if pair.source in ("red heart", "pizza", "cat face")]
-    answers = nearest_targets(["blue heart", "dog face", "pizzas", "??"], known)
-    assert answers[:3] == ["빨간색 하트", "고양이 얼굴", "피자"]
-    assert answers[3] in {pair.target for pair in known}
+    predictions = nearest_targets(["blue heart", "dog face", "pizzas", "??"], known)
+    assert predictions[:3] == ["빨간색 하트", "고양이 얼굴", "피자"]
+    assert predictions[3] in {pair.target for pair in known}

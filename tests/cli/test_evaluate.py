@@ -75,7 +75,7 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
     ways = ["one picture", "best of 2", CEILING, FLOOR]
     assert list(found["composition"]) == ["chance", *ways]
     assert set(found["composition"]["one picture"]) == {"twemoji", "noto", "all styles"}
-    assert found["distribution"]["num_pictures"] == found["memorisation"]["num_drawings"] == 18
+    assert found["distribution"]["num_images"] == found["memorisation"]["num_generated"] == 18
     by_network = found["distribution by a network"]
     assert by_network.keys() == found["distribution"].keys()
     assert by_network["drawings"]["distance"] != found["distribution"]["drawings"]["distance"]
@@ -90,7 +90,7 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
 
 
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_the_report_says_by_what_pass_it_drew(
+def test_report_names_the_forward_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -114,9 +114,7 @@ def test_the_report_says_by_what_pass_it_drew(
     build.load_library.cache_clear()
 
 
-def test_a_clip_scores_drawings_true_pictures_and_wrong_captions(
-    tmp_path: Path, model: Path
-) -> None:
+def test_clip_scores_samples_references_and_wrong_captions(tmp_path: Path, model: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
     ranker = tiny.build_ranker()
     ranker.save_pretrained(tmp_path / "clip")
@@ -125,8 +123,8 @@ def test_a_clip_scores_drawings_true_pictures_and_wrong_captions(
     assert list(scores) == ["one picture", "true pictures", FLOOR]
     assert found["protocol"]["options"]["clip"] == "clip"
     pairs = list(open_pairs(str(data), split="val"))
-    pictures = [Image.open(data / pair.path) for pair in pairs]
-    cosines = ranker.score(pictures, [pair.captions[0] for pair in pairs])
+    images = [Image.open(data / pair.path) for pair in pairs]
+    cosines = ranker.score(images, [pair.captions[0] for pair in pairs])
     expected = float(100 * cosines.clamp(min=0).mean())
     assert scores["true pictures"]["value"] == pytest.approx(expected, rel=1e-4)
     assert "CLIP score" in (out / "report.md").read_text(encoding="utf-8")
@@ -134,14 +132,14 @@ def test_a_clip_scores_drawings_true_pictures_and_wrong_captions(
         measure(model, data, tmp_path / "other", clip=str(tmp_path / "none"))
 
 
-def test_any_captioned_pictures_will_do(tmp_path: Path, model: Path) -> None:
+def test_any_captioned_images_will_do(tmp_path: Path, model: Path) -> None:
     data = tiny.write_data(tmp_path / "data", count=120)
     options = {"overrides": {"guidance_scale": 1.0}, "max_samples": 18}
     found, _ = measure(model, data, tmp_path / "out", **options)
     assert list(found) == [name for name in SECTIONS if name != "composition"]
     assert found["protocol"]["sampling"]["guidance_scale"] == 1.0
     assert set(found["distribution"]) == {
-        "num_pictures", "drawings", "true pictures, rebuilt", "training pictures", "true pictures",
+        "num_images", "drawings", "true pictures, rebuilt", "training pictures", "true pictures",
     }  # fmt: skip
     assert set(found["decoder"]["splits"]) == {"train", "val"}
     assert len(found["memorisation"]["data_copying_test"]) == 3
@@ -181,8 +179,10 @@ def test_the_models_own_run_shows_the_report(tmp_path: Path, model: Path) -> Non
     assert recorded["run_id"] == "abc123"
     history = recorded["history"]
     assert set(history["trainer/global_step"]) == {12}
-    (share,) = history["evaluation/composition/one picture/twemoji/cell"]
-    assert share == pytest.approx(found["composition"]["one picture"]["twemoji"]["cell"]["value"])
+    (fraction,) = history["evaluation/composition/one picture/twemoji/cell"]
+    assert fraction == pytest.approx(
+        found["composition"]["one picture"]["twemoji"]["cell"]["value"]
+    )
     (psnr_db,) = history["evaluation/tokenizer/psnr_db"]
     assert psnr_db == pytest.approx(found["tokenizer"]["psnr_db"]["value"], rel=1e-5)
     for name in ("composition/held_out_cells", "tokenizer/worst_reconstructions"):

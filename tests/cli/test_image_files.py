@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import metadata as hypothesis_settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle_mini_impl.cli.image_files import picture_name, save_picture
+from dalle_mini_impl.cli.image_files import image_name, save_image
 
 HOSTILE = [
     "../../x",
@@ -50,7 +50,7 @@ def check_name(name: str) -> None:
 
 @pytest.mark.parametrize("prompt", HOSTILE)
 def test_hostile_prompts_give_plain_names(prompt: str, tmp_path: Path) -> None:
-    name = picture_name(3, prompt, 2**63 - 1)
+    name = image_name(3, prompt, 2**63 - 1)
     check_name(name)
     (tmp_path / name).write_bytes(b"")
     assert [path.name for path in tmp_path.iterdir()] == [name]
@@ -59,26 +59,26 @@ def test_hostile_prompts_give_plain_names(prompt: str, tmp_path: Path) -> None:
 @hypothesis_settings(max_examples=100)
 @given(prompt=st.text(max_size=90), number=st.integers(0, 99), seed=st.integers(0, 2**63 - 1))
 def test_any_prompt_gives_a_plain_name(prompt: str, number: int, seed: int) -> None:
-    name = picture_name(number, prompt, seed)
+    name = image_name(number, prompt, seed)
     check_name(name)
     assert name.startswith(f"{number:04d}-")
     assert name.endswith(f"_{seed}.png")
 
 
 def test_names_can_be_read() -> None:
-    assert picture_name(7, "A red heart, on Snow!", 5) == "0007-a-red-heart-on-snow_5.png"
-    assert picture_name(0, "빨간 하트", 1) == "0000-빨간-하트_1.png"
-    assert picture_name(0, "🙂", 1) == "0000-picture_1.png"
-    assert picture_name(12345, "cat", 0) == "12345-cat_0.png"
-    assert picture_name(0, "가" * 300, 1) == f"0000-{'가' * 60}_1.png"
+    assert image_name(7, "A red heart, on Snow!", 5) == "0007-a-red-heart-on-snow_5.png"
+    assert image_name(0, "빨간 하트", 1) == "0000-빨간-하트_1.png"
+    assert image_name(0, "🙂", 1) == "0000-picture_1.png"
+    assert image_name(12345, "cat", 0) == "12345-cat_0.png"
+    assert image_name(0, "가" * 300, 1) == f"0000-{'가' * 60}_1.png"
 
 
 @pytest.mark.parametrize("prompt", [text for text in HOSTILE if "\ud800" not in text])
 def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 3), (200, 30, 90))
-    settings = {"guidance_scale": 3.5, "model": "emoji64", "top_k": 0, "note": "가, b: c"}
+    metadata = {"guidance_scale": 3.5, "model": "emoji64", "top_k": 0, "note": "가, b: c"}
     path = tmp_path / "picture.png"
-    save_picture(image, path, prompt=prompt, seed=2**63 - 1, settings=settings)
+    save_image(image, path, prompt=prompt, seed=2**63 - 1, metadata=metadata)
     with Image.open(path) as opened:
         opened.load()
         assert opened.tobytes() == image.tobytes()
@@ -86,16 +86,16 @@ def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
     assert json.loads(texts["dalle_mini_impl"]) == {
         "prompt": prompt,
         "seed": 2**63 - 1,
-        **settings,
+        **metadata,
     }
     assert texts["parameters"].startswith(f"{prompt}\nseed: {2**63 - 1}, guidance_scale: 3.5")
 
 
-def test_a_write_that_is_cut_short_leaves_no_half_of_a_picture(
+def test_write_that_is_cut_short_leaves_no_half_of_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "picture.png"
-    save_picture(Image.new("RGB", (4, 3), "red"), path, prompt="red", seed=0, settings={})
+    save_image(Image.new("RGB", (4, 3), "red"), path, prompt="red", seed=0, metadata={})
     before = path.read_bytes()
 
     def stop(*paths: Path) -> None:
@@ -103,6 +103,6 @@ def test_a_write_that_is_cut_short_leaves_no_half_of_a_picture(
 
     monkeypatch.setattr(os, "replace", stop)
     with pytest.raises(KeyboardInterrupt):
-        save_picture(Image.new("RGB", (4, 3), "blue"), path, prompt="blue", seed=0, settings={})
+        save_image(Image.new("RGB", (4, 3), "blue"), path, prompt="blue", seed=0, metadata={})
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before

@@ -85,7 +85,7 @@ def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         parent = folder if number % 2 else folder / "더 많은 그림"
         stem = f"그림 {number}" if number % 3 else f"a picture {number}"
-        tiny.draw_picture(number).save(parent / f"{stem}.png")
+        tiny.render_image(number).save(parent / f"{stem}.png")
         caption = tiny.CAPTIONS[number % len(tiny.CAPTIONS)]
         if number == 8:
             caption = ("a very long story about a purple disc " * 200)[:5000]
@@ -144,7 +144,7 @@ def test_a_users_own_folder_goes_the_whole_road(
     assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid-0000.png"]
 
 
-def test_pictures_tell_how_they_were_made_and_the_grid_holds_this_calls_alone(
+def test_image_metadata_and_grid_of_one_call(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pictures"
@@ -334,7 +334,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare = folder / "bare"
     bare.mkdir()
     for number in range(12):
-        tiny.draw_picture(number).save(bare / f"{number}.png")
+        tiny.render_image(number).save(bare / f"{number}.png")
     (folder / "odd.yaml").write_text("vqvae:\n  colour: 3\n")
     vqvae, dalle = presets(data, folder / "runs")
     return {
@@ -357,12 +357,12 @@ def filled(text: str, places: dict[str, str]) -> str:
     return text
 
 
-def assert_one_line(error: str, wanted: Sequence[str], places: dict[str, str]) -> None:
+def assert_one_line(error: str, expected: Sequence[str], places: dict[str, str]) -> None:
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert error.endswith("\n")
     assert "Traceback" not in error
-    for part in wanted:
+    for part in expected:
         assert filled(part, places) in error
 
 
@@ -370,9 +370,9 @@ def assert_one_line(error: str, wanted: Sequence[str], places: dict[str, str]) -
 def test_bad_input_is_one_line_that_says_what_to_change(
     case: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, arguments, wanted = BAD_INPUT[case]
+    name, arguments, expected = BAD_INPUT[case]
     assert run_here(name, *(places.get(word, word) for word in arguments)) == 2
-    assert_one_line(capsys.readouterr().err, wanted, places)
+    assert_one_line(capsys.readouterr().err, expected, places)
 
 
 def test_a_damaged_model_is_one_line(
@@ -390,11 +390,11 @@ def test_a_damaged_model_is_one_line(
 
 @pytest.mark.parametrize("case", ["unknown key", "no captions", "no model folder", "no model"])
 def test_bad_input_leaves_a_real_process_with_code_2(case: str, places: dict[str, str]) -> None:
-    name, arguments, wanted = BAD_INPUT[case]
+    name, arguments, expected = BAD_INPUT[case]
     result = run_apart(name, *(places.get(word, word) for word in arguments))
     assert result.returncode == 2
     assert result.stdout == ""
-    assert_one_line(result.stderr, wanted, places)
+    assert_one_line(result.stderr, expected, places)
 
 
 def test_a_stopped_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
@@ -483,39 +483,37 @@ def test_the_demo_picks_up_where_it_was(tmp_path: Path) -> None:
     )
 
 
-def test_a_part_of_a_picture_is_redrawn(
+def test_generate_script_inpaints(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny.draw_picture(3).save(tmp_path / "box.png")
+    tiny.render_image(3).save(tmp_path / "box.png")
     mask = Image.new("L", (16, 16), 0)
     mask.paste(255, (0, 8, 16, 16))
     mask.save(tmp_path / "mask.png")
     shared = ("--model", model_dir, "--prompt", "a red disc", "--num-images", "2")
-    picture = ("--image", tmp_path / "box.png")
+    image = ("--image", tmp_path / "box.png")
     out = tmp_path / "out"
-    assert (
-        run_here("generate", *shared, *picture, "--mask", tmp_path / "mask.png", "--out", out) == 0
-    )
-    drawn = [Image.open(out / f"0000-a-red-disc_{seed}.png") for seed in range(2)]
+    assert run_here("generate", *shared, *image, "--mask", tmp_path / "mask.png", "--out", out) == 0
+    generated = [Image.open(out / f"0000-a-red-disc_{seed}.png") for seed in range(2)]
     rows = tmp_path / "rows"
-    assert run_here("generate", *shared, *picture, "--keep-rows", "1", "--out", rows) == 0
+    assert run_here("generate", *shared, *image, "--keep-rows", "1", "--out", rows) == 0
     same = [Image.open(rows / f"0000-a-red-disc_{seed}.png") for seed in range(2)]
-    for first, second in zip(drawn, same, strict=True):
+    for first, second in zip(generated, same, strict=True):
         assert first.tobytes() == second.tobytes()
         top = (0, 0, 16, 8)
-        assert first.crop(top).tobytes() == tiny.draw_picture(3).crop(top).tobytes()
-    facts = json.loads(drawn[0].text["dalle_mini_impl"])  # type: ignore[attr-defined]
+        assert first.crop(top).tobytes() == tiny.render_image(3).crop(top).tobytes()
+    facts = json.loads(generated[0].text["dalle_mini_impl"])  # type: ignore[attr-defined]
     assert (facts["image"], facts["mask"], facts["seed"]) == ("box.png", "mask.png", 0)
     assert (out / "grid-0000.png").is_file()
     capsys.readouterr()
     for options, message in (
         (("--mask", tmp_path / "mask.png"), "error: image: none given; wanted --image with"),
         (
-            picture,
+            image,
             "error: mask: got none of them, wanted exactly one of mask, ",
         ),
         (("--image", tmp_path / "no.png", "--keep-rows", "1"), "error: image: .*No such file"),
-        ((*picture, "--keep-share", "0.75"), "error: keep_share: something stays after"),
+        ((*image, "--keep-fraction", "0.75"), "error: keep_fraction: something stays after"),
     ):
         assert run_here("generate", *shared, *options, "--out", out) == 2
         assert re.match(message, capsys.readouterr().err)
@@ -548,7 +546,7 @@ def test_a_model_with_an_encoder_goes_the_whole_road(
     assert run_here("generate", *model, "--prompt", "a red disc", "--out", tmp_path / "out") == 0
     assert len(list((tmp_path / "out").glob("0000-*.png"))) == 4
     capsys.readouterr()
-    tiny.draw_picture(3).save(tmp_path / "box.png")
+    tiny.render_image(3).save(tmp_path / "box.png")
     asked = (*model, "--images", tmp_path / "box.png", "--caption", "a box", "--caption", "a disc")
     assert run_here("caption", *asked) == 0
     best = json.loads(capsys.readouterr().out)["captions"]
@@ -563,10 +561,10 @@ def test_a_model_with_an_encoder_goes_the_whole_road(
         assert captured.err.count("\n") == 1
 
 
-def test_captions_are_ranked_and_completed(
+def test_caption_script_ranks_and_completes(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tiny.draw_picture(3).save(tmp_path / "box.png")
+    tiny.render_image(3).save(tmp_path / "box.png")
     (tmp_path / "list.txt").write_text("\n".join(tiny.CAPTIONS), encoding="utf-8")
     shared = ("--model", model_dir, "--num-tokens", "2", "--num-samples", "3")
     images = ("--images", tmp_path / "box.png", "--top", "12")

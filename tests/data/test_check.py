@@ -128,8 +128,8 @@ def test_tars_text_files_and_tables_are_checked_too(
 
 def test_nothing_usable_is_reported_and_nothing_there_is_an_error(tmp_path: Path) -> None:
     data = distinct(tmp_path / "data")
-    for picture in data.glob("*.png"):
-        picture.write_bytes(b"")
+    for image in data.glob("*.png"):
+        image.write_bytes(b"")
     report = check(data)
     assert report.split_sizes == {}
     assert report.num_bad == 30
@@ -170,8 +170,8 @@ def test_the_exit_code_of_the_script_tells(tmp_path: Path) -> None:
         assert "pixels in memory: 0.0 MiB (29 of 16 x 16)" in bad.stdout
         assert "100 steps take about" in bad.stdout
         assert ("token table" in bad.stdout) == (name == "dalle")
-    for picture in data.glob("*.png"):
-        picture.write_bytes(b"")
+    for image in data.glob("*.png"):
+        image.write_bytes(b"")
     for arguments in (["--source", data], ["--source", tmp_path / "none"], []):
         error = run_script(*arguments)
         assert error.returncode == 2
@@ -181,11 +181,11 @@ def test_the_exit_code_of_the_script_tells(tmp_path: Path) -> None:
 
 def test_the_report_is_plain_text(tmp_path: Path) -> None:
     data = distinct(tmp_path / "data")
-    picture = io.BytesIO()
-    Image.new("RGB", (16, 16), "red").save(picture, "PNG")
+    image = io.BytesIO()
+    Image.new("RGB", (16, 16), "red").save(image, "PNG")
     row = {"file_name": "\x1b[2J.png", "text": "\x1b[31m " * 40, "split": "train"}
-    (data / "\x1b[2J.png").write_bytes(picture.getvalue()[:40])
-    (data / "0.png").write_bytes(picture.getvalue())
+    (data / "\x1b[2J.png").write_bytes(image.getvalue()[:40])
+    (data / "0.png").write_bytes(image.getvalue())
     with (data / "metadata.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
         file.write(json.dumps(row | {"file_name": "0.png", "split": "train"}) + "\n")

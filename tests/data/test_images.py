@@ -82,7 +82,7 @@ def test_palette_with_a_transparent_entry() -> None:
     assert decoded.getpixel((1, 0)) == BLUE
 
 
-def test_colour_key_transparency_of_rgb_and_grey_pictures() -> None:
+def test_colour_key_transparency_of_rgb_and_grey_images() -> None:
     image = Image.new("RGB", (2, 1), GREEN)
     image.putpixel((0, 0), RED)
     decoded = decode_image(encoded(image, "PNG", transparency=RED), source="x")
@@ -125,7 +125,7 @@ def test_exif_rotation_is_applied(orientation: int) -> None:
     assert decoded.size == ((4, 6) if orientation >= 5 else (6, 4))
 
 
-def test_broken_exif_does_not_cost_the_picture() -> None:
+def test_broken_exif_does_not_cost_the_image() -> None:
     data = encoded(noise(6, 4), "JPEG", exif=b"Exif\x00\x00not a tiff header")
     assert decode_image(data, source="x").size == (6, 4)
 
@@ -194,7 +194,7 @@ def test_resize_and_crop_takes_the_middle_square() -> None:
     assert resize_and_crop(image.transpose(Image.Transpose.ROTATE_90), 45).size == (45, 45)
 
 
-def test_resize_and_crop_leaves_a_fitting_picture_alone() -> None:
+def test_resize_and_crop_leaves_a_fitting_image_alone() -> None:
     image = noise(8, 8)
     assert resize_and_crop(image, 8).tobytes() == image.tobytes()
     with pytest.raises(ValueError, match="size is 0"):
@@ -224,20 +224,20 @@ def test_pixels_to_images_clamps_and_refuses_nonsense() -> None:
         pixels_to_images(torch.zeros(1, 4, 2, 2))
 
 
-def test_grid_places_pictures_row_by_row() -> None:
-    pictures = [Image.new("RGB", (4, 3), colour) for colour in (RED, GREEN, BLUE)]
-    grid = make_grid(pictures, columns=2, padding=1)
+def test_grid_places_images_row_by_row() -> None:
+    image_list = [Image.new("RGB", (4, 3), colour) for colour in (RED, GREEN, BLUE)]
+    grid = make_grid(image_list, columns=2, padding=1)
     assert grid.size == (2 * 4 + 3, 2 * 3 + 3)
     assert grid.getpixel((1, 1)) == RED
     assert grid.getpixel((6, 1)) == GREEN
     assert grid.getpixel((1, 5)) == BLUE
     assert grid.getpixel((6, 5)) == WHITE
     assert grid.getpixel((0, 0)) == WHITE
-    assert make_grid(pictures[:1], columns=8, padding=1).size == (6, 5)
+    assert make_grid(image_list[:1], columns=8, padding=1).size == (6, 5)
 
 
-def test_grid_captions_are_drawn_under_doubled_pictures() -> None:
-    picture = Image.new("RGB", (64, 64), RED)
+def test_grid_captions_stand_under_doubled_images() -> None:
+    image = Image.new("RGB", (64, 64), RED)
     long_word = "x" * 500
     captions = [
         "a red square",
@@ -247,7 +247,7 @@ def test_grid_captions_are_drawn_under_doubled_pictures() -> None:
         long_word,
         "two\nlines\x00",
     ]
-    grid = make_grid([picture] * 6, columns=3, captions=captions)
+    grid = make_grid([image] * 6, columns=3, captions=captions)
     assert grid.width == 3 * 128 + 4 * 2
     assert grid.getpixel((2 + 127, 2 + 127)) == RED
     under = np.asarray(grid.crop((2, 130, 130, 150)))
@@ -264,13 +264,13 @@ def test_a_caption_without_spaces_is_cut_at_once() -> None:
 
 
 def test_grid_refuses_wrong_counts() -> None:
-    picture = Image.new("RGB", (4, 4))
+    image = Image.new("RGB", (4, 4))
     with pytest.raises(ValueError, match="2 captions, wanted 1"):
-        make_grid([picture], columns=1, captions=["a", "b"])
+        make_grid([image], columns=1, captions=["a", "b"])
     with pytest.raises(ValueError, match="0 images"):
         make_grid([], columns=1)
     with pytest.raises(ValueError, match="0 columns"):
-        make_grid([picture], columns=0)
+        make_grid([image], columns=0)
 
 
 def test_sixteen_bit_colour_key() -> None:
@@ -284,7 +284,7 @@ def test_to_rgb_keeps_rgb_as_it_is() -> None:
     assert to_rgb(image) is image
 
 
-def test_hangul_is_drawn_where_a_font_for_it_is_installed(
+def test_hangul_is_rendered_if_a_font_is_installed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sheet(caption: str) -> bytes:

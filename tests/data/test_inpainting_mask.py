@@ -7,8 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_mini_impl.data.inpainting_mask import (
-    Region,
-    choose_region,
+    InpaintingMask,
+    build_inpainting_mask,
     enlarged,
     mask_pixels,
     paste_back,
@@ -28,62 +28,62 @@ def mask_of(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (16, 16))
     return mask
 
 
-def region_of(
-    *, picture_size: tuple[int, int] = (16, 16), seeds: int = 3, **what: object
-) -> Region:
-    given = {"mask": None, "keep_rows": None, "keep_share": None} | what
-    return choose_region(
+def inpainting_mask_of(
+    *, source_size: tuple[int, int] = (16, 16), seeds: int = 3, **what: object
+) -> InpaintingMask:
+    given = {"mask": None, "keep_rows": None, "keep_fraction": None} | what
+    return build_inpainting_mask(
         **given,  # type: ignore[arg-type]
-        picture_size=picture_size,
+        source_size=source_size,
         size=SIZE,
         grid=GRID,
         seeds=list(range(seeds)),
     )
 
 
-def test_every_cell_that_white_touches_is_redrawn() -> None:
-    region = region_of(mask=mask_of((5, 3, 5, 4), (15, 15, 15, 15)))
-    assert region.is_redrawn.shape == (3, 16)
-    assert region.is_redrawn[0].nonzero().flatten().tolist() == [1, 5, 15]
-    assert region.shown is not None
-    assert region.shown.nonzero().tolist() == [[3, 5], [4, 5], [15, 15]]
+def test_every_touched_cell_is_masked() -> None:
+    inpainting_mask = inpainting_mask_of(mask=mask_of((5, 3, 5, 4), (15, 15, 15, 15)))
+    assert inpainting_mask.is_masked.shape == (3, 16)
+    assert inpainting_mask.is_masked[0].nonzero().flatten().tolist() == [1, 5, 15]
+    assert inpainting_mask.shown is not None
+    assert inpainting_mask.shown.nonzero().tolist() == [[3, 5], [4, 5], [15, 15]]
 
 
 def test_a_large_masks_single_white_pixel_counts_and_grey_below_half_does_not() -> None:
     mask = mask_of((700, 300, 700, 300), size=(1600, 1600))
     ImageDraw.Draw(mask).rectangle((0, 0, 200, 200), fill=127)
-    shown = mask_pixels(mask, picture_size=(1600, 1600), size=SIZE)
+    shown = mask_pixels(mask, source_size=(1600, 1600), size=SIZE)
     assert shown.nonzero().tolist() == [[3, 7]]
 
 
-def test_a_mask_is_cropped_as_the_picture_is() -> None:
+def test_mask_is_cropped_as_the_image_is() -> None:
     mask = mask_of((0, 0, 7, 15), (8, 0, 11, 3), size=(32, 16))  # the left quarter is cut away
-    shown = mask_pixels(mask, picture_size=(32, 16), size=SIZE)
+    shown = mask_pixels(mask, source_size=(32, 16), size=SIZE)
     assert touched_cells(shown, grid=GRID).nonzero().flatten().tolist() == [0]
 
 
 def test_what_is_transparent_counts_as_white() -> None:
     mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     mask.putpixel((2, 9), (0, 0, 0, 0))
-    shown = mask_pixels(mask, picture_size=(16, 16), size=SIZE)
+    shown = mask_pixels(mask, source_size=(16, 16), size=SIZE)
     assert shown.nonzero().tolist() == [[9, 2]]
 
 
 def test_rows_stay_at_the_top() -> None:
-    region = region_of(keep_rows=3)
-    assert region.is_redrawn[1].nonzero().flatten().tolist() == [12, 13, 14, 15]
-    assert region.shown is not None
-    assert region.shown.sum(dim=1).tolist() == [0] * 12 + [16] * 4
+    inpainting_mask = inpainting_mask_of(keep_rows=3)
+    assert inpainting_mask.is_masked[1].nonzero().flatten().tolist() == [12, 13, 14, 15]
+    assert inpainting_mask.shown is not None
+    assert inpainting_mask.shown.sum(dim=1).tolist() == [0] * 12 + [16] * 4
 
 
-def test_a_share_stays_elsewhere_for_every_seed() -> None:
-    region = region_of(keep_share=0.7, seeds=20)
-    assert region.shown is None
-    assert region.is_redrawn.sum(dim=1).tolist() == [16 - round(0.7 * 16)] * 20
-    assert len(region.is_redrawn.unique(dim=0)) > 15
-    assert region.is_redrawn.any(dim=0).all()
+def test_keep_fraction_differs_by_seed() -> None:
+    inpainting_mask = inpainting_mask_of(keep_fraction=0.7, seeds=20)
+    assert inpainting_mask.shown is None
+    assert inpainting_mask.is_masked.sum(dim=1).tolist() == [16 - round(0.7 * 16)] * 20
+    assert len(inpainting_mask.is_masked.unique(dim=0)) > 15
+    assert inpainting_mask.is_masked.any(dim=0).all()
     alone = random_cells(0.7, grid=GRID, seeds=[7])
-    assert torch.equal(alone[0], region.is_redrawn[7])
+    assert torch.equal(alone[0], inpainting_mask.is_masked[7])
     assert random_cells(0.999, grid=GRID, seeds=[1]).sum() == 1  # something is always drawn
 
 
@@ -95,30 +95,30 @@ def test_cells_become_the_pixels_that_they_stand_for() -> None:
     assert torch.equal(touched_cells(pixels, grid=GRID), cells)
 
 
-def test_pixels_outside_the_mask_are_the_pictures_own() -> None:
-    picture = Image.effect_noise((16, 16), 90).convert("RGB")
-    drawn = Image.new("RGB", (16, 16), "red")
+def test_pixels_outside_the_mask_are_the_images_own() -> None:
+    image = Image.effect_noise((16, 16), 90).convert("RGB")
+    generated = Image.new("RGB", (16, 16), "red")
     shown = torch.zeros(16, 16).bool()
     shown[2:4, 5] = True
-    pasted = paste_back(drawn, picture, shown)
+    pasted = paste_back(generated, image, shown)
     for y in range(16):
         for x in range(16):
-            wanted = drawn if shown[y, x] else picture
-            assert pasted.getpixel((x, y)) == wanted.getpixel((x, y))
+            expected = generated if shown[y, x] else image
+            assert pasted.getpixel((x, y)) == expected.getpixel((x, y))
 
 
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({}, "mask: got none of them, wanted exactly one of mask, keep_rows, keep_share"),
+        ({}, "mask: got none of them, wanted exactly one of mask, keep_rows, keep_fraction"),
         (
-            {"keep_rows": 1, "keep_share": 0.5},
-            "mask: got keep_rows, keep_share, wanted",
+            {"keep_rows": 1, "keep_fraction": 0.5},
+            "mask: got keep_rows, keep_fraction, wanted",
         ),
         ({"keep_rows": 0}, "keep_rows: got 0, wanted 1 to 3 rows of tokens"),
         ({"keep_rows": 4}, "keep_rows: got 4, wanted 1 to 3 rows of tokens"),
-        ({"keep_share": 0.0}, "keep_share: got 0.0, wanted above 0 and below 1"),
-        ({"keep_share": 1.0}, "keep_share: got 1.0, wanted above 0 and below 1"),
+        ({"keep_fraction": 0.0}, "keep_fraction: got 0.0, wanted above 0 and below 1"),
+        ({"keep_fraction": 1.0}, "keep_fraction: got 1.0, wanted above 0 and below 1"),
         (
             {"mask": mask_of()},
             "mask: no white in the middle square, which is what the model sees of the picture",
@@ -126,6 +126,6 @@ def test_pixels_outside_the_mask_are_the_pictures_own() -> None:
         ({"mask": mask_of(size=(9, 16))}, "mask: got 9x16 pixels, wanted 16x16, as the picture"),
     ],
 )
-def test_regions_that_are_none_are_refused(what: dict[str, object], message: str) -> None:
+def test_invalid_masks_are_refused(what: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
-        region_of(**what)
+        inpainting_mask_of(**what)

@@ -26,7 +26,7 @@ from dalle_mini_impl.data.splits import held_out_split
 from dalle_mini_impl.errors import UserError
 
 
-def picture(shade: int = 0, format: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
+def png_bytes(shade: int = 0, format: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", size, (shade, 10, 20)).save(buffer, format)
     return buffer.getvalue()
@@ -40,7 +40,7 @@ def write_metadata(folder: Path, rows: list[Any]) -> None:
         name = row.get("file_name") if isinstance(row, dict) else None
         if isinstance(name, str) and "missing" not in name:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(picture(index))
+            (folder / name).write_bytes(png_bytes(index))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -91,21 +91,21 @@ def test_metadata_folder_gathers_all_captions_and_attributes(tmp_path: Path) -> 
     assert pairs[0].captions == ("a red square", "빨간 사각형", "red box")
     assert pairs[0].attributes == {"group": "shape", "tones": [1, 2], "score": None}
     assert pairs[1].captions == ("plain",)
-    assert pairs.read_image(0) == picture(0)
-    assert pairs.read_image(-1) == picture(2)
+    assert pairs.read_image(0) == png_bytes(0)
+    assert pairs.read_image(-1) == png_bytes(2)
     assert pairs.skipped == ()
     with pytest.raises(IndexError):
         pairs[2]
 
 
 def test_metadata_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(png_bytes())
     line = '{"file_name": "a.png", "text": "x"}\r\n'
     (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
     assert open_pairs(str(tmp_path))[0].captions == ("x",)
 
 
-def test_lines_of_one_picture_are_merged(tmp_path: Path) -> None:
+def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
     row = {"file_name": "a.png", "text": "one", "n": 1}
     write_metadata(tmp_path, [row, {"file_name": "a.png", "text": "two", "n": 2, "m": 3}])
     [pair] = open_pairs(str(tmp_path))
@@ -113,7 +113,7 @@ def test_lines_of_one_picture_are_merged(tmp_path: Path) -> None:
     assert pair.attributes == {"n": 1, "m": 3}
 
 
-def test_one_picture_in_two_splits_is_an_error(tmp_path: Path) -> None:
+def test_one_image_in_two_splits_is_an_error(tmp_path: Path) -> None:
     row = {"file_name": "a.png", "text": "one"}
     write_metadata(tmp_path, [row | {"split": "train"}, row | {"split": "val"}])
     with pytest.raises(UserError, match=r"metadata\.jsonl, line 2: a\.png is in split 'val'"):
@@ -127,7 +127,7 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
     rows += [{"file_name": "absent.png", "label": 3}, {"file_name": "missing.png", "text": "x"}]
     write_metadata(tmp_path, [json.dumps(row) for row in rows])
     for row in rows[:-1]:
-        (tmp_path / row["file_name"]).write_bytes(picture())
+        (tmp_path / row["file_name"]).write_bytes(png_bytes())
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["good.png"]
     found = reasons(pairs)
@@ -162,7 +162,7 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
 def test_broken_or_escaping_lines_are_errors_with_their_number(
     tmp_path: Path, line: str, message: str
 ) -> None:
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(png_bytes())
     folder = tmp_path / "folder"
     folder.mkdir()
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
@@ -210,7 +210,7 @@ def test_special_files_are_not_opened(tmp_path: Path) -> None:
 def test_no_metadata_makes_it_fail_otherwise_than_by_user_error(
     tmp_path: Path, rows: list[Any]
 ) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(png_bytes())
     text = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "metadata.jsonl").write_text(text)
     try:
@@ -226,20 +226,20 @@ def test_no_metadata_makes_it_fail_otherwise_than_by_user_error(
 def test_sidecar_folder_keeps_equal_names_apart(tmp_path: Path) -> None:
     for folder, shade in [("cats", 1), ("dogs", 2)]:
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "01.png").write_bytes(picture(shade))
+        (tmp_path / folder / "01.png").write_bytes(png_bytes(shade))
         (tmp_path / folder / "01.txt").write_text(f"one of the {folder}\n\n  a   pet\r\n", "utf-8")
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["cats/01.png", "dogs/01.png"]
     assert pairs[0].captions == ("one of the cats", "a pet")
     assert pairs[1].captions == ("one of the dogs", "a pet")
-    assert pairs.read_image(1) == picture(2)
+    assert pairs.read_image(1) == png_bytes(2)
 
 
 def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(odd)
     for folder in (odd, str(tmp_path)):
-        Path(folder, "a.png").write_bytes(picture())
+        Path(folder, "a.png").write_bytes(png_bytes())
         Path(folder, "a.txt").write_text("a picture")
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
@@ -255,10 +255,10 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
 def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
     for name in ("beside", "metadata"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "그림.png").write_bytes(picture())
+        (tmp_path / name / "그림.png").write_bytes(png_bytes())
     (tmp_path / "beside" / "그림.txt").write_text("x")
     write_metadata(tmp_path / "metadata", [{"file_name": "그림.png", "text": "x"}])
-    write_tar(tmp_path / "x.tar", {"그림.png": picture(), "그림.txt": b"x"})
+    write_tar(tmp_path / "x.tar", {"그림.png": png_bytes(), "그림.txt": b"x"})
     code = (
         "import sys\n"
         "from dalle_mini_impl.data.pairs import open_pairs\n"
@@ -293,7 +293,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     names = ["good.PNG", "bare.png", "empty.png", "latin.png", "long.png", "spy.png", "._mac.png"]
     for name in names:
-        (root / name).write_bytes(picture())
+        (root / name).write_bytes(png_bytes())
     (root / "good.TXT").write_text("\ufeff한국어", "utf-8")
     (root / "empty.txt").write_text("  \n")
     (root / "latin.txt").write_bytes(b"caf\xe9")
@@ -301,7 +301,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
     (root / "._mac.txt").write_text("x")
     (root / "readme.txt").write_text("no picture")
-    (root / "x.gif").write_bytes(picture(format="GIF"))
+    (root / "x.gif").write_bytes(png_bytes(format="GIF"))
     (root / "x.txt").write_text("moves")
     (root / "out.png").symlink_to(tmp_path / "secret.txt")
     (root / "out.txt").write_text("x")
@@ -329,7 +329,7 @@ def shard(first: int) -> dict[str, bytes]:
     for index in range(first, first + 3):
         caption = f"picture\nnumber {index}"
         facts = {"caption": caption, "url": "u", "key": f"{index:09d}", "width": 6}
-        members[f"{index:09d}.jpg"] = picture(index, "JPEG")
+        members[f"{index:09d}.jpg"] = png_bytes(index, "JPEG")
         members[f"{index:09d}.txt"] = caption.encode()
         members[f"{index:09d}.json"] = json.dumps(facts).encode()
     return members
@@ -344,13 +344,13 @@ def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
     assert [pair.captions for pair in pairs] == [(f"picture number {i}",) for i in range(6)]
     assert pairs[4].attributes == {"url": "u", "key": "000000004", "width": 6}
     for index in (5, 0, 3, 1):
-        assert pairs.read_image(index) == picture(index, "JPEG")
+        assert pairs.read_image(index) == png_bytes(index, "JPEG")
 
 
 def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
-    members = {"./sub/a.b.png": picture(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
-    members |= {"d.png": picture(2), "d.json": b'{"text_ko": "k"}'}
-    members |= {"e.gif": picture(format="GIF"), "e.txt": b"moves"}
+    members = {"./sub/a.b.png": png_bytes(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
+    members |= {"d.png": png_bytes(2), "d.json": b'{"text_ko": "k"}'}
+    members |= {"e.gif": png_bytes(format="GIF"), "e.txt": b"moves"}
     write_tar(tmp_path / "x.tar", members)
     pairs = open_pairs(str(tmp_path / "x.tar"))
     assert [(pair.path, pair.captions) for pair in pairs] == [
@@ -378,30 +378,30 @@ def test_evil_members_do_nothing(tmp_path: Path) -> None:
     folder.mkdir()
     payload = pickle.dumps(Bomb(sentinel))
     with tarfile.open(folder / "x.tar", "w") as archive:
-        add_member(archive, "good.png", picture())
+        add_member(archive, "good.png", png_bytes())
         add_member(archive, "good.txt", b"fine")
         for suffix in ("pyd", "pkl", "pickle", "pt", "npy", "py"):
             add_member(archive, f"good.{suffix}", payload)
-        add_member(archive, "../up.png", picture())
+        add_member(archive, "../up.png", png_bytes())
         add_member(archive, "../up.txt", b"x")
-        add_member(archive, str(tmp_path / "absolute.png"), picture())
-        add_member(archive, "a\\..\\..\\back.png", picture())
+        add_member(archive, str(tmp_path / "absolute.png"), png_bytes())
+        add_member(archive, "a\\..\\..\\back.png", png_bytes())
         add_member(archive, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         add_member(archive, "link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
         add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="good.png")
         add_member(archive, "device.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
         add_member(archive, "pipe.png", type=tarfile.FIFOTYPE)
         add_member(archive, "folder.png", type=tarfile.DIRTYPE)
-        add_member(archive, "good.png", picture(9))
-        add_member(archive, "long.png", picture())
+        add_member(archive, "good.png", png_bytes(9))
+        add_member(archive, "long.png", png_bytes())
         add_member(archive, "long.txt", b"x" * (2**20 + 1))
-        add_member(archive, "json.png", picture())
+        add_member(archive, "json.png", png_bytes())
         add_member(archive, "json.json", b"{")
-        add_member(archive, "line\nbreak.png", picture())
+        add_member(archive, "line\nbreak.png", png_bytes())
     before = sorted(tmp_path.rglob("*"))
     pairs = open_pairs(str(folder))
     assert keys(pairs) == ["x.tar!good.png"]
-    assert pairs.read_image(0) == picture(), "the second member of the name was taken"
+    assert pairs.read_image(0) == png_bytes(), "the second member of the name was taken"
     assert sorted(tmp_path.rglob("*")) == before
     assert not sentinel.exists()
     found = reasons(pairs)
@@ -425,7 +425,7 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
             "GNU.sparse.numblocks": "1",
         }
         add_member(archive, "a.png", pax_headers=fields)
-        add_member(archive, "b.png", picture())
+        add_member(archive, "b.png", png_bytes())
         add_member(archive, "b.txt", b"x")
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["x.tar!b.png"]
@@ -433,10 +433,10 @@ def test_sparse_members_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [512 * 7, 512 * 7 + 100, 512 * 8, 512 * 8 + 10])
-def test_a_cut_off_tar_keeps_its_complete_samples(tmp_path: Path, cut: int) -> None:
+def test_truncated_tar_keeps_its_complete_samples(tmp_path: Path, cut: int) -> None:
     # Blocks: a.png 0-1, a.txt 2-3, b.png 4-5, b.txt 6-7, c.png 8-
-    members = {"a.png": picture(), "a.txt": b"a", "b.png": picture(), "b.txt": b"b" * 512}
-    write_tar(tmp_path / "x.tar", members | {"c.png": picture(), "c.txt": b"c"})
+    members = {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes(), "b.txt": b"b" * 512}
+    write_tar(tmp_path / "x.tar", members | {"c.png": png_bytes(), "c.txt": b"c"})
     data = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(data[:cut])
     pairs = open_pairs(str(tmp_path))
@@ -446,7 +446,7 @@ def test_a_cut_off_tar_keeps_its_complete_samples(tmp_path: Path, cut: int) -> N
 
 
 def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a", "b.png": picture()})
+    write_tar(tmp_path / "x.tar", {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes()})
     data = bytearray((tmp_path / "x.tar").read_bytes())
     data[512 * 4 + 20] ^= 1
     (tmp_path / "x.tar").write_bytes(data)
@@ -457,7 +457,7 @@ def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(20)
 def test_a_header_that_points_backwards_does_not_loop(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", {"a.png": picture(), "a.txt": b"a", "b.png": picture()})
+    write_tar(tmp_path / "x.tar", {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes()})
     data = bytearray((tmp_path / "x.tar").read_bytes())
     header = data[512 * 4 : 512 * 5]
     header[124:136] = (-512 * 3).to_bytes(12, "big", signed=True)  # the next one would be a.txt
@@ -479,7 +479,7 @@ def test_files_that_are_no_tars_are_named(tmp_path: Path, content: bytes) -> Non
 
 def test_compressed_tars_are_refused_unread(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
-        add_member(archive, "a.png", picture())
+        add_member(archive, "a.png", png_bytes())
         add_member(archive, "a.txt", b"a")
     with pytest.raises(UserError, match="not a tar file"):
         open_pairs(str(tmp_path))
@@ -491,7 +491,7 @@ def test_no_damage_to_a_tar_makes_reading_fail(
     tmp_path: Path, changes: list[tuple[int, int]]
 ) -> None:
     path = tmp_path / "x.tar"
-    write_tar(path, {"a.png": picture(), "a.txt": b"a", "b.png": picture(), "b.txt": b"b"})
+    write_tar(path, {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes(), "b.txt": b"b"})
     data = bytearray(path.read_bytes())
     for position, value in changes:
         data[position] = value
@@ -522,7 +522,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def image_row(shade: int, text: Any, **fields: Any) -> dict[str, Any]:
-    return {"image": {"bytes": picture(shade), "path": "/orig.png"}, "text": text} | fields
+    return {"image": {"bytes": png_bytes(shade), "path": "/orig.png"}, "text": text} | fields
 
 
 @pytest.mark.usefixtures("cache")
@@ -541,13 +541,13 @@ def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
     rows[-1]["image"]["bytes"] = b"<html>"
     folder = tmp_path / "folder"
     write_parquet(folder / "x.parquet", rows)
-    (tmp_path / "secret.png").write_bytes(picture())
-    (folder / "own.png").write_bytes(picture(7))
+    (tmp_path / "secret.png").write_bytes(png_bytes())
+    (folder / "own.png").write_bytes(png_bytes(7))
     pairs = open_pairs(str(folder / "x.parquet"))
     assert keys(pairs) == ["row 0", "row 2", "row 7", "row 8"]
     assert pairs[1].captions == ("two",)
     assert pairs[1].attributes == {"n": 3}
-    assert [pairs.read_image(i) for i in range(3)] == [picture(0), picture(2), picture(7)]
+    assert [pairs.read_image(i) for i in range(3)] == [png_bytes(0), png_bytes(2), png_bytes(7)]
     assert set(reasons(pairs)) == {f"row {i}" for i in (1, 3, 4, 5, 6)}
     with pytest.raises(BadImageError, match="row 8: not a picture"):
         read_pixels(pairs, 3, 4)
@@ -555,12 +555,12 @@ def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("cache")
 def test_parquet_with_plain_bytes_and_other_column_names(tmp_path: Path) -> None:
-    rows = [{"jpg": picture(3), "alt": ["a", "b"], "blob": b"\x00"}]
+    rows = [{"jpg": png_bytes(3), "alt": ["a", "b"], "blob": b"\x00"}]
     write_parquet(tmp_path / "x.parquet", rows)
     pairs = open_pairs(str(tmp_path), text_columns=["alt"], image_column="jpg")
     assert pairs[0].captions == ("a", "b")
     assert pairs[0].attributes == {}
-    assert pairs.read_image(0) == picture(3)
+    assert pairs.read_image(0) == png_bytes(3)
     with pytest.raises(UserError, match=r"no column 'image' for pictures, but \['jpg', 'alt'"):
         open_pairs(str(tmp_path))
     with pytest.raises(UserError, match=r"none of the columns text, .* for captions"):
@@ -575,11 +575,11 @@ def test_parquet_with_large_lists_in_a_folder_with_brackets(tmp_path: Path) -> N
     folder = tmp_path / "pics [2024] *"
     folder.mkdir()
     texts = pa.array([["a", "b"]], pa.large_list(pa.string()))
-    table = pa.table({"image": [picture(3)], "texts": texts})
+    table = pa.table({"image": [png_bytes(3)], "texts": texts})
     pyarrow.parquet.write_table(table, folder / "x.parquet")
     pairs = open_pairs(str(folder))
     assert pairs[0].captions == ("a", "b")
-    assert pairs.read_image(0) == picture(3)
+    assert pairs.read_image(0) == png_bytes(3)
 
 
 @pytest.mark.usefixtures("cache")
@@ -590,8 +590,8 @@ def test_parquet_file_names_tell_the_splits(tmp_path: Path) -> None:
     train, val = open_pairs(str(tmp_path), split="train"), open_pairs(str(tmp_path), split="val")
     assert keys(train) == ["train row 0", "train row 1", "train row 2"]
     assert keys(val) == ["validation row 0"]
-    assert train.read_image(2) == picture(2)
-    assert val.read_image(0) == picture(3)
+    assert train.read_image(2) == png_bytes(2)
+    assert val.read_image(0) == png_bytes(3)
 
 
 @pytest.mark.usefixtures("cache")
@@ -603,7 +603,7 @@ def test_parquet_that_changed_is_read_again(tmp_path: Path) -> None:
     os.utime(path, (1, 1))
     pairs = open_pairs(str(path))
     assert pairs[0].captions == ("new",)
-    assert pairs.read_image(0) == picture(1)
+    assert pairs.read_image(0) == png_bytes(1)
 
 
 @pytest.mark.usefixtures("cache")
@@ -633,7 +633,7 @@ def test_sources_that_hold_nothing(tmp_path: Path) -> None:
         open_pairs(f"{tmp_path}/none")
     with pytest.raises(UserError, match=r"no captioned pictures found in .*, expected one of: "):
         open_pairs(str(tmp_path))
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(png_bytes())
     with pytest.raises(UserError, match=r"\(a\.png: no file a\.txt beside it"):
         open_pairs(str(tmp_path))
     with pytest.raises(UserError, match=r"a\.png is no folder, \.tar or \.parquet file"):
@@ -715,7 +715,7 @@ def test_held_out_pairs_stay_when_the_set_grows(num: int, extra: int, seed: int)
         assert set(held_out) <= set(held_out_split(paths, seed=seed, fraction=0.2)[1])
 
 
-def test_held_out_share_and_seed() -> None:
+def test_held_out_fraction_and_seed() -> None:
     paths = [f"{i}.png" for i in range(10_000)]
     first, second = held_out_split(paths)[1], held_out_split(paths, seed=1)[1]
     assert 430 < len(first) < 570
@@ -731,7 +731,7 @@ def test_held_out_share_and_seed() -> None:
 def mixed(tmp_path: Path) -> Pairs:
     """Ten pictures, of which number 3 is cut off and number 7 is a web page."""
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(10)])
-    (tmp_path / "3.png").write_bytes(picture()[:48])
+    (tmp_path / "3.png").write_bytes(png_bytes()[:48])
     (tmp_path / "7.png").write_bytes(b"<html>")
     return open_pairs(str(tmp_path))
 
@@ -742,7 +742,7 @@ def test_read_pixels_is_decode_resize_and_scale(tmp_path: Path) -> None:
     assert torch.equal(pixels, image_to_pixels(Image.new("RGB", (4, 4), (0, 10, 20))))
 
 
-def test_load_all_pixels_leaves_bad_pictures_out(mixed: Pairs) -> None:
+def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
     calls: list[tuple[int, int]] = []
     pixels, kept, bad = load_all_pixels(
         mixed,
@@ -759,12 +759,12 @@ def test_load_all_pixels_leaves_bad_pictures_out(mixed: Pairs) -> None:
     assert calls == [(i, 10) for i in range(1, 11)]
 
 
-def test_too_many_bad_pictures_stop_the_load(mixed: Pairs) -> None:
+def test_too_many_bad_images_stop_the_load(mixed: Pairs) -> None:
     with pytest.raises(UserError, match=r"2 of the first 8 pictures \(of 10\).*3\.png: .*7\.png: "):
         load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
 
 
-def test_nothing_but_bad_pictures_stops_the_load(tmp_path: Path) -> None:
+def test_nothing_but_bad_images_stops_the_load(tmp_path: Path) -> None:
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
@@ -772,7 +772,7 @@ def test_nothing_but_bad_pictures_stops_the_load(tmp_path: Path) -> None:
         load_all_pixels(open_pairs(str(tmp_path)), image_size=4, max_bad_fraction=1.0)
 
 
-def test_a_picture_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
+def test_image_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
     folder, tar = tmp_path / "folder", tmp_path / "x.tar"
     folder.mkdir()
     write_metadata(folder, [{"file_name": "a.png", "text": "x"}])
@@ -780,7 +780,7 @@ def test_a_picture_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
     (folder / "a.png").unlink()
     with pytest.raises(BadImageError, match=r"a\.png: cannot be read \(No such file"):
         read_pixels(pairs, 0, 4)
-    write_tar(tar, {"a.txt": b"a", "a.png": picture()})
+    write_tar(tar, {"a.txt": b"a", "a.png": png_bytes()})
     pairs = open_pairs(str(tar))
     os.truncate(tar, 512 * 3 + 10)
     with pytest.raises(BadImageError, match=r"x\.tar!a\.png: 10 bytes left, wanted "):

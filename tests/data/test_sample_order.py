@@ -41,8 +41,8 @@ def test_order_is_the_same_on_every_machine_and_release() -> None:
     assert epoch_order(8, seed=0, epoch=0).tolist() == [1, 7, 6, 4, 2, 0, 5, 3]
     weighted = epoch_order(6, seed=0, epoch=1, weights=torch.arange(6.0))
     assert weighted.tolist() == [5, 3, 5, 1, 4, 3]
-    draws = torch.randint(0, 10**9, (2,), generator=step_generator(1, 2, 3))
-    assert draws.tolist() == [1611848, 974330328]
+    uniforms = torch.randint(0, 10**9, (2,), generator=step_generator(1, 2, 3))
+    assert uniforms.tolist() == [1611848, 974330328]
 
 
 @given(
@@ -106,14 +106,14 @@ def test_any_step_can_be_asked_for_at_any_time(
 
 
 def test_step_generators_are_functions_of_their_arguments() -> None:
-    def draw(*arguments: int) -> float:
+    def uniform(*arguments: int) -> float:
         return torch.rand(1, generator=step_generator(*arguments)).item()
 
     arguments = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0, 1), (1, 2, 3), (12, 3, 0)]
-    draws = [draw(*each) for each in arguments]
-    assert len(set(draws)) == len(draws)
-    assert draws == [draw(*each) for each in arguments]
-    assert draw(0, 0, 0) == draw(0, 0, 0, 0)
+    uniforms = [uniform(*each) for each in arguments]
+    assert len(set(uniforms)) == len(uniforms)
+    assert uniforms == [uniform(*each) for each in arguments]
+    assert uniform(0, 0, 0) == uniform(0, 0, 0, 0)
 
 
 @pytest.mark.parametrize(

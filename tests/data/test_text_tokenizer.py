@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 
 CAPTIONS = [
@@ -26,8 +26,8 @@ CAPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def encoder() -> CaptionEncoder:
-    return CaptionEncoder(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length=24)
+def encoder() -> TextTokenizer:
+    return TextTokenizer(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length=24)
 
 
 @functools.cache
@@ -35,15 +35,15 @@ def bytes_only() -> Any:
     return train_text_tokenizer(["a"], vocab_size=257)
 
 
-def rows(encoder: CaptionEncoder, *captions: str) -> list[list[int]]:
+def rows(encoder: TextTokenizer, *captions: str) -> list[list[int]]:
     return encoder.encode(captions).tolist()
 
 
-def decode(encoder: CaptionEncoder, row: list[int]) -> str:
+def decode(encoder: TextTokenizer, row: list[int]) -> str:
     return str(encoder.tokenizer.decode(row, skip_special_tokens=True))
 
 
-def test_case_spaces_and_unicode_form_do_not_matter(encoder: CaptionEncoder) -> None:
+def test_case_spaces_and_unicode_form_do_not_matter(encoder: TextTokenizer) -> None:
     decomposed = unicodedata.normalize("NFD", "대한민국 국기")
     assert decomposed != "대한민국 국기"
     first, *others = rows(
@@ -54,14 +54,14 @@ def test_case_spaces_and_unicode_form_do_not_matter(encoder: CaptionEncoder) -> 
     assert composed == from_decomposed
 
 
-def test_a_first_word_equals_the_same_word_inside(encoder: CaptionEncoder) -> None:
+def test_a_first_word_equals_the_same_word_inside(encoder: TextTokenizer) -> None:
     first, inside = rows(encoder, "square", "red square")
     word = [token for token in first if token]
     tokens = [token for token in inside if token]
     assert tokens[-len(word) :] == word
 
 
-def test_rows_are_right_padded_with_zero(encoder: CaptionEncoder) -> None:
+def test_rows_are_right_padded_with_zero(encoder: TextTokenizer) -> None:
     text_token_ids = encoder.encode(["a red square", "flag"])
     assert text_token_ids.shape == (2, 24)
     assert text_token_ids.dtype == torch.int64
@@ -77,7 +77,7 @@ def test_rows_are_right_padded_with_zero(encoder: CaptionEncoder) -> None:
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
 def test_any_text_decodes_back_to_its_normal_form(text: str) -> None:
     tokenizer = bytes_only()
-    encoder = CaptionEncoder(tokenizer, text_length=1000)
+    encoder = TextTokenizer(tokenizer, text_length=1000)
     if not text.strip():
         with pytest.raises(UserError, match="empty"):
             encoder.encode([text])
@@ -96,24 +96,24 @@ def test_training_does_not_depend_on_caption_order() -> None:
     assert first.token_to_id("<pad>") == 0
 
 
-def test_merges_shorten_the_training_captions(encoder: CaptionEncoder) -> None:
-    long = CaptionEncoder(bytes_only(), text_length=64)
+def test_merges_shorten_the_training_captions(encoder: TextTokenizer) -> None:
+    long = TextTokenizer(bytes_only(), text_length=64)
     short, unmerged = rows(encoder, "flag of norway")[0], rows(long, "flag of norway")[0]
     assert sum(token > 0 for token in short) < sum(token > 0 for token in unmerged) == 15
 
 
-def test_special_tokens_in_captions_are_plain_text(encoder: CaptionEncoder) -> None:
+def test_special_tokens_in_captions_are_plain_text(encoder: TextTokenizer) -> None:
     row = rows(encoder, "<pad> red <pad>")[0]
     length = sum(token != 0 for token in row)
     assert 0 not in row[:length]
     assert decode(encoder, row).strip() == "<pad> red <pad>"
 
 
-def test_null_caption_is_all_pads(encoder: CaptionEncoder) -> None:
+def test_null_caption_is_all_pads(encoder: TextTokenizer) -> None:
     assert torch.equal(encoder.null_text_token_ids(), torch.zeros(24, dtype=torch.int64))
 
 
-def test_rows_become_text_again(encoder: CaptionEncoder) -> None:
+def test_rows_become_text_again(encoder: TextTokenizer) -> None:
     texts = ["a red  Square", "대한민국 국기"]
     cut = encoder.encode(texts)
     assert encoder.decode(cut) == ["a red square", "대한민국 국기"]
@@ -126,7 +126,7 @@ def test_rows_become_text_again(encoder: CaptionEncoder) -> None:
 def test_long_captions_are_cut_counted_and_warned_about_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    encoder = CaptionEncoder(bytes_only(), text_length=8)
+    encoder = TextTokenizer(bytes_only(), text_length=8)
     with caplog.at_level(logging.WARNING):
         encoder.encode(["x" * 7, "x" * 8])
         encoder.encode(["y" * 100_000, "z"])
@@ -139,12 +139,12 @@ def test_long_captions_are_cut_counted_and_warned_about_once(
 
 
 @pytest.mark.parametrize("caption", ["", " ", "\n\t\xa0"])
-def test_empty_captions_are_refused(encoder: CaptionEncoder, caption: str) -> None:
+def test_empty_captions_are_refused(encoder: TextTokenizer, caption: str) -> None:
     with pytest.raises(UserError, match="caption is empty"):
         encoder.encode(["a red square", caption])
 
 
-def test_other_bad_inputs_are_refused(encoder: CaptionEncoder) -> None:
+def test_other_bad_inputs_are_refused(encoder: TextTokenizer) -> None:
     with pytest.raises(UserError, match="not valid Unicode"):
         encoder.encode(["\ud800 red"])
     with pytest.raises(ValueError, match="wanted a list of strings"):
@@ -154,27 +154,27 @@ def test_other_bad_inputs_are_refused(encoder: CaptionEncoder) -> None:
     with pytest.raises(UserError, match="no captions"):
         train_text_tokenizer([], vocab_size=300)
     with pytest.raises(UserError, match="text_length is 0"):
-        CaptionEncoder(encoder.tokenizer, 0)
+        TextTokenizer(encoder.tokenizer, 0)
 
 
-def test_save_and_load_give_the_same_encoder(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_encoder(encoder: TextTokenizer, tmp_path: Path) -> None:
     encoder.save_pretrained(tmp_path / "text_tokenizer")
-    loaded = CaptionEncoder.from_pretrained(tmp_path / "text_tokenizer")
+    loaded = TextTokenizer.from_pretrained(tmp_path / "text_tokenizer")
     assert (loaded.text_length, loaded.vocab_size) == (24, encoder.vocab_size)
     captions = ["Flag of <pad> Norway", "빨간 사각형", "never seen: \u00e9\U0001f600"]
     assert torch.equal(loaded.encode(captions), encoder.encode(captions))
 
 
-def test_loading_a_broken_folder_names_it(encoder: CaptionEncoder, tmp_path: Path) -> None:
+def test_loading_a_broken_folder_names_it(encoder: TextTokenizer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no text tokenizer in .*missing"):
-        CaptionEncoder.from_pretrained(tmp_path / "missing")
+        TextTokenizer.from_pretrained(tmp_path / "missing")
     encoder.save_pretrained(tmp_path)
     config = tmp_path / "tokenizer_config.json"
     settings_ = json.loads(config.read_text())
     del settings_["model_max_length"]
     config.write_text(json.dumps(settings_))
     with pytest.raises(UserError, match="model_max_length"):
-        CaptionEncoder.from_pretrained(tmp_path)
+        TextTokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "model": 3}')
     with pytest.raises(UserError, match="cannot read the text tokenizer"):
-        CaptionEncoder.from_pretrained(tmp_path)
+        TextTokenizer.from_pretrained(tmp_path)

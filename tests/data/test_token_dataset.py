@@ -26,7 +26,7 @@ PAIRS = [
 
 
 def pixels() -> Tensor:
-    arrays = [np.array(tiny.draw_picture(number)) for number in (0, 5, 2)]
+    arrays = [np.array(tiny.render_image(number)) for number in (0, 5, 2)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -35,7 +35,7 @@ def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
         "pairs": PAIRS,
         "pixels": pixels(),
         "vqvae": tiny.build_vqvae(),
-        "captions": tiny.build_captions(),
+        "captions": tiny.build_text_tokenizer(),
     }
     sizes = {"num_views": 2, "max_shift": 2} | {
         name: changes.pop(name) for name in set(changes) & set(Variation.__dataclass_fields__)
@@ -54,7 +54,7 @@ def assert_same(first: TokenDataset, second: TokenDataset) -> None:
 
 def test_the_tokens_are_those_of_the_tokenizers(tmp_path: Path) -> None:
     dataset, _ = build(tmp_path)
-    vqvae, captions = tiny.build_vqvae(), tiny.build_captions()
+    vqvae, captions = tiny.build_vqvae(), tiny.build_text_tokenizer()
     ids = vqvae.encode_to_token_ids(pixels().float() / 127.5 - 1).flatten(1)
     assert torch.equal(dataset.image_token_ids[:, 0].long(), ids)
     assert dataset.image_token_ids.shape == (3, 2, 4)
@@ -96,7 +96,7 @@ def other_pixels() -> Tensor:
         lambda: {"pixels": other_pixels()},
         lambda: {"pairs": [*PAIRS[:2], Pair("c.png", ("a green disc", "green", "a disc"), {})]},
         lambda: {"pairs": [PAIRS[0], Pair("b.png", ("a blue", "box"), {}), PAIRS[2]]},
-        lambda: {"captions": tiny.build_captions(text_length=9)},
+        lambda: {"captions": tiny.build_text_tokenizer(text_length=9)},
         lambda: {"num_views": 3},
         lambda: {"max_shift": 3},
         lambda: {"max_zoom": 1.25},
@@ -133,7 +133,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
-    captions = tiny.build_captions(text_length=16)
+    captions = tiny.build_text_tokenizer(text_length=16)
     long = [Pair("a.png", ("word " * 1000,), {}), *PAIRS[1:]]
     _, lines = build(tmp_path, pairs=long, captions=captions)
     assert lines[-1] == "1 of 5 captions were longer than 16 tokens and were cut"
@@ -142,7 +142,7 @@ def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
 
 
 def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -> None:
-    captions = tiny.build_captions(text_length=30)
+    captions = tiny.build_text_tokenizer(text_length=30)
     plain, _ = build(tmp_path, captions=captions)
     dataset, _ = build(tmp_path, captions=captions, bpe_dropout=0.5)
     assert torch.equal(dataset.caption_offsets, plain.caption_offsets)
@@ -151,14 +151,16 @@ def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -
     assert torch.equal(table[:, 0], plain.text_token_ids)
     for caption, rows in zip(captions.decode(plain.text_token_ids.long()), table, strict=True):
         assert set(captions.decode(rows.long())) == {caption}
-    ids, draws = torch.arange(3), torch.linspace(0, 0.999, 200)
+    ids, uniforms = torch.arange(3), torch.linspace(0, 0.999, 200)
     assert torch.equal(dataset.captions_of(ids, torch.zeros(3)), plain.text_token_ids[[0, 2, 3]])
-    seen = dataset.captions_of(torch.full((200,), 2), draws)
-    assert captions.decode(seen) == captions.decode(plain.captions_of(torch.full((200,), 2), draws))
+    seen = dataset.captions_of(torch.full((200,), 2), uniforms)
+    assert captions.decode(seen) == captions.decode(
+        plain.captions_of(torch.full((200,), 2), uniforms)
+    )
     assert len(seen.unique(dim=0)) == len(dataset.text_token_ids[-3 * NUM_VARIANTS :].unique(dim=0))
 
 
-def test_lookups_choose_by_their_draws() -> None:
+def test_lookups_follow_their_uniforms() -> None:
     dataset = TokenDataset(
         image_token_ids=torch.arange(12).reshape(3, 2, 2).int(),
         text_token_ids=torch.arange(6)[:, None].int(),
@@ -166,8 +168,8 @@ def test_lookups_choose_by_their_draws() -> None:
     )
     ids = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 2, 2])
     # Half of the draws take one of the first two captions, half take any.
-    draws = torch.tensor([0.24, 0.26, 0.49, 0.999, 0.24, 0.26, 0.5, 0.67, 0.83, 0.84])
-    chosen = dataset.captions_of(ids, draws).flatten().tolist()
+    uniforms = torch.tensor([0.24, 0.26, 0.49, 0.999, 0.24, 0.26, 0.5, 0.67, 0.83, 0.84])
+    chosen = dataset.captions_of(ids, uniforms).flatten().tolist()
     assert chosen == [0, 1, 2, 2, 3, 4, 3, 4, 4, 5]
     assert dataset.images_of(ids[:3], torch.tensor([0.0, 0.5, 0.49])).tolist() == [
         [0, 1],
@@ -176,7 +178,7 @@ def test_lookups_choose_by_their_draws() -> None:
     ]
 
 
-def test_the_largest_draw_stays_inside() -> None:
+def test_largest_uniform_stays_in_range() -> None:
     captions = torch.arange(33)[:, None].int()
     dataset = TokenDataset(
         torch.zeros(1, 33, 1, dtype=torch.int32), captions, torch.tensor([0, 33])
@@ -197,14 +199,14 @@ def test_shifts_agree_with_a_plain_loop(down: int, right: int) -> None:
             assert torch.equal(moved[0, :, row, column], images[0, :, source[0], source[1]])
 
 
-def test_each_picture_has_its_own_shift() -> None:
+def test_each_image_has_its_own_shift() -> None:
     images = pixels()[:2]
     together = shift_images(images, torch.tensor([[1, 2], [-3, 0]]))
     assert torch.equal(together[:1], shift_images(images[:1], torch.tensor([[1, 2]])))
     assert torch.equal(together[1:], shift_images(images[1:], torch.tensor([[-3, 0]])))
 
 
-def test_a_window_of_an_enlarged_picture() -> None:
+def test_window_of_an_enlarged_image() -> None:
     images = torch.arange(64).mul(3).byte().reshape(1, 1, 8, 8).expand(1, 3, 8, 8).contiguous()
     same = zoom_images(images, torch.tensor([[0.0, 0.9, 0.9]]), max_zoom=1.5)
     assert torch.equal(same, images)
@@ -212,16 +214,16 @@ def test_a_window_of_an_enlarged_picture() -> None:
     window = zoom_images(images, last, max_zoom=1.5)
     row, column = 3, 2  # in the window; pixel centres lie at (i + 0.5) * 8 / 12 - 0.5
     down, right = (row + 4.5) / 1.5 - 0.5, (column + 0.5) / 1.5 - 0.5
-    wanted = 3 * (8 * down + right)  # the picture is linear, and so is the enlargement
-    assert window[0, 0, row, column].item() == pytest.approx(wanted, abs=0.51)  # rounded to bytes
+    expected = 3 * (8 * down + right)  # the picture is linear, and so is the enlargement
+    assert window[0, 0, row, column].item() == pytest.approx(expected, abs=0.51)  # rounded to bytes
 
 
-def test_each_picture_has_its_own_window(tmp_path: Path) -> None:
-    images, draws = pixels(), torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
-    together = zoom_images(images, draws, max_zoom=1.5)
+def test_each_image_has_its_own_window(tmp_path: Path) -> None:
+    images, uniforms = pixels(), torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
+    together = zoom_images(images, uniforms, max_zoom=1.5)
     for index in range(3):
         part = slice(index, index + 1)
-        alone = zoom_images(images[part], draws[part], max_zoom=1.5)
+        alone = zoom_images(images[part], uniforms[part], max_zoom=1.5)
         assert torch.equal(together[part], alone)
     plain, _ = build(tmp_path, num_views=4, max_shift=0)
     zoomed, _ = build(tmp_path, num_views=4, max_shift=0, max_zoom=1.5)

@@ -7,10 +7,10 @@ from torch.nn import functional as F
 from dalle_mini_impl.evaluation.distribution import (
     FeatureSpace,
     compare_sets,
+    fraction_inside,
     measure_distribution,
     network_or_none,
     random_directions,
-    share_inside,
     sliced_distance,
 )
 from vqvae.losses import perceptual
@@ -29,26 +29,26 @@ def test_the_distance_of_a_moved_set_is_the_mean_length_of_its_projected_move() 
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_inside_is_within_the_third_neighbour_of_some_picture() -> None:
+def test_inside_is_within_the_third_neighbour_of_some_image() -> None:
     reference = torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0])[:, None]
     own = torch.cdist(reference, reference)  # radii: 3, 2, 2, 3, 99
-    pictures = torch.tensor([[-2.9], [-3.1], [6.1], [0.5], [198.5]])
-    inside = [share_inside(torch.cdist(p[None], reference[:4]), own[:4, :4]) for p in pictures]
+    images = torch.tensor([[-2.9], [-3.1], [6.1], [0.5], [198.5]])
+    inside = [fraction_inside(torch.cdist(p[None], reference[:4]), own[:4, :4]) for p in images]
     assert inside == [1.0, 0.0, 0.0, 1.0, 0.0]
-    assert share_inside(torch.cdist(pictures, reference), own) == pytest.approx(
+    assert fraction_inside(torch.cdist(images, reference), own) == pytest.approx(
         0.8
     )  # 100 has radius 99
 
 
 def test_baselines_tell_good_sets_from_bad_ones() -> None:
-    true = cloud(200)
+    reference = cloud(200)
     found = compare_sets(
-        true,
+        reference,
         {
             "good": cloud(200, seed=1),
             "moved": cloud(200, shift=9.0, seed=2),
             "collapsed": cloud(200, scale=0.05, seed=3),
-            "true": true,
+            "true": reference,
         },
         seed=0,
     )
@@ -62,7 +62,7 @@ def test_baselines_tell_good_sets_from_bad_ones() -> None:
     assert found["collapsed"]["recall"].value < 0.05
 
 
-def test_few_pictures_are_left_out_and_said_to_be() -> None:
+def test_few_images_are_left_out_and_said_to_be() -> None:
     section = measure_distribution(cloud(15), {"drawings": cloud(15, seed=1)}, seed=0)
     assert section.figures == {"left_out": "too few pictures: 15, wanted 16"}
     assert not section.tables
@@ -88,16 +88,16 @@ def test_features_see_colour_and_contrast_where_they_are(size: int) -> None:
     assert not changed[0, 5:, 5:].any()
 
 
-def test_a_network_tells_blurred_pictures_from_sharp_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_network_tells_blurred_images_from_sharp_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, 2, (64, 3, 8, 8), generator=generator).float() * 255
     sharp = F.interpolate(coarse, scale_factor=4.0)
     blurred = F.avg_pool2d(F.pad(sharp, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
-    true, same, worse = sharp[:32].byte(), sharp[32:].byte(), blurred[32:].byte()
+    reference, same, worse = sharp[:32].byte(), sharp[32:].byte(), blurred[32:].byte()
     network = network_or_none()
     assert network is not None
-    space = FeatureSpace(true, describe=network)
-    found = compare_sets(space(true), {"same": space(same), "worse": space(worse)}, seed=0)
+    space = FeatureSpace(reference, describe=network)
+    found = compare_sets(space(reference), {"same": space(same), "worse": space(worse)}, seed=0)
     assert found["worse"]["distance"].low > 3 * found["same"]["distance"].high
     monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
     assert network_or_none() is None

@@ -24,7 +24,7 @@ def test_every_place_gets_another_one(count: int) -> None:
     assert count < 50 or order.tolist() != shuffled(count, seed=2).tolist()
 
 
-def test_nats_are_those_of_the_model_one_picture_at_a_time() -> None:
+def test_nats_equal_single_image_evaluation() -> None:
     pipeline = tiny.build_pipeline()
     generator = torch.Generator().manual_seed(0)
     length, codes = pipeline.dalle.config.image_length, pipeline.dalle.config.codebook_size
@@ -54,7 +54,7 @@ def test_the_section_says_what_each_caption_is_worth(tmp_path: object) -> None:
         means.append(found["nats_per_token"].value)
         assert means[-1] == pytest.approx(float(nats.mean()), rel=1e-5)
         bits = float(nats.sum(dim=1).mean()) / math.log(2)
-        assert found["bits_per_picture"].value == pytest.approx(bits, rel=1e-5)
+        assert found["bits_per_image"].value == pytest.approx(bits, rel=1e-5)
     assert len(set(means)) == 3
     assert section.figures["by_cell"]["split"] == "val"
     by_row = section.tables[1].rows

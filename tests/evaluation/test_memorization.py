@@ -8,7 +8,7 @@ import torch
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.evaluation.memorization import (
     data_copying_test,
-    measure_copying,
+    measure_memorization,
     nearest_agreement,
 )
 from dalle_mini_impl.evaluation.samples import Samples
@@ -25,12 +25,12 @@ def samples(token_ids: torch.Tensor) -> Samples:
     return Samples(pairs, torch.zeros(len(token_ids), 3, 16, 16, dtype=torch.uint8), token_ids)
 
 
-def test_agreement_is_with_the_nearest_picture_cell_by_cell() -> None:
+def test_agreement_is_with_the_nearest_image_cell_by_cell() -> None:
     rows = torch.tensor([[0] * 20, [1] * 18 + [7] * 2, [1, 0] * 10, [7] * 20])
     assert nearest_agreement(rows, TRAIN).tolist() == pytest.approx([1.0, 0.9, 0.5, 0.0])
 
 
-def test_copies_are_counted_above_nine_tenths() -> None:
+def test_memorized_images_are_counted_above_threshold() -> None:
     rows = [[0] * 20, [1] * 19 + [7], [1] * 18 + [7] * 2, [7] * 20]
     held_out = torch.tensor([[0] * 10 + [7] * 10, [7] * 20])
     features = {
@@ -40,7 +40,7 @@ def test_copies_are_counted_above_nine_tenths() -> None:
         "copies": cloud(2, 3),
         "train": cloud(3, 4),
     }
-    section = measure_copying(
+    section = measure_memorization(
         samples(torch.tensor(rows)), samples(held_out), samples(TRAIN), features, seed=0
     )
     found = section.figures["tokens"]
@@ -48,22 +48,22 @@ def test_copies_are_counted_above_nine_tenths() -> None:
     assert found["held-out pictures"]["agreement"].value == pytest.approx(0.25)
     assert found["drawings"]["copies"].value == 0.5
     assert found["held-out pictures"]["copies"].value == 0.0
-    assert "nearest" in section.pictures
+    assert "nearest" in section.images
 
 
 def test_the_score_of_one_cell_is_the_z_of_mann_and_whitney() -> None:
-    drawn, held_out, train = cloud(30, 0) * 0.9, cloud(40, 1), cloud(100, 2)
-    found = data_copying_test(drawn, held_out, train)
+    generated, held_out, train = cloud(30, 0) * 0.9, cloud(40, 1), cloud(100, 2)
+    found = data_copying_test(generated, held_out, train)
     (cell,) = found.cells
-    distances = [torch.cdist(part, train).min(dim=1).values for part in (drawn, held_out)]
+    distances = [torch.cdist(part, train).min(dim=1).values for part in (generated, held_out)]
     farther = sum(float(a > b) for a in distances[0] for b in distances[1])
     z = (farther - 600) / math.sqrt(30 * 40 * 71 / 12)
-    assert (cell.num_train, cell.num_held_out, cell.num_drawn) == (100, 40, 30)
+    assert (cell.num_train, cell.num_held_out, cell.num_generated) == (100, 40, 30)
     assert found.score == pytest.approx(cell.z)
     assert cell.z == pytest.approx(z)
 
 
-def test_copies_score_far_below_zero_and_fresh_pictures_about_zero() -> None:
+def test_data_copying_test_separates_copies_from_new_images() -> None:
     train, held_out = cloud(600, 0), cloud(200, 1)
     copies = data_copying_test(train[:200] + 0.01 * cloud(200, 2), held_out, train)
     fresh = data_copying_test(cloud(200, 3), held_out, train)

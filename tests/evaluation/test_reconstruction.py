@@ -57,7 +57,7 @@ def test_entropy_of_a_position_is_that_of_its_counts() -> None:
     assert position_entropy(tokens).tolist() == pytest.approx([2.0, 0.0, quarter])
 
 
-def test_figures_are_of_the_held_out_pictures(tmp_path: Path) -> None:
+def test_figures_are_of_the_held_out_images(tmp_path: Path) -> None:
     vqvae = tiny.build_vqvae()
     data = read_data(str(tiny.write_data(tmp_path / "data")), vqvae)
     held_out = data.held_out["val"]
@@ -67,8 +67,8 @@ def test_figures_are_of_the_held_out_pictures(tmp_path: Path) -> None:
     # The bytes of a reconstruction are rounded, by at most half of 1 / 255.
     assert section.figures["psnr_db"].value == pytest.approx(np.mean(decibels), abs=0.05)
     counts = Counter(held_out.image_token_ids.flatten().tolist())
-    shares = np.array(list(counts.values())) / held_out.image_token_ids.numel()
+    fractions = np.array(list(counts.values())) / held_out.image_token_ids.numel()
     assert section.figures["codebook_usage"] == pytest.approx(len(counts) / vqvae.codebook_size)
-    perplexity = math.exp(-(shares * np.log(shares)).sum())
+    perplexity = math.exp(-(fractions * np.log(fractions)).sum())
     assert section.figures["codebook_perplexity"] == pytest.approx(perplexity, rel=1e-5)
-    assert set(section.pictures) == {"worst_reconstructions", "position_entropy"}
+    assert set(section.images) == {"worst_reconstructions", "position_entropy"}

@@ -25,7 +25,7 @@ SECTION = Section(
 )
 
 
-def test_figures_tables_and_pictures_are_written(tmp_path: Path) -> None:
+def test_figures_tables_and_images_are_written(tmp_path: Path) -> None:
     write_report(tmp_path, "A title", {"seed": 3, "data": {"kind": "emoji"}}, [SECTION])
     found = json.loads((tmp_path / "report.json").read_text())
     assert found == {
@@ -43,8 +43,8 @@ def test_figures_tables_and_pictures_are_written(tmp_path: Path) -> None:
     assert "| seed | 3 |\n| data | kind emoji |" in text
     assert "## A part\n\nWhat it means.\n\n| name | value |\n|---|--:|\n| a / b | 1 |" in text
     assert "![a picture](a_picture.png)" in text
-    with Image.open(tmp_path / "a_picture.png") as picture:
-        assert picture.size == (4, 4)
+    with Image.open(tmp_path / "a_picture.png") as image:
+        assert image.size == (4, 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: cannot write to"):
         write_report(tmp_path / "file", "", {}, [SECTION])

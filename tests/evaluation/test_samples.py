@@ -21,14 +21,14 @@ def test_all_splits_are_read_once_with_their_tokens(tmp_path: Path) -> None:
     with torch.no_grad():
         ids = vqvae.encode_to_token_ids(to_floats(data.train.pixels)).flatten(1)
     assert torch.equal(ids, data.train.image_token_ids)
-    image = np.asarray(tiny.draw_picture(1))
+    image = np.asarray(tiny.render_image(1))
     assert np.array_equal(np.asarray(to_images(data.train.pixels[1:2])[0]), image)
     assert read_data(str(folder), vqvae).fingerprint == data.fingerprint
-    tiny.draw_picture(3).save(folder / "1.png")
+    tiny.render_image(3).save(folder / "1.png")
     assert read_data(str(folder), vqvae).fingerprint != data.fingerprint
 
 
-def test_training_pictures_alone_cannot_judge(tmp_path: Path) -> None:
+def test_evaluation_needs_held_out_images(tmp_path: Path) -> None:
     folder = tiny.write_data(tmp_path / "data")
     text = (folder / "metadata.jsonl").read_text().replace('"val"', '"train"')
     (folder / "metadata.jsonl").write_text(text)

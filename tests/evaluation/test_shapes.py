@@ -11,8 +11,8 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     HELD_OUT_PAIRS,
     SIZES,
     Scene,
-    draw_scene,
     make_scene,
+    render_scene,
 )
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR
@@ -20,7 +20,7 @@ from dalle_mini_impl.evaluation.samples import join, read_data
 from dalle_mini_impl.evaluation.shapes import (
     WHOLE,
     Checked,
-    check_pictures,
+    check_images,
     measure_shapes,
 )
 from tests.reference import tiny
@@ -30,9 +30,9 @@ def make_scenes(kind: str, *, split: str = "test", count: int = 40) -> list[Scen
     return [make_scene(seed, split=split, kinds=(kind,)) for seed in range(count)]
 
 
-def check(drawn: list[Scene], asked: list[Scene]) -> Checked:
-    images = [draw_scene(scene) for scene in drawn]
-    return check_pictures(images, [describe_scene(scene).facts for scene in asked])
+def check(generated: list[Scene], asked: list[Scene]) -> Checked:
+    images = [render_scene(scene) for scene in generated]
+    return check_images(images, [describe_scene(scene).facts for scene in asked])
 
 
 def in_other_size(scene: Scene) -> Scene:
@@ -53,16 +53,14 @@ def in_other_size(scene: Scene) -> Scene:
     ],
 )
 @pytest.mark.parametrize("split", ["test", "test_compose"])
-def test_true_pictures_are_right_and_shuffled_ones_are_not(
-    kind: str, stated: set[str], split: str
-) -> None:
+def test_reference_images_pass_and_shuffled_do_not(kind: str, stated: set[str], split: str) -> None:
     scenes = make_scenes(kind, split=split)
     checked = check(scenes, scenes)
     assert len(checked.is_right) == len(scenes)
-    shares = checked.shares()
-    assert set(shares) == {WHOLE, *stated}
-    assert min(estimate.value for estimate in shares.values()) >= 0.98
-    shuffled = check(scenes, scenes[1:] + scenes[:1]).shares()
+    fractions = checked.fractions()
+    assert set(fractions) == {WHOLE, *stated}
+    assert min(estimate.value for estimate in fractions.values()) >= 0.98
+    shuffled = check(scenes, scenes[1:] + scenes[:1]).fractions()
     assert shuffled[WHOLE].value < 0.1  # `test_compose` has but eight pairs
 
 
@@ -70,10 +68,10 @@ def test_a_wrong_attribute_lowers_its_own_figure_and_the_whole() -> None:
     asked = make_scenes("single")
     checked = check([in_other_size(scene) for scene in asked], asked)
     assert not any(checked.is_right)
-    shares = checked.shares()
-    assert shares[WHOLE].value == shares["size"].value == 0.0
+    fractions = checked.fractions()
+    assert fractions[WHOLE].value == fractions["size"].value == 0.0
     for name in ("number", "colour", "shape", "position"):
-        assert shares[name].value >= 0.9
+        assert fractions[name].value >= 0.9
     some_wrong = [in_other_size(scene) if i % 4 == 0 else scene for i, scene in enumerate(asked)]
     checked = check(some_wrong, asked)
     assert sum(checked.is_right) / 40 == pytest.approx(0.75, abs=0.03)
@@ -87,10 +85,10 @@ def test_the_section_has_both_splits_with_ceiling_and_floor(tmp_path: Path) -> N
     assert data.kind == "shapes"
     pairs = [tuple(caption.split()[2:4]) for caption in data.held_out["test_compose"].captions]
     assert set(pairs) <= HELD_OUT_PAIRS
-    wanted = join([data.held_out["test"], data.held_out["test_compose"]])
-    white = torch.full_like(wanted.pixels, 255)
-    ways = {"one picture": wanted.pixels, "best of 4": white}
-    section = measure_shapes(wanted, ways, wanted.pixels, seed=0)
+    expected = join([data.held_out["test"], data.held_out["test_compose"]])
+    white = torch.full_like(expected.pixels, 255)
+    ways = {"one picture": expected.pixels, "best of 4": white}
+    section = measure_shapes(expected, ways, expected.pixels, seed=0)
     for split in ("test", "test_compose"):
         found = section.figures[split]
         assert list(found) == ["one picture", "best of 4", CEILING, FLOOR]
@@ -98,7 +96,7 @@ def test_the_section_has_both_splits_with_ceiling_and_floor(tmp_path: Path) -> N
         assert found[CEILING] == found["one picture"]
         assert found["best of 4"][WHOLE].value == 0.0
         assert found[FLOOR][WHOLE].value < 0.15
-        assert f"drawings_{split}" in section.pictures
+        assert f"drawings_{split}" in section.images
     assert [row[:2] for row in section.tables[0].rows][:2] == [
         ("one picture, test", "30"),
         ("best of 4, test", "30"),

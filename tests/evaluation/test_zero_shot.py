@@ -10,7 +10,7 @@ from PIL import Image
 from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.zero_shot import (
-    Question,
+    MultipleChoice,
     answer,
     zero_shot_emoji,
     zero_shot_shapes,
@@ -27,16 +27,16 @@ def pipeline() -> TextToImagePipeline:
     return tiny.build_pipeline()
 
 
-def test_answers_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
+def test_predictions_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
     text = pipeline.captions.encode(tiny.CAPTIONS)
     best = []
     for number in range(4):
-        scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.draw_picture(number)]))
+        scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.render_image(number)]))
         best.append(int(scores.image_given_text[0].argmax()))
     # True, shape alone, colour alone, nothing.
     truths = [best[0], (best[1] + 2) % 12, best[2] ^ 1, ((best[3] ^ 1) + 2) % 12]
     questions = [
-        Question(tiny.draw_picture(number), tiny.CAPTIONS, LABELS, truth)
+        MultipleChoice(tiny.render_image(number), tiny.CAPTIONS, LABELS, truth)
         for number, truth in enumerate(truths)
     ]
     report = answer(pipeline, questions, parts=("colour", "shape"))
@@ -48,28 +48,28 @@ def test_answers_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
 def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -> None:
     captions = ("a red disc", "a red disc " * 3)  # the longer one is far less probable
     text = pipeline.captions.encode(captions)
-    picture = next(
-        picture
-        for picture in map(tiny.draw_picture, range(40))
-        if score_pairs(pipeline.dalle, text, pipeline.encode([picture])).shares()[0, 1] > 0.5
+    image = next(
+        image
+        for image in map(tiny.render_image, range(40))
+        if score_pairs(pipeline.dalle, text, pipeline.encode([image])).probabilities()[0, 1] > 0.5
     )
-    question = Question(picture, captions, (("red", "disc"), ("red", "discs")), 1)
+    question = MultipleChoice(image, captions, (("red", "disc"), ("red", "discs")), 1)
     report = answer(pipeline, [question], parts=("colour", "shape"))
     assert report.accuracy["both"] == 1
-    scores = score_pairs(pipeline.dalle, text, pipeline.encode([picture]))
-    expected = float(scores.shares(use_prior=True)[0, 1] > 0.5)
+    scores = score_pairs(pipeline.dalle, text, pipeline.encode([image]))
+    expected = float(scores.probabilities(use_prior=True)[0, 1] > 0.5)
     assert report.accuracy_with_prior["both"] == expected == 0
 
 
-def test_a_model_without_captions_of_its_own_answers_without_a_prior() -> None:
+def test_encoder_decoder_predicts_without_prior() -> None:
     pipeline = tiny.build_pipeline(**tiny.WITH_ENCODER)
     text = pipeline.captions.encode(tiny.CAPTIONS)
-    scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.draw_picture(0)]))
+    scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.render_image(0)]))
     assert scores.text is None
     with pytest.raises(ValueError, match="use_prior: got True, wanted False"):
-        scores.shares(use_prior=True)
+        scores.probabilities(use_prior=True)
     best = int(scores.image_given_text[0].argmax())
-    question = Question(tiny.draw_picture(0), tiny.CAPTIONS, LABELS, best)
+    question = MultipleChoice(tiny.render_image(0), tiny.CAPTIONS, LABELS, best)
     report = answer(pipeline, [question], parts=("colour", "shape"))
     assert report.accuracy == {"colour": 1.0, "shape": 1.0, "both": 1.0}
     assert report.accuracy_with_prior is None
@@ -102,9 +102,9 @@ def test_held_out_emoji_are_asked_about(pipeline: TextToImagePipeline, tmp_path:
     report = zero_shot_emoji(pipeline, folder)
     assert report.num_questions == 3
     assert report.chance == pytest.approx({"gender": 1 / 3, "tone": 1 / 5, "both": 1 / 15})
-    assert zero_shot_emoji(pipeline, folder, num_pictures=2, language="ko").num_questions == 2
+    assert zero_shot_emoji(pipeline, folder, num_images=2, language="ko").num_questions == 2
     for options, message in (
-        ({"num_pictures": 0}, "num_pictures: got 0, wanted at least 1"),
+        ({"num_images": 0}, "num_images: got 0, wanted at least 1"),
         ({"style": "noto"}, "has no held-out cells (test_compose) in noto"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
@@ -115,8 +115,8 @@ def test_held_out_emoji_are_asked_about(pipeline: TextToImagePipeline, tmp_path:
 
 def test_shapes_ask_for_one_of_48_captions(pipeline: TextToImagePipeline) -> None:
     for split in ("test", "test_compose"):
-        report = zero_shot_shapes(pipeline, split=split, num_pictures=2)
+        report = zero_shot_shapes(pipeline, split=split, num_images=2)
         assert report.num_questions == 2
         assert report.chance == pytest.approx({"colour": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
-    with pytest.raises(UserError, match="num_pictures: got 0, wanted at least 1"):
-        zero_shot_shapes(pipeline, split="test", num_pictures=0)
+    with pytest.raises(UserError, match="num_images: got 0, wanted at least 1"):
+        zero_shot_shapes(pipeline, split="test", num_images=0)

@@ -23,7 +23,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.cli.app import CALLS_KEPT, MAX_PROMPT_LENGTH, MAX_SEED, MAX_WAITING, Painter
+from dalle_mini_impl.cli.app import (
+    CALLS_KEPT,
+    MAX_PROMPT_LENGTH,
+    MAX_SEED,
+    MAX_WAITING,
+    PageBackend,
+)
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -74,53 +80,53 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def painter(model_dir: Path, tmp_path: Path) -> Painter:
-    return Painter(TextToImagePipeline.from_pretrained(model_dir), tmp_path, name="tiny")
+def backend(model_dir: Path, tmp_path: Path) -> PageBackend:
+    return PageBackend(TextToImagePipeline.from_pretrained(model_dir), tmp_path, name="tiny")
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_values_are_refused_whatever_the_page_allows(case: str, painter: Painter) -> None:
+def test_bad_values_are_refused_whatever_the_page_allows(case: str, backend: PageBackend) -> None:
     values, reason = BAD[case]
     with pytest.raises(UserError, match=f"^{re.escape(reason)}"):
-        painter.draw(*values)
-    assert not list(painter.folder.iterdir())
+        backend.generate(*values)
+    assert not list(backend.folder.iterdir())
 
 
 @pytest.mark.parametrize("case", [case for case in ODD if len(ODD[case]) == len(GOOD)])
 @pytest.mark.usefixtures("unchecked")
-def test_values_of_another_type_are_refused(case: str, painter: Painter) -> None:
+def test_values_of_another_type_are_refused(case: str, backend: PageBackend) -> None:
     with pytest.raises(UserError, match=r"got .*wanted "):
-        painter.draw(*ODD[case])
+        backend.generate(*ODD[case])
     with pytest.raises(UserError, match="num_images: got 'True'"):
-        painter.draw("x", True, *GOOD[2:])
+        backend.generate("x", True, *GOOD[2:])
 
 
-def test_pictures_of_old_calls_are_deleted(painter: Painter) -> None:
-    first = Path(painter.draw(*GOOD)[0][0])
+def test_images_of_old_calls_are_deleted(backend: PageBackend) -> None:
+    first = Path(backend.generate(*GOOD)[0][0])
     assert first.is_file()
     for _ in range(CALLS_KEPT):
-        last = Path(painter.draw(*GOOD)[0][0])
+        last = Path(backend.generate(*GOOD)[0][0])
     assert last.is_file()
     assert not first.exists()
-    assert len(list(painter.folder.iterdir())) == CALLS_KEPT
+    assert len(list(backend.folder.iterdir())) == CALLS_KEPT
 
 
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_pictures_say_by_what_pass_they_were_drawn(
-    painter: Painter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_images_say_by_what_pass_they_were_generated(
+    backend: PageBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build.load_library.cache_clear()
-    painter.pipeline = tiny.build_pipeline(hidden_size=32)  # heads of 16, which it can compute
-    assert "native" not in facts_of(painter.draw(*GOOD)[0][0])
-    assert painter.pipeline.use_native("int8")
-    assert facts_of(painter.draw(*GOOD)[0][0])["native"] == "int8"
+    backend.pipeline = tiny.build_pipeline(hidden_size=32)  # heads of 16, which it can compute
+    assert "native" not in facts_of(backend.generate(*GOOD)[0][0])
+    assert backend.pipeline.use_native("int8")
+    assert facts_of(backend.generate(*GOOD)[0][0])["native"] == "int8"
     build.load_library.cache_clear()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_the_page_draws_with_a_compiled_pass(
+def test_page_generates_with_a_compiled_pass(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gradio")
@@ -212,13 +218,13 @@ def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
 
 
 @pytest.mark.slow
-def test_it_draws_and_the_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
+def test_it_generates_and_the_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
     status, kind, (gallery, files) = call(port, [XSS, 2, 5, 1.5, 0.9])
     assert (status, kind) == (200, "complete")
     assert [shown["caption"] for shown in gallery] == [f"{XSS} · seed {seed}" for seed in (5, 6)]
     pipeline = TextToImagePipeline.from_pretrained(model_dir)
-    wanted = pipeline(XSS, num_images=2, seed=5, guidance_scale=1.5, temperature=0.9).images
-    for index, each in enumerate(wanted):
+    expected = pipeline(XSS, num_images=2, seed=5, guidance_scale=1.5, temperature=0.9).images
+    for index, each in enumerate(expected):
         for file in (gallery[index]["image"], files[index]):
             status, content = request(port, "GET", f"/gradio_api/file={file['path']}")
             assert status == 200

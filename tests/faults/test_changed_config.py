@@ -85,7 +85,7 @@ def test_a_setting_that_makes_another_run_is_refused_by_name(folder: Path, name:
     assert (folder / "run" / "config.yaml").read_bytes() == before
 
 
-def test_another_split_is_refused_for_its_pictures(folder: Path) -> None:
+def test_another_split_is_refused_for_its_images(folder: Path) -> None:
     config = changed(base(folder), "data.train_split", "val")
     with pytest.raises(UserError, match="25 of the 25 pictures that this run began with are gone"):
         tiny.train(config, resume="latest")
@@ -111,7 +111,7 @@ def test_a_setting_that_may_change_is_said(folder: Path, tmp_path: Path, name: s
     assert tiny.read_metrics(tmp_path / "run")[-1]["step"] == 4
 
 
-def test_without_its_list_of_pictures_a_run_notices_that_some_came_or_went(tmp_path: Path) -> None:
+def test_run_without_image_list_detects_changes(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
     config = tiny.vqvae_run(data, tmp_path / "run", max_steps=3)
     tiny.train(config)
@@ -124,7 +124,7 @@ def test_without_its_list_of_pictures_a_run_notices_that_some_came_or_went(tmp_p
         tiny.train(longer, resume="latest")
 
 
-def test_a_checkpoint_of_before_settings_were_kept_goes_on(tmp_path: Path) -> None:
+def test_checkpoint_without_config_resumes(tmp_path: Path) -> None:
     from dalle_mini_impl.training.checkpoint import load_checkpoint, save_checkpoint
 
     data = tiny.write_data(tmp_path / "data")

@@ -160,7 +160,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_odd_but_whole_pictures_show_their_colour(name: str) -> None:
+def test_odd_but_whole_images_show_their_colour(name: str) -> None:
     make, colour = GOOD[name]
     decoded = decode_image(make(), source="x")
     assert decoded.mode == "RGB"
@@ -169,7 +169,7 @@ def test_odd_but_whole_pictures_show_their_colour(name: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_picture_turned_by_exif_stands_upright(orientation: int) -> None:
+def test_image_turned_by_exif_stands_upright(orientation: int) -> None:
     values = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -184,9 +184,9 @@ def noise(format: str) -> bytes:
     return encoded(Image.fromarray(values), format)
 
 
-def cut(format: str, share: float) -> bytes:
+def cut(format: str, fraction: float) -> bytes:
     data = noise(format)
-    return data[: int(len(data) * share)]
+    return data[: int(len(data) * fraction)]
 
 
 def changed(data: bytes, position: int, value: bytes) -> bytes:
@@ -211,7 +211,7 @@ def text_bomb(kind: bytes, head: bytes) -> bytes:
     return png_of((4, 4), chunks=bomb)
 
 
-NOT_A_PICTURE = "not a picture in one of the formats JPEG, PNG, WEBP, BMP"
+NOT_AN_IMAGE = "not a picture in one of the formats JPEG, PNG, WEBP, BMP"
 DAMAGED = r"damaged or refused \("
 PIXELS = r"\d+x\d+ pixels, wanted at most"
 SYSTEM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch sentinel) (w) file\n"
@@ -220,55 +220,55 @@ ENTITY = b'<!DOCTYPE s [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>'
 # Name -> a file, and the reason that is given for it.
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "empty": (lambda: b"", r"empty file \(0 bytes\)"),
-    "web page": (lambda: b"<html><body>404 not found</body></html>", NOT_A_PICTURE),
-    "answer of a server": (lambda: b'{"error": "rate limit"}', NOT_A_PICTURE),
-    "git lfs pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", NOT_A_PICTURE),
-    "gif named jpg": (lambda: encoded(flat("P", 0), "GIF"), NOT_A_PICTURE),
-    "tiff": (lambda: encoded(red(), "TIFF"), NOT_A_PICTURE),
-    "icon": (lambda: encoded(red(), "ICO"), NOT_A_PICTURE),
-    "pcx": (lambda: encoded(red(), "PCX"), NOT_A_PICTURE),
-    "ppm": (lambda: encoded(red(), "PPM"), NOT_A_PICTURE),
-    "tga": (lambda: encoded(red(), "TGA"), NOT_A_PICTURE),
-    "jpeg 2000": (lambda: encoded(red(), "JPEG2000"), NOT_A_PICTURE),
-    "eps that runs a command": (lambda: SYSTEM, NOT_A_PICTURE),
-    "pdf": (lambda: b"%PDF-1.7\n1 0 obj\n", NOT_A_PICTURE),
-    "svg that reads a file": (lambda: ENTITY, NOT_A_PICTURE),
-    "psd": (lambda: b"8BPS\0\1" + bytes(60), NOT_A_PICTURE),
-    "heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(60), NOT_A_PICTURE),
-    "zip": (lambda: b"PK\3\4" + bytes(60), NOT_A_PICTURE),
-    "gzip": (lambda: b"\x1f\x8b\x08" + bytes(60), NOT_A_PICTURE),
-    "program": (lambda: b"\x7fELF\2\1\1" + bytes(60), NOT_A_PICTURE),
-    "shell script": (lambda: b"#!/bin/sh\ntouch sentinel\n", NOT_A_PICTURE),
-    "pickle": (lambda: pickle.dumps(Bomb(Path("sentinel"))), NOT_A_PICTURE),
-    "zeros": (lambda: bytes(4096), NOT_A_PICTURE),
-    "ones": (lambda: b"\xff" * 4096, NOT_A_PICTURE),
-    "signature of a png alone": (lambda: noise("PNG")[:8], f"{NOT_A_PICTURE}|{DAMAGED}"),
+    "web page": (lambda: b"<html><body>404 not found</body></html>", NOT_AN_IMAGE),
+    "answer of a server": (lambda: b'{"error": "rate limit"}', NOT_AN_IMAGE),
+    "git lfs pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", NOT_AN_IMAGE),
+    "gif named jpg": (lambda: encoded(flat("P", 0), "GIF"), NOT_AN_IMAGE),
+    "tiff": (lambda: encoded(red(), "TIFF"), NOT_AN_IMAGE),
+    "icon": (lambda: encoded(red(), "ICO"), NOT_AN_IMAGE),
+    "pcx": (lambda: encoded(red(), "PCX"), NOT_AN_IMAGE),
+    "ppm": (lambda: encoded(red(), "PPM"), NOT_AN_IMAGE),
+    "tga": (lambda: encoded(red(), "TGA"), NOT_AN_IMAGE),
+    "jpeg 2000": (lambda: encoded(red(), "JPEG2000"), NOT_AN_IMAGE),
+    "eps that runs a command": (lambda: SYSTEM, NOT_AN_IMAGE),
+    "pdf": (lambda: b"%PDF-1.7\n1 0 obj\n", NOT_AN_IMAGE),
+    "svg that reads a file": (lambda: ENTITY, NOT_AN_IMAGE),
+    "psd": (lambda: b"8BPS\0\1" + bytes(60), NOT_AN_IMAGE),
+    "heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(60), NOT_AN_IMAGE),
+    "zip": (lambda: b"PK\3\4" + bytes(60), NOT_AN_IMAGE),
+    "gzip": (lambda: b"\x1f\x8b\x08" + bytes(60), NOT_AN_IMAGE),
+    "program": (lambda: b"\x7fELF\2\1\1" + bytes(60), NOT_AN_IMAGE),
+    "shell script": (lambda: b"#!/bin/sh\ntouch sentinel\n", NOT_AN_IMAGE),
+    "pickle": (lambda: pickle.dumps(Bomb(Path("sentinel"))), NOT_AN_IMAGE),
+    "zeros": (lambda: bytes(4096), NOT_AN_IMAGE),
+    "ones": (lambda: b"\xff" * 4096, NOT_AN_IMAGE),
+    "signature of a png alone": (lambda: noise("PNG")[:8], f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "png cut at a tenth": (lambda: cut("PNG", 0.1), DAMAGED),
     "png cut in the middle": (lambda: cut("PNG", 0.5), DAMAGED),
     "png cut near the end": (lambda: cut("PNG", 0.9), DAMAGED),
-    "jpeg cut in its header": (lambda: noise("JPEG")[:20], f"{NOT_A_PICTURE}|{DAMAGED}"),
+    "jpeg cut in its header": (lambda: noise("JPEG")[:20], f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "jpeg cut in the middle": (lambda: cut("JPEG", 0.5), DAMAGED),
     "jpeg cut near the end": (lambda: cut("JPEG", 0.9), DAMAGED),
-    "webp cut in the middle": (lambda: cut("WEBP", 0.5), f"{NOT_A_PICTURE}|{DAMAGED}"),
+    "webp cut in the middle": (lambda: cut("WEBP", 0.5), f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "bmp cut in the middle": (lambda: cut("BMP", 0.5), DAMAGED),
     "png with a flipped bit in its header": (
         lambda: changed(noise("PNG"), 18, b"\x01"),
-        f"{NOT_A_PICTURE}|{DAMAGED}",
+        f"{NOT_AN_IMAGE}|{DAMAGED}",
     ),
     "png with a chunk of a bad checksum": (
         lambda: changed(noise("PNG"), 60, b"\0\0\0\0"),
         DAMAGED,
     ),
     "png without pixels": (lambda: png_of((100, 100)), DAMAGED),
-    "png of width 0": (lambda: png_of((0, 4)), f"{NOT_A_PICTURE}|{DAMAGED}"),
-    "png of unknown depth": (lambda: png_of((4, 4), bits=7), f"{NOT_A_PICTURE}|{DAMAGED}"),
+    "png of width 0": (lambda: png_of((0, 4)), f"{NOT_AN_IMAGE}|{DAMAGED}"),
+    "png of unknown depth": (lambda: png_of((4, 4), bits=7), f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "png of 2 147 483 647 a side": (lambda: png_of((2**31 - 1, 2**31 - 1)), f"{PIXELS}|{DAMAGED}"),
     "png of 900 megapixels": (lambda: png_of((30_000, 30_000)), f"{PIXELS}|{DAMAGED}"),
     "png of 88 megapixels": (lambda: png_of((12_000, 7_400)), PIXELS),
     "png of 51 megapixels": (lambda: png_of((10_000, 5_100)), PIXELS),
     "png of 16 385 by 1": (lambda: png_of((16_385, 1)), PIXELS),
     "jpeg that claims 4 290 megapixels": (huge_jpeg, f"{PIXELS}|{DAMAGED}"),
-    "webp that claims 268 megapixels": (huge_webp, f"{PIXELS}|{DAMAGED}|{NOT_A_PICTURE}"),
+    "webp that claims 268 megapixels": (huge_webp, f"{PIXELS}|{DAMAGED}|{NOT_AN_IMAGE}"),
     "bmp that claims 2 147 483 647 a side": (
         lambda: changed(encoded(red(), "BMP"), 18, struct.pack("<ii", 2**31 - 1, 2**31 - 1)),
         f"{PIXELS}|{DAMAGED}",
@@ -280,7 +280,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_pictures_are_refused_with_path_and_reason(
+def test_bad_images_are_refused_with_path_and_reason(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, reason = BAD[name]
@@ -301,7 +301,7 @@ def test_a_flipped_byte_in_a_jpeg_is_decoded_or_refused(position: float) -> None
         assert decode_image(data, source="x").size == (64, 64)
 
 
-def test_all_bad_pictures_of_a_folder_are_named_and_the_good_ones_kept(tmp_path: Path) -> None:
+def test_all_bad_images_of_a_folder_are_named(tmp_path: Path) -> None:
     for name, (make, _) in (GOOD | BAD).items():
         (tmp_path / f"{name}.jpg").write_bytes(make())
         (tmp_path / f"{name}.txt").write_text(name)

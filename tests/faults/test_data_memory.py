@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.reference.hostile import add_member, picture, png_chunk, png_of, tar_header
+from tests.reference.hostile import add_member, png_bytes, png_chunk, png_of, tar_header
 
 REPOSITORY = Path(__file__).parents[2]
 PROBE = REPOSITORY / "tests" / "reference" / "memory_probe.py"
@@ -23,7 +23,7 @@ SMALL_KIB = 100 * 2**10  # what is refused by its size is not read
 
 
 def good(folder: Path) -> None:
-    (folder / "good.png").write_bytes(picture())
+    (folder / "good.png").write_bytes(png_bytes())
     (folder / "good.txt").write_text("good")
 
 
@@ -38,7 +38,7 @@ def tar_with(header: bytes) -> Callable[[Path], None]:
 
     def make(folder: Path) -> None:
         with tarfile.open(folder / "x.tar", "w") as archive:
-            add_member(archive, "a.png", picture())
+            add_member(archive, "a.png", png_bytes())
             add_member(archive, "a.txt", b"good")
         data = (folder / "x.tar").read_bytes()[: 4 * 512]
         sparse_file(folder / "x.tar", data + header, 4 * GIB)
@@ -49,7 +49,7 @@ def tar_with(header: bytes) -> Callable[[Path], None]:
 def beside_good(name: str, head: bytes = b"", size: int = 4 * GIB) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         good(folder)
-        (folder / "big.png").write_bytes(picture())
+        (folder / "big.png").write_bytes(png_bytes())
         (folder / "big.txt").write_text("big")
         sparse_file(folder / name, head, size)
 
@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Callable[[Path], None], str, int]] = {
     "metadata in one line of 4 GiB": (metadata, "line 1: longer than 1048576 bytes", SMALL_KIB),
     "caption file of 4 GiB": (beside_good("big.txt"), "1 read; big.txt is longer", SMALL_KIB),
     "picture file of 4 GiB": (
-        beside_good("big.png", picture()),
+        beside_good("big.png", png_bytes()),
         "1 read; larger than 268435456 bytes",
         SMALL_KIB,
     ),

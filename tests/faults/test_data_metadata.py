@@ -11,18 +11,18 @@ import pytest
 
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from tests.reference.hostile import nothing_comes_of_it, picture
+from tests.reference.hostile import nothing_comes_of_it, png_bytes
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A good picture a.png; secrets and ways to them beside the folder."""
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(png_bytes())
     (tmp_path / "secret.txt").write_text("secret")
     inside = tmp_path / "pictures"
     inside.mkdir()
-    (inside / "a.png").write_bytes(picture())
-    (inside / "b.png").write_bytes(picture(1))
+    (inside / "a.png").write_bytes(png_bytes())
+    (inside / "b.png").write_bytes(png_bytes(1))
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     (inside / "linked").symlink_to(tmp_path)
     (inside / "loop.png").symlink_to(inside / "loop.png")
@@ -203,15 +203,15 @@ CAPTION_FILES: dict[str, tuple[bytes, tuple[str, ...] | str]] = {
     "half a surrogate pair": (b"x\xed\xa0\x80", "not UTF-8 text (byte 1)"),
     "overlong form": (b"\xc0\xaf", "not UTF-8 text (byte 0)"),
     "pickle": (b"\x80\x04cos\nsystem\n(S'touch sentinel'\ntR.", "not UTF-8 text (byte 0)"),
-    "picture": (picture(), "not UTF-8 text (byte 0)"),
+    "picture": (png_bytes(), "not UTF-8 text (byte 0)"),
 }
 
 
 @pytest.mark.parametrize("name", CAPTION_FILES)
-def test_a_caption_file_is_read_or_its_picture_skipped(name: str, tmp_path: Path) -> None:
+def test_caption_file_is_read_or_its_image_skipped(name: str, tmp_path: Path) -> None:
     data, outcome = CAPTION_FILES[name]
     for stem in ("a", "good"):
-        (tmp_path / f"{stem}.png").write_bytes(picture())
+        (tmp_path / f"{stem}.png").write_bytes(png_bytes())
     (tmp_path / "a.txt").write_bytes(data)
     (tmp_path / "good.txt").write_text("good")
     with nothing_comes_of_it(tmp_path):
@@ -281,7 +281,7 @@ def test_no_depth_of_folders_stops_the_search(tmp_path: Path) -> None:
         for _ in range(1100):  # more than Python recurses
             bottom /= "d"
             bottom.mkdir()
-        (bottom / "a.png").write_bytes(picture())
+        (bottom / "a.png").write_bytes(png_bytes())
         (bottom / "a.txt").write_text("deep")
         [pair] = open_pairs(str(tmp_path))
         assert pair.captions == ("deep",)

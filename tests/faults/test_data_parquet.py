@@ -12,7 +12,7 @@ from dalle_mini_impl.data.images import BadImageError
 from dalle_mini_impl.data.loading import read_pixels
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from tests.reference.hostile import Bomb, nothing_comes_of_it, picture
+from tests.reference.hostile import Bomb, nothing_comes_of_it, png_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def write(path: Path, columns: dict[str, Any], **options: Any) -> None:
 
 
 def whole(folder: Path) -> bytes:
-    write(folder / "x.parquet", {"image": [picture()] * 9, "text": ["x"] * 9})
+    write(folder / "x.parquet", {"image": [png_bytes()] * 9, "text": ["x"] * 9})
     return (folder / "x.parquet").read_bytes()
 
 
@@ -68,20 +68,20 @@ ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "footer of zeros": (damaged(lambda data: data[:-60] + bytes(52) + data[-8:]), CANNOT),
     "no picture column": (columns(text=["x"]), r"no column 'image' for pictures, but \['text'\]"),
     "no caption column": (
-        columns(image=[picture()], label=["x"]),
+        columns(image=[png_bytes()], label=["x"]),
         r"none of the columns text, .* for captions, but \['image', 'label'\]",
     ),
     "pictures that are numbers": (columns(image=[1, 2], text=["x", "y"]), "column 'image'"),
     "captions that are numbers": (
-        columns(image=[picture()], text=[3]),
+        columns(image=[png_bytes()], text=[3]),
         "no captioned pictures found.*text is empty, null",
     ),
     "captions that are bytes": (
-        columns(image=[picture()], text=[b"x"]),
+        columns(image=[png_bytes()], text=[b"x"]),
         "no captioned pictures found",
     ),
     "no rows": (
-        lambda folder: write(folder / "x.parquet", {"image": [picture()][:0], "text": ["x"][:0]}),
+        lambda folder: write(folder / "x.parquet", {"image": [png_bytes()][:0], "text": ["x"][:0]}),
         CANNOT,
     ),
 }
@@ -128,9 +128,9 @@ def test_a_bad_row_is_skipped_or_refused(
     value, reason = ROWS[name]
     folder = tmp_path / "folder"
     folder.mkdir()
-    (tmp_path / "secret.png").write_bytes(picture())
+    (tmp_path / "secret.png").write_bytes(png_bytes())
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    images = [value, {"bytes": picture(), "path": None}]
+    images = [value, {"bytes": png_bytes(), "path": None}]
     write(folder / "x.parquet", {"image": images, "text": ["bad", "good"]})
     monkeypatch.chdir(tmp_path)
     with nothing_comes_of_it(tmp_path):
@@ -151,5 +151,5 @@ def test_a_pipe_among_parquet_files_is_not_opened(tmp_path: Path) -> None:
     (tmp_path / "b.parquet").mkdir()
     with pytest.raises(UserError, match="no captioned pictures found"):
         open_pairs(str(tmp_path))
-    write(tmp_path / "c.parquet", {"image": [picture()], "text": ["x"]})
+    write(tmp_path / "c.parquet", {"image": [png_bytes()], "text": ["x"]})
     assert len(open_pairs(str(tmp_path))) == 1

@@ -39,13 +39,13 @@ def listed(out: Path) -> list[dict[str, str]]:
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("content", [b"", b"<html>404</html>", None], ids=["empty", "html", "gone"])
-def test_a_set_of_bad_pictures_alone_stops_with_counts(
+def test_set_of_bad_images_alone_stops_with_counts(
     content: bytes | None, data: Path, tmp_path: Path
 ) -> None:
-    for picture in data.glob("*.png"):
-        picture.unlink() if content is None else picture.write_bytes(content)
-    wanted = r"no captioned pictures" if content is None else r"data\.source: \d+ of .* 25\).*: "
-    with pytest.raises(UserError, match=wanted):
+    for image in data.glob("*.png"):
+        image.unlink() if content is None else image.write_bytes(content)
+    expected = r"no captioned pictures" if content is None else r"data\.source: \d+ of .* 25\).*: "
+    with pytest.raises(UserError, match=expected):
         load(data, tmp_path / "out", resumes=False, max_bad_fraction=1.0)
     with pytest.raises(UserError, match=r"no captioned pictures|cannot be read"):
         tiny.train(tiny.vqvae_run(data, tmp_path / "run"))
@@ -53,7 +53,7 @@ def test_a_set_of_bad_pictures_alone_stops_with_counts(
 
 
 @pytest.mark.parametrize("kind", ["unreadable", "missing", "without caption"])
-def test_a_run_stops_above_the_share_of_bad_records(kind: str, data: Path, tmp_path: Path) -> None:
+def test_run_stops_above_the_fraction_of_bad_records(kind: str, data: Path, tmp_path: Path) -> None:
     lines = (data / "metadata.jsonl").read_text().splitlines()
     for number in range(4):  # of 25 and of 30: more than 10 %, less than 20 %
         if kind == "unreadable":
@@ -84,7 +84,7 @@ def test_bad_records_of_all_kinds_are_counted_together(data: Path, tmp_path: Pat
     assert len(load(data, tmp_path / "out", resumes=False, max_bad_fraction=0.14).pairs) == 21
 
 
-def test_a_picture_that_vanishes_while_pictures_are_read_is_left_out(data: Path) -> None:
+def test_image_that_vanishes_during_reading_is_skipped(data: Path) -> None:
     pairs = open_pairs(str(data), split="train")
 
     def progress(done: int, total: int) -> None:
@@ -99,15 +99,15 @@ def test_a_picture_that_vanishes_while_pictures_are_read_is_left_out(data: Path)
 
 
 @pytest.mark.slow
-def test_a_run_needs_no_picture_after_it_has_read_them(data: Path, tmp_path: Path) -> None:
+def test_run_needs_no_image_after_it_has_read_them(data: Path, tmp_path: Path) -> None:
     def run(name: str, *, remove: bool) -> list[float]:
         config = tiny.vqvae_run(data, tmp_path / name)
         from dalle_mini_impl.training.vqvae import train_vqvae
 
         def show(line: str) -> None:
             if remove and line.startswith("val: "):
-                for picture in data.iterdir():
-                    picture.unlink()
+                for image in data.iterdir():
+                    image.unlink()
 
         with log_lines(show):
             train_vqvae(config)
@@ -125,7 +125,7 @@ def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
     first = load(data, out, resumes=False)
     (data / "3.png").unlink()
     (data / "8.png").write_bytes(b"<html>")
-    tiny.draw_picture(5).save(data / "new.png")
+    tiny.render_image(5).save(data / "new.png")
     with (data / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": "new.png", "text": "new", "split": "train"}) + "\n")
     again, twice = (load(data, out, resumes=True) for _ in range(2))
@@ -164,9 +164,7 @@ def test_a_resumed_run_stops_when_too_many_are_gone(data: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["vqvae", "dalle"])
-def test_a_picture_lost_between_stop_and_resume_does_not_move_the_others(
-    kind: str, data: Path, tmp_path: Path
-) -> None:
+def test_lost_image_keeps_sample_order_on_resume(kind: str, data: Path, tmp_path: Path) -> None:
     vqvae, _ = tiny.train(tiny.vqvae_run(data, tmp_path / "tokenizer"))
 
     def config(out: Path, **training: int) -> object:

@@ -14,7 +14,7 @@ import pytest
 
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from tests.reference.hostile import Bomb, add_member, nothing_comes_of_it, picture, tar_header
+from tests.reference.hostile import Bomb, add_member, nothing_comes_of_it, png_bytes, tar_header
 
 Build = Callable[[tarfile.TarFile], object]
 
@@ -43,16 +43,16 @@ NO_CAPTION = "no .txt or .json for this key, or an empty one"
 
 # Name -> members put before a good sample, and what is said of the key (nothing: passed over).
 MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
-    "parent folder": (file("../b.png", picture()), {"../b.png": OUTSIDE}),
-    "parent folder further in": (file("s/../../b.png", picture()), {"s/../../b.png": OUTSIDE}),
-    "parent folder of windows": (file("s\\..\\..\\b.png", picture()), {"b.png": OUTSIDE}),
-    "hidden parent folder of windows": (file("..\\b.png", picture()), {}),
-    "absolute name": (file("/tmp/b.png", picture()), {"/tmp/b.png": OUTSIDE}),
-    "drive": (file("C:\\b.png", picture()), {"C:\\b.png": OUTSIDE}),
-    "share": (file("\\\\host\\b.png", picture()), {"\\\\host\\b.png": OUTSIDE}),
+    "parent folder": (file("../b.png", png_bytes()), {"../b.png": OUTSIDE}),
+    "parent folder further in": (file("s/../../b.png", png_bytes()), {"s/../../b.png": OUTSIDE}),
+    "parent folder of windows": (file("s\\..\\..\\b.png", png_bytes()), {"b.png": OUTSIDE}),
+    "hidden parent folder of windows": (file("..\\b.png", png_bytes()), {}),
+    "absolute name": (file("/tmp/b.png", png_bytes()), {"/tmp/b.png": OUTSIDE}),
+    "drive": (file("C:\\b.png", png_bytes()), {"C:\\b.png": OUTSIDE}),
+    "share": (file("\\\\host\\b.png", png_bytes()), {"\\\\host\\b.png": OUTSIDE}),
     "caption in the parent folder": (file("../b.txt"), {"../b.txt": OUTSIDE}),
     "pax header with an outside name": (
-        file("b.png", picture(), pax_headers={"path": "../b.png"}),
+        file("b.png", png_bytes(), pax_headers={"path": "../b.png"}),
         {"../b.png": OUTSIDE},
     ),
     "symbolic link to a file": (
@@ -60,11 +60,11 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
         {"b.png": NOT_REGULAR},
     ),
     "symbolic link as caption": (
-        both(file("b.png", picture()), special("b.txt", tarfile.SYMTYPE, "/etc/passwd")),
+        both(file("b.png", png_bytes()), special("b.txt", tarfile.SYMTYPE, "/etc/passwd")),
         {"b.txt": NOT_REGULAR, "b.png": NO_CAPTION},
     ),
     "symbolic link to a folder, and a file below it": (
-        both(special("s", tarfile.SYMTYPE, "/tmp"), file("s/b.png", picture())),
+        both(special("s", tarfile.SYMTYPE, "/tmp"), file("s/b.png", png_bytes())),
         {"s/b.png": NO_CAPTION},
     ),
     "hard link outside": (special("b.png", tarfile.LNKTYPE, "/etc/passwd"), {"b.png": NOT_REGULAR}),
@@ -93,14 +93,14 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
         )
     },
     "pickle as json": (
-        both(file("b.png", picture()), file("b.json", PICKLED)),
+        both(file("b.png", png_bytes()), file("b.json", PICKLED)),
         {"b.png": "b.json is not valid JSON"},
     ),
     "pickle as caption": (
-        both(file("b.png", picture()), file("b.txt", PICKLED)),
+        both(file("b.png", png_bytes()), file("b.txt", PICKLED)),
         {"b.png": "its caption is not UTF-8 text"},
     ),
-    "command as name": (file("pipe:touch sentinel;.png", picture()), {"pipe": NO_CAPTION}),
+    "command as name": (file("pipe:touch sentinel;.png", png_bytes()), {"pipe": NO_CAPTION}),
     "sparse, 1 GiB, pax 0.1": (
         sparse(map="0,0", size=str(2**30), numblocks="1"),
         {"b.png": NOT_REGULAR},
@@ -109,54 +109,54 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
         sparse(major="1", minor="0", name="b.png", realsize=str(2**30)),
         {"x.tar": "not a tar file, or damaged"},
     ),
-    "picture without caption": (file("b.png", picture()), {"b.png": NO_CAPTION}),
+    "picture without caption": (file("b.png", png_bytes()), {"b.png": NO_CAPTION}),
     "caption without picture": (file("b.txt"), {"b": "no picture for this key"}),
     "empty caption": (
-        both(file("b.png", picture()), file("b.txt", b" \n")),
+        both(file("b.png", png_bytes()), file("b.txt", b" \n")),
         {"b.png": NO_CAPTION},
     ),
     "caption longer than 1 MiB": (
-        both(file("b.png", picture()), file("b.txt", b"x" * (2**20 + 1))),
+        both(file("b.png", png_bytes()), file("b.txt", b"x" * (2**20 + 1))),
         {"b.txt": "1048577 bytes, wanted at most 1048576", "b.png": NO_CAPTION},
     ),
     "json that is cut": (
-        both(file("b.png", picture()), file("b.json", b'{"caption": ')),
+        both(file("b.png", png_bytes()), file("b.json", b'{"caption": ')),
         {"b.png": "b.json is not valid JSON"},
     ),
     "json that is a list": (
-        both(file("b.png", picture()), file("b.json", b"[1]")),
+        both(file("b.png", png_bytes()), file("b.json", b"[1]")),
         {"b.png": "b.json is a JSON list"},
     ),
     "json nested 500 deep": (
-        both(file("b.png", picture()), file("b.json", b'{"a":' + b"[" * 500 + b"]" * 500 + b"}")),
+        both(file("b.png", png_bytes()), file("b.json", b'{"a":' + b"[" * 500 + b"]" * 500 + b"}")),
         {"b.png": "b.json is nested deeper than 64"},
     ),
     "two pictures for a key": (
-        both(file("good.jpg", picture()), file("good.txt", b"first")),
+        both(file("good.jpg", png_bytes()), file("good.txt", b"first")),
         {"good.png": "a second member for the same key", "good.txt": "a second member"},
     ),
     "picture of another format": (
         both(file("b.gif"), file("b.txt")),
         {"b": "b.gif is there, but its format is not one of"},
     ),
-    "line end in the name": (file("b\n.png", picture()), {"b\\n.png": NO_CAPTION}),
-    "terminal code in the name": (file("\x1b[2Jb.png", picture()), {"\\x1b[2Jb.png": NO_CAPTION}),
-    "name from right to left": (file("\u202egnp.b.png", picture()), {"\\u202egnp": NO_CAPTION}),
-    "name that is not utf-8": (file("b\udcff.png", picture()), {"b\\udcff": "not valid Unicode"}),
-    "name of 5 000 letters": (file("z" * 5000 + ".png", picture()), {"z" * 5000: NO_CAPTION}),
+    "line end in the name": (file("b\n.png", png_bytes()), {"b\\n.png": NO_CAPTION}),
+    "terminal code in the name": (file("\x1b[2Jb.png", png_bytes()), {"\\x1b[2Jb.png": NO_CAPTION}),
+    "name from right to left": (file("\u202egnp.b.png", png_bytes()), {"\\u202egnp": NO_CAPTION}),
+    "name that is not utf-8": (file("b\udcff.png", png_bytes()), {"b\\udcff": "not valid Unicode"}),
+    "name of 5 000 letters": (file("z" * 5000 + ".png", png_bytes()), {"z" * 5000: NO_CAPTION}),
     "name of 20 000 letters": (
-        file("z" * 20_000 + ".png", picture()),
+        file("z" * 20_000 + ".png", png_bytes()),
         {"x.tar": "a header of 20480 bytes, wanted at most 16384"},
     ),
     "pax header of 100 kB": (
-        file("b.png", picture(), pax_headers={"comment": "x" * 100_000}),
+        file("b.png", png_bytes(), pax_headers={"comment": "x" * 100_000}),
         {"x.tar": "wanted at most 16384"},
     ),
     "pax header with a size below zero": (
-        file("b.png", picture(), pax_headers={"size": "-1024"}),
+        file("b.png", png_bytes(), pax_headers={"size": "-1024"}),
         {"x.tar": "not a tar file, or damaged"},
     ),
-    "unknown kind of member": (file("b.png", picture(), type=b"Z"), {"b.png": ""}),
+    "unknown kind of member": (file("b.png", png_bytes(), type=b"Z"), {"b.png": ""}),
 }
 
 
@@ -170,17 +170,17 @@ def test_a_hostile_member_is_skipped_or_passed_over(
     with tarfile.open(
         "x.tar", "w", format=tarfile.GNU_FORMAT if gnu else tarfile.PAX_FORMAT
     ) as archive:
-        file("first.png", picture(1))(archive)
+        file("first.png", png_bytes(1))(archive)
         file("first.txt", b"first")(archive)
         build(archive)
-        file("good.png", picture())(archive)
+        file("good.png", png_bytes())(archive)
         file("good.txt", b"fine")(archive)
     with nothing_comes_of_it(tmp_path):
         pairs = open_pairs("x.tar")
         found = {pair.path: pair.captions for pair in pairs}
         reasons = {record.path: record.reason for record in pairs.skipped}
         for index in range(len(pairs)):
-            assert pairs.read_image(index) in (picture(), picture(1))
+            assert pairs.read_image(index) in (png_bytes(), png_bytes(1))
     assert found.pop("x.tar!first.png") == ("first",)
     if "x.tar" in said:  # damage: what lies behind it is lost, and that is said
         assert found == {}
@@ -198,7 +198,7 @@ def good_tar(**options: Any) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", **options) as archive:
         for key in ("a", "b"):
-            add_member(archive, f"{key}.png", picture())
+            add_member(archive, f"{key}.png", png_bytes())
             add_member(archive, f"{key}.txt", key.encode() * 600)
     return buffer.getvalue()
 
@@ -266,15 +266,15 @@ FILES: dict[str, tuple[Callable[[], bytes], list[str], str]] = {
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_tar_gives_what_lies_before_the_damage(name: str, tmp_path: Path) -> None:
-    make, wanted, said = FILES[name]
+    make, expected, said = FILES[name]
     (tmp_path / "x.tar").write_bytes(make())
     with nothing_comes_of_it(tmp_path):
-        if not wanted:
+        if not expected:
             with pytest.raises(UserError, match=f"no captioned pictures found.*{said}"):
                 open_pairs(str(tmp_path / "x.tar"))
             return
         pairs = open_pairs(str(tmp_path))
-        assert [pair.path for pair in pairs] == [f"x.tar!{key}.png" for key in wanted]
+        assert [pair.path for pair in pairs] == [f"x.tar!{key}.png" for key in expected]
         shown = "; ".join(f"{record.path}: {record.reason}" for record in pairs.skipped)
         assert said in shown
         assert bool(shown) == bool(said)

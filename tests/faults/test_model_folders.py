@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.model_folder import INDEX_NAME
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -130,8 +130,8 @@ def one(change: Callable[[torch.Tensor], torch.Tensor]) -> Damage:
 
 
 def other_vocabulary(folder: Path) -> None:
-    captions = CaptionEncoder(train_text_tokenizer(["a"], vocab_size=257), 8)
-    captions.save_pretrained(folder / "text_tokenizer")
+    text_tokenizer = TextTokenizer(train_text_tokenizer(["a"], vocab_size=257), 8)
+    text_tokenizer.save_pretrained(folder / "text_tokenizer")
     hostile.rehash(folder)
 
 
@@ -535,8 +535,8 @@ def test_every_single_flipped_bit_is_noticed(folder: Path) -> None:
             except UserError:
                 refused += 1
             else:  # a changed space, or a default that a user may change too; nothing else
-                settings = dataclasses.asdict(whole.settings)
-                picture = loaded("a red disc", **settings).images[0]
-                assert picture.tobytes() == before, (path, place)
+                sampling_config = dataclasses.asdict(whole.sampling_config)
+                image = loaded("a red disc", **sampling_config).images[0]
+                assert image.tobytes() == before, (path, place)
         path.write_bytes(content)
     assert refused > 60

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from dalle_mini_impl.cli.generate import draw_to_folder
+from dalle_mini_impl.cli.generate import generate_to_folder
 from dalle_mini_impl.cli.main import printable
 from dalle_mini_impl.errors import UserError, without_secrets
 from dalle_mini_impl.pipeline import MAX_PROMPT_LENGTH
@@ -82,11 +82,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def draw(model_dir: Path, out: Path, *prompts: str, **options: Any) -> list[Path]:
+def generate(model_dir: Path, out: Path, *prompts: str, **options: Any) -> list[Path]:
     """Draw with `generate.py`'s function; returns the pictures in the order of their numbers."""
     known = {"num_images": 1, "num_candidates": 1, "seed": 0, "overrides": {}}
     before = set(out.glob("*")) if out.is_dir() else set()
-    draw_to_folder(str(model_dir), prompts=prompts, out=out, **(known | options))
+    generate_to_folder(str(model_dir), prompts=prompts, out=out, **(known | options))
     return sorted(set(out.glob("[0-9]*.png")) - before)
 
 
@@ -100,7 +100,7 @@ def test_a_hostile_prompt_is_a_plain_name_and_comes_back(
     case: str, model_dir: Path, tmp_path: Path
 ) -> None:
     prompt = HOSTILE[case]
-    (path,) = draw(model_dir, tmp_path / "here" / "out", prompt)
+    (path,) = generate(model_dir, tmp_path / "here" / "out", prompt)
     everything = [found for found in tmp_path.rglob("*") if found.is_file()]
     assert {found.name for found in everything} == {path.name, "grid-0000.png"}
     assert path.parent == tmp_path / "here" / "out"
@@ -119,41 +119,41 @@ def test_what_is_no_text_is_refused_before_anything_is_written(
     case: str, model_dir: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=r"^prompt: got ") as caught:
-        draw(model_dir, tmp_path / "out", "a good one", REFUSED[case])
+        generate(model_dir, tmp_path / "out", "a good one", REFUSED[case])
     assert len(str(caught.value)) < 300
     str(caught.value).encode()  # can be shown
     assert not (tmp_path / "out").exists()
 
 
 def test_the_same_call_twice_writes_the_same_bytes(model_dir: Path, tmp_path: Path) -> None:
-    one, two = (draw(model_dir, tmp_path / name, "a red disc", seed=5) for name in "ab")
+    one, two = (generate(model_dir, tmp_path / name, "a red disc", seed=5) for name in "ab")
     assert one[0].read_bytes() == two[0].read_bytes()
 
 
 def test_alone_and_among_others_a_prompt_is_the_same_file(model_dir: Path, tmp_path: Path) -> None:
     prompts = ["a red disc", "파란 상자", "<b>", "a green box"]
-    together = draw(model_dir, tmp_path / "all", *prompts, num_images=2, seed=3)
+    together = generate(model_dir, tmp_path / "all", *prompts, num_images=2, seed=3)
     assert len(together) == 8
     for number, prompt in enumerate(prompts):
-        alone = draw(model_dir, tmp_path / str(number), prompt, seed=4)
+        alone = generate(model_dir, tmp_path / str(number), prompt, seed=4)
         assert alone[0].read_bytes() == together[2 * number + 1].read_bytes()
 
 
-def test_both_forms_of_korean_are_the_same_picture(model_dir: Path, tmp_path: Path) -> None:
+def test_both_forms_of_korean_are_the_same_image(model_dir: Path, tmp_path: Path) -> None:
     forms = [unicodedata.normalize(form, "빨간 하트 각") for form in ("NFC", "NFD")]
     assert forms[0] != forms[1]
-    one, two = draw(model_dir, tmp_path, *forms)
+    one, two = generate(model_dir, tmp_path, *forms)
     assert Image.open(one).tobytes() == Image.open(two).tobytes()
     assert [facts_of(path)["prompt"] for path in (one, two)] == forms
     assert one.name.removeprefix("0000") == two.name.removeprefix("0001") == "-빨간-하트-각_0.png"
 
 
 def test_a_later_call_never_overwrites(model_dir: Path, tmp_path: Path) -> None:
-    first = draw(model_dir, tmp_path, "a red disc", "a blue box")
+    first = generate(model_dir, tmp_path, "a red disc", "a blue box")
     kept = {path: path.read_bytes() for path in tmp_path.iterdir()}
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "9999999999-x.png").write_text("not one of ours")
-    second = draw(model_dir, tmp_path, "a red disc", overrides={"guidance_scale": 1.0})
+    second = generate(model_dir, tmp_path, "a red disc", overrides={"guidance_scale": 1.0})
     assert [path.name for path in first + second] == [
         "0000-a-red-disc_0.png",
         "0001-a-blue-box_0.png",
@@ -167,14 +167,14 @@ def test_a_later_call_never_overwrites(model_dir: Path, tmp_path: Path) -> None:
     ]
 
 
-def test_many_pictures_of_a_prompt_are_those_of_single_calls(
-    model_dir: Path, tmp_path: Path
-) -> None:
+def test_many_images_of_a_prompt_are_those_of_single_calls(model_dir: Path, tmp_path: Path) -> None:
     """More than are drawn at a time, with candidates."""
     options = {"num_candidates": 2, "seed": 10}
-    many = draw(model_dir, tmp_path / "many", "a red disc", num_images=70, **options)
+    many = generate(model_dir, tmp_path / "many", "a red disc", num_images=70, **options)
     assert len(many) == 70
-    (single,) = draw(model_dir, tmp_path / "one", "a red disc", num_candidates=2, seed=10 + 2 * 66)
+    (single,) = generate(
+        model_dir, tmp_path / "one", "a red disc", num_candidates=2, seed=10 + 2 * 66
+    )
     assert single.read_bytes() == (tmp_path / "many" / single.name).read_bytes()
 
 
@@ -271,7 +271,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(model_dir: Path, tmp_
     assert not list(tmp_path.glob("*.png"))
 
 
-def test_a_full_disk_is_one_line_and_earlier_pictures_stay(model_dir: Path, tmp_path: Path) -> None:
+def test_full_disk_is_one_line_and_earlier_images_stay(model_dir: Path, tmp_path: Path) -> None:
     """The limit on the size of files stands for the disk; the grid is larger than a picture."""
     limit = (
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -290,9 +290,9 @@ def test_a_full_disk_is_one_line_and_earlier_pictures_stay(model_dir: Path, tmp_
             image.load()
 
 
-def test_a_slip_in_the_number_of_pictures_is_refused_at_once(tmp_path: Path) -> None:
+def test_slip_in_the_number_of_images_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_images: got 999999999 of 1 prompts"):
-        draw_to_folder(
+        generate_to_folder(
             str(tmp_path / "never read"),
             prompts=["a red disc"],
             num_images=999_999_999,

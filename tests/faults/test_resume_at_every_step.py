@@ -118,7 +118,7 @@ def test_a_run_with_all_options_of_quality_stopped_after_every_step(tmp_path: Pa
     config = dataclasses.replace(
         config,
         task=VQVAETaskConfig(
-            perturbed_image_share=0.5, perceptual_weight=0.5, next_feature_weight=0.1
+            perturbed_image_fraction=0.5, perceptual_weight=0.5, next_feature_weight=0.1
         ),
         discriminator=DiscriminatorConfig(
             weight=0.8, adaptive=True, feature_matching_weight=1.0, channels=4, num_layers=2
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_other_processes(tmp_path: Path, before: int, after: 
 
 
 @pytest.mark.slow
-def test_a_batch_that_two_processes_cannot_share_is_refused_at_once(tmp_path: Path) -> None:
+def test_indivisible_batch_is_refused(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
     config = tiny.vqvae_run(data, tmp_path / "run", global_batch_size=9)
     save_config(config, tmp_path / "run.yaml")

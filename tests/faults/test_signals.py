@@ -245,7 +245,7 @@ def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_drawing_stops_with_whole_pictures(tmp_path: Path, name: str) -> None:
+def test_generation_stops_with_whole_images(tmp_path: Path, name: str) -> None:
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a red disc {number}" for number in range(3000)))
@@ -266,11 +266,11 @@ def test_drawing_stops_with_whole_pictures(tmp_path: Path, name: str) -> None:
     assert code == 128 + number
     assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
     assert script.err == ["stopped; run it again\n"]
-    pictures = list(out.iterdir())
-    assert 64 <= len(pictures) < 12000
-    assert {path.suffix for path in pictures} == {".png"}
-    assert not [path for path in pictures if path.name.startswith(".")]
-    for path in pictures[::50]:
+    images = list(out.iterdir())
+    assert 64 <= len(images) < 12000
+    assert {path.suffix for path in images} == {".png"}
+    assert not [path for path in images if path.name.startswith(".")]
+    for path in images[::50]:
         with Image.open(path) as image:
             image.load()
             assert json.loads(image.info["dalle_mini_impl"])["prompt"].startswith("a red disc")

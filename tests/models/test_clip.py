@@ -136,10 +136,10 @@ def some_logits() -> tuple[Tensor, Tensor]:
 def test_the_softmax_loss_equals_a_loop() -> None:
     logits, is_match = some_logits()
     total = 0.0
-    for scores, wanted in ((logits, is_match), (logits.T, is_match.T)):
+    for scores, expected in ((logits, is_match), (logits.T, is_match.T)):
         for row in range(4):
             whole = sum(math.exp(x) for x in scores[row].tolist())
-            right = [math.exp(scores[row, k]) / whole for k in range(4) if wanted[row, k]]
+            right = [math.exp(scores[row, k]) / whole for k in range(4) if expected[row, k]]
             total -= sum(math.log(p) for p in right) / len(right) / 8
     assert float(softmax_loss(logits, is_match)) == pytest.approx(total, abs=1e-12)
     # Without twins it is the loss of the paper.

@@ -10,9 +10,9 @@ import torch
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.sampling.generate import draw_rows
-from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
-from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
+from dalle_mini_impl.sampling.generate import generate_sequentially
+from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
+from dalle_mini_impl.sampling.jacobi import jacobi_decode
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.models.test_dalle import BATCH, TOLERANCE, gap, inputs
 from tests.reference import tiny
@@ -78,19 +78,24 @@ def test_cached_logits_equal_uncached(build_dalle: BuildDalle, num_layers: int) 
 
 
 @torch.inference_mode()
-def test_drawing_is_the_same_by_all_ways(build_dalle: BuildDalle) -> None:
+def test_generation_is_the_same_by_all_ways(build_dalle: BuildDalle) -> None:
     model = build_dalle(**PUBLISHED)
     text, _ = inputs(model)
-    settings = SamplingConfig(guidance_scale=2.0, temperature=1.0)
+    sampling_config = SamplingConfig(guidance_scale=2.0, temperature=1.0)
     seeds = torch.arange(BATCH)
-    drawn = draw_rows(model, text, seeds=seeds, settings=settings)
-    jacobi = draw_by_jacobi(model, text, seeds=seeds, settings=settings, window=4)
-    assert torch.equal(jacobi.image_token_ids, drawn.image_token_ids)
-    is_redrawn = (torch.arange(12) >= 5).expand(BATCH, -1)
-    completed = complete_image_token_ids(
-        model, text, drawn.image_token_ids, is_redrawn, seeds=seeds, settings=settings
+    generated = generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config)
+    jacobi = jacobi_decode(model, text, seeds=seeds, sampling_config=sampling_config, window=4)
+    assert torch.equal(jacobi.image_token_ids, generated.image_token_ids)
+    is_masked = (torch.arange(12) >= 5).expand(BATCH, -1)
+    inpainted = inpaint_image_token_ids(
+        model,
+        text,
+        generated.image_token_ids,
+        is_masked,
+        seeds=seeds,
+        sampling_config=sampling_config,
     )
-    assert torch.equal(completed.image_token_ids, drawn.image_token_ids)  # the same noise
+    assert torch.equal(inpainted.image_token_ids, generated.image_token_ids)  # the same noise
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -191,7 +196,9 @@ def test_a_model_folder_cannot_claim_other_orders() -> None:
     parts = tiny.build_pipeline()
     decoder = dataclasses.replace(parts.dalle.config.decoder, attention="dalle")
     dalle = Dalle(dataclasses.replace(parts.dalle.config, decoder=decoder))
-    with pytest.raises(ValueError, match="draws_any_order: got true, but the decoder draws raster"):
+    with pytest.raises(
+        ValueError, match="generates_any_order: got true, but the decoder draws raster"
+    ):
         TextToImagePipeline(
-            dalle=dalle, vqvae=parts.vqvae, captions=parts.captions, draws_any_order=True
+            dalle=dalle, vqvae=parts.vqvae, captions=parts.captions, generates_any_order=True
         )

@@ -12,7 +12,7 @@ from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.dalle_encoder_decoder import DalleEncoderDecoder
 from dalle_mini_impl.models.text_to_image import build_text_to_image
-from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from tests.reference.plain_seq2seq import plain_image_logits
 
@@ -132,17 +132,23 @@ def test_windows_at_a_step_of_each_rows_own_equal_uncached(build: Build, shuffle
 def test_captions_and_null_captions_together_equal_two_passes(build: Build) -> None:
     model = build()
     text, _ = inputs(model)
-    settings = SamplingConfig(guidance_scale=2.5, guidance_schedule="constant", temperature=1e-5)
-    drawn = draw_rows(model, text, seeds=torch.arange(BATCH), settings=settings).image_token_ids
-    given = model(text, drawn).image
-    null = model(torch.zeros_like(text), drawn).image
+    sampling_config = SamplingConfig(
+        guidance_scale=2.5, guidance_schedule="constant", temperature=1e-5
+    )
+    generated = generate_sequentially(
+        model, text, seeds=torch.arange(BATCH), sampling_config=sampling_config
+    ).image_token_ids
+    given = model(text, generated).image
+    null = model(torch.zeros_like(text), generated).image
     guided = null + 2.5 * (given - null)
-    assert torch.equal(guided.argmax(dim=-1), drawn)
-    assert not torch.equal(given.argmax(dim=-1), drawn)
-    gain = draw_rows(model, text, seeds=torch.arange(BATCH), settings=settings).caption_gain
-    logs = (each.log_softmax(-1).gather(2, drawn.unsqueeze(2)) for each in (given, null))
+    assert torch.equal(guided.argmax(dim=-1), generated)
+    assert not torch.equal(given.argmax(dim=-1), generated)
+    log_likelihood_ratio = generate_sequentially(
+        model, text, seeds=torch.arange(BATCH), sampling_config=sampling_config
+    ).log_likelihood_ratio
+    logs = (each.log_softmax(-1).gather(2, generated.unsqueeze(2)) for each in (given, null))
     difference = next(logs) - next(logs)
-    torch.testing.assert_close(gain, difference.sum(dim=(1, 2)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_likelihood_ratio, difference.sum(dim=(1, 2)), atol=1e-4, rtol=0)
 
 
 @torch.inference_mode()

@@ -54,7 +54,7 @@ def test_a_folder_of_someone_else_is_refused(cache: Path) -> None:
         build.cache_folder()
 
 
-def test_without_a_compiler_plain_torch_draws_and_a_line_says_why(
+def test_without_compiler_torch_generates_and_warns(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,

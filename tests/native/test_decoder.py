@@ -13,9 +13,9 @@ from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.native import build
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
-from dalle_mini_impl.sampling.generate import draw_rows, generate_image_token_ids
-from dalle_mini_impl.sampling.inpaint import complete_image_token_ids
-from dalle_mini_impl.sampling.jacobi import draw_by_jacobi
+from dalle_mini_impl.sampling.generate import generate_image_token_ids, generate_sequentially
+from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
+from dalle_mini_impl.sampling.jacobi import jacobi_decode
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
@@ -65,10 +65,10 @@ def test_float32_logits_are_those_of_torch(
 ) -> None:
     model = build_dalle(positions=positions)
     text, image = pairs(model, batch)
-    wanted = model(text, image).image
+    expected = model(text, image).image
     logits = stepwise(NativeDecoder(model, "float32"), text, image, window=window)
-    assert wanted.std() > 0.1
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)  # float32 sums, other order
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # float32 sums, other order
 
 
 @torch.inference_mode()
@@ -85,34 +85,41 @@ def test_wide_heads_long_captions_and_odd_sizes(build_dalle: BuildDalle) -> None
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 2.5])
-def test_float32_draws_the_pictures_of_torch(
+def test_float32_generates_the_images_of_torch(
     build_dalle: BuildDalle, guidance_scale: float
 ) -> None:
     model = build_dalle()
     text, _ = pairs(model, 5)
     for choice in ({}, {"top_k": 3, "temperature": 0.7}, {"top_p": 0.6}):
-        settings = SamplingConfig(guidance_scale=guidance_scale, **choice)
-        wanted = draw_rows(model, text, seeds=torch.arange(5), settings=settings)
-        drawn = generate_image_token_ids(
-            NativeDecoder(model, "float32"), text, seeds=torch.arange(5), settings=settings
+        sampling_config = SamplingConfig(guidance_scale=guidance_scale, **choice)
+        expected = generate_sequentially(
+            model, text, seeds=torch.arange(5), sampling_config=sampling_config
         )
-        assert torch.equal(drawn.image_token_ids, wanted.image_token_ids)
-        torch.testing.assert_close(drawn.caption_gain, wanted.caption_gain, atol=1e-4, rtol=1e-4)
+        generated = generate_image_token_ids(
+            NativeDecoder(model, "float32"),
+            text,
+            seeds=torch.arange(5),
+            sampling_config=sampling_config,
+        )
+        assert torch.equal(generated.image_token_ids, expected.image_token_ids)
+        torch.testing.assert_close(
+            generated.log_likelihood_ratio, expected.log_likelihood_ratio, atol=1e-4, rtol=1e-4
+        )
 
 
 def test_float32_completes_in_any_order_as_torch_does(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text, image = pairs(model, 4)
-    is_redrawn = torch.zeros_like(image, dtype=torch.bool)
-    is_redrawn[0, ::2] = is_redrawn[1, 1::2] = is_redrawn[2, 3:9] = is_redrawn[3, :6] = True
-    is_redrawn &= is_redrawn.cumsum(dim=1) <= is_redrawn.sum(dim=1).min()
-    wanted, drawn = (
-        complete_image_token_ids(
-            one, text, image, is_redrawn, seeds=torch.arange(4), settings=SamplingConfig()
+    is_masked = torch.zeros_like(image, dtype=torch.bool)
+    is_masked[0, ::2] = is_masked[1, 1::2] = is_masked[2, 3:9] = is_masked[3, :6] = True
+    is_masked &= is_masked.cumsum(dim=1) <= is_masked.sum(dim=1).min()
+    expected, generated = (
+        inpaint_image_token_ids(
+            one, text, image, is_masked, seeds=torch.arange(4), sampling_config=SamplingConfig()
         )
         for one in (model, NativeDecoder(model, "float32"))
     )
-    assert torch.equal(drawn.image_token_ids, wanted.image_token_ids)
+    assert torch.equal(generated.image_token_ids, expected.image_token_ids)
 
 
 @pytest.mark.parametrize("vocab_size", [1, 37, 1000])
@@ -134,14 +141,14 @@ def rounded_to_8_bits(rows: Tensor) -> Tensor:
 def test_int8_costs_what_rounding_costs_in_torch(build_dalle: BuildDalle) -> None:
     model = build_dalle(hidden_size=64, num_layers=4)
     text, image = pairs(model, 6)
-    wanted, native = model(text, image).image, NativeDecoder(model, "int8")
+    expected, native = model(text, image).image, NativeDecoder(model, "int8")
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.weight.copy_(rounded_to_8_bits(layer.weight))
             layer.register_forward_pre_hook(lambda _, rows: rounded_to_8_bits(rows[0]))
-    unavoidable = (model(text, image).image - wanted).std()
-    error = (stepwise(native, text, image) - wanted).std()
-    assert 0.01 < unavoidable / wanted.std() < 0.1
+    unavoidable = (model(text, image).image - expected).std()
+    error = (stepwise(native, text, image) - expected).std()
+    assert 0.01 < unavoidable / expected.std() < 0.1
     assert error < 1.2 * unavoidable  # the head and the cache are rounded too
 
 
@@ -161,24 +168,28 @@ def test_logits_do_not_depend_on_what_is_computed_beside_them(
 
 
 @pytest.mark.parametrize("weights", BOTH)
-def test_pictures_do_not_depend_on_window_and_threads(
+def test_images_do_not_depend_on_window_and_threads(
     build_dalle: BuildDalle, weights: NativeWeights
 ) -> None:
     model = build_dalle()
     native, (text, _) = NativeDecoder(model, weights), pairs(model, 5)
-    settings = SamplingConfig(guidance_scale=2.0)
+    sampling_config = SamplingConfig(guidance_scale=2.0)
 
-    def draw(rows: slice, window: int) -> Tensor:
-        return draw_by_jacobi(
-            native, text[rows], seeds=torch.arange(5)[rows], settings=settings, window=window
+    def generate(rows: slice, window: int) -> Tensor:
+        return jacobi_decode(
+            native,
+            text[rows],
+            seeds=torch.arange(5)[rows],
+            sampling_config=sampling_config,
+            window=window,
         ).image_token_ids
 
-    one_by_one = draw(slice(None), 1)
-    assert torch.equal(draw(slice(None), 7), one_by_one)
-    assert torch.equal(draw(slice(3, 4), 4)[0], one_by_one[3])
+    one_by_one = generate(slice(None), 1)
+    assert torch.equal(generate(slice(None), 7), one_by_one)
+    assert torch.equal(generate(slice(3, 4), 4)[0], one_by_one[3])
     torch.set_num_threads(3)
     try:
-        assert torch.equal(draw(slice(None), 5), one_by_one)
+        assert torch.equal(generate(slice(None), 5), one_by_one)
     finally:
         torch.set_num_threads(1)
 

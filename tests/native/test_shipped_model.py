@@ -13,25 +13,25 @@ from dalle_mini_impl.native.decoder import NativeDecoder
 from dalle_mini_impl.pipeline import TextToImagePipeline
 
 FOLDER = Path(__file__).parents[2] / "checkpoints" / "emoji-64"
-NUM_PICTURES = 40
+NUM_IMAGES = 40
 
 
 @pytest.mark.slow  # writes the emoji data set
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
 @torch.inference_mode()
-def test_int8_keeps_the_likelihood_of_held_out_pictures(tmp_path: Path) -> None:
+def test_int8_keeps_the_likelihood_of_held_out_images(tmp_path: Path) -> None:
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
 
     prepare_emoji(tmp_path, size=64, styles=["twemoji"], npm_dir=None)
     records = [json.loads(line) for line in (tmp_path / "metadata.jsonl").open(encoding="utf-8")]
     held_out = [record for record in records if record["split"] == "test_compose"][::5]
-    held_out = held_out[:NUM_PICTURES]
+    held_out = held_out[:NUM_IMAGES]
     pipeline = TextToImagePipeline.from_pretrained(FOLDER)
     model, native = pipeline.dalle.eval(), NativeDecoder(pipeline.dalle, "int8")
     images = pipeline.encode([Image.open(tmp_path / record["file_name"]) for record in held_out])
     text = pipeline.captions.encode([record["text"] for record in held_out])
     losses = []
-    for start in range(0, NUM_PICTURES, 10):
+    for start in range(0, NUM_IMAGES, 10):
         image, captions = images[start : start + 10], text[start : start + 10]
         cache = native.new_cache(len(image))
         logits = [native.prefill(captions, cache).unsqueeze(1)]

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
-def cosine(share: float, start: float, end: float) -> float:
+def cosine(fraction: float, start: float, end: float) -> float:
     """Half a cosine from start to end; share beyond 1 stays there."""
-    return start + (end - start) * (1 - math.cos(math.pi * min(1.0, share))) / 2
+    return start + (end - start) * (1 - math.cos(math.pi * min(1.0, fraction))) / 2
 
 
 def negative_log_likelihood(mean: Array, raw_log_scale: Array, pixels: Array) -> float:
@@ -31,9 +31,9 @@ def kl_to_uniform(logits: Array) -> float:
     """Sum over cells of KL(softmax(logits) || uniform), logits (batch, codes, height, width)."""
     codes, total = logits.shape[1], 0.0
     for cell in np.moveaxis(logits, 1, -1).reshape(-1, codes):
-        shares = np.exp(cell - cell.max())
-        shares /= shares.sum()
-        total += sum(q * math.log(q * codes) for q in shares if q > 0)
+        fractions = np.exp(cell - cell.max())
+        fractions /= fractions.sum()
+        total += sum(q * math.log(q * codes) for q in fractions if q > 0)
     return total
 
 

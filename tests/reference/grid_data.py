@@ -21,7 +21,7 @@ def noise(count: int, *, seed: int) -> list[Image.Image]:
     return pixels_to_images(torch.rand(count, 3, tiny.SIZE, tiny.SIZE, generator=generator) * 2 - 1)
 
 
-def true_pictures(num_roles: int) -> dict[str, dict[tuple[str, str], Image.Image]]:
+def reference_images(num_roles: int) -> dict[str, dict[tuple[str, str], Image.Image]]:
     """One picture for every cell of every role."""
     roles = (f"role {number}" for number in range(num_roles))
     return {
@@ -45,7 +45,7 @@ def write_grid_data(
     rows = []
     for style in styles:
         name_style = "" if style == "twemoji" else f", {style} style"
-        for role, cells in true_pictures(num_roles).items():
+        for role, cells in reference_images(num_roles).items():
             for number, ((gender, tone), image) in enumerate(cells.items()):
                 row = {
                     "file_name": f"{style}-{role}-{number}.png",

@@ -19,7 +19,7 @@ def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def picture(shade: int = 0) -> bytes:
+def png_bytes(shade: int = 0) -> bytes:
     """A small good PNG; another shade, other bytes."""
     return encoded(Image.new("RGB", (6, 4), (shade, 10, 20)), "PNG")
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.hardware import build_accelerator
 from dalle_mini_impl.training.config import TrainingConfig
-from dalle_mini_impl.training.task import PictureGrid
+from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
 from dalle_mini_impl.training.trainer import Trainer
-from tests.reference.tiny import draw_picture
+from tests.reference.tiny import render_image
 
 
 class LineTask:
     """Fits a line; the loss can be spoiled at chosen steps."""
 
     num_samples = 16
-    num_draws = 1
+    num_uniforms = 1
     tokens_per_sample = 7
     identity = "line"
     sample_weights = None
@@ -39,8 +39,8 @@ class LineTask:
         self.modes: list[tuple[str, bool]] = []
         self.evaluated_bias: list[float] = []
 
-    def make_batch(self, sample_ids: Tensor, draws: Tensor) -> dict[str, Tensor]:
-        assert draws.shape == (len(sample_ids), 1)
+    def make_batch(self, sample_ids: Tensor, uniforms: Tensor) -> dict[str, Tensor]:
+        assert uniforms.shape == (len(sample_ids), 1)
         return {"ids": sample_ids, "x": self.x[sample_ids]}
 
     def loss(
@@ -68,9 +68,9 @@ class LineTask:
         self.evaluated_bias.append(float(bias))
         return {"validation/bias": float(bias)}
 
-    def draw_pictures(self, model: nn.Module) -> list[PictureGrid]:
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
         self.modes.append(("draw", model.training))
-        return [PictureGrid("line", [draw_picture(0)], ["a line"])]
+        return [ImageGrid("line", [render_image(0)], ["a line"])]
 
 
 def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes: Any) -> Trainer:

@@ -149,11 +149,11 @@ def block(
                 key = norm(keys[j, part], weights, f"{name}attention.key_norm")
                 key = rotation_matrix(cells[j], config) @ key
                 scores[j] = float(query @ key) / math.sqrt(size)
-            shares = {j: math.exp(score - max(scores.values())) for j, score in scores.items()}
-            total = sum(shares.values())
+            fractions = {j: math.exp(score - max(scores.values())) for j, score in scores.items()}
+            total = sum(fractions.values())
             mixed.append(
                 sum(
-                    (share / total * values[j, part] for j, share in shares.items()),
+                    (fraction / total * values[j, part] for j, fraction in fractions.items()),
                     torch.zeros(size, dtype=torch.float64),
                 )
             )

@@ -10,7 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from dalle_mini_impl.clip_ranker import ClipRanker
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TextTowerConfig, TowersConfig
 from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.models.seq2seq import EncoderDecoderConfig
@@ -71,7 +71,7 @@ TRAINING = TrainingConfig(
 )
 
 
-def draw_picture(number: int) -> Image.Image:
+def render_image(number: int) -> Image.Image:
     """A coloured shape on white; numbers give all twelve captions in turn, at several places."""
     color, shape = COLORS[number // 2 % 6], SHAPES[number % 2]
     image = Image.new("RGB", (SIZE, SIZE), "white")
@@ -87,7 +87,7 @@ def write_data(folder: Path, *, count: int = 30) -> Path:
     folder.mkdir(parents=True)
     lines = []
     for number in range(count):
-        draw_picture(number).save(folder / f"{number}.png")
+        render_image(number).save(folder / f"{number}.png")
         caption = CAPTIONS[number % len(CAPTIONS)]
         row = {
             "file_name": f"{number}.png",
@@ -210,7 +210,7 @@ def clip_run(
 
 def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
     """A CLIP with random weights and the tokenizer of the twelve captions."""
-    captions = build_captions()
+    captions = build_text_tokenizer()
     config = ClipConfig(
         towers=dataclasses.replace(TOWERS, **towers),
         image_size=SIZE,
@@ -262,14 +262,14 @@ def build_vqvae(*, seed: int = 0, **changes: Any) -> VQVAE:
     return model
 
 
-def build_captions(*, text_length: int = 8) -> CaptionEncoder:
+def build_text_tokenizer(*, text_length: int = 8) -> TextTokenizer:
     """A caption tokenizer of the twelve captions."""
-    return CaptionEncoder(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
+    return TextTokenizer(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
 
 
 def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
     """A pipeline whose decoder has random weights: its pictures mean nothing, but all differ."""
-    vqvae, captions = build_vqvae(), build_captions()
+    vqvae, captions = build_vqvae(), build_text_tokenizer()
     config = DalleConfig(
         decoder=dataclasses.replace(DECODER_SIZES, **decoder),
         vocab_size=captions.vocab_size,
@@ -284,7 +284,10 @@ def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
     return TextToImagePipeline(
-        dalle=dalle, vqvae=vqvae, captions=captions, settings=SamplingConfig(guidance_scale=2.0)
+        dalle=dalle,
+        vqvae=vqvae,
+        captions=captions,
+        sampling_config=SamplingConfig(guidance_scale=2.0),
     )
 
 

@@ -15,7 +15,7 @@ if __name__ == "__main__":  # a dependency installs a package `tests` of its own
     sys.modules["tests"] = types.ModuleType("tests")
     sys.modules["tests"].__path__ = [str(Path(__file__).parents[1])]
 
-from dalle_mini_impl.cli.generate import draw_to_folder
+from dalle_mini_impl.cli.generate import generate_to_folder
 from dalle_mini_impl.cli.main import run_script
 from dalle_mini_impl.config import read_config
 from dalle_mini_impl.training.dalle import DalleRunConfig
@@ -33,9 +33,9 @@ def fit_a_line(folder: Path) -> LineTask:
     return task
 
 
-def draw(model: Path, out: Path) -> None:
+def generate(model: Path, out: Path) -> None:
     """Draws three prompts."""
-    draw_to_folder(
+    generate_to_folder(
         str(model),
         prompts=PROMPTS,
         num_images=2,
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     (folder / f"seen-{rank}.json").write_text(json.dumps({"world": world_size, "ids": task.seen}))
     tiny.train(read_config(VQVAERunConfig, folder / "vqvae.yaml"))
     tiny.train(read_config(DalleRunConfig, folder / "dalle.yaml"))
-    draw(folder.parent / "model", folder / "pictures")
+    generate(folder.parent / "model", folder / "pictures")
 
 
 if __name__ == "__main__":

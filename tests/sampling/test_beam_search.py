@@ -110,6 +110,6 @@ def test_the_length_divisor_is_that_of_the_paper() -> None:
         ({"length_penalty": float("nan")}, "beam.length_penalty: got nan, wanted at least 0"),
     ],
 )
-def test_bad_settings_are_named(change: dict[str, Any], message: str) -> None:
+def test_bad_config_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         BeamConfig(**change)

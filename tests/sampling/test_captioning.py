@@ -10,8 +10,8 @@ from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.captioning import complete_text
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 from dalle_mini_impl.sampling.likelihood import (
-    caption_gain,
     image_log_likelihood,
+    log_likelihood_ratio,
     score_pairs,
     text_log_likelihood,
 )
@@ -20,7 +20,7 @@ BuildDalle = Callable[..., Dalle]
 TEXT = torch.tensor([[4, 2, 9, 0, 0], [4, 2, 0, 0, 0], [1, 1, 3, 5, 10]])
 
 
-def test_text_is_predicted_as_with_a_picture_after_it(build_dalle: BuildDalle) -> None:
+def test_text_is_predicted_as_with_an_image_after_it(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     with torch.inference_mode():
         image = torch.arange(36).reshape(3, 12) % 12
@@ -55,18 +55,22 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
         pair = TEXT[column : column + 1], image[row : row + 1]
         given = image_log_likelihood(model, *pair)
         torch.testing.assert_close(scores.image_given_text[row, column], given[0])
-        gain = scores.image_given_text[row, column] - scores.image[row]
-        torch.testing.assert_close(gain, caption_gain(model, *pair)[0], atol=1e-4, rtol=0)
+        ratio = scores.image_given_text[row, column] - scores.image[row]
+        torch.testing.assert_close(ratio, log_likelihood_ratio(model, *pair)[0], atol=1e-4, rtol=0)
     joint = (scores.image_given_text + text_log_likelihood(model, TEXT)).double().exp()
-    shares = scores.shares(use_prior=True).double()
-    torch.testing.assert_close(shares, joint / joint.sum(dim=1, keepdim=True), atol=1e-5, rtol=0)
+    probabilities = scores.probabilities(use_prior=True).double()
+    torch.testing.assert_close(
+        probabilities, joint / joint.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
+    )
     alike = scores.image_given_text.double().exp()
-    shares = scores.shares().double()
-    torch.testing.assert_close(shares, alike / alike.sum(dim=1, keepdim=True), atol=1e-5, rtol=0)
-    assert not torch.equal(scores.shares(), scores.shares(use_prior=True))
+    probabilities = scores.probabilities().double()
+    torch.testing.assert_close(
+        probabilities, alike / alike.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
+    )
+    assert not torch.equal(scores.probabilities(), scores.probabilities(use_prior=True))
 
 
-def test_a_captions_score_does_not_depend_on_its_neighbours(build_dalle: BuildDalle) -> None:
+def test_caption_score_does_not_depend_on_batch(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=torch.Generator().manual_seed(0))
     together = text_log_likelihood(model, text)
@@ -88,18 +92,18 @@ def test_completions_begin_as_told_and_take_the_likeliest_tokens(build_dalle: Bu
             assert after[place] == int(logits[1:].argmax()) + 1
 
 
-def test_drawn_completions_follow_the_text_head(build_dalle: BuildDalle) -> None:
+def test_sampled_completions_follow_the_text_head(build_dalle: BuildDalle) -> None:
     model, count = build_dalle(), 4000
     start = torch.tensor([[4, 2, 0, 0, 0]]).expand(count, -1)
     seeds = torch.arange(count)
-    drawn = complete_text(model, start, num_tokens=1, seeds=seeds)
-    assert torch.equal(drawn, complete_text(model, start, num_tokens=1, seeds=seeds))
+    generated = complete_text(model, start, num_tokens=1, seeds=seeds)
+    assert torch.equal(generated, complete_text(model, start, num_tokens=1, seeds=seeds))
     with torch.inference_mode():
-        wanted = model.predict_text(start[:1])[0, 2].index_fill(0, torch.tensor(0), -torch.inf)
-    shares = drawn[:, 2].bincount(minlength=11) / count
+        expected = model.predict_text(start[:1])[0, 2].index_fill(0, torch.tensor(0), -torch.inf)
+    probabilities = generated[:, 2].bincount(minlength=11) / count
     # Standard deviation of a share is below 0.008.
-    assert (shares - wanted.softmax(-1)).abs().max() < 0.03
-    assert (drawn[:, 2] != 0).all()
+    assert (probabilities - expected.softmax(-1)).abs().max() < 0.03
+    assert (generated[:, 2] != 0).all()
     alone = complete_text(model, start[:1], num_tokens=3, seeds=seeds[5:6])
     beside = complete_text(model, start[:9], num_tokens=3, seeds=seeds[:9])
     assert torch.equal(alone[0], beside[5])

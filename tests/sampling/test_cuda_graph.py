@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.sampling.generate import draw_rows
+from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -25,29 +25,33 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize(
     "decoder", [{}, {"architecture": "encoder_decoder", "num_encoder_layers": 1}]
 )
-def test_a_replayed_step_draws_what_the_cpu_draws(
+def test_cuda_graph_step_generates_what_the_cpu_generates(
     build_dalle: Callable[..., Dalle],
     decoder: dict[str, Any],
-    settings: SamplingConfig,
+    sampling_config: SamplingConfig,
     num_rows: int,
 ) -> None:
     text = torch.randint(1, 11, (num_rows, 5), generator=torch.Generator().manual_seed(0))
     seeds = torch.arange(num_rows)
-    on_cpu = draw_rows(build_dalle(**decoder), text, seeds=seeds, settings=settings)
+    on_cpu = generate_sequentially(
+        build_dalle(**decoder), text, seeds=seeds, sampling_config=sampling_config
+    )
     model = build_dalle(**decoder).cuda()
-    on_gpu = draw_rows(model, text.cuda(), seeds=seeds, settings=settings)
+    on_gpu = generate_sequentially(model, text.cuda(), seeds=seeds, sampling_config=sampling_config)
     assert torch.equal(on_gpu.image_token_ids.cpu(), on_cpu.image_token_ids)
-    torch.testing.assert_close(on_gpu.caption_gain.cpu(), on_cpu.caption_gain, atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        on_gpu.log_likelihood_ratio.cpu(), on_cpu.log_likelihood_ratio, atol=1e-3, rtol=0
+    )
 
 
 @pytest.mark.parametrize("num_cells", [1, 2, 3, 4])
-def test_short_pictures_need_no_recording(
-    build_dalle: Callable[..., Dalle], num_cells: int
-) -> None:
+def test_short_images_need_no_recording(build_dalle: Callable[..., Dalle], num_cells: int) -> None:
     sizes = {"image_grid_size": (1, num_cells)}
     text, seeds = torch.ones(2, 5, dtype=torch.long), torch.arange(2)
-    settings = SamplingConfig(guidance_scale=2.0)
-    on_cpu = draw_rows(build_dalle(**sizes), text, seeds=seeds, settings=settings)
+    sampling_config = SamplingConfig(guidance_scale=2.0)
+    on_cpu = generate_sequentially(
+        build_dalle(**sizes), text, seeds=seeds, sampling_config=sampling_config
+    )
     model = build_dalle(**sizes).cuda()
-    on_gpu = draw_rows(model, text.cuda(), seeds=seeds, settings=settings)
+    on_gpu = generate_sequentially(model, text.cuda(), seeds=seeds, sampling_config=sampling_config)
     assert torch.equal(on_gpu.image_token_ids.cpu(), on_cpu.image_token_ids)

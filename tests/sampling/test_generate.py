@@ -10,9 +10,9 @@ from torch import Tensor
 
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import (
-    DrawnTokens,
-    draw_rows,
+    GeneratedTokens,
     generate_image_token_ids,
+    generate_sequentially,
 )
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import SamplingConfig
@@ -31,8 +31,8 @@ def captions(model: Dalle, count: int) -> Tensor:
 
 
 @torch.inference_mode()
-def slow_draw(
-    model: Dalle, text: Tensor, seed: int, settings: SamplingConfig
+def slow_generate(
+    model: Dalle, text: Tensor, seed: int, sampling_config: SamplingConfig
 ) -> tuple[list[int], Tensor, Tensor, float]:
     """Draw one picture by whole passes over all that is known.
 
@@ -40,19 +40,23 @@ def slow_draw(
     """
     num_steps, vocab_size = model.config.image_length, model.config.codebook_size
     image = torch.zeros(1, num_steps, dtype=torch.long)
-    given, free, gain = [], [], 0.0
+    given, free, log_likelihood_ratio = [], [], 0.0
     for step in range(num_steps):
         conditional = model(text[None], image).image[0, step].double()
         null = model(torch.zeros_like(text)[None], image).image[0, step].double()
-        scale = slow_scale(settings, step, num_steps)
-        guided = (scale * conditional + (1 - scale) * null) / settings.temperature
+        scale = slow_scale(sampling_config, step, num_steps)
+        guided = (scale * conditional + (1 - scale) * null) / sampling_config.temperature
         noise = gumbel_noise(torch.tensor([seed]), steps=step, vocab_size=vocab_size)[0].double()
-        token = max(slow_allowed(guided, settings), key=lambda k: float(guided[k] + noise[k]))
+        token = max(
+            slow_allowed(guided, sampling_config), key=lambda k: float(guided[k] + noise[k])
+        )
         image[0, step] = token
         given.append(conditional)
         free.append(null)
-        gain += float(conditional.log_softmax(-1)[token] - null.log_softmax(-1)[token])
-    return image[0].tolist(), torch.stack(given), torch.stack(free), gain
+        log_likelihood_ratio += float(
+            conditional.log_softmax(-1)[token] - null.log_softmax(-1)[token]
+        )
+    return image[0].tolist(), torch.stack(given), torch.stack(free), log_likelihood_ratio
 
 
 def record_logits(model: Dalle, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
@@ -71,7 +75,7 @@ def record_logits(model: Dalle, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]
     return seen
 
 
-SETTINGS = [
+SAMPLING_CONFIGS = [
     SamplingConfig(guidance_scale=1.0),
     SamplingConfig(guidance_scale=0.0, guidance_schedule="constant"),
     SamplingConfig(guidance_scale=3.0, guidance_schedule="constant", temperature=0.7),
@@ -81,40 +85,44 @@ SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", SAMPLING_CONFIGS)
 def test_tokens_and_logits_equal_a_slow_loop_without_cache(
-    build_dalle: BuildDalle, settings: SamplingConfig, monkeypatch: pytest.MonkeyPatch
+    build_dalle: BuildDalle, sampling_config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_dalle()
     text, seeds = captions(model, 3), torch.tensor([11, 12, 13])
     seen = record_logits(model, monkeypatch)
-    drawn = draw_rows(model, text, seeds=seeds, settings=settings)
+    generated = generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config)
     logits = torch.stack(seen, dim=1)  # (rows, steps, codebook)
-    is_guided = settings.guidance_scale != 1.0
+    is_guided = sampling_config.guidance_scale != 1.0
     assert len(logits) == 3 * (2 if is_guided else 1)
     for row in range(3):
-        tokens, given, free, gain = slow_draw(model, text[row], int(seeds[row]), settings)
-        assert drawn.image_token_ids[row].tolist() == tokens
+        tokens, given, free, log_likelihood_ratio = slow_generate(
+            model, text[row], int(seeds[row]), sampling_config
+        )
+        assert generated.image_token_ids[row].tolist() == tokens
         assert (logits[row] - given).abs().max() <= 1e-5
         if is_guided:
             assert (logits[3 + row] - free).abs().max() <= 1e-5
-            assert float(drawn.caption_gain[row]) == pytest.approx(gain, abs=1e-3)
+            assert float(generated.log_likelihood_ratio[row]) == pytest.approx(
+                log_likelihood_ratio, abs=1e-3
+            )
         else:
-            assert drawn.caption_gain[row] == 0
+            assert generated.log_likelihood_ratio[row] == 0
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scale: float) -> None:
     # Wide enough that matrix products of other row counts do round differently.
     model = build_dalle(hidden_size=192, num_heads=3, codebook_levels=(8, 5, 5))
-    settings = SamplingConfig(guidance_scale=guidance_scale)
+    sampling_config = SamplingConfig(guidance_scale=guidance_scale)
 
-    def draw(text: Tensor, seeds: Tensor) -> DrawnTokens:
-        return generate_image_token_ids(model, text, seeds=seeds, settings=settings)
+    def generate(text: Tensor, seeds: Tensor) -> GeneratedTokens:
+        return generate_image_token_ids(model, text, seeds=seeds, sampling_config=sampling_config)
 
     text, seeds = captions(model, 20), torch.arange(100, 120)
-    alone = [draw(text[i : i + 1], seeds[i : i + 1]) for i in range(20)]
-    tokens, gains = (torch.cat(parts) for parts in zip(*alone, strict=True))
+    alone = [generate(text[i : i + 1], seeds[i : i + 1]) for i in range(20)]
+    tokens, log_likelihood_ratios = (torch.cat(parts) for parts in zip(*alone, strict=True))
     assert len(tokens.unique(dim=0)) == 20
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
     for picks in (
@@ -126,28 +134,34 @@ def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scal
         shuffled,
         torch.tensor([7] * 18),
     ):
-        together = draw(text[picks], seeds[picks])
+        together = generate(text[picks], seeds[picks])
         assert torch.equal(together.image_token_ids, tokens[picks])
-        torch.testing.assert_close(together.caption_gain, gains[picks], atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            together.log_likelihood_ratio, log_likelihood_ratios[picks], atol=1e-4, rtol=0
+        )
 
 
-def test_the_plain_way_draws_the_same(build_dalle: BuildDalle) -> None:
+def test_plain_way_generates_the_same(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text, seeds = captions(model, 20), torch.arange(20)
-    for settings in SETTINGS:
-        plain = draw_rows(model, text, seeds=seeds, settings=settings)
-        drawn = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
-        assert torch.equal(drawn.image_token_ids, plain.image_token_ids)
-        torch.testing.assert_close(drawn.caption_gain, plain.caption_gain, atol=1e-3, rtol=0)
+    for sampling_config in SAMPLING_CONFIGS:
+        plain = generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config)
+        generated = generate_image_token_ids(
+            model, text, seeds=seeds, sampling_config=sampling_config
+        )
+        assert torch.equal(generated.image_token_ids, plain.image_token_ids)
+        torch.testing.assert_close(
+            generated.log_likelihood_ratio, plain.log_likelihood_ratio, atol=1e-3, rtol=0
+        )
 
 
 def test_an_empty_batch_is_empty(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    drawn = generate_image_token_ids(
-        model, captions(model, 0), seeds=torch.arange(0), settings=SamplingConfig()
+    generated = generate_image_token_ids(
+        model, captions(model, 0), seeds=torch.arange(0), sampling_config=SamplingConfig()
     )
-    assert drawn.image_token_ids.shape == (0, model.config.image_length)
-    assert drawn.caption_gain.shape == (0,)
+    assert generated.image_token_ids.shape == (0, model.config.image_length)
+    assert generated.log_likelihood_ratio.shape == (0,)
 
 
 def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
@@ -155,9 +169,9 @@ def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
     text = captions(model, 1).expand(4, -1)
     seeds = torch.tensor([5, 6, 5, 2**63 - 1])
     torch.manual_seed(0)
-    first = generate_image_token_ids(model, text, seeds=seeds, settings=SamplingConfig())
+    first = generate_image_token_ids(model, text, seeds=seeds, sampling_config=SamplingConfig())
     torch.manual_seed(1)
-    again = generate_image_token_ids(model, text, seeds=seeds, settings=SamplingConfig())
+    again = generate_image_token_ids(model, text, seeds=seeds, sampling_config=SamplingConfig())
     assert torch.equal(first.image_token_ids, again.image_token_ids)
     assert torch.equal(first.image_token_ids[0], first.image_token_ids[2])
     assert len(first.image_token_ids.unique(dim=0)) == 3
@@ -168,7 +182,10 @@ def test_low_temperature_takes_the_likeliest_token(build_dalle: BuildDalle) -> N
     text = captions(model, 6)
     cold, greedy = (
         generate_image_token_ids(
-            model, text, seeds=torch.arange(6), settings=SamplingConfig(guidance_scale=2.0, **more)
+            model,
+            text,
+            seeds=torch.arange(6),
+            sampling_config=SamplingConfig(guidance_scale=2.0, **more),
         )
         for more in ({"temperature": 1e-4}, {"top_k": 1})
     )
@@ -177,7 +194,7 @@ def test_low_temperature_takes_the_likeliest_token(build_dalle: BuildDalle) -> N
         model,
         text,
         seeds=torch.arange(6) + 50,
-        settings=SamplingConfig(guidance_scale=2.0, top_p=1e-9),
+        sampling_config=SamplingConfig(guidance_scale=2.0, top_p=1e-9),
     )
     assert torch.equal(other_seeds.image_token_ids, greedy.image_token_ids)
 
@@ -187,7 +204,7 @@ def test_one_seed_per_caption(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     with pytest.raises(ValueError, match="seeds: got 2, wanted one per caption, 3"):
         generate_image_token_ids(
-            model, captions(model, 3), seeds=torch.arange(2), settings=SamplingConfig()
+            model, captions(model, 3), seeds=torch.arange(2), sampling_config=SamplingConfig()
         )
 
 

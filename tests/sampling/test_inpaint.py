@@ -9,8 +9,8 @@ from torch import Tensor
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
 from dalle_mini_impl.sampling.inpaint import (
-    complete_image_token_ids,
-    completion_order,
+    inpaint_image_token_ids,
+    inpainting_order,
     is_raster_order,
 )
 from dalle_mini_impl.sampling.logits import gumbel_noise
@@ -19,7 +19,7 @@ from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]
 HOLE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]).bool()  # in a grid of 3 x 4
-SETTINGS = [
+SAMPLING_CONFIGS = [
     SamplingConfig(guidance_scale=1.0),
     SamplingConfig(guidance_scale=3.0, guidance_schedule="cosine", temperature=1.3, top_p=0.9),
 ]
@@ -33,12 +33,17 @@ def rows(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.inference_mode()
-def slow_complete(
-    model: Dalle, text: Tensor, image: Tensor, hole: Tensor, seed: int, settings: SamplingConfig
+def slow_inpaint(
+    model: Dalle,
+    text: Tensor,
+    image: Tensor,
+    hole: Tensor,
+    seed: int,
+    sampling_config: SamplingConfig,
 ) -> tuple[list[int], float]:
     """Fill one picture's hole by whole passes over all that is known; returns its tokens, gain."""
     order = [cell for cell in range(12) if not hole[cell]] + [c for c in range(12) if hole[c]]
-    tokens, gain = image.clone(), 0.0
+    tokens, log_likelihood_ratio = image.clone(), 0.0
     for step in range(12):
         if not hole[order[step]]:
             continue
@@ -47,57 +52,65 @@ def slow_complete(
         cells = torch.tensor([order])
         given = model(text[None], known, image_order=cells).image[0, step].double()
         null = model(torch.zeros_like(text)[None], known, image_order=cells).image[0, step].double()
-        scale = slow_scale(settings, step, 12)
-        guided = (scale * given + (1 - scale) * null) / settings.temperature
+        scale = slow_scale(sampling_config, step, 12)
+        guided = (scale * given + (1 - scale) * null) / sampling_config.temperature
         noise = gumbel_noise(torch.tensor([seed]), steps=step, vocab_size=12)[0].double()
-        token = max(slow_allowed(guided, settings), key=lambda k: float(guided[k] + noise[k]))
+        token = max(
+            slow_allowed(guided, sampling_config), key=lambda k: float(guided[k] + noise[k])
+        )
         tokens[order[step]] = token
-        gain += float(given.log_softmax(-1)[token] - null.log_softmax(-1)[token])
-    return tokens.tolist(), gain
+        log_likelihood_ratio += float(given.log_softmax(-1)[token] - null.log_softmax(-1)[token])
+    return tokens.tolist(), log_likelihood_ratio
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", SAMPLING_CONFIGS)
 def test_holes_are_filled_as_by_a_slow_loop_without_cache(
-    build_dalle: BuildDalle, settings: SamplingConfig
+    build_dalle: BuildDalle, sampling_config: SamplingConfig
 ) -> None:
     model = build_dalle()
     text, image = rows(model, 4)
     holes = torch.stack([HOLE, HOLE.roll(3), HOLE.roll(-5), HOLE.flip(0)])  # one for each row
     seeds = torch.tensor([3, 4, 5, 2**63 - 1])
-    drawn = complete_image_token_ids(model, text, image, holes, seeds=seeds, settings=settings)
-    assert torch.equal(drawn.image_token_ids[~holes], image[~holes])
+    generated = inpaint_image_token_ids(
+        model, text, image, holes, seeds=seeds, sampling_config=sampling_config
+    )
+    assert torch.equal(generated.image_token_ids[~holes], image[~holes])
     for row in range(4):
-        tokens, gain = slow_complete(
-            model, text[row], image[row], holes[row], int(seeds[row]), settings
+        tokens, log_likelihood_ratio = slow_inpaint(
+            model, text[row], image[row], holes[row], int(seeds[row]), sampling_config
         )
-        assert drawn.image_token_ids[row].tolist() == tokens
-        if settings.guidance_scale != 1.0:
-            assert float(drawn.caption_gain[row]) == pytest.approx(gain, abs=1e-3)
+        assert generated.image_token_ids[row].tolist() == tokens
+        if sampling_config.guidance_scale != 1.0:
+            assert float(generated.log_likelihood_ratio[row]) == pytest.approx(
+                log_likelihood_ratio, abs=1e-3
+            )
 
 
 @pytest.mark.parametrize("num_kept", [0, 1, 4, 11])
-def test_a_seed_goes_on_with_its_own_picture(build_dalle: BuildDalle, num_kept: int) -> None:
-    model, settings = build_dalle(), SamplingConfig(guidance_scale=2.0)
+def test_seed_goes_on_with_its_own_image(build_dalle: BuildDalle, num_kept: int) -> None:
+    model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=2.0)
     text, _ = rows(model, 3)
     seeds = torch.arange(3)
-    whole = generate_image_token_ids(model, text, seeds=seeds, settings=settings)
+    whole = generate_image_token_ids(model, text, seeds=seeds, sampling_config=sampling_config)
     below = (torch.arange(12) >= num_kept).expand(3, -1)
     start = whole.image_token_ids.masked_fill(below, 0)
-    again = complete_image_token_ids(model, text, start, below, seeds=seeds, settings=settings)
+    again = inpaint_image_token_ids(
+        model, text, start, below, seeds=seeds, sampling_config=sampling_config
+    )
     assert torch.equal(again.image_token_ids, whole.image_token_ids)
 
 
 def fillings(model: Dalle, text: Tensor, image: Tensor, count: int = 200) -> list[float]:
     """How often each token stands in the first cell of the hole, over many seeds."""
-    drawn = complete_image_token_ids(
+    generated = inpaint_image_token_ids(
         model,
         text.expand(count, -1),
         image.expand(count, -1),
         HOLE.expand(count, -1),
         seeds=torch.arange(count),
-        settings=SamplingConfig(guidance_scale=1.0),
+        sampling_config=SamplingConfig(guidance_scale=1.0),
     )
-    return (drawn.image_token_ids[:, 5].bincount(minlength=12) / count).tolist()
+    return (generated.image_token_ids[:, 5].bincount(minlength=12) / count).tolist()
 
 
 def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle) -> None:
@@ -122,14 +135,19 @@ def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle
 
 
 def test_a_filling_does_not_depend_on_what_is_filled_beside_it(build_dalle: BuildDalle) -> None:
-    model, settings = build_dalle(), SamplingConfig(guidance_scale=2.0)
+    model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=2.0)
     count = ROWS_PER_BATCH + 3
     text, image = rows(model, count)
     holes = torch.stack([HOLE.roll(shift) for shift in range(count)])
 
     def fill(picks: Tensor) -> Tensor:
-        return complete_image_token_ids(
-            model, text[picks], image[picks], holes[picks], seeds=picks, settings=settings
+        return inpaint_image_token_ids(
+            model,
+            text[picks],
+            image[picks],
+            holes[picks],
+            seeds=picks,
+            sampling_config=sampling_config,
         ).image_token_ids
 
     together = fill(torch.arange(count))
@@ -140,11 +158,11 @@ def test_a_filling_does_not_depend_on_what_is_filled_beside_it(build_dalle: Buil
 
 
 def test_orders() -> None:
-    assert completion_order(HOLE[None]).tolist() == [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 5, 6]]
+    assert inpainting_order(HOLE[None]).tolist() == [[0, 1, 2, 3, 4, 7, 8, 9, 10, 11, 5, 6]]
     for num_kept, raster in ((0, True), (7, True), (12, True)):
         below = (torch.arange(12) >= num_kept)[None]
-        assert is_raster_order(completion_order(below)) is raster
-    assert not is_raster_order(completion_order(torch.stack([HOLE, ~HOLE])))
+        assert is_raster_order(inpainting_order(below)) is raster
+    assert not is_raster_order(inpainting_order(torch.stack([HOLE, ~HOLE])))
 
 
 @pytest.mark.parametrize(
@@ -153,7 +171,7 @@ def test_orders() -> None:
 def test_holes_that_cannot_be_filled_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
     model = build_dalle()
     text, image = rows(model, 2)
-    with pytest.raises(ValueError, match=r"^is_redrawn: got .* tokens, wanted as many in each row"):
-        complete_image_token_ids(
-            model, text, image, holes, seeds=torch.arange(2), settings=SETTINGS[0]
+    with pytest.raises(ValueError, match=r"^is_masked: got .* tokens, wanted as many in each row"):
+        inpaint_image_token_ids(
+            model, text, image, holes, seeds=torch.arange(2), sampling_config=SAMPLING_CONFIGS[0]
         )

@@ -114,7 +114,7 @@ def test_noise_is_made_of_the_published_bits(seed: int) -> None:
             assert float(noise[step, 0, token]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-def test_each_picture_may_be_at_a_step_of_its_own() -> None:
+def test_each_image_may_be_at_a_step_of_its_own() -> None:
     seeds = torch.tensor([1, 2])
     own = gumbel_noise(seeds, steps=torch.tensor([[0], [3]]), vocab_size=9)
     for row, step in enumerate((0, 3)):
@@ -128,20 +128,20 @@ def test_noise_is_always_finite() -> None:
     assert float(noise.var()) == pytest.approx(math.pi**2 / 6, abs=0.02)
 
 
-def test_draws_follow_the_softmax() -> None:
+def test_samples_follow_the_softmax() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 0.5, -2.5])
     num_seeds, num_steps = 400, 100
     noise = noise_of(*range(num_seeds), num_steps=num_steps)
-    drawn = (logits + noise).argmax(-1)
+    generated = (logits + noise).argmax(-1)
     count = num_seeds * num_steps
     expected = count * logits.double().softmax(-1)
-    observed = drawn.flatten().bincount(minlength=5)
+    observed = generated.flatten().bincount(minlength=5)
     # 23.5 is passed by chance once in 10,000 times (4 degrees of freedom).
     assert ((observed - expected) ** 2 / expected).sum() < 23.5
     # Pairs of successive steps, and of pictures with successive seeds, must be independent.
-    for pairs in (drawn[1:] * 5 + drawn[:-1], drawn[:, 1:] * 5 + drawn[:, :-1]):
-        share = torch.outer(logits.double().softmax(-1), logits.double().softmax(-1)).flatten()
-        expected_pairs = pairs.numel() * share
+    for pairs in (generated[1:] * 5 + generated[:-1], generated[:, 1:] * 5 + generated[:, :-1]):
+        fraction = torch.outer(logits.double().softmax(-1), logits.double().softmax(-1)).flatten()
+        expected_pairs = pairs.numel() * fraction
         observed_pairs = pairs.flatten().bincount(minlength=25)
         # 24 degrees of freedom; neighbouring pairs overlap, hence the wide limit.
         assert ((observed_pairs - expected_pairs) ** 2 / expected_pairs).sum() < 60

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
+from hypothesis import sampling_config as hypothesis_settings
 from hypothesis import strategies as st
 
 from dalle_mini_impl.models.dalle import Dalle
@@ -15,30 +15,30 @@ from dalle_mini_impl.sampling.generate import (
     SamplingConfig,
     generate_image_token_ids,
 )
-from dalle_mini_impl.sampling.likelihood import caption_gain, image_log_likelihood
+from dalle_mini_impl.sampling.likelihood import image_log_likelihood, log_likelihood_ratio
 from dalle_mini_impl.sampling.rerank import best_of
 
 BuildDalle = Callable[..., Dalle]
 
 
-def test_likelihoods_of_all_pictures_sum_to_one(build_dalle: BuildDalle) -> None:
+def test_likelihoods_of_all_images_sum_to_one(build_dalle: BuildDalle) -> None:
     model = build_dalle(codebook_levels=(3,), image_grid_size=(2, 2))
-    pictures = torch.tensor(list(itertools.product(range(3), repeat=4)))
-    text = torch.tensor([[4, 2, 9, 0, 0]]).expand(len(pictures), -1)
-    likelihoods = image_log_likelihood(model, text, pictures)
+    images = torch.tensor(list(itertools.product(range(3), repeat=4)))
+    text = torch.tensor([[4, 2, 9, 0, 0]]).expand(len(images), -1)
+    likelihoods = image_log_likelihood(model, text, images)
     assert float(likelihoods.exp().sum()) == pytest.approx(1, abs=1e-5)
     assert likelihoods.std() > 0.1
 
 
-def test_gain_is_a_difference_of_likelihoods(build_dalle: BuildDalle) -> None:
+def test_log_ratio_is_a_difference_of_likelihoods(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text = torch.tensor([[1, 2, 3, 0, 0], [0, 0, 0, 0, 0]])
     image = torch.arange(24).reshape(2, 12) % 12
-    gain = caption_gain(model, text, image)
+    ratio = log_likelihood_ratio(model, text, image)
     given, free = (image_log_likelihood(model, part, image) for part in (text, 0 * text))
-    torch.testing.assert_close(gain, given - free)
-    assert gain[0].abs() > 0.1
-    assert gain[1] == 0  # the null caption gains nothing
+    torch.testing.assert_close(ratio, given - free)
+    assert ratio[0].abs() > 0.1
+    assert ratio[1] == 0  # the null caption gains nothing
 
 
 def test_a_score_does_not_depend_on_what_is_scored_beside_it(build_dalle: BuildDalle) -> None:
@@ -46,20 +46,24 @@ def test_a_score_does_not_depend_on_what_is_scored_beside_it(build_dalle: BuildD
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=generator)
     image = torch.randint(0, 12, (ROWS_PER_BATCH + 5, 12), generator=generator)
-    together = caption_gain(model, text, image)
-    alone = [caption_gain(model, text[i : i + 1], image[i : i + 1]) for i in range(len(text))]
+    together = log_likelihood_ratio(model, text, image)
+    alone = [
+        log_likelihood_ratio(model, text[i : i + 1], image[i : i + 1]) for i in range(len(text))
+    ]
     assert torch.equal(torch.cat(alone), together)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
-def test_gain_equals_what_guided_drawing_adds_up(build_dalle: BuildDalle, schedule: str) -> None:
+def test_log_ratio_equals_the_sum_while_sampling(build_dalle: BuildDalle, schedule: str) -> None:
     model = build_dalle()
     text = torch.tensor([[1, 2, 3, 0, 0], [7, 7, 1, 5, 6], [10, 0, 0, 0, 0]])
-    settings = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)  # type: ignore[arg-type]
-    drawn = generate_image_token_ids(model, text, seeds=torch.arange(3), settings=settings)
-    gain = caption_gain(model, text, drawn.image_token_ids)
-    assert gain.abs().min() > 0.1
-    assert (gain - drawn.caption_gain).abs().max() <= 1e-3
+    sampling_config = SamplingConfig(guidance_scale=3.0, guidance_schedule=schedule)  # type: ignore[arg-type]
+    generated = generate_image_token_ids(
+        model, text, seeds=torch.arange(3), sampling_config=sampling_config
+    )
+    ratio = log_likelihood_ratio(model, text, generated.image_token_ids)
+    assert ratio.abs().min() > 0.1
+    assert (ratio - generated.log_likelihood_ratio).abs().max() <= 1e-3
 
 
 @hypothesis_settings(max_examples=40)

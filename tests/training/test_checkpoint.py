@@ -412,22 +412,22 @@ def train(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: 
         optimizer.step()
 
 
-def assert_same_tree(got: Any, want: Any) -> None:
-    assert type(got) is type(want)
-    if isinstance(want, Tensor):
-        assert got.dtype == want.dtype
-        assert got.device == want.device
-        assert torch.equal(got, want)
-    elif isinstance(want, dict):
-        assert got.keys() == want.keys()
-        for key in want:
-            assert_same_tree(got[key], want[key])
-    elif isinstance(want, (list, tuple)):
-        assert len(got) == len(want)
-        for got_item, want_item in zip(got, want, strict=True):
-            assert_same_tree(got_item, want_item)
+def assert_same_tree(got: Any, expected: Any) -> None:
+    assert type(got) is type(expected)
+    if isinstance(expected, Tensor):
+        assert got.dtype == expected.dtype
+        assert got.device == expected.device
+        assert torch.equal(got, expected)
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_same_tree(got[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(got) == len(expected)
+        for got_item, expected_item in zip(got, expected, strict=True):
+            assert_same_tree(got_item, expected_item)
     else:
-        assert got == want
+        assert got == expected
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -454,8 +454,8 @@ def test_three_steps_and_a_resume_equal_six_steps(tmp_path: Path, name: str) -> 
     before = {key: value.clone() for key, value in loaded.tensors["optimizer"].items()}
     train(resumed, second, range(3, 6))
 
-    for got, want in zip(resumed, straight, strict=True):
-        assert torch.equal(got, want)
+    for got, expected in zip(resumed, straight, strict=True):
+        assert torch.equal(got, expected)
     assert_same_tree(second.state_dict(), optimizer.state_dict())
     assert_same_tree(loaded.tensors["optimizer"], before)  # training did not write into it
 

@@ -36,16 +36,16 @@ def loaded(pairs: list[Pair]) -> LoadedPairs:
 
 
 def build_task(max_shift: int = 0, **towers: str) -> ClipTask:
-    pictures, config = loaded(PAIRS), ClipTaskConfig(max_shift=max_shift)
+    images, config = loaded(PAIRS), ClipTaskConfig(max_shift=max_shift)
     ranker = tiny.build_ranker(**towers)
-    return ClipTask(pictures, pictures, config, ranker=ranker, sample_weights=None)
+    return ClipTask(images, images, config, ranker=ranker, sample_weights=None)
 
 
-def test_a_draw_chooses_the_caption_and_the_shift() -> None:
+def test_uniforms_choose_caption_and_shift() -> None:
     task = build_task(max_shift=1)
     ids = torch.tensor([0, 0, 1, 3])
-    draws = torch.tensor([[0.1, 0.5, 0.5], [0.9, 0.99, 0.5], [0.99, 0.5, 0.5], [0.6, 0.5, 0.0]])
-    batch = task.make_batch(ids, draws)
+    uniforms = torch.tensor([[0.1, 0.5, 0.5], [0.9, 0.99, 0.5], [0.99, 0.5, 0.5], [0.6, 0.5, 0.0]])
+    batch = task.make_batch(ids, uniforms)
     texts = task.ranker.captions.decode(batch["text_token_ids"])
     assert texts == ["a red disc", "red disc, big", "a blue box", "a blue box"]
     pixels = (batch["pixels"] + 1) * 127.5
@@ -55,13 +55,13 @@ def test_a_draw_chooses_the_caption_and_the_shift() -> None:
     torch.testing.assert_close(pixels[3, :, :, :-1], true[3, :, :, 1:])
 
 
-def test_equal_captions_and_equal_pictures_belong_together() -> None:
+def test_equal_captions_and_equal_images_belong_together() -> None:
     text = torch.tensor([[1, 2], [3, 0], [1, 2], [4, 0], [5, 0]])
     got = matches(text, torch.tensor([7, 8, 9, 8, 6]))
-    wanted = torch.eye(5, dtype=torch.bool)
+    expected = torch.eye(5, dtype=torch.bool)
     for row, column in ((0, 2), (2, 0), (1, 3), (3, 1)):
-        wanted[row, column] = True
-    assert torch.equal(got, wanted)
+        expected[row, column] = True
+    assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
@@ -80,25 +80,25 @@ def test_the_loss_is_that_of_the_kind(loss: str) -> None:
 
 def test_retrieval_counts_every_right_answer() -> None:
     ranker = tiny.build_ranker()
-    asked = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.captions)
-    assert asked.captions == ["a red disc", "a blue box", "a green box"]
-    assert asked.is_right.tolist() == [
+    retrieval = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.captions)
+    assert retrieval.captions == ["a red disc", "a blue box", "a green box"]
+    assert retrieval.is_right.tolist() == [
         [True, False, False],
         [False, True, False],
         [True, False, False],
         [False, True, True],
     ]
-    assert asked.chance == pytest.approx(5 / 12)
-    pictures = ranker.embed_pixels(asked.pixels.float() / 127.5 - 1)
-    texts = ranker.embed_texts(asked.captions)
+    assert retrieval.chance == pytest.approx(5 / 12)
+    images = ranker.embed_pixels(retrieval.pixels.float() / 127.5 - 1)
+    texts = ranker.embed_texts(retrieval.captions)
     to_text, to_image = [], []
     for row in range(4):
-        best = max(range(3), key=lambda column: float(pictures[row] @ texts[column]))
-        to_text.append(asked.is_right[row, best].item())
+        best = max(range(3), key=lambda column: float(images[row] @ texts[column]))
+        to_text.append(retrieval.is_right[row, best].item())
     for column in range(3):
-        best = max(range(4), key=lambda row: float(pictures[row] @ texts[column]))
-        to_image.append(asked.is_right[best, column].item())
-    scores = score_retrieval(ranker, asked)
+        best = max(range(4), key=lambda row: float(images[row] @ texts[column]))
+        to_image.append(retrieval.is_right[best, column].item())
+    scores = score_retrieval(ranker, retrieval)
     assert scores["image_to_text_r1"] == pytest.approx(sum(to_text) / 4)
     assert scores["text_to_image_r1"] == pytest.approx(sum(to_image) / 3)
 
@@ -135,8 +135,8 @@ def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int)
     assert measured["validation/image_to_text_r1"] == report["image_to_text_r1"]
     # What it is for: of several pictures, the one that was asked for.
     ranker = ClipRanker.from_pretrained(folder)
-    pictures = [tiny.draw_picture(number) for number in range(12)]
-    found = [int(ranker.score(pictures, [text] * 12).argmax()) for text in tiny.CAPTIONS]
+    images = [tiny.render_image(number) for number in range(12)]
+    found = [int(ranker.score(images, [text] * 12).argmax()) for text in tiny.CAPTIONS]
     assert sum(at == number for number, at in enumerate(found)) >= 6
 
 

@@ -49,7 +49,7 @@ def test_the_ends_of_the_ranges_are_allowed() -> None:
         ({"max_minutes": 8.0}, 0, 9.0, 1.0),
     ],
 )
-def test_progress_is_the_larger_share_of_the_limits_that_are_set(
+def test_progress_is_the_largest_of_the_limits(
     limits: dict[str, Any], steps_done: int, minutes_used: float, expected: float
 ) -> None:
     assert TrainingConfig(**limits).progress(steps_done, minutes_used) == pytest.approx(expected)

@@ -33,11 +33,11 @@ def make_tokens(samples: int, *, seed: int = 0) -> TokenDataset:
     return TokenDataset(image.int(), text.int(), torch.arange(0, 2 * samples + 1, 2))
 
 
-def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **settings: float) -> DalleTask:
+def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **changes: float) -> DalleTask:
     return DalleTask(
         make_tokens(samples),
         make_tokens(7, seed=1),
-        DalleTaskConfig(**({"caption_dropout_probability": 0.0} | settings)),
+        DalleTaskConfig(**({"caption_dropout_probability": 0.0} | changes)),
         sample_weights=None,
         identity="made up",
         pipeline=pipeline,
@@ -66,7 +66,7 @@ def run(task: DalleTask, *, progress: float = 0.0) -> tuple[dict[str, Tensor], A
     """Sends one batch through the loss; returns the batch, what the model saw, and the results."""
     generator = torch.Generator().manual_seed(5)
     sample_ids = torch.randint(0, task.num_samples, (BATCH,), generator=generator)
-    batch = task.make_batch(sample_ids, torch.rand(BATCH, task.num_draws, generator=generator))
+    batch = task.make_batch(sample_ids, torch.rand(BATCH, task.num_uniforms, generator=generator))
     spy = Spy(task.pipeline.dalle)
     results = task.loss(spy, batch, progress=progress, generator=generator)
     return batch | {"ids": sample_ids}, spy.calls[0], results
@@ -101,7 +101,7 @@ def test_the_unigram_baselines_are_entropies_of_the_training_set(
     assert task.baselines["baseline/text_uniform_nats"] == pytest.approx(math.log(vocab_size))
 
 
-def test_without_augmentation_the_model_sees_the_pictures_as_they_are(
+def test_no_augmentation_leaves_images_unchanged(
     pipeline: TextToImagePipeline,
 ) -> None:
     batch, (text, image, order), _ = run(build_task(pipeline))
@@ -119,9 +119,9 @@ def test_a_dropped_caption_is_hidden_and_not_counted(pipeline: TextToImagePipeli
     hidden = (text == PAD_TOKEN_ID).all(dim=1)
     assert 0.15 < hidden.float().mean() < 0.35
     assert torch.equal(text[~hidden], batch["text_token_ids"][~hidden])
-    share = float((~hidden).float().mean())
+    fraction = float((~hidden).float().mean())
     assert float(metrics["text_nats"]) == pytest.approx(
-        share / 0.75 * math.log(pipeline.captions.vocab_size), rel=1e-5
+        fraction / 0.75 * math.log(pipeline.captions.vocab_size), rel=1e-5
     )
 
 
@@ -185,10 +185,10 @@ def test_shifted_views_and_all_other_noise_end_in_time(pipeline: TextToImagePipe
 
 def test_a_sample_is_the_same_whatever_stands_beside_it(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline, shifted_view_probability=0.5)
-    draws = torch.rand(6, task.num_draws)
+    uniforms = torch.rand(6, task.num_uniforms)
     ids = torch.tensor([3, 1, 4, 1, 5, 9])
-    whole = task.make_batch(ids, draws)
-    part = task.make_batch(ids[2:4], draws[2:4])
+    whole = task.make_batch(ids, uniforms)
+    part = task.make_batch(ids[2:4], uniforms[2:4])
     for name, value in part.items():
         assert torch.equal(value, whole[name][2:4]), name
 
@@ -223,18 +223,18 @@ def test_held_out_figures_agree_with_a_plain_computation(pipeline: TextToImagePi
     train = plain(task.train, null=False)
     assert figures["validation/image_nats"] == pytest.approx(given, abs=1e-4)
     assert figures["validation/image_nats_null_caption"] == pytest.approx(null, abs=1e-4)
-    assert figures["validation/caption_gain_nats"] == pytest.approx(null - given, abs=1e-4)
+    assert figures["validation/log_likelihood_ratio_nats"] == pytest.approx(null - given, abs=1e-4)
     assert figures["validation/train_image_nats"] == pytest.approx(train, abs=1e-4)
-    assert figures["validation/memorisation_gap_nats"] == pytest.approx(given - train, abs=1e-4)
+    assert figures["validation/memorization_gap_nats"] == pytest.approx(given - train, abs=1e-4)
     assert abs(null - given) > 1e-3  # this model does read its caption
     assert figures.keys() > task.baselines.keys()
 
 
-def test_a_model_that_writes_no_captions_learns_and_reports_pictures_alone() -> None:
+def test_encoder_decoder_reports_image_loss_only() -> None:
     pipeline = tiny.build_pipeline(**tiny.WITH_ENCODER)
     task = build_task(pipeline, text_loss_weight=0.25, caption_dropout_probability=0.3)
-    draws = torch.rand(BATCH, task.num_draws, generator=torch.Generator().manual_seed(1))
-    batch = task.make_batch(torch.arange(BATCH) % 50, draws)
+    uniforms = torch.rand(BATCH, task.num_uniforms, generator=torch.Generator().manual_seed(1))
+    batch = task.make_batch(torch.arange(BATCH) % 50, uniforms)
     loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0, generator=torch.Generator())
     hidden = batch["draws"][:, 0] < 0.3
     text = batch["text_token_ids"].masked_fill(hidden[:, None], PAD_TOKEN_ID)
@@ -247,12 +247,12 @@ def test_a_model_that_writes_no_captions_learns_and_reports_pictures_alone() -> 
     everything = build_task(tiny.build_pipeline())
     expected = everything.evaluate(everything.pipeline.dalle).keys()
     assert figures.keys() == {name for name in expected if "text" not in name}
-    assert figures["validation/caption_gain_nats"] != 0
+    assert figures["validation/log_likelihood_ratio_nats"] != 0
 
 
 def test_the_sample_grid_is_always_the_same(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline)
-    (first,), (second,) = (task.draw_pictures(pipeline.dalle) for _ in range(2))
+    (first,), (second,) = (task.make_image_grids(pipeline.dalle) for _ in range(2))
     assert first.captions == ["a red disc", "a blue box"]
     assert [image.tobytes() for image in first.images] == [
         image.tobytes() for image in second.images

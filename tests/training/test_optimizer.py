@@ -19,8 +19,8 @@ OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
 def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
-    wanted = {id(parameter) for parameter in parameters}
-    return {name for name, parameter in model.named_parameters() if id(parameter) in wanted}
+    expected = {id(parameter) for parameter in parameters}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in expected}
 
 
 def test_only_matrices_decay_and_every_weight_is_trained(

@@ -13,7 +13,7 @@ from tests.reference.other_tokenizers import SIZE, source_folder
 
 
 @pytest.mark.parametrize("kind", ["openai", "emu3"])
-def test_a_decoder_trains_and_its_folder_draws_by_itself(kind: str, tmp_path: Path) -> None:
+def test_trained_folder_generates_standalone(kind: str, tmp_path: Path) -> None:
     source = source_folder(kind, tmp_path / kind)
     config = dataclasses.replace(
         tiny.dalle_run(tiny.write_data(tmp_path / "data"), source, tmp_path / "out", max_steps=2),

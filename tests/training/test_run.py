@@ -156,7 +156,7 @@ with locked_folder(Path(sys.argv[1]), field="output_dir"):
 """
 
 
-def test_two_runs_do_not_share_a_folder(
+def test_two_runs_cannot_use_one_folder(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"

@@ -18,7 +18,7 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     folder.mkdir()
     for number in range(20):
-        tiny.draw_picture(number).save(folder / f"{number}.png")
+        tiny.render_image(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("" if number < 7 else "a picture")
 
     def load(split: str) -> None:
@@ -49,7 +49,7 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(3):
-        tiny.draw_picture(number).save(folder / f"{number}.png")
+        tiny.render_image(number).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text("a picture")
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()

@@ -65,7 +65,7 @@ def our_warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in found if record.levelname == "WARNING"]
 
 
-def make_pictures() -> list[Image.Image]:
+def make_images() -> list[Image.Image]:
     return [Image.new("RGB", (6, 4), color) for color in COLORS]
 
 
@@ -82,7 +82,7 @@ def test_an_offline_run_holds_all_that_was_logged(
     tracker.log({"train/loss": 2.5, "train/speed": 100}, 10)
     tracker.log({"train/loss": float("nan")}, 20)
     tracker.log({"validation/loss": 1.5}, 20)
-    tracker.log_images("samples/validation", make_pictures(), ["a cat", "b", "größe"], 20)
+    tracker.log_images("samples/validation", make_images(), ["a cat", "b", "größe"], 20)
     tracker.log_artifact(model_dir, "the model!", "model")
     tracker.close()
     tracker.close()
@@ -114,9 +114,9 @@ def test_an_offline_run_holds_all_that_was_logged(
     assert all(name.endswith(".log") for name in in_home), "wandb keeps data in the home folder"
 
 
-def test_pictures_lie_in_one_png_with_captions_beside_it(tmp_path: Path) -> None:
+def test_images_lie_in_one_png_with_captions_beside_it(tmp_path: Path) -> None:
     tracker = open_main(DISABLED, tmp_path)
-    images = [*make_pictures(), Image.new("L", (2, 2), 128)]
+    images = [*make_images(), Image.new("L", (2, 2), 128)]
     tracker.log_images("samples/validation", images, ["a", "b\nc", "d", ""], 1200)
     grid = Image.open(tmp_path / "samples" / "samples_validation_00001200.png")
     assert grid.size == (6 + 2 + 6, 4 + 2 + 4)
@@ -131,7 +131,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
         OFFLINE, output_dir=tmp_path / "run", run_config={}, is_main=False, run_id="abc"
     )
     tracker.log({"loss": 1.0}, 1)
-    tracker.log_images("samples", make_pictures(), ["", "", ""], 1)
+    tracker.log_images("samples", make_images(), ["", "", ""], 1)
     tracker.log_artifact(tmp_path, "name", "model")
     tracker.close()
     assert not (tmp_path / "run").exists()
@@ -186,7 +186,7 @@ def test_bad_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="got the names"):
         tracker.log({"step": 1.0}, 1)
     with pytest.raises(ValueError, match="got 3 for 2 captions"):
-        tracker.log_images("samples", make_pictures(), ["", ""], 1)
+        tracker.log_images("samples", make_images(), ["", ""], 1)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="output_dir: cannot write to"):
         open_main(DISABLED, tmp_path / "file")
@@ -331,7 +331,7 @@ def test_online_that_cannot_start_records_offline(
 def assert_goes_on(tracker: Tracker, output_dir: Path) -> None:
     for step in (1, 2, 3):
         tracker.log({"loss": float(step)}, step)
-    tracker.log_images("samples", make_pictures(), ["", "", ""], 3)
+    tracker.log_images("samples", make_images(), ["", "", ""], 3)
     tracker.close()
     assert [line["loss"] for line in read_metrics(output_dir)] == [1.0, 2.0, 3.0]
     assert (output_dir / "samples" / "samples_00000003.png").exists()
@@ -434,7 +434,7 @@ def test_a_full_disk_costs_metrics_and_not_the_run(
     resource.setrlimit(resource.RLIMIT_FSIZE, (60, hard))
     try:
         tracker.log({"loss": 2.0}, 2)
-        tracker.log_images("samples", make_pictures(), ["", "", ""], 2)
+        tracker.log_images("samples", make_images(), ["", "", ""], 2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     tracker.log({"loss": 3.0}, 3)

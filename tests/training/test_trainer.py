@@ -256,8 +256,8 @@ def test_the_metrics_are_means_with_speeds_beside_them(tmp_path: Path) -> None:
         assert row["train/gradient_norm"] > 0
     evaluated = [step for step, row in enumerate(rows) if "validation/bias" in row]
     assert len(evaluated) == 3
-    pictures = sorted(path.name for path in (tmp_path / "samples").glob("*.png"))
-    assert pictures == ["line_00000004.png", "line_00000006.png"]
+    images = sorted(path.name for path in (tmp_path / "samples").glob("*.png"))
+    assert images == ["line_00000004.png", "line_00000006.png"]
     assert {mode for name, mode in task.modes if name == "train"} == {True}
     assert {mode for name, mode in task.modes if name != "train"} == {False}
 
@@ -291,7 +291,7 @@ def test_a_fresh_folder_is_not_refused(tmp_path: Path) -> None:
     assert isinstance(LineTask(), Task)
 
 
-def test_a_world_that_is_not_complete_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_incomplete_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     gpu = torch.device("cuda")

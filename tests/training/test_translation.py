@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.builtin_datasets.translation_pairs import TextPair, TextPairs
-from dalle_mini_impl.data.text_tokenizer import CaptionEncoder, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.training.translation import TranslationTask, TranslationTaskConfig, target_nats
@@ -21,13 +21,13 @@ PAIRS = TextPairs(
 )
 
 
-def build_task(**settings: float) -> TranslationTask:
+def build_task(**changes: float) -> TranslationTask:
     texts = [text for pair in PAIRS.train for text in (pair.source, pair.target)]
-    captions = CaptionEncoder(train_text_tokenizer(texts, vocab_size=300), 20)
+    captions = TextTokenizer(train_text_tokenizer(texts, vocab_size=300), 20)
     torch.manual_seed(0)
     config = EncoderDecoderConfig(hidden_size=16, num_heads=2, intermediate_size=24)
     model = EncoderDecoder(config, vocab_size=captions.vocab_size).eval()
-    return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig(**settings))
+    return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig(**changes))
 
 
 def test_the_loss_counts_tokens_and_the_end_and_no_pads() -> None:
@@ -36,8 +36,8 @@ def test_the_loss_counts_tokens_and_the_end_and_no_pads() -> None:
     target = torch.tensor([[3, 4, 0], [1, 2, 3]])
     log_probs = logits.log_softmax(dim=-1)
     first = -(log_probs[0, 0, 3] + log_probs[0, 1, 4] + log_probs[0, 2, 6]) / 3
-    wanted = [1, 2, 3, 6]
-    second = -sum(log_probs[1, place, token] for place, token in enumerate(wanted)) / 4
+    target_ids = [1, 2, 3, 6]
+    second = -sum(log_probs[1, place, token] for place, token in enumerate(target_ids)) / 4
     got = target_nats(logits, target, end_token_id=6)
     torch.testing.assert_close(got, (first + second) / 2)
     # Szegedy et al. 2016: the target's share goes to all tokens evenly, itself included.
@@ -75,8 +75,8 @@ def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_o
     one = torch.tensor([0])
     usual = task.make_batch(one, torch.zeros(1, 2))
     seen = set()
-    for draw in torch.arange(8) / 8:
-        batch = task.make_batch(one, torch.stack([draw, torch.zeros(())])[None])
+    for uniform in torch.arange(8) / 8:
+        batch = task.make_batch(one, torch.stack([uniform, torch.zeros(())])[None])
         assert decode(batch["source_token_ids"].long()) == ["a red box"]
         assert torch.equal(batch["target_token_ids"], usual["target_token_ids"])
         seen.add(tuple(batch["source_token_ids"][0].tolist()))
@@ -90,7 +90,7 @@ def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_o
         TranslationTaskConfig(bpe_dropout_probability=1.0)
 
 
-def test_scores_are_full_for_the_truth_and_nothing_for_strangers() -> None:
+def test_scores_separate_truth_from_unrelated_texts() -> None:
     references = ["빨간색 하트", "피자", "고양이 얼굴"]
     assert score_translations(references, references) == pytest.approx(
         {"chrf": 100.0, "bleu": 100.0, "exact": 1.0}
@@ -144,5 +144,5 @@ def test_it_learns_to_write_backwards(tmp_path: Path) -> None:
     shown = (tmp_path / "run" / "translations.tsv").read_text().splitlines()
     assert len(shown) > 1
     assert {line.count("\t") for line in shown} == {3}
-    answers = Translator.from_pretrained(folder)([line.split("\t")[0] for line in shown[1:]])
-    assert answers == [line.split("\t")[2] for line in shown[1:]]
+    predictions = Translator.from_pretrained(folder)([line.split("\t")[0] for line in shown[1:]])
+    assert predictions == [line.split("\t")[2] for line in shown[1:]]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dalle_mini_impl.builtin_datasets.labelled_images import LabelledPictures, LabelledSplits
+from dalle_mini_impl.builtin_datasets.labelled_images import LabelledImages, LabelledSplits
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.vit import (
     ViTTask,
@@ -18,14 +18,14 @@ from dalle_mini_impl.training.vit import (
 from tests.reference import tiny
 
 
-def pictures(levels: list[int], labels: list[int], families: str) -> LabelledPictures:
+def images(levels: list[int], labels: list[int], families: str) -> LabelledImages:
     pixels = torch.tensor(levels, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4)
-    return LabelledPictures(pixels.contiguous(), torch.tensor(labels), tuple(families))
+    return LabelledImages(pixels.contiguous(), torch.tensor(labels), tuple(families))
 
 
 SPLITS = LabelledSplits(
-    pictures([0, 10, 20, 200, 210, 220], [0, 0, 0, 1, 1, 1], "aabbcd"),
-    pictures([12, 15, 190, 205], [0, 1, 1, 1], "eeef"),
+    images([0, 10, 20, 200, 210, 220], [0, 0, 0, 1, 1, 1], "aabbcd"),
+    images([12, 15, 190, 205], [0, 1, 1, 1], "eeef"),
     ("dark", "light"),
 )
 
@@ -68,9 +68,9 @@ def test_the_loss_and_the_measures_are_those_of_the_model() -> None:
     assert weights.tolist() == pytest.approx([0.5**0.5] * 4 + [1.0] * 2)
 
 
-def test_a_shift_moves_the_picture_by_its_draws() -> None:
+def test_shift_follows_its_uniforms() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
-    one = LabelledPictures(ramp, torch.tensor([0]), ("a",))
+    one = LabelledImages(ramp, torch.tensor([0]), ("a",))
     task = ViTTask(LabelledSplits(one, one, ("x",)), ViTTaskConfig(max_shift=1))
 
     def moved(down: float, right: float) -> Tensor:

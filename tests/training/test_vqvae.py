@@ -37,25 +37,25 @@ from vqvae.losses.reconstruction import reconstruction_loss
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 
-def pictures(count: int) -> Tensor:
-    arrays = [np.array(tiny.draw_picture(number)) for number in range(count)]
+def images(count: int) -> Tensor:
+    arrays = [np.array(tiny.render_image(number)) for number in range(count)]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-def build_task(vqvae: VQVAE, **settings: float) -> VQVAETask:
+def build_task(vqvae: VQVAE, **changes: float) -> VQVAETask:
     return VQVAETask(
-        pictures(20),
-        pictures(70)[64:],
-        VQVAETaskConfig(**settings),  # type: ignore[arg-type]
+        images(20),
+        images(70)[64:],
+        VQVAETaskConfig(**changes),  # type: ignore[arg-type]
         sample_weights=None,
         vqvae=vqvae,
     )
 
 
-def test_a_batch_is_the_pictures_in_minus_one_to_one() -> None:
+def test_batch_is_the_images_in_minus_one_to_one() -> None:
     task = build_task(tiny.build_vqvae())
     ids = torch.tensor([4, 0, 4])
-    pixels = task.make_batch(ids, torch.rand(3, task.num_draws))["pixels"]
+    pixels = task.make_batch(ids, torch.rand(3, task.num_uniforms))["pixels"]
     torch.testing.assert_close((pixels + 1) * 127.5, task.train[ids].float(), atol=1e-4, rtol=0)
     assert pixels.min() == -1
     assert pixels.max() == 1
@@ -74,7 +74,7 @@ def test_shifts_reach_both_ends_and_no_further() -> None:
 def test_the_loss_is_reconstruction_plus_the_quantizers_own() -> None:
     vqvae = tiny.build_vqvae(quantizer="vq").train()
     task = build_task(vqvae, wavelet_weight=0.0)
-    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_draws))
+    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_uniforms))
     generator = torch.Generator().manual_seed(0)
     loss, metrics = task.loss(vqvae, batch, progress=0.0, generator=generator)
     expected = metrics["reconstruction_loss"] + 0.25 * metrics["commitment_loss"]
@@ -89,7 +89,7 @@ def test_gumbel_cools_down_and_its_kl_rises() -> None:
     vqvae = tiny.build_vqvae(quantizer="gumbel").train()
     assert isinstance(vqvae.quantizer, GumbelQuantizer)
     task = build_task(vqvae, gumbel_kl_weight=0.5)
-    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_uniforms))
     found = []
     for progress in (0.0, 0.4, 0.8, 1.0):
         task.loss(vqvae, batch, progress=progress, generator=torch.Generator())
@@ -104,7 +104,7 @@ def test_codes_are_not_restarted_at_the_end() -> None:
     vqvae = tiny.build_vqvae(quantizer="vq").train()
     assert isinstance(vqvae.quantizer, VectorQuantizer)
     task = build_task(vqvae)
-    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_uniforms))
     found = []
     for progress in (0.0, 0.79, 0.8, 1.0):
         task.loss(vqvae, batch, progress=progress, generator=torch.Generator())
@@ -125,8 +125,8 @@ def test_held_out_figures_agree_with_a_plain_computation(quantizer: str) -> None
         error = (vqvae.decode_from_token_ids(tokens) - pixels).square().mean()
         errors.append(10 * math.log10(4 / float(error)))
     assert figures["validation/psnr_db"] == pytest.approx(sum(errors) / len(errors), abs=1e-3)
-    shares = [ids.count(token) / len(ids) for token in set(ids)]
-    perplexity = math.exp(-sum(share * math.log(share) for share in shares))
+    fractions = [ids.count(token) / len(ids) for token in set(ids)]
+    perplexity = math.exp(-sum(fraction * math.log(fraction) for fraction in fractions))
     assert figures["validation/codebook_perplexity"] == pytest.approx(perplexity, rel=1e-4)
     usage = len(set(ids)) / vqvae.codebook_size
     assert figures["validation/codebook_usage"] == pytest.approx(usage)
@@ -136,7 +136,7 @@ def test_held_out_figures_agree_with_a_plain_computation(quantizer: str) -> None
 def test_reconstructions_stand_beside_their_originals() -> None:
     vqvae = tiny.build_vqvae()
     task = build_task(vqvae)
-    (grid,) = task.draw_pictures(vqvae)
+    (grid,) = task.make_image_grids(vqvae)
     assert grid.captions == ["original", "reconstruction"] * len(task.held_out)
     first, last = (np.array(grid.images[index]) for index in (0, -2))
     assert np.array_equal(first, task.held_out[0].permute(1, 2, 0).numpy())
@@ -156,7 +156,7 @@ GAN = DiscriminatorConfig(
 def adversarial_run(data: Path, out: Path, **training: Any) -> VQVAERunConfig:
     """Six steps, the discriminator from the fourth on, and tokens perturbed from the first."""
     config = tiny.vqvae_run(data, out, ema_decay=0.9, **training)
-    task = VQVAETaskConfig(perturbed_image_share=0.5)
+    task = VQVAETaskConfig(perturbed_image_fraction=0.5)
     return dataclasses.replace(config, discriminator=GAN, task=task)
 
 
@@ -175,7 +175,7 @@ def test_the_discriminators_terms_are_added_when_it_is_time() -> None:
     both = AdversarialVQVAE(vqvae, PatchDiscriminator(channels=4, num_layers=2))
     task = build_task(vqvae)
     task.discriminator = GAN
-    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_draws))
+    batch = task.make_batch(torch.arange(8), torch.rand(8, task.num_uniforms))
 
     def loss_at(progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         both.zero_grad()
@@ -283,7 +283,7 @@ def test_the_next_features_loss_is_added() -> None:
     vqvae = tiny.build_vqvae(patch_size=2).train()
     model = NextFeatureVQVAE(vqvae).train()
     plain, task = build_task(vqvae), build_task(vqvae, next_feature_weight=0.5)
-    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_draws))
+    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_uniforms))
     without, _ = plain.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
     loss, metrics = task.loss(model, batch, progress=0.0, generator=torch.Generator())
     torch.testing.assert_close(loss, without + 0.5 * model(batch["pixels"]).next_feature_loss)
@@ -291,14 +291,14 @@ def test_the_next_features_loss_is_added() -> None:
     assert metrics["next_feature_loss"] > 0
 
 
-def test_options_that_are_off_draw_no_random_number() -> None:
+def test_disabled_options_use_no_random_numbers() -> None:
     vqvae = tiny.build_vqvae(quantizer="gumbel").train()
     task = build_task(vqvae)
-    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_draws))
-    used, wanted = (torch.Generator().manual_seed(3) for _ in range(2))
+    batch = task.make_batch(torch.arange(4), torch.rand(4, task.num_uniforms))
+    used, expected = (torch.Generator().manual_seed(3) for _ in range(2))
     loss, metrics = task.loss(vqvae, batch, progress=0.5, generator=used)
-    plain = vqvae(batch["pixels"], generator=wanted)
-    assert torch.equal(used.get_state(), wanted.get_state())
+    plain = vqvae(batch["pixels"], generator=expected)
+    assert torch.equal(used.get_state(), expected.get_state())
     assert torch.equal(loss, metrics["reconstruction_loss"] + plain.quantizer_loss)
     assert task.perceptual is None
 
@@ -306,7 +306,7 @@ def test_options_that_are_off_draw_no_random_number() -> None:
 def test_the_perceptual_distance_is_added() -> None:
     vqvae = tiny.build_vqvae().train()
     plain, task = build_task(vqvae), build_task(vqvae, perceptual_weight=0.5)
-    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_draws))
+    batch = plain.make_batch(torch.arange(4), torch.rand(4, plain.num_uniforms))
     without, _ = plain.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
     loss, metrics = task.loss(vqvae, batch, progress=0.0, generator=torch.Generator())
     assert task.perceptual is not None
@@ -319,7 +319,7 @@ def test_the_perceptual_distance_is_added() -> None:
 def test_options_that_fit_nothing_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in (("perturbed_image_share", 1.5), ("perturbed_token_share", 2.0)):
+    for name, value in (("perturbed_image_fraction", 1.5), ("perturbed_token_fraction", 2.0)):
         with pytest.raises(ValueError, match=f"^task.{name}: got {value}, wanted at most 1$"):
             VQVAETaskConfig(**{name: value})
     with pytest.raises(ValueError, match=r"^task.perturbed_neighbours: got 0, wanted at least 1$"):
@@ -357,7 +357,7 @@ def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float
         gumbel_kl_ends_at=0.05,
         gumbel_temperature_ends_at=0.2,
     )
-    batch = task.make_batch(torch.arange(3), torch.rand(3, task.num_draws))
+    batch = task.make_batch(torch.arange(3), torch.rand(3, task.num_uniforms))
     pixels = batch["pixels"]
     noise = torch.Generator().manual_seed(5)
     loss, metrics = task.loss(vqvae, batch, progress=progress, generator=noise)
@@ -394,10 +394,10 @@ def dalle_vqvae_run(data: Path, out: Path, **training: object) -> VQVAERunConfig
         tiny.VQVAE_SIZES,
         **{**DALLE_SIZES, "channels": (16, 16, 16), "vq_codebook_size": 32, "vq_code_dim": 16},
     )  # type: ignore[arg-type]
-    settings = {"schedule": "cosine", "cosine_ends_at": 0.5, "cosine_floor": 0.0125,
+    changes = {"schedule": "cosine", "cosine_ends_at": 0.5, "cosine_floor": 0.0125,
                 "learning_rate": 0.01, "ema_decay": 0.9, "warmup_steps": 0,
                 "betas": (0.9, 0.999)}  # fmt: skip
-    base = tiny.vqvae_run(data, out, **(settings | training))
+    base = tiny.vqvae_run(data, out, **(changes | training))
     task = VQVAETaskConfig(gumbel_kl_weight=1 / 48, gumbel_kl_ends_at=0.02)
     return dataclasses.replace(base, vqvae=sizes, task=task)
 
@@ -426,8 +426,8 @@ def test_dalles_tokenizer_learns_and_reports_its_gap(tmp_path: Path) -> None:
         fields = colors[random.integers(8, size=(4, 4))]
         Image.fromarray(fields.repeat(4, axis=0).repeat(4, axis=1)).save(path)
     steps = {name: 30 for name in ("evaluate_every_steps", "sample_every_steps")}
-    settings = {"max_steps": 120, "checkpoint_every_steps": 120, "cosine_ends_at": 1.0, **steps}
-    run = dalle_vqvae_run(data, tmp_path / "out", global_batch_size=16, **settings)
+    changes = {"max_steps": 120, "checkpoint_every_steps": 120, "cosine_ends_at": 1.0, **steps}
+    run = dalle_vqvae_run(data, tmp_path / "out", global_batch_size=16, **changes)
     tiny.train(run)
     measured = [row for row in tiny.read_metrics(tmp_path / "out") if "validation/psnr_db" in row]
     found = [round(row["validation/psnr_db"], 1) for row in measured]

@@ -35,8 +35,8 @@ OF_A_DECODER = {
     "validation/image_nats",
     "validation/image_nats_null_caption",
     "validation/text_nats",
-    "validation/caption_gain_nats",
-    "validation/memorisation_gap_nats",
+    "validation/log_likelihood_ratio_nats",
+    "validation/memorization_gap_nats",
     "baseline/image_uniform_nats",
     "baseline/image_unigram_nats",
     "baseline/text_uniform_nats",
@@ -88,8 +88,8 @@ def test_everything_promised_is_in_the_file(tmp_path: Path) -> None:
     history = found["history"]
     assert history.keys() >= OF_EVERY_RUN | OF_A_DECODER
     assert history["samples.captions"] == [["a red disc", "a blue box"]] * 2
-    pictures = [name for name in found["files"] if name.startswith("media/images/samples")]
-    assert len(pictures) >= 2
+    images = [name for name in found["files"] if name.startswith("media/images/samples")]
+    assert len(images) >= 2
     assert found["config"]["decoder"]["hidden_size"] == 16
     assert found["config"]["fixed_prompts"] == ["a red disc", "a blue box"]
     artifact = [name for name in found["files"] if name.startswith("artifact:model/")]

@@ -32,8 +32,8 @@ def test_feed_forward_is_swiglu() -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
     weights = list(layer.parameters())
     gradients = torch.autograd.grad(output.square().sum(), weights)
-    wanted = torch.autograd.grad(expected.square().sum(), weights)
-    torch.testing.assert_close(gradients, wanted, rtol=0, atol=1e-6)
+    by_hand = torch.autograd.grad(expected.square().sum(), weights)
+    torch.testing.assert_close(gradients, by_hand, rtol=0, atol=1e-6)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 

@@ -14,7 +14,7 @@ from dalle_mini_impl.transformer.masks import (
 
 # Each query's view of a grid of 4 x 4: Q is the token itself, x what it attends to, drawn by hand
 # for three queries of each kind. The text is drawn nowhere: every image token attends to all of it.
-DRAWN = {
+MASK_DRAWINGS = {
     "row": """
         . . . .    . . . .    x Q . .
         . . x x    . . . .    . . . .
@@ -51,9 +51,9 @@ def test_padding_mask_shows_tokens() -> None:
     assert torch.equal(mask[:, 0, 0], is_token)
 
 
-def drawn_by_hand(kind: str) -> dict[int, Tensor]:
+def mask_by_hand(kind: str) -> dict[int, Tensor]:
     """The grids of ``DRAWN`` as (query cell, cells that it may attend to)."""
-    lines = [line.split() for line in DRAWN[kind].strip().splitlines()]
+    lines = [line.split() for line in MASK_DRAWINGS[kind].strip().splitlines()]
     found = {}
     for grid in range(3):
         marks = [mark for line in lines for mark in line[4 * grid : 4 * grid + 4]]
@@ -62,12 +62,12 @@ def drawn_by_hand(kind: str) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("kind", ["row", "column", "convolution"])
-def test_dalle_masks_are_the_ones_drawn_by_hand(kind: ImageMask) -> None:
+def test_dalle_masks_match_handwritten_ones(kind: ImageMask) -> None:
     mask = dalle_mask(kind, num_text_positions=2, grid_size=(4, 4), kernel_size=3)
     assert mask.shape == (18, 18)
-    drawn = drawn_by_hand(kind)
-    assert len(drawn) == 3
-    for cell, seen in drawn.items():
+    generated = mask_by_hand(kind)
+    assert len(generated) == 3
+    for cell, seen in generated.items():
         assert torch.equal(mask[2 + cell, 2:], seen), cell
     assert torch.equal(mask[:2], torch.tensor([[True] + 17 * [False], 2 * [True] + 16 * [False]]))
     assert mask[2:, :2].all()

@@ -97,12 +97,12 @@ def test_first_weights_have_the_published_spread() -> None:
     convolutions = [each for each in model.modules() if isinstance(each, nn.Conv2d)]
     assert len(convolutions) == 2 + 8 * 4 + 1 + 0
     for layer in convolutions:
-        wanted = (layer.in_channels * layer.kernel_size[0] ** 2) ** -0.5
+        expected = (layer.in_channels * layer.kernel_size[0] ** 2) ** -0.5
         num_weights = layer.weight.numel()
         # Five standard errors of a mean and of a standard deviation of that many numbers.
-        assert abs(layer.weight.mean()) < 5 * wanted / num_weights**0.5
+        assert abs(layer.weight.mean()) < 5 * expected / num_weights**0.5
         assert float(layer.weight.detach().std()) == pytest.approx(
-            wanted, rel=5 / (2 * num_weights) ** 0.5
+            expected, rel=5 / (2 * num_weights) ** 0.5
         )
         assert layer.bias is not None
         assert not layer.bias.any()

@@ -15,7 +15,7 @@ BuildVQVAE = Callable[..., VQVAE]
 QUANTIZERS = ["fsq", "vq", "gumbel"]
 
 
-def pictures(count: int = 3, size: int = 16) -> Tensor:
+def images(count: int = 3, size: int = 16) -> Tensor:
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -24,7 +24,7 @@ def test_tokens_and_pixels_have_their_shapes_and_ranges(
     build_vqvae: BuildVQVAE, quantizer: str
 ) -> None:
     model = build_vqvae(quantizer=quantizer)
-    token_ids = model.encode_to_token_ids(pictures())
+    token_ids = model.encode_to_token_ids(images())
     assert token_ids.shape == (3, *model.image_grid_size) == (3, 4, 4)
     assert token_ids.dtype == torch.int64
     assert token_ids.min() >= 0
@@ -42,8 +42,8 @@ def test_tokens_and_pixels_have_their_shapes_and_ranges(
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_there_and_back_is_the_reconstruction(build_vqvae: BuildVQVAE, quantizer: str) -> None:
     model = build_vqvae(quantizer=quantizer)
-    output = model(pictures())
-    token_ids = model.encode_to_token_ids(pictures())
+    output = model(images())
+    token_ids = model.encode_to_token_ids(images())
     assert torch.equal(output.token_ids, token_ids)
     pixels = model.decode_from_token_ids(token_ids)
     torch.testing.assert_close(pixels, output.reconstruction.clamp(-1, 1), rtol=0, atol=1e-4)
@@ -54,7 +54,7 @@ def test_there_and_back_is_the_reconstruction(build_vqvae: BuildVQVAE, quantizer
 def test_training_reaches_the_encoder(build_vqvae: BuildVQVAE, quantizer: str) -> None:
     model = build_vqvae(quantizer=quantizer).train()
     generator = torch.Generator().manual_seed(0)
-    model(pictures(), generator=generator).reconstruction.square().sum().backward()
+    model(images(), generator=generator).reconstruction.square().sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -63,7 +63,7 @@ def test_training_reaches_the_encoder(build_vqvae: BuildVQVAE, quantizer: str) -
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
 def test_one_patch_changes_one_token(build_vqvae: BuildVQVAE, quantizer: str) -> None:
     model = build_vqvae(quantizer=quantizer)
-    pixels = pictures(1)
+    pixels = images(1)
     before = model.encode_to_token_ids(pixels)[0]
     num_changed = 0
     for row in range(4):
@@ -78,7 +78,7 @@ def test_one_patch_changes_one_token(build_vqvae: BuildVQVAE, quantizer: str) ->
 
 def test_a_wider_kernel_sees_neighbours(build_vqvae: BuildVQVAE) -> None:
     model = build_vqvae(encoder_kernel_size=3)
-    pixels = pictures(1)
+    pixels = images(1)
     changed = pixels.clone()
     changed[..., 4:8, 4:8] *= -1
     moved = model.encode_to_token_ids(changed) != model.encode_to_token_ids(pixels)
@@ -106,7 +106,7 @@ def test_a_saved_tokenizer_comes_back_whole(
     build_vqvae: BuildVQVAE, quantizer: str, tmp_path: Path
 ) -> None:
     model = build_vqvae(quantizer=quantizer).train()
-    model(pictures(), generator=torch.Generator().manual_seed(0))  # gives VQ its moving averages
+    model(images(), generator=torch.Generator().manual_seed(0))  # gives VQ its moving averages
     model.save_pretrained(tmp_path / "new" / "folder")
     loaded = VQVAE.from_pretrained(tmp_path / "new" / "folder")
     assert not loaded.training
@@ -115,8 +115,8 @@ def test_a_saved_tokenizer_comes_back_whole(
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert loaded.fingerprint() == model.fingerprint()
     model.eval()
-    token_ids = model.encode_to_token_ids(pictures())
-    assert torch.equal(loaded.encode_to_token_ids(pictures()), token_ids)
+    token_ids = model.encode_to_token_ids(images())
+    assert torch.equal(loaded.encode_to_token_ids(images()), token_ids)
     assert torch.equal(
         loaded.decode_from_token_ids(token_ids), model.decode_from_token_ids(token_ids)
     )

@@ -20,7 +20,7 @@ def test_tokens_become_one_of_the_nearest_others() -> None:
     torch.manual_seed(0)
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=40)
-    all_of_them = Perturbation(image_share=1.0, token_share=1.0, num_neighbours=2)
+    all_of_them = Perturbation(image_fraction=1.0, token_fraction=1.0, num_neighbours=2)
     found = perturb_latents(output, codebook, all_of_them).permute(0, 2, 3, 1).reshape(-1, 3)
     taken = set()
     num_changed = 0
@@ -36,11 +36,11 @@ def test_tokens_become_one_of_the_nearest_others() -> None:
     assert 0.35 < num_changed / 640 < 0.65
 
 
-def test_only_the_wanted_share_of_pictures_is_touched() -> None:
+def test_perturbation_hits_the_given_fraction() -> None:
     torch.manual_seed(0)
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=400)
-    few = Perturbation(image_share=0.25, token_share=0.5, num_neighbours=100)
+    few = Perturbation(image_fraction=0.25, token_fraction=0.5, num_neighbours=100)
     found = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
     changed = (found != output.quantized_latents).any(dim=1).flatten(1).float().mean(dim=1)
     # 16 tokens a picture: a quarter of the pictures, less those whose own share is near 0.

@@ -56,9 +56,9 @@ class DiscriminatorConfig:
             self._require(name, getattr(self, name) >= 1, "at least 1")
         self._require("adaptive", not self.adaptive or self.weight > 0, "false without a weight")
 
-    def _require(self, name: str, holds: bool, wanted: str) -> None:
+    def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"discriminator.{name}: got {getattr(self, name)}, wanted {wanted}")
+            raise ValueError(f"discriminator.{name}: got {getattr(self, name)}, wanted {expected}")
 
     @property
     def is_on(self) -> bool:
@@ -172,33 +172,33 @@ def adversarial_terms(
     """
     constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     seen: PatchOutput = functional_call(discriminator, constants, (reconstruction,))
-    true = discriminator(pixels)
+    real = discriminator(pixels)
     copied = discriminator(reconstruction.detach())
     distances = [
-        F.l1_loss(of_copy.float(), of_true.detach().float())
-        for of_copy, of_true in zip(seen.features, true.features, strict=True)
+        F.l1_loss(of_copy.float(), of_real.detach().float())
+        for of_copy, of_real in zip(seen.features, real.features, strict=True)
     ]
     return AdversarialTerms(
         generator=hinge_generator_loss(seen.logits),
         feature_matching=torch.stack(distances).mean(),
-        discriminator=hinge_discriminator_loss(true.logits, copied.logits),
+        discriminator=hinge_discriminator_loss(real.logits, copied.logits),
     )
 
 
 def hinge_discriminator_loss(
-    true_logits: Float[Tensor, "*patches"], copied_logits: Float[Tensor, "*patches"]
+    real_logits: Float[Tensor, "*patches"], copied_logits: Float[Tensor, "*patches"]
 ) -> Float[Tensor, ""]:
     """Ask for logits above 1 on true patches and below -1 on copied ones.
 
     Args:
-        true_logits: Of patches of pictures.
+        real_logits: Of patches of pictures.
         copied_logits: Of patches of reconstructions.
 
     Returns:
         The mean of both halves; 1 if all logits are 0.
     """
-    true, copied = F.relu(1 - true_logits.float()), F.relu(1 + copied_logits.float())
-    return (true.mean() + copied.mean()) / 2
+    real, copied = F.relu(1 - real_logits.float()), F.relu(1 + copied_logits.float())
+    return (real.mean() + copied.mean()) / 2
 
 
 def hinge_generator_loss(copied_logits: Float[Tensor, "*patches"]) -> Float[Tensor, ""]:

@@ -108,11 +108,11 @@ class PerceptualDistance(nn.Module):
             The mean over stages and cells; 0 for equal pictures, at most 4.
         """
         with torch.no_grad():
-            wanted = self.features(pixels)
+            expected = self.features(pixels)
         distances = [
             (F.normalize(one.float(), dim=1) - F.normalize(other.float(), dim=1))
             .square().sum(dim=1).mean()
-            for one, other in zip(self.features(reconstruction), wanted, strict=True)
+            for one, other in zip(self.features(reconstruction), expected, strict=True)
         ]  # fmt: skip
         return torch.stack(distances).mean()
 

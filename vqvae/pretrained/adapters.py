@@ -185,12 +185,12 @@ class DiffusersSizes:
     def __post_init__(self) -> None:
         """Refuse sizes below 1 and layers that a tokenizer cannot have."""
         _require_positive(self)
-        for name, wanted in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
+        for name, expected in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             got = getattr(self, name)
-            if len(got) != len(self.block_out_channels) or set(got) - set(wanted):
+            if len(got) != len(self.block_out_channels) or set(got) - set(expected):
                 raise ValueError(
                     f"{name}: got {shown(got)}, wanted {len(self.block_out_channels)} of "
-                    f"{', '.join(wanted)}"
+                    f"{', '.join(expected)}"
                 )
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(
@@ -266,8 +266,8 @@ def kind_of(values: Mapping[str, Any]) -> str | None:
         A key of ``KINDS``, or None.
     """
     for kind, sizes_class in KINDS.items():
-        name, wanted = sizes_class.marker
-        if values.get(name) == wanted:
+        name, expected = sizes_class.marker
+        if values.get(name) == expected:
             return kind
     return None
 
@@ -287,9 +287,9 @@ def read_sizes(kind: str, values: Mapping[str, Any]) -> tuple[Sizes, int | None]
     """
     sizes_class = KINDS[kind]
     known = sizes_class.defaults() | dict(values)
-    for name, wanted in (("in_channels", 3), ("out_channels", 3), ("double_latent", False)):
-        if known.get(name, wanted) != wanted:
-            raise ValueError(f"{name}: got {shown(known[name])}, wanted {wanted}")
+    for name, expected in (("in_channels", 3), ("out_channels", 3), ("double_latent", False)):
+        if known.get(name, expected) != expected:
+            raise ValueError(f"{name}: got {shown(known[name])}, wanted {expected}")
     if kind == "diffusers" and known["vq_embed_dim"] is None:
         known["vq_embed_dim"] = known["latent_channels"]
     chosen = {each.name: known[each.name] for each in dataclasses.fields(sizes_class)}

@@ -189,8 +189,8 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
             name = WEIGHTS_NAME
         else:
             sizes, usual_size = read_sizes(kind, values)
-            wanted = _required(image_size or usual_size, kind)
-            config = PretrainedConfig(kind=kind, image_size=wanted, sizes=sizes)
+            expected = _required(image_size or usual_size, kind)
+            config = PretrainedConfig(kind=kind, image_size=expected, sizes=sizes)
             name = sizes.weights_name
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None

@@ -25,7 +25,7 @@ from vqvae.quantizers.output import QuantizerOutput
 
 # A restarted code starts with the mean count, so it needs time to fall below this share of it:
 # with small batches, where the mean count is near 1, a plain threshold would restart half of all.
-LARGEST_DEAD_SHARE_OF_MEAN = 0.1
+LARGEST_DEAD_FRACTION_OF_MEAN = 0.1
 
 
 class VectorQuantizer(nn.Module):
@@ -157,7 +157,7 @@ class VectorQuantizer(nn.Module):
         return F.normalize(rows.to(self.codebook.dtype), dim=1)
 
     def _dead_codes(self) -> Tensor:
-        limit = (LARGEST_DEAD_SHARE_OF_MEAN * self.ema_counts.mean()).clamp(
+        limit = (LARGEST_DEAD_FRACTION_OF_MEAN * self.ema_counts.mean()).clamp(
             max=self.dead_code_threshold
         )
         return self.ema_counts < limit

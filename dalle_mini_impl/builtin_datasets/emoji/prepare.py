@@ -23,7 +23,7 @@ from PIL import Image
 
 from dalle_mini_impl.builtin_datasets.emoji.captions import EmojiFacts, describe
 from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES, split_of, without_leaks
-from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES, Render, on_white, pictures
+from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES, Render, images, on_white
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
 
@@ -77,7 +77,7 @@ _DECIDE_AT = 64
 class PrepareReport:
     """What `prepare_emoji` wrote."""
 
-    pictures: int
+    images: int
     """Rows of metadata.jsonl."""
     splits: dict[str, int]
     """Pictures per split."""
@@ -146,7 +146,7 @@ def _write_data_set(
     temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
     os.replace(temporary, metadata)
     return PrepareReport(
-        pictures=len(rows),
+        images=len(rows),
         splits=dict(Counter(row["split"] for row in rows)),
         styles=dict(Counter(row["style"] for row in rows)),
         unnamed=left_out["unnamed"],
@@ -200,27 +200,29 @@ def _write_style(
 ) -> list[dict[str, Any]]:
     """Write the pictures of one style; returns their rows, counts the others in `left_out`."""
     found: list[tuple[EmojiFacts, Render]] = []
-    for hexcode, draw in pictures(style, npm_dir):
+    for hexcode, render in images(style, npm_dir):
         facts = describe(hexcode)
         if facts is None:
             left_out["unnamed"] += 1
         elif not (style == "fluent3d" and facts.kind == "country flag"):  # not Microsoft's drawings
-            found.append((facts, draw))
-    compared = np.stack([np.asarray(on_white(draw(_DECIDE_AT), _DECIDE_AT)) for _, draw in found])
+            found.append((facts, render))
+    compared = np.stack(
+        [np.asarray(on_white(render(_DECIDE_AT), _DECIDE_AT)) for _, render in found]
+    )
     all_facts = [facts for facts, _ in found]
-    wanted = [split_of(facts) for facts in all_facts]
-    splits = without_leaks(all_facts, wanted, compared)
+    expected = [split_of(facts) for facts in all_facts]
+    splits = without_leaks(all_facts, expected, compared)
     folder = out / "images" / style
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for (facts, draw), split, pixels in zip(found, splits, compared, strict=True):
+    for (facts, render), split, pixels in zip(found, splits, compared, strict=True):
         if split is not None:
-            picture = Image.fromarray(pixels) if size == _DECIDE_AT else on_white(draw(size), size)
-            picture.save(folder / f"{facts.hexcode}.png")
+            image = Image.fromarray(pixels) if size == _DECIDE_AT else on_white(render(size), size)
+            image.save(folder / f"{facts.hexcode}.png")
             rows.append(_row(facts, style, split, several_styles=several_styles))
     left_out["identical"] += splits.count(None)
     left_out["moved"] += sum(
-        now == "train" != before for now, before in zip(splits, wanted, strict=True)
+        now == "train" != before for now, before in zip(splits, expected, strict=True)
     )
     logger.info("%s: %d pictures of %d files kept", style, len(rows), len(found))
     return rows

@@ -20,7 +20,7 @@ from dalle_mini_impl.builtin_datasets.emoji.index import (
     split_gender,
     tones_of,
 )
-from dalle_mini_impl.data.splits import draw
+from dalle_mini_impl.data.splits import stable_hash
 
 SPLITS = ("train", "test_compose", "test_compose2", "test_clock", "val_novel")
 GENDERS = ("woman", "man", "person")
@@ -53,9 +53,9 @@ def held_out_cells(neutral: str) -> set[tuple[str, str]]:
     Returns:
         Two cells; every gender is still seen in four tones, every tone in two genders.
     """
-    gender, tone = draw("gender", neutral) % 3, draw("tone", neutral) % 5
-    other_gender = (gender + 1 + draw("other gender", neutral) % 2) % 3
-    other_tone = (tone + 1 + draw("other tone", neutral) % 4) % 5
+    gender, tone = stable_hash("gender", neutral) % 3, stable_hash("tone", neutral) % 5
+    other_gender = (gender + 1 + stable_hash("other gender", neutral) % 2) % 3
+    other_tone = (tone + 1 + stable_hash("other tone", neutral) % 4) % 5
     return {(GENDERS[gender], TONES[tone]), (GENDERS[other_gender], TONES[other_tone])}
 
 
@@ -64,7 +64,9 @@ def held_out_clocks() -> frozenset[str]:
     """The clock faces that are held out, out of 24."""
     clocks = [f"{code:X}" for code in range(0x1F550, 0x1F568)]
     free = [hexcode for hexcode in clocks if hexcode not in names.PROTECTED]
-    return frozenset(sorted(free, key=lambda hexcode: draw("clock", hexcode))[:_CLOCKS_HELD_OUT])
+    return frozenset(
+        sorted(free, key=lambda hexcode: stable_hash("clock", hexcode))[:_CLOCKS_HELD_OUT]
+    )
 
 
 def split_of(facts: EmojiFacts) -> str:
@@ -79,12 +81,12 @@ def split_of(facts: EmojiFacts) -> str:
     if facts.hexcode not in names.PROTECTED:
         if len(facts.skin_tones) == 1 and _is_held_out_cell(facts):
             return "test_compose"
-        if len(set(facts.skin_tones)) == 2 and draw("pair", facts.hexcode) % 8 == 0:
+        if len(set(facts.skin_tones)) == 2 and stable_hash("pair", facts.hexcode) % 8 == 0:
             return "test_compose2"
         if facts.hexcode in held_out_clocks():
             return "test_clock"
         thing = facts.kind == "other" and facts.role is None and facts.group != "Component"
-        if thing and draw("novel", facts.base) % 1000 < _NOVEL_PER_MILLE:
+        if thing and stable_hash("novel", facts.base) % 1000 < _NOVEL_PER_MILLE:
             return "val_novel"
     return "train"
 
@@ -94,10 +96,10 @@ def _is_held_out_cell(facts: EmojiFacts) -> bool:
     neutral = split_gender(facts.base)[0]
     if neutral in full_roles():
         return (facts.gender or "person", facts.skin_tones[0]) in held_out_cells(neutral)
-    held_out = TONES[draw("gesture tone", facts.base) % len(TONES)]
+    held_out = TONES[stable_hash("gesture tone", facts.base) % len(TONES)]
     return (
         facts.gender is None
-        and draw("gesture", facts.base) % 2 == 0
+        and stable_hash("gesture", facts.base) % 2 == 0
         and facts.skin_tones[0] == held_out
     )
 

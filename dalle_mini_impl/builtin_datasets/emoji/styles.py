@@ -89,7 +89,7 @@ STYLES = {
 }
 
 
-def pictures(style: str, npm_dir: Path | None) -> Iterator[tuple[str, Render]]:
+def images(style: str, npm_dir: Path | None) -> Iterator[tuple[str, Render]]:
     """All pictures of a style, in the order of their hexcodes.
 
     Args:
@@ -117,7 +117,7 @@ def pictures(style: str, npm_dir: Path | None) -> Iterator[tuple[str, Render]]:
     yield from sorted(item for item in found.items() if (style, item[0]) not in _MISLABELLED)
 
 
-def on_white(picture: Image.Image, size: int) -> Image.Image:
+def on_white(image: Image.Image, size: int) -> Image.Image:
     """Lay a transparent picture on white, then resize: so no colour bleeds from clear pixels.
 
     Args:
@@ -127,10 +127,10 @@ def on_white(picture: Image.Image, size: int) -> Image.Image:
     Returns:
         RGB image of size x size.
     """
-    picture = picture.convert("RGBA")
-    side = max(picture.size)
+    image = image.convert("RGBA")
+    side = max(image.size)
     canvas = Image.new("RGBA", (side, side), (255, 255, 255, 255))
-    canvas.alpha_composite(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
+    canvas.alpha_composite(image, ((side - image.width) // 2, (side - image.height) // 2))
     flat = canvas.convert("RGB")
     return flat if side == size else flat.resize((size, size), Image.Resampling.LANCZOS)
 
@@ -189,8 +189,8 @@ def _fluent_3d(folder: Path) -> dict[str, Render]:
     return found
 
 
-def _brightness(draw: Render) -> float:
-    return ImageStat.Stat(on_white(draw(64), 64).convert("L")).mean[0]
+def _brightness(render: Render) -> float:
+    return ImageStat.Stat(on_white(render(64), 64).convert("L")).mean[0]
 
 
 def _npm_package(package: str, npm_dir: Path | None) -> Path:

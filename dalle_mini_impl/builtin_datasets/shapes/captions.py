@@ -14,8 +14,8 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     SHAPES,
     SPLITS,
     Scene,
-    draw_scene,
     make_scene,
+    render_scene,
 )
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
@@ -174,7 +174,7 @@ def _write_data_set(
         for seed in range(count):
             scene = make_scene(seed, split=split, kinds=kinds)
             path = folder / f"{seed:07d}.png"
-            draw_scene(scene, image_size).save(path)
+            render_scene(scene, image_size).save(path)
             caption = describe_scene(scene)
             row = {
                 "file_name": path.relative_to(out).as_posix(),

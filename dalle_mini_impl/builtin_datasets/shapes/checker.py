@@ -25,7 +25,7 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     SIZES,
     Scene,
     ShapeObject,
-    draw_scene,
+    render_scene,
 )
 from dalle_mini_impl.errors import UserError
 
@@ -136,10 +136,10 @@ def _explain_pixels(pixels: Map) -> tuple[NDArray[np.int64], Map]:
     delta = background - pixels
     dots = delta @ inks.T  # (height, width, colours)
     norms = (inks**2).sum(1)
-    shares = np.clip(dots / norms, 0.0, 1.0)
-    errors = shares**2 * norms - 2 * shares * dots  # up to a term that all colours share
+    fractions = np.clip(dots / norms, 0.0, 1.0)
+    errors = fractions**2 * norms - 2 * fractions * dots  # up to a term that all colours share
     best = errors.argmin(-1)
-    coverage = np.take_along_axis(shares, best[..., None], -1)[..., 0]
+    coverage = np.take_along_axis(fractions, best[..., None], -1)[..., 0]
     # Neighbours vote, weighted by coverage: noise must not tear an object into two colours.
     votes = np.where(best[..., None] == np.arange(len(inks)), coverage[..., None], 0)
     colours = _box_sum(votes).argmax(-1)
@@ -264,7 +264,7 @@ def _templates() -> tuple[tuple[str, ...], Map, Map]:
             for blur in (0.0, 0.6, 1.0):
                 shifted = []
                 for shift in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
-                    coverage = _draw_template(shape, size, shift, blur)
+                    coverage = _render_template(shape, size, shift, blur)
                     shifted.append(_normalise(coverage, *_moments(coverage)))
                 names.append(shape)
                 views.append(np.mean(shifted, axis=0))
@@ -272,11 +272,11 @@ def _templates() -> tuple[tuple[str, ...], Map, Map]:
     return tuple(names), np.stack(views), np.array(unit_areas)
 
 
-def _draw_template(shape: str, radius: float, shift: tuple[float, float], blur: float) -> Map:
+def _render_template(shape: str, radius: float, shift: tuple[float, float], blur: float) -> Map:
     """Draws the coverage map of one object; shift and blur are in pixels."""
     center = (0.5 + shift[0] / _SIDE, 0.5 + shift[1] / _SIDE)
     item = ShapeObject(shape, "black", "unknown", center, radius)
-    image = draw_scene(Scene("single", (item,), seed=0), _SIDE)
+    image = render_scene(Scene("single", (item,), seed=0), _SIDE)
     _, coverage = _explain_pixels(_to_pixels(image.filter(ImageFilter.GaussianBlur(blur))))
     inside = coverage[coverage >= MIN_COVERAGE]
     return np.minimum(coverage / np.median(inside[_find_core(inside)]), 1)

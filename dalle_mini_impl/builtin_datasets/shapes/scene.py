@@ -146,7 +146,7 @@ def make_scene(seed: int, *, split: str, kinds: Sequence[str] = KINDS) -> Scene:
     return _make_relation(rng, split, seed)
 
 
-def draw_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
+def render_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
     """Draws a scene, anti-aliased, on white.
 
     Args:
@@ -165,11 +165,11 @@ def draw_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
     canvas = Image.new("RGB", (canvas_size, canvas_size), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     for item in scene.objects:
-        _draw_object(draw, item, canvas_size)
+        _render_object(draw, item, canvas_size)
     return canvas.reduce(_SUPERSAMPLING)
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, item: ShapeObject, canvas_size: int) -> None:
+def _render_object(draw: ImageDraw.ImageDraw, item: ShapeObject, canvas_size: int) -> None:
     """Paints one object; Pillow counts pixel centres, hence the half pixel."""
     x, y = (value * canvas_size - 0.5 for value in item.center)
     radius = item.radius * canvas_size

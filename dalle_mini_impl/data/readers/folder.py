@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dalle_mini_impl.data.readers.records import (
+    IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
-    OTHER_PICTURE_SUFFIXES,
-    PICTURE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
     Listing,
     RawPair,
     collect_captions,
@@ -57,7 +57,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
                 fields = parse_object(line)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from error
-            name = _picture_name(fields, root, place)
+            name = _image_name(fields, root, place)
             captions = collect_captions(fields, text_columns)
             if not captions:
                 listing.skip(name, no_caption_reason(fields, text_columns))
@@ -70,7 +70,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
     return listing
 
 
-def _picture_name(fields: dict[str, Any], root: Path, place: str) -> str:
+def _image_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{place}: file_name is {name!r}, wanted the name of a picture file")
@@ -138,9 +138,9 @@ def read_sidecar_folder(folder: Path) -> Listing:
 
 
 def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listing) -> None:
-    pictures = [name for name in names if Path(name).suffix.lower() in PICTURE_SUFFIXES]
+    images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     texts = {Path(name).stem: name for name in names if Path(name).suffix.lower() == ".txt"}
-    for name in pictures:
+    for name in images:
         path = parent / name
         key = path.relative_to(root).as_posix()
         text_name = texts.get(path.stem, f"{path.stem}.txt")
@@ -151,11 +151,9 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
             listing.skip(key, str(error))
             continue
         listing.pairs.append(RawPair(key, captions, attributes={}, split=None, file=str(path)))
-    stems = {Path(name).stem for name in pictures}
+    stems = {Path(name).stem for name in images}
     others = {
-        Path(name).stem: name
-        for name in names
-        if Path(name).suffix.lower() in OTHER_PICTURE_SUFFIXES
+        Path(name).stem: name for name in names if Path(name).suffix.lower() in OTHER_IMAGE_SUFFIXES
     }
     for stem, name in texts.items():
         if stem not in stems:

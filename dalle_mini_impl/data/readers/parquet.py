@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.data.readers.records import (
-    MAX_PICTURE_BYTES,
+    MAX_IMAGE_BYTES,
     Listing,
     RawPair,
     collect_captions,
@@ -164,7 +164,7 @@ def _list_tables(
     from datasets import Image, concatenate_datasets
 
     listing = Listing()
-    pictures: list[Dataset] = []
+    images: list[Dataset] = []
     first_row = 0
     for split, table in tables.items():
         _check_columns(table, source, text_columns, image_column)
@@ -180,12 +180,12 @@ def _list_tables(
         plain = table.select_columns(_plain_columns(table, image_column))
         for row, fields in enumerate(plain):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
-            file = "" if num_bytes[row] else _picture_file(column[row][image_column], root)
+            file = "" if num_bytes[row] else _image_file(column[row][image_column], root)
             captions = collect_captions(fields, text_columns)
             if file is None:
                 listing.skip(path, f"no picture in column {image_column}")
-            elif num_bytes[row] > MAX_PICTURE_BYTES:
-                listing.skip(path, f"{num_bytes[row]} bytes, wanted at most {MAX_PICTURE_BYTES}")
+            elif num_bytes[row] > MAX_IMAGE_BYTES:
+                listing.skip(path, f"{num_bytes[row]} bytes, wanted at most {MAX_IMAGE_BYTES}")
             elif not captions:
                 listing.skip(path, no_caption_reason(fields, text_columns))
             else:
@@ -201,9 +201,9 @@ def _list_tables(
                         offset=0 if file else first_row + row,
                     )
                 )
-        pictures.append(column)
+        images.append(column)
         first_row += len(table)
-    listing.pictures = concatenate_datasets(pictures) if pictures else None
+    listing.images = concatenate_datasets(images) if images else None
     return listing
 
 
@@ -214,8 +214,8 @@ def _check_columns(
     if image_column not in names:
         raise UserError(f"{source} has no column {image_column!r} for pictures, but {names}")
     if not set(text_columns) & set(names):
-        wanted = ", ".join(text_columns)
-        raise UserError(f"{source} has none of the columns {wanted} for captions, but {names}")
+        expected = ", ".join(text_columns)
+        raise UserError(f"{source} has none of the columns {expected} for captions, but {names}")
 
 
 def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
@@ -241,7 +241,7 @@ def _num_bytes(column: "Dataset", image_column: str) -> list[int]:
     return [length or 0 for length in lengths.to_pylist()]
 
 
-def _picture_file(value: dict[str, Any] | None, root: Path) -> str | None:
+def _image_file(value: dict[str, Any] | None, root: Path) -> str | None:
     name = value.get("path") if value else None
     if not name or not is_unicode(name) or not is_inside(root / name, root):
         return None

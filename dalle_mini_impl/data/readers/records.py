@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Dataset
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-OTHER_PICTURE_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".svg")
-MAX_PICTURE_BYTES = 256 * 2**20
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+OTHER_IMAGE_SUFFIXES = (".gif", ".tif", ".tiff", ".avif", ".heic", ".heif", ".jfif", ".svg")
+MAX_IMAGE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 2**20
 MAX_NESTING = 64
 WHOLE_FILE = -1
@@ -59,7 +59,7 @@ class Listing:
 
     pairs: list[RawPair] = field(default_factory=list)
     skipped: list[SkippedRecord] = field(default_factory=list)
-    pictures: "Dataset | None" = None
+    images: "Dataset | None" = None
 
     def skip(self, path: str, reason: str) -> None:
         """Notes a record that is left out.
@@ -214,7 +214,7 @@ def other_format_reason(name: str) -> str:
     Returns:
         The reason, naming the formats that are read.
     """
-    return f"{name} is there, but its format is not one of {', '.join(PICTURE_SUFFIXES)}"
+    return f"{name} is there, but its format is not one of {', '.join(IMAGE_SUFFIXES)}"
 
 
 def collapse(text: str) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from dalle_mini_impl.data.readers.records import (
-    MAX_PICTURE_BYTES,
+    IMAGE_SUFFIXES,
+    MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
-    OTHER_PICTURE_SUFFIXES,
-    PICTURE_SUFFIXES,
+    OTHER_IMAGE_SUFFIXES,
     Listing,
     RawPair,
     collapse,
@@ -54,8 +54,8 @@ class _HeaderReader:
 
 @dataclass
 class _Sample:
-    picture: _Span | None = None
-    other_picture: str | None = None
+    image: _Span | None = None
+    other_image: str | None = None
     texts: dict[str, _Span] = field(default_factory=dict)
 
 
@@ -113,28 +113,28 @@ def _add_member(member: tarfile.TarInfo, samples: dict[str, _Sample], file_size:
     """Adds a member to its sample; returns why not, or an empty string."""
     path = PurePosixPath(member.name)
     suffix = path.suffix.lower()
-    known = suffix in (*PICTURE_SUFFIXES, *OTHER_PICTURE_SUFFIXES, *_TEXT_SUFFIXES)
+    known = suffix in (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES, *_TEXT_SUFFIXES)
     if member.isdir() or path.name.startswith(".") or not known:
         return ""
     reason = _refusal(member, suffix, file_size)
     if reason:
         return reason
     sample = samples.setdefault(str(path.with_suffix("")), _Sample())
-    if suffix in OTHER_PICTURE_SUFFIXES:
-        sample.other_picture = path.name
+    if suffix in OTHER_IMAGE_SUFFIXES:
+        sample.other_image = path.name
         return ""
     span = _Span(str(path), member.offset_data, member.size)
     if suffix in _TEXT_SUFFIXES and suffix not in sample.texts:
         sample.texts[suffix] = span
-    elif suffix in PICTURE_SUFFIXES and sample.picture is None:
-        sample.picture = span
+    elif suffix in IMAGE_SUFFIXES and sample.image is None:
+        sample.image = span
     else:
         return "a second member for the same key"
     return ""
 
 
 def _refusal(member: tarfile.TarInfo, suffix: str, file_size: int) -> str:
-    limit = MAX_TEXT_BYTES if suffix in _TEXT_SUFFIXES else MAX_PICTURE_BYTES
+    limit = MAX_TEXT_BYTES if suffix in _TEXT_SUFFIXES else MAX_IMAGE_BYTES
     if leads_outside(member.name):
         return "its name leads out of the archive"
     if not member.isreg() or member.issparse():
@@ -155,12 +155,12 @@ def _add_sample(
     text_columns: Sequence[str],
     listing: Listing,
 ) -> None:
-    if sample.picture is None:
-        other = sample.other_picture
+    if sample.image is None:
+        other = sample.other_image
         reason = "no picture for this key" if other is None else other_format_reason(other)
         listing.skip(f"{shown_name}!{key}", reason)
         return
-    path = f"{shown_name}!{sample.picture.name}"
+    path = f"{shown_name}!{sample.image.name}"
     try:
         fields = _read_json(file, sample.texts.get(".json"))
         captions = _captions_of(file, sample.texts.get(".txt"), fields, text_columns)
@@ -179,8 +179,8 @@ def _add_sample(
             attributes={key: fields[key] for key in fields if key not in text_columns},
             split=split if isinstance(split, str) else None,
             file=str(tar_path.resolve()),
-            offset=sample.picture.offset,
-            size=sample.picture.size,
+            offset=sample.image.offset,
+            size=sample.image.size,
         )
     )
 

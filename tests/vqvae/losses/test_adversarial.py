@@ -33,10 +33,10 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def test_the_hinge_losses_are_those_of_the_paper() -> None:
-    true, copied = torch.tensor([2.0, 0.25, -1.0]), torch.tensor([-3.0, -0.5, 0.5])
-    plain = sum(max(0.0, 1 - float(x)) for x in true) / 3
+    real, copied = torch.tensor([2.0, 0.25, -1.0]), torch.tensor([-3.0, -0.5, 0.5])
+    plain = sum(max(0.0, 1 - float(x)) for x in real) / 3
     plain += sum(max(0.0, 1 + float(x)) for x in copied) / 3
-    assert float(hinge_discriminator_loss(true, copied)) == pytest.approx(plain / 2)
+    assert float(hinge_discriminator_loss(real, copied)) == pytest.approx(plain / 2)
     assert float(hinge_generator_loss(copied)) == pytest.approx((3.0 + 0.5 - 0.5) / 3)
 
 
@@ -55,22 +55,22 @@ def test_each_player_learns_from_its_own_terms(build_vqvae: Callable[..., VQVAE]
 def test_one_backward_pass_is_as_good_as_two(build_vqvae: Callable[..., VQVAE]) -> None:
     """The usual way: freeze one player, train the other, in turn."""
     vqvae, discriminator, pixels = players(build_vqvae)
-    copies = vqvae(pixels).reconstruction
-    terms = adversarial_terms(discriminator, copies, pixels)
+    reconstructions = vqvae(pixels).reconstruction
+    terms = adversarial_terms(discriminator, reconstructions, pixels)
     (0.3 * terms.generator + 0.7 * terms.feature_matching + terms.discriminator).backward()
     one = [gradients(vqvae), gradients(discriminator)]
     vqvae.zero_grad()
     discriminator.zero_grad()
 
     discriminator.requires_grad_(False)
-    copies = vqvae(pixels).reconstruction
-    of_copies, of_pixels = discriminator(copies), discriminator(pixels)
-    pairs = zip(of_copies.features, of_pixels.features, strict=True)
-    distances = [(copy - true).abs().mean() for copy, true in pairs]
-    (-0.3 * of_copies.logits.mean() + 0.7 * sum(distances) / len(distances)).backward()
+    reconstructions = vqvae(pixels).reconstruction
+    of_fake, of_pixels = discriminator(reconstructions), discriminator(pixels)
+    pairs = zip(of_fake.features, of_pixels.features, strict=True)
+    distances = [(copy - real).abs().mean() for copy, real in pairs]
+    (-0.3 * of_fake.logits.mean() + 0.7 * sum(distances) / len(distances)).backward()
     discriminator.requires_grad_(True)
-    true, copied = discriminator(pixels).logits, discriminator(copies.detach()).logits
-    (((1 - true).clamp(min=0).mean() + (1 + copied).clamp(min=0).mean()) / 2).backward()
+    real, copied = discriminator(pixels).logits, discriminator(reconstructions.detach()).logits
+    (((1 - real).clamp(min=0).mean() + (1 + copied).clamp(min=0).mean()) / 2).backward()
     for ours, plain in zip(one, (gradients(vqvae), gradients(discriminator)), strict=True):
         torch.testing.assert_close(ours, plain)
 
@@ -83,9 +83,9 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(
     assert layer is vqvae.decoder.layers[-2].weight
 
     def both() -> tuple[Tensor, Tensor]:
-        copies = vqvae(pixels).reconstruction
-        generator = adversarial_terms(discriminator, copies, pixels).generator
-        return (copies - pixels).abs().mean(), generator
+        reconstructions = vqvae(pixels).reconstruction
+        generator = adversarial_terms(discriminator, reconstructions, pixels).generator
+        return (reconstructions - pixels).abs().mean(), generator
 
     norms = []
     for index in (0, 1):
@@ -101,7 +101,7 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_the_smallest_picture_has_one_patch(num_layers: int) -> None:
+def test_smallest_image_has_one_patch(num_layers: int) -> None:
     config = DiscriminatorConfig(weight=1.0, channels=2, num_layers=num_layers)
     discriminator = PatchDiscriminator(channels=2, num_layers=num_layers)
     side = config.smallest_side
@@ -110,7 +110,7 @@ def test_the_smallest_picture_has_one_patch(num_layers: int) -> None:
         discriminator(torch.zeros(2, 3, side - 1, side - 1))
 
 
-def test_pictures_do_not_see_each_other() -> None:
+def test_images_do_not_see_each_other() -> None:
     discriminator = PatchDiscriminator(channels=4, num_layers=2)
     pixels = torch.rand(3, 3, 16, 16)
     alone = torch.cat([discriminator(pixels[i : i + 1]).logits for i in range(3)])

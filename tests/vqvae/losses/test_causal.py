@@ -61,8 +61,8 @@ def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tens
                 own, key, value = (slice(start, start + size) for start in starts)
                 seen = range(place + 1)
                 scores = [mixed[place][own] @ mixed[other][key] / math.sqrt(size) for other in seen]
-                shares = torch.stack(scores).softmax(dim=0)
-                parts.append(sum(shares[other] * mixed[other][value] for other in seen))
+                fractions = torch.stack(scores).softmax(dim=0)
+                parts.append(sum(fractions[other] * mixed[other][value] for other in seen))
             states[place] = states[place] + linear(f"{at}.self_attn.out_proj.", torch.cat(parts))  # type: ignore[arg-type]
         for place, x in enumerate(states):
             inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
@@ -75,13 +75,13 @@ def test_predictions_and_loss_equal_plain_ones_in_float64() -> None:
     predictor = build_predictor()
     features = torch.randn(4, 3, 2, 3)
     predictions = predictor(features)
-    plain = torch.stack([plain_predictions(predictor, picture) for picture in features])
+    plain = torch.stack([plain_predictions(predictor, image) for image in features])
     torch.testing.assert_close(predictions.double(), plain, rtol=1e-4, atol=1e-4)
 
-    wanted, found = features.double().numpy(), plain.numpy()
+    expected, found = features.double().numpy(), plain.numpy()
     ratios = []
     for channel in range(3):
-        came = [picture[channel].flatten()[1:] for picture in wanted]
+        came = [image[channel].flatten()[1:] for image in expected]
         variance = np.concatenate(came).var() + SMALLEST_VARIANCE
         errors = [
             (prediction[place, channel] - values[place]) ** 2
@@ -152,9 +152,7 @@ def test_all_learn_from_it_but_the_tokenizers_decoder(
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
-def test_features_are_what_tokens_are_chosen_for(
-    quantizer: str, build_vqvae: Callable[..., VQVAE]
-) -> None:
+def test_features_determine_tokens(quantizer: str, build_vqvae: Callable[..., VQVAE]) -> None:
     vqvae = build_vqvae(quantizer=quantizer)
     latents = 2 * torch.randn(2, vqvae.quantizer.latent_dim, 3, 3)
     if quantizer == "gumbel":  # one logit far above the rest: the mean is that code
@@ -169,7 +167,7 @@ def test_features_are_what_tokens_are_chosen_for(
 WEIGHT = 0.1  # the guide's
 
 
-def draw_pictures(count: int, generator: torch.Generator) -> Tensor:
+def make_image_grids(count: int, generator: torch.Generator) -> Tensor:
     """Red flows over the whole picture; green and blue are drawn anew for each cell of 4 x 4."""
     flowing = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
     sudden = torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1
@@ -189,14 +187,14 @@ def descend(model: nn.Module, loss: Callable[[], Tensor], *, rate: float, steps:
 def learned(weight: float) -> tuple[float, float]:
     """Trains a tokenizer; what a fresh predictor cannot foretell, and the share of codes in use."""
     torch.manual_seed(0)
-    draws = torch.Generator().manual_seed(0)
+    uniforms = torch.Generator().manual_seed(0)
     config = VQVAEConfig(image_size=16, patch_size=4, channels=(16,), num_encoder_blocks=1,
                          num_decoder_blocks=1, fsq_levels=(4, 4, 4))  # fmt: skip
     vqvae = VQVAE(config).train()
     model: nn.Module = NextFeatureVQVAE(vqvae) if weight else vqvae
 
     def loss() -> Tensor:
-        pixels = draw_pictures(32, draws)
+        pixels = make_image_grids(32, uniforms)
         output = model(pixels)
         distance = F.l1_loss(output.reconstruction, pixels)
         return distance + weight * output.next_feature_loss if weight else distance
@@ -205,7 +203,7 @@ def learned(weight: float) -> tuple[float, float]:
 
     def features(count: int) -> Tensor:
         with torch.no_grad():
-            return vqvae.quantizer.features(vqvae.encoder(draw_pictures(count, draws)))
+            return vqvae.quantizer.features(vqvae.encoder(make_image_grids(count, uniforms)))
 
     torch.manual_seed(0)
     probe = NextFeaturePredictor(code_dim=3, num_cells=16)
@@ -215,12 +213,12 @@ def learned(weight: float) -> tuple[float, float]:
         return next_feature_loss(probe(known), known)
 
     descend(probe, probe_loss, rate=2e-3, steps=120)
-    ids = vqvae.encode_to_token_ids(draw_pictures(200, draws))
+    ids = vqvae.encode_to_token_ids(make_image_grids(200, uniforms))
     return float(probe_loss(200).detach()), len(ids.unique()) / vqvae.codebook_size
 
 
 @pytest.mark.slow
 def test_features_become_predictable_and_the_codes_stay_in_use() -> None:
-    (share, used), (share_with, used_with) = learned(0.0), learned(WEIGHT)
-    assert share_with < 0.92 * share, (share, share_with)
+    (fraction, used), (fraction_with, used_with) = learned(0.0), learned(WEIGHT)
+    assert fraction_with < 0.92 * fraction, (fraction, fraction_with)
     assert used_with > 0.85 * used, (used, used_with)

@@ -23,7 +23,7 @@ def ramps(side: int) -> torch.Tensor:
 
 def test_the_features_are_those_of_the_published_network(distance: PerceptualDistance) -> None:
     # By efficientnet-lite-pytorch 0.1.0 with the same weights: mean and largest value per stage.
-    wanted = (
+    expected = (
         (-0.41498, 32.68109),
         (0.566297, 38.36096),
         (0.189157, 35.05172),
@@ -34,22 +34,22 @@ def test_the_features_are_those_of_the_published_network(distance: PerceptualDis
     assert [tuple(part.shape[1:]) for part in found] == [
         (16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4),
     ]  # fmt: skip
-    for part, (mean, largest) in zip(found, wanted, strict=True):
+    for part, (mean, largest) in zip(found, expected, strict=True):
         assert float(part.mean()) == pytest.approx(mean, abs=1e-4)  # sums in another order
         assert float(part.max()) == pytest.approx(largest, rel=1e-4)
 
 
-def test_worse_copies_are_farther_and_can_learn(distance: PerceptualDistance) -> None:
+def test_perceptual_distance_orders_and_trains(distance: PerceptualDistance) -> None:
     pixels = ramps(32).expand(2, -1, -1, -1)
     assert float(distance(pixels, pixels)) == 0.0
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
     near, far = (pixels + size * noise for size in (0.05, 0.3))
-    copies = far.requires_grad_()
-    loss = distance(copies, pixels)
+    reconstructions = far.requires_grad_()
+    loss = distance(reconstructions, pixels)
     assert 0 < float(distance(near, pixels)) < float(loss.detach()) <= 4
     loss.backward()
-    assert copies.grad is not None
-    assert copies.grad.abs().max() > 0
+    assert reconstructions.grad is not None
+    assert reconstructions.grad.abs().max() > 0
     assert list(distance.parameters()) == []
 
 

@@ -164,14 +164,14 @@ def test_logit_laplace_needs_two_parameters_for_each_channel() -> None:
 
 def test_reconstruction_loss_adds_its_weighted_terms() -> None:
     first, second = images(0), images(1)
-    copies = first.clone(), second.clone()
+    reconstructions = first.clone(), second.clone()
     l1 = (first - second).abs().mean()
     torch.testing.assert_close(reconstruction_loss(first, second, wavelet_weight=0.0), l1)
     expected = l1 + 0.5 * haar_wavelet_loss(first, second) + 0.2 * (1 - ms_ssim(first, second))
     torch.testing.assert_close(reconstruction_loss(first, second, ms_ssim_weight=0.2), expected)
     assert reconstruction_loss(first, first, ms_ssim_weight=1.0) < 1e-5
-    assert torch.equal(first, copies[0])
-    assert torch.equal(second, copies[1])
+    assert torch.equal(first, reconstructions[0])
+    assert torch.equal(second, reconstructions[1])
 
 
 def test_reconstruction_loss_refuses_to_broadcast() -> None:

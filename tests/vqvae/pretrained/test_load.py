@@ -37,7 +37,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ImageToken
     return load_kind
 
 
-def pictures(count: int = 5, size: int = SIZE) -> Tensor:
+def images(count: int = 5, size: int = SIZE) -> Tensor:
     """Four coloured fields each, of colours at the ends of their range."""
     fields = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
     return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
@@ -53,7 +53,7 @@ def test_every_tokenizer_keeps_the_contract(
     grid, codes = tokenizer.image_grid_size, tokenizer.codebook_size
     assert torch.tensor(tokenizer.codebook_levels).prod() == codes
 
-    pixels = pictures()
+    pixels = images()
     token_ids = tokenizer.encode_to_token_ids(pixels)
     assert token_ids.shape == (5, *grid)
     assert token_ids.dtype == torch.int64
@@ -100,7 +100,7 @@ def test_every_tokenizer_keeps_the_contract(
 def test_tokens_and_pixels_are_the_librarys_own(
     kind: str, load: Callable[[str], ImageTokenizer]
 ) -> None:
-    tokenizer, theirs, pixels = load(kind), library_model(kind).eval(), pictures()
+    tokenizer, theirs, pixels = load(kind), library_model(kind).eval(), images()
     scatter(theirs)
     token_ids = tokenizer.encode_to_token_ids(pixels)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_dalles_own_weights_give_the_tokens_and_pixels_of_a_plain_reading(
     encoder, decoder = openai_dvae.random_weights(
         width=8, num_blocks=1, codebook_size=24, code_dim=5
     )
-    tokenizer, pixels = load("openai"), pictures()
+    tokenizer, pixels = load("openai"), images()
     token_ids = tokenizer.encode_to_token_ids(pixels)
     assert torch.equal(token_ids, openai_dvae.encode(encoder, pixels))
     torch.testing.assert_close(
@@ -140,7 +140,7 @@ def test_two_blocks_per_group_find_their_places(tmp_path: Path) -> None:
     )
     save_file(encoder, tmp_path / "encoder.safetensors")
     save_file(decoder, tmp_path / "decoder.safetensors")
-    tokenizer, pixels = load_tokenizer(tmp_path, image_size=32), pictures(2, size=32)
+    tokenizer, pixels = load_tokenizer(tmp_path, image_size=32), images(2, size=32)
     assert isinstance(tokenizer, VQVAE)
     assert tokenizer.config.channels == (8, 16, 32, 64)
     ids = tokenizer.encode_to_token_ids(pixels)
@@ -280,7 +280,7 @@ def test_files_beside_a_config_are_not_opened(tmp_path: Path) -> None:
     assert load_tokenizer(folder).fingerprint() == before
 
 
-def test_a_tokenizer_that_loads_but_takes_no_picture_is_refused(
+def test_tokenizer_that_loads_but_takes_no_image_is_refused(
     load: Callable[[str], ImageTokenizer],
 ) -> None:
     tokenizer = load("janus")

@@ -29,7 +29,7 @@ def run_two_processes(folder: Path) -> list[dict[str, Tensor]]:
     return [load_file(folder / f"rank-{rank}.safetensors") for rank in range(2)]
 
 
-def test_two_processes_share_one_codebook(tmp_path: Path) -> None:
+def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
     first, second = run_two_processes(tmp_path)
     assert first["world_size"] == second["world_size"] == 2
     assert first.keys() == second.keys()

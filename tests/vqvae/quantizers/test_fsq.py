@@ -82,8 +82,8 @@ def test_normal_latents_use_the_levels_evenly(level_count: int) -> None:
     encoder_latents = torch.randn(1, 1, 200, 200, generator=generator)
 
     def effective_levels(indices: Tensor) -> float:
-        shares = torch.bincount(indices.flatten(), minlength=level_count) / indices.numel()
-        return float(torch.special.entr(shares).sum().exp())
+        fractions = torch.bincount(indices.flatten(), minlength=level_count) / indices.numel()
+        return float(torch.special.entr(fractions).sum().exp())
 
     ours = effective_levels(FiniteScalarQuantizer(levels=[level_count]).encode(encoder_latents))
     rounded_tanh = ((torch.tanh(encoder_latents) + 1) / 2 * (level_count - 1)).round().long()

@@ -48,8 +48,8 @@ def test_noise_samples_codes_with_their_probability() -> None:
     codes = mixed.movedim(1, -1).flatten(0, 2)
     chosen = torch.cdist(codes, model.codebook).argmin(dim=1)
     torch.testing.assert_close(codes, model.codebook[chosen].detach())
-    shares = torch.bincount(chosen, minlength=CODEBOOK_SIZE) / len(chosen)
-    torch.testing.assert_close(shares, row.softmax(dim=0), atol=0.015, rtol=0)
+    fractions = torch.bincount(chosen, minlength=CODEBOOK_SIZE) / len(chosen)
+    torch.testing.assert_close(fractions, row.softmax(dim=0), atol=0.015, rtol=0)
 
 
 def test_straight_through_has_the_gradient_of_the_soft_weights() -> None:
@@ -74,7 +74,7 @@ def test_evaluation_takes_the_most_likely_code() -> None:
     torch.testing.assert_close(output.quantized_latents[1, :, 2, 3], model.codebook[ids[1, 2, 3]])
 
 
-def test_soft_latents_are_the_training_path_and_approach_hard_ones_when_cold_and_certain() -> None:
+def test_soft_latents_approach_hard_ones_when_cold() -> None:
     model = quantizer()
     soft = model.soft_latents(logits(), generator=torch.Generator().manual_seed(3))
     trained = model(logits(), generator=torch.Generator().manual_seed(3)).quantized_latents
@@ -84,7 +84,7 @@ def test_soft_latents_are_the_training_path_and_approach_hard_ones_when_cold_and
     torch.testing.assert_close(model.soft_latents(certain), model.hard_latents(certain))
 
 
-def test_kl_is_0_for_uniform_logits_and_log_codebook_size_for_certain_ones() -> None:
+def test_kl_is_zero_for_uniform_and_maximal_for_one_hot() -> None:
     model = quantizer(kl_weight=0.5)
     uniform = torch.full((1, CODEBOOK_SIZE, 2, 2), 3.0)
     assert model(uniform).metrics["kl"].abs() < 1e-6
@@ -111,7 +111,7 @@ def test_gradients_reach_encoder_and_codebook() -> None:
     assert model.codebook.grad.abs().sum() > 0
 
 
-def test_draws_come_from_the_generator_and_inputs_stay() -> None:
+def test_gumbel_noise_uses_the_generator() -> None:
     model = quantizer()
     encoder_latents = logits()
     first, second, other = (
