@@ -35,7 +35,7 @@ def main() -> None:
     except ValueError as error:
         parser.error(str(error))
     if options.rounds < 1:
-        parser.error(f"--rounds: got {options.rounds}, wanted at least 1")
+        parser.error(f"--rounds: got {options.rounds}, expected at least 1")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -81,7 +81,7 @@ def run_part(part: str, file: Path, flags: list[str]) -> dict[str, Any]:
         values = json.loads(file.read_text(encoding="utf-8"))
         file.unlink()
         return values
-    row = {"work": part, "contestant": "the whole part", "is_ours": False, "unit": "s"}
+    row = {"work": part, "variant": "the whole part", "is_ours": False, "unit": "s"}
     return {"results": [row | {"failure": f"failed: exit code {code}"}], "ceilings": {}}
 
 

@@ -1,11 +1,11 @@
-"""Which image tokenizer makes pictures that a decoder can learn: all of them at equal steps.
+"""Which image tokenizer makes images that a decoder can learn: all of them at equal steps.
 
     python scripts/prepare_emoji.py --out out/bake_off/emoji
     python -m benchmarks.bake_off --emoji out/bake_off/emoji
 
 Each tokenizer is `configs/demo/vqvae.yaml` with the options below, and a small decoder is trained
-on its tokens. A tokenizer is judged by what its held-out pictures cost that decoder (bits per
-picture) and by how well they come back from the tokens (PSNR). Either is cheap without the other:
+on its tokens. A tokenizer is judged by what its held-out images cost that decoder (bits per
+image) and by how well they come back from the tokens (PSNR). Either is cheap without the other:
 two FSQ tokenizers with few and with many codes span a line, and a good tokenizer lies below it.
 
 Budgets are steps, so that other programs on the machine change nothing; what a step costs stands
@@ -144,21 +144,21 @@ def last_figures(run: Path) -> dict[str, Any]:
 
 
 def image_grid_size(model: Path) -> tuple[int, int]:
-    """Tell how many tokens a tokenizer's picture has, as rows and columns."""
+    """Tell how many tokens a tokenizer's image has, as rows and columns."""
     from vqvae import VQVAE
 
     return VQVAE.from_pretrained(model).image_grid_size
 
 
 def feature_distance(model: Path, data: Path) -> float:
-    """Compare held-out pictures with their copies by colours and contrasts at several scales.
+    """Compare held-out images with their copies by colors and contrasts at several scales.
 
     Args:
         model: The tokenizer's folder.
-        data: Folder of the pictures.
+        data: Folder of the images.
 
     Returns:
-        The mean squared distance in `evaluation.features`; 0 for equal pictures.
+        The mean squared distance in `evaluation.features`; 0 for equal images.
     """
     import torch
 
@@ -187,8 +187,8 @@ def bits_above_line(row: dict[str, Any], results: list[dict[str, Any]]) -> float
         results: Of all.
 
     Returns:
-        Bits per picture more (or, below 0, fewer) than FSQ would need; None if the line's ends are
-        not there yet, or too near to each other to draw one.
+        Bits per image more (or, below 0, fewer) than FSQ would need; None if the line's ends are
+        not there yet, or too near to each other to generate one.
     """
     known = {result["tokenizer"]: result for result in results}
     ends = [known.get(name) for name in ("FSQ, 240 codes", "FSQ, 1,000 codes")]
@@ -205,7 +205,7 @@ def table(results: list[dict[str, Any]]) -> str:
     """Lay the results out as Markdown, in the order of the contenders."""
     order = [contender.name for contender in CONTENDERS]
     lines = [
-        "| tokenizer | expected | PSNR, dB | bits per picture | bits above FSQ at that PSNR "
+        "| tokenizer | expected | PSNR, dB | bits per image | bits above FSQ at that PSNR "
         "| codes used | perplexity | distance of features | cells | tone | gender | seconds |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]

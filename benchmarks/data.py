@@ -1,4 +1,4 @@
-"""From files to pixels: reading and decoding captioned pictures, before any network."""
+"""From files to pixels: reading and decoding captioned images, before any network."""
 
 import tempfile
 from collections.abc import Callable
@@ -17,18 +17,18 @@ from benchmarks.images import write_images
 from benchmarks.timing import Job, Result, Variant, interleave
 
 NUM_IMAGES, SIDE = 512, 128
-SMALLEST_CROP = 0.75  # share of the area, DALLE-pytorch's default
+SMALLEST_CROP = 0.75  # fraction of the area, DALLE-pytorch's default
 
 
 class DallePytorchFolder(Dataset[Tensor]):
     """DALLE-pytorch's loader (loader.py, TextImageDataset), its transform written with Pillow.
 
     Its own needs torchvision: convert to RGB, a random square of 75 to 100 % of the area, bilinear
-    to the wanted size, to a float tensor.
+    to the expected size, to a float tensor.
     """
 
     def __init__(self, folder: Path, *, side: int = SIDE) -> None:
-        """List the pictures.
+        """List the images.
 
         Args:
             folder: Holds ``x.jpg`` beside ``x.txt``.
@@ -38,11 +38,11 @@ class DallePytorchFolder(Dataset[Tensor]):
         self.random = np.random.default_rng(0)
 
     def __len__(self) -> int:
-        """Count the pictures."""
+        """Count the images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Read the caption, decode and crop the picture; in [0, 1]."""
+        """Read the caption, decode and crop the image; in [0, 1]."""
         self.paths[index].with_suffix(".txt").read_text()
         image = Image.open(self.paths[index]).convert("RGB")
         fraction = self.random.uniform(SMALLEST_CROP, 1.0)
@@ -61,10 +61,10 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Compare readers of one folder.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
-        Rows in pictures per second.
+        Rows in images per second.
     """
     count = 16 if config.quick else NUM_IMAGES
     with tempfile.TemporaryDirectory() as name:
@@ -97,13 +97,13 @@ def run(config: BenchmarkConfig) -> list[Result]:
 
 
 def read_as_peer(folder: Path, workers: int) -> int:
-    """Read a folder once as DALLE-pytorch's training does; returns the number of pictures."""
+    """Read a folder once as DALLE-pytorch's training does; returns the number of images."""
     loader = DataLoader(DallePytorchFolder(folder), batch_size=16, num_workers=workers)
     return sum(len(batch) for batch in loader)
 
 
 def decode_only(folder: Path) -> int:
-    """Decode a folder's pictures and drop them; returns their number."""
+    """Decode a folder's images and drop them; returns their number."""
     paths = list(folder.glob("*.jpg"))
     for path in paths:
         with Image.open(path) as image:
@@ -113,5 +113,5 @@ def decode_only(folder: Path) -> int:
 
 def _verified(read: Callable[[], int], count: int) -> Job:
     if (got := read()) != count:
-        raise ValueError(f"{got} pictures were read, wanted {count}")
+        raise ValueError(f"{got} images were read, expected {count}")
     return Job(run=read, items=count)

@@ -1,7 +1,7 @@
-"""Training as users run it: from a folder of pictures, each program by its own defaults.
+"""Training as users run it: from a folder of images, each program by its own defaults.
 
-DALLE-pytorch encodes every picture anew in every step, here by the discrete VAE that its
-train_vae.py makes by default. Ours reads and encodes each picture once: that work, spread over
+DALLE-pytorch encodes every image anew in every step, here by the discrete VAE that its
+train_vae.py makes by default. Ours reads and encodes each image once: that work, spread over
 the 20 epochs that DALLE-pytorch trains by default, is part of what is timed here.
 """
 
@@ -57,14 +57,14 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Compare whole training.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
-        Rows in pictures per second.
+        Rows in images per second.
     """
     vae, dalle = (TOY_VAE, TOY_DALLE) if config.quick else (VAE, DALLE)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "pictures"
+        folder = Path(name) / "images"
         write_images(folder, 24 if config.quick else NUM_IMAGES)
         own = {
             "ours, our defaults": ours_pictures.toy_run()
@@ -109,12 +109,12 @@ def peer_training(folder: Path, vae: dict[str, Any], dalle: dict[str, Any]) -> J
     """Train as DALLE-pytorch's train_dalle.py does on one device, without logging and samples.
 
     Args:
-        folder: Pictures with captions.
+        folder: Images with captions.
         vae: Arguments of its discrete VAE.
         dalle: Arguments of its decoder.
 
     Returns:
-        Some steps; items are pictures.
+        Some steps; items are images.
     """
     dalle_pytorch = peers.import_dalle_pytorch()
     torch.manual_seed(0)

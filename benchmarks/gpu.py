@@ -1,4 +1,4 @@
-"""Training, drawing and tokenizing on one GPU, beside the GPU's own limits.
+"""Training, generation and tokenizing on one GPU, beside the GPU's own limits.
 
     python -m benchmarks.gpu --out out/bench_gpu [--parts train sample tokenize]
 
@@ -39,7 +39,7 @@ Row = dict[str, str | float]
 
 
 def build_decoder(name: str) -> Dalle:
-    """Build a decoder with weights that draw varied tokens."""
+    """Build a decoder with weights that generate varied tokens."""
     hidden_size, num_layers, num_heads, _ = DECODERS[name]
     decoder = DecoderConfig(
         hidden_size=hidden_size, num_layers=num_layers, num_heads=num_heads, dropout_probability=0.0
@@ -149,7 +149,7 @@ def _train(name: str, batch_size: int, peak: float, *, compiled: bool) -> Row:
 
 
 def sample(bandwidth: float) -> Iterator[Row]:
-    """Time whole pictures of 256 tokens in bf16, beside the time to read weights and cache."""
+    """Time whole images of 256 tokens in bf16, beside the time to read weights and cache."""
     cases = [(name, rows, 1.0) for name in list(DECODERS)[:3] for rows in (1, 16, 64, 256)]
     cases += [(name, 1, 3.0) for name in list(DECODERS)[:3]]
     cases += [(next(iter(DECODERS)), rows, 3.0) for rows in (16, 256)]

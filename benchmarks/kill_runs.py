@@ -45,7 +45,7 @@ DECODER = DecoderConfig(hidden_size=16, num_layers=2, num_heads=2, dropout_proba
 
 
 def prepare(folder: Path) -> None:
-    """Write what all runs read: pictures with captions, and an image tokenizer.
+    """Write what all runs read: images with captions, and an image tokenizer.
 
     Args:
         folder: Of the campaign.
@@ -88,7 +88,7 @@ def build_config(kind: str, folder: Path, out: Path) -> VQVAERunConfig | DalleRu
         return VQVAERunConfig(vqvae=SIZES, task=VQVAETaskConfig(max_shift=1), **shared)
     return DalleRunConfig(
         vqvae_dir=str(folder / "vqvae"),
-        fixed_prompts=("a red picture",),
+        fixed_prompts=("a red image",),
         text=TextConfig(vocab_size=300, text_length=8),
         decoder=DECODER,
         task=DalleTaskConfig(caption_dropout_probability=0.3, token_noise_probability=0.2),

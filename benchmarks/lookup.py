@@ -18,7 +18,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Compare look-ups in a small and a large codebook.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
         Rows in milliseconds per look-up.

@@ -26,7 +26,7 @@ def run(config: BenchmarkConfig, size: Size) -> list[Result]:
     """Compare the peak memory of a training process, Python and torch included.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
         size: Of the decoder.
 
     Returns:

@@ -31,15 +31,15 @@ from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.trainer import Trainer
 from vqvae import VQVAE, VQVAEConfig
 
-COLDEST = 1e-6  # a temperature at which the likeliest token is always drawn
-# By how much a drawn token may be less likely than the best one of an uncached pass, in nats.
+COLDEST = 1e-6  # a temperature at which the likeliest token is always generated
+# By how much a sampled token may be less likely than the best one of an uncached pass, in nats.
 TOLERATED_NATS: dict[Precision, float] = {"float32": 1e-3, "bfloat16": 0.1}
 TOLERATED_NATS_INT8 = 0.2
 GUIDANCE_SCALE = 3.0
 
 
 def matmul_setting() -> str:
-    """Name the matrix product that training and drawing choose for themselves on this machine."""
+    """Name the matrix product that training and generation choose for themselves on this machine."""
     before = torch.get_float32_matmul_precision()
     try:
         use_fast_float32()
@@ -179,15 +179,15 @@ def _decoder_task(dalle: Dalle, tokens: TokenDataset) -> DalleTask:
 def decoder_sampler(
     size: Size, precision: Precision, native: NativeWeights | None = None
 ) -> Callable[..., Job]:
-    """Prepare the drawing of pictures' tokens, and prove that its cache does not change them.
+    """Prepare the generating of images' tokens, and prove that its cache does not change them.
 
     Args:
         size: Of the decoder.
-        precision: Float32 gives the same pictures everywhere; bf16 weights are half as large.
-        native: Draw with the compiled pass and such weights.
+        precision: Float32 gives the same images everywhere; bf16 weights are half as large.
+        native: Generate with the compiled pass and such weights.
 
     Returns:
-        A function of ``batch`` and ``guided`` that returns the job; items are pictures.
+        A function of ``batch`` and ``guided`` that returns the job; items are images.
     """
     torch.manual_seed(0)
     model = build_decoder(size).eval()
@@ -240,16 +240,16 @@ def compile_native(model: TextToImageModel, weights: NativeWeights) -> NativeDec
 def require_cache_is_exact(
     model: Dalle, size: Size, *, tolerated_nats: float, native: NativeDecoder | None = None
 ) -> None:
-    """Compare cached drawing with one uncached pass over the drawn tokens.
+    """Compare cached generating with one uncached pass over the sampled tokens.
 
     Args:
         model: In evaluation mode.
         size: Its size.
-        tolerated_nats: How much less likely than the likeliest token a drawn one may be.
-        native: The compiled pass over its weights, to draw with that.
+        tolerated_nats: How much less likely than the likeliest token a generated one may be.
+        native: The compiled pass over its weights, to generate with that.
 
     Raises:
-        ValueError: If cached drawing, told to take the likeliest token, took another.
+        ValueError: If cached generation, told to take the likeliest token, took another.
     """
     text, _ = random_pairs(size, batch=2)
     sampling_config = SamplingConfig(guidance_scale=1.0, temperature=COLDEST)
@@ -262,4 +262,4 @@ def require_cache_is_exact(
         logits = model(text, tokens).image.float()
     gap = (logits.max(-1).values - logits.gather(2, tokens.unsqueeze(2)).squeeze(2)).max()
     if tokens.shape[1] != size.image_length or not gap <= tolerated_nats:
-        raise ValueError(f"cached and uncached drawing differ by {gap:.2g} nats")
+        raise ValueError(f"cached and uncached generation differ by {gap:.2g} nats")

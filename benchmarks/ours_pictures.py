@@ -39,7 +39,7 @@ QUALITY_STEPS = 200  # over which the rate decays
 
 
 def tokenizer(image_size: int) -> VQVAE:
-    """Build the default image tokenizer for pictures of a size, laid out as training does."""
+    """Build the default image tokenizer for images of a size, laid out as training does."""
     vqvae = VQVAE(VQVAEConfig(image_size=image_size))
     return vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -55,12 +55,12 @@ def tokenizer_job(
 
     Args:
         work: Which of the three.
-        pixels: Pictures in [-1, 1].
+        pixels: Images in [-1, 1].
         precision: bf16 is autocast, as in training.
         compiled: Train with ``training.compile``.
 
     Returns:
-        One batch; items are pictures.
+        One batch; items are images.
     """
     torch.manual_seed(0)
     vqvae = tokenizer(pixels.shape[-1])
@@ -79,7 +79,7 @@ def tokenizer_job(
         vqvae.eval()
         token_ids = vqvae.encode_to_token_ids(pixels)
         if vqvae.decode_from_token_ids(token_ids).shape != pixels.shape:
-            raise ValueError("the tokenizer returns pictures of another size")
+            raise ValueError("the tokenizer returns images of another size")
 
         def run() -> object:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
@@ -95,10 +95,10 @@ def tokenizer_to_quality(train: Tensor) -> tuple[Callable[[], object], Callable[
     """Train a tokenizer of 4 x 4 px patches with the trainer's own step.
 
     Args:
-        train: Pictures as bytes, (pictures, 3, side, side).
+        train: Images as bytes, (images, 3, side, side).
 
     Returns:
-        A training step, and the way of pictures in [-1, 1] through single codes.
+        A training step, and the way of images in [-1, 1] through single codes.
     """
     torch.manual_seed(0)
     config = VQVAEConfig(
@@ -166,11 +166,11 @@ def gumbel_training(
         codebook: Rows to start from, (codes, width).
         images: In [-1, 1].
         precision: bf16 is autocast.
-        beginning: What the first step must be like, but for its noise.
+        expected_first_step: What the first step must be like, but for its noise.
         compiled: Whether torch.compile makes the forward and backward pass.
 
     Returns:
-        One training step; items are pictures.
+        One training step; items are images.
 
     Raises:
         ValueError: If the first step is another one, or the loss does not fall.
@@ -253,19 +253,21 @@ def write_model(folder: Path, decoder: DecoderConfig | None = None) -> None:
     with torch.no_grad():
         dalle.image_head.rows.normal_(std=0.02)
     pipeline = build_pipeline(dalle, vqvae)
-    pipeline.settings = dataclasses.replace(pipeline.settings, guidance_scale=GUIDANCE_SCALE)
+    pipeline.sampling_config = dataclasses.replace(
+        pipeline.sampling_config, guidance_scale=GUIDANCE_SCALE
+    )
     pipeline.save_pretrained(folder)
 
 
 def read_images(folder: Path, image_size: int) -> int:
-    """Open a folder of captioned pictures and decode all of them, as training begins.
+    """Open a folder of captioned images and decode all of them, as training begins.
 
     Args:
         folder: Holds ``x.jpg`` beside ``x.txt``.
-        image_size: Side of the square pictures in pixels.
+        image_size: Side of the square images in pixels.
 
     Returns:
-        Number of pictures read.
+        Number of images read.
     """
     pixels, kept, _ = load_all_pixels(open_pairs(str(folder)), image_size=image_size)
     return len(kept) if len(pixels) == len(kept) else 0
@@ -302,12 +304,12 @@ def toy_run() -> WholeRun:
 
 
 def matched_run(vae: dict[str, Any], dalle: dict[str, Any], *, batch: int) -> WholeRun:
-    """Take DALLE-pytorch's sizes: pictures, tokens, vocabularies, width, depth, heads, batch.
+    """Take DALLE-pytorch's sizes: images, tokens, vocabularies, width, depth, heads, batch.
 
     Args:
         vae: Arguments of its ``DiscreteVAE``; ours has the same grid and number of codes.
         dalle: Arguments of its ``DALLE``.
-        batch: Pictures per step.
+        batch: Images per step.
 
     Returns:
         A run of ours.
@@ -327,15 +329,15 @@ def matched_run(vae: dict[str, Any], dalle: dict[str, Any], *, batch: int) -> Wh
 def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     """Train from a folder: as many steps as epochs, and one batch of it read and tokenized.
 
-    So each picture is read and tokenized once per ``epochs`` steps that it takes part in.
+    So each image is read and tokenized once per ``epochs`` steps that it takes part in.
 
     Args:
-        folder: Pictures with captions.
+        folder: Images with captions.
         run: Sizes.
         epochs: Steps per batch that is read.
 
     Returns:
-        The job; items are pictures that went through a step.
+        The job; items are images that went through a step.
     """
     torch.manual_seed(0)
     vqvae = VQVAE(run.vqvae).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
@@ -393,7 +395,7 @@ def whole_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
 
 
 def read_square(data: bytes, size: int) -> Tensor:
-    """Decode one picture file as the reader does, to pixels in [-1, 1]."""
+    """Decode one image file as the reader does, to pixels in [-1, 1]."""
     image = decode_image(data, source="", min_side=2 * size)
     return image_to_pixels(resize_and_crop(image, size))
 
@@ -402,12 +404,12 @@ def data_wait(folder: Path, out: Path, *, steps: int) -> float:
     """Run ``train_dalle`` by default for some steps and read what it says of itself.
 
     Args:
-        folder: Pictures with captions.
+        folder: Images with captions.
         out: For the run; made here.
         steps: Optimizer updates.
 
     Returns:
-        Share of the time in which the loop waited for data, in [0, 1].
+        Fraction of the time in which the loop waited for data, in [0, 1].
     """
     VQVAE(VQVAEConfig()).save_pretrained(out / "vqvae")
     config = DalleRunConfig(

@@ -48,5 +48,5 @@ def choose_parts(words: Sequence[str]) -> list[str]:
     """
     for word in words:
         if word != "all" and not any(name.startswith(word) for name in PARTS):
-            raise ValueError(f"parts: got {word!r}, wanted all, or some of {', '.join(PARTS)}")
+            raise ValueError(f"parts: got {word!r}, expected all, or some of {', '.join(PARTS)}")
     return [name for name in PARTS if any(word == "all" or name.startswith(word) for word in words)]

@@ -199,7 +199,7 @@ def build_language_model(name: str, size: Size) -> Any:
     options: dict[str, Any] = {
         "attn_implementation": "sdpa",
         "bos_token_id": None,
-        "eos_token_id": None,  # every picture is drawn to its end
+        "eos_token_id": None,  # every image is generated to its end
         "pad_token_id": None,
     }
     if name == LLAMA:

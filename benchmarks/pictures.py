@@ -11,11 +11,11 @@ WORDS = ("red", "green", "blue", "large", "small", "round", "old", "bright")
 
 
 def write_images(folder: Path, count: int, *, side: int = SIDE) -> None:
-    """Write ``0.jpg`` with ``0.txt`` and so on: smooth colours, shapes and noise.
+    """Write ``0.jpg`` with ``0.txt`` and so on: smooth colors, shapes and noise.
 
     Args:
         folder: Made if missing.
-        count: Number of pictures; every one differs.
+        count: Number of images; every one differs.
         side: Height and width in pixels.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,4 +31,4 @@ def write_images(folder: Path, count: int, *, side: int = SIDE) -> None:
         pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=QUALITY)
         words = " ".join(str(word) for word in random.choice(WORDS, 4, replace=False))
-        (folder / f"{number}.txt").write_text(f"a {words} picture number {number}\n")
+        (folder / f"{number}.txt").write_text(f"a {words} image number {number}\n")

@@ -1,9 +1,9 @@
 """Seconds of training until held-out emoji come back from 256 tokens with 22 dB.
 
-Both sides make 16 x 16 tokens of a 64 px Twemoji. They train in turns of equal time, on pictures
+Both sides make 16 x 16 tokens of a 64 px Twemoji. They train in turns of equal time, on images
 that are in memory, each by a preset of its own: ours at a rate that decays over a number of steps
 chosen beforehand, DALLE-pytorch's discrete VAE as its train_vae.py trains (Adam, rate 1e-3, batches
-of 8, no KL term). The quality is that of single codes, as a decoder draws them, over the pictures
+of 8, no KL term). The quality is that of single codes, as a decoder generates them, over the images
 of `test_compose`; measuring it is not part of the time. Who has not got there in six times our
 time is stopped.
 """
@@ -46,7 +46,7 @@ class Learner:
 
         Args:
             step: Makes one update.
-            rebuild: Sends pictures in [-1, 1] through single codes.
+            rebuild: Sends images in [-1, 1] through single codes.
             result: The row that is filled.
         """
         self.step, self.rebuild, self.result = step, rebuild, result
@@ -57,7 +57,7 @@ class Learner:
         """Train for some seconds, then measure.
 
         Args:
-            held_out: Pictures as bytes, (pictures, 3, side, side).
+            held_out: Images as bytes, (images, 3, side, side).
             seconds: Of training.
         """
         load, started = OtherLoad(), time.perf_counter()
@@ -73,7 +73,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Train ours and DALLE-pytorch's in turns.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
         Rows in seconds.
@@ -124,7 +124,7 @@ def emoji(folder: Path, *, few: bool) -> tuple[Tensor, Tensor]:
         few: Keep 64 of each split.
 
     Returns:
-        Training pictures and those of `test_compose` as bytes, (pictures, 3, 64, 64).
+        Training images and those of `test_compose` as bytes, (images, 3, 64, 64).
     """
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
@@ -166,11 +166,11 @@ def faster_product(step: Callable[[], object]) -> str:
 
 @torch.no_grad()
 def quality(rebuild: Callable[[Tensor], Tensor], held_out: Tensor) -> float:
-    """Measure PSNR as the mean over pictures, in dB.
+    """Measure PSNR as the mean over images, in dB.
 
     Args:
-        rebuild: Sends pictures in [-1, 1] through single codes.
-        held_out: Pictures as bytes.
+        rebuild: Sends images in [-1, 1] through single codes.
+        held_out: Images as bytes.
 
     Returns:
         The mean.
@@ -189,10 +189,10 @@ def dvae(
 
     Args:
         sizes: Arguments of the model.
-        train: Pictures as bytes.
+        train: Images as bytes.
 
     Returns:
-        A training step, and the way of pictures through single codes.
+        A training step, and the way of images through single codes.
     """
     torch.manual_seed(0)
     side = train.shape[-1]

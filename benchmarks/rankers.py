@@ -1,11 +1,11 @@
-r"""What choosing among candidates gains: the same pictures, picked by each ranker.
+r"""What choosing among candidates gains: the same images, picked by each ranker.
 
     python -m benchmarks.rankers --model checkpoints/emoji-64 --data out/emoji64_styles/data \
         --clip out/clip/emoji/model
 
-Every prompt is drawn `--num-candidates` times, once for all rankers, with the seeds that
+Every prompt is generated `--num-candidates` times, once for all rankers, with the seeds that
 `generate.py --num-candidates` uses; candidates are kept in the output folder, so that the command
-goes on where it stopped and a second ranker costs no drawing. Emoji: held-out cells of the grid of
+goes on where it stopped and a second ranker costs no generation. Emoji: held-out cells of the grid of
 role, gender and skin tone (`evaluation/emoji_grid.py`). Shapes: held-out captions, by the exact
 checker. Prompts are spread evenly over all of them. Results: `rankers.json` and a table.
 """
@@ -42,21 +42,21 @@ Answer = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is drawn, and how a drawing is judged."""
+    """What is generated, and how a generation is judged."""
 
     text: str
     judge: Callable[[Image.Image], Answer]
-    """What is asked -> 1 for a right drawing; ``psnr_db`` against the true picture."""
+    """What is asked -> 1 for a right generation; ``psnr_db`` against the true image."""
 
 
 def read_rows(data: Path) -> list[dict[str, Any]]:
-    """Read what a script wrote beside its pictures.
+    """Read what a script wrote beside its images.
 
     Args:
         data: Folder that prepare_emoji.py or prepare_shapes.py wrote.
 
     Returns:
-        One object per picture.
+        One object per image.
     """
     lines = (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
@@ -67,7 +67,7 @@ def emoji_prompts(data: Path, *, size: int, count: int) -> list[Prompt]:
 
     Args:
         data: Folder of the emoji.
-        size: Side of the drawings in pixels.
+        size: Side of the generated images in pixels.
         count: Prompts.
 
     Returns:
@@ -138,19 +138,19 @@ def generate_candidates(
     num_candidates: int,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Draw one prompt several times.
+    """Generate one prompt several times.
 
     Args:
         pipeline: The model.
-        prompt: What to draw.
-        settings: How.
+        prompt: What to generate.
+        sampling_config: How.
         num_candidates: How often.
         seed: Of the first one.
 
     Returns:
         ``image_token_ids`` (candidates, image_length), and their caption ``log_likelihood_ratios`` in nats.
     """
-    text = pipeline.captions.encode([prompt]).expand(num_candidates, -1)
+    text = pipeline.text_tokenizer.encode([prompt]).expand(num_candidates, -1)
     seeds = torch.arange(seed, seed + num_candidates)
     generated = generate_image_token_ids(
         pipeline.dalle, text, seeds=seeds, sampling_config=sampling_config
@@ -165,12 +165,12 @@ def generate_candidates(
 def load_or_generate(
     file: Path, protocol: str, generate_missing: Callable[[], dict[str, Tensor]]
 ) -> Any:
-    """Read candidates of an earlier run of the same protocol, or draw them.
+    """Read candidates of an earlier run of the same protocol, or generate them.
 
     Args:
         file: Where they are kept.
         protocol: What decides them.
-        draw: Draws them.
+        generate_missing: Generates them.
 
     Returns:
         Tensors by name.
@@ -251,7 +251,7 @@ def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Draw, rank and judge.
+    """Generate, rank and judge.
 
     Args:
         options: Of the command line.
@@ -340,7 +340,7 @@ def load_rankers(options: argparse.Namespace) -> dict[str, ImageRanker]:
 def main() -> None:
     """Read the command line, and write and print the figures."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.rankers", description=__doc__)
-    parser.add_argument("--model", required=True, help="model folder that draws")
+    parser.add_argument("--model", required=True, help="model folder that generates")
     parser.add_argument("--data", type=Path, required=True, help="emoji or shapes, with splits")
     parser.add_argument("--clip", help="folder or name of a CLIP; without it likelihood alone")
     parser.add_argument("--out", type=Path, default=Path("out/rankers"), help="output folder")

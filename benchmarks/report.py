@@ -46,7 +46,7 @@ def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
     own = [result for result in results if result.is_ours and result.costs]
     head = ["", results[0].unit, "least to most"]
     head += [f"{one.variant} is ... times as good" for one in own]
-    head += ["share of the ceiling", "cores used by others", "notes"]
+    head += ["fraction of the ceiling", "cores used by others", "notes"]
     lines = [_row(head), _row(["---", *("--:" for _ in head[1:-1]), "---"])]
     for result in results:
         if not result.costs:

@@ -1,4 +1,4 @@
-"""Drawing pictures' tokens: seconds a picture, with and without guidance, at several batches.
+"""Generating images' tokens: seconds an image, with and without guidance, at several batches.
 
 DALLE-pytorch's own switches do not do what they say, verified on release 1.6.6:
 - `use_cache=True` is dropped when `cond_scale` is 1 (dalle_pytorch.py, `forward_with_cond_scale`
@@ -22,31 +22,31 @@ from benchmarks.sizes import Size, random_pairs
 from benchmarks.timing import Job, Precision, Result, Variant, interleave
 from dalle_mini_impl.native.decoder import NativeWeights
 
-MOST_ROUNDS = {1: 9, 4: 2, 16: 1, 64: 1}  # a round of many pictures takes minutes
-SLOW_PEERS_UP_TO = 16  # pictures at once: more would take a quarter of an hour
+MOST_ROUNDS = {1: 9, 4: 2, 16: 1, 64: 1}  # a round of many images takes minutes
+SLOW_PEERS_UP_TO = 16  # images at once: more would take a quarter of an hour
 NATIVE: dict[NativeWeights, str] = {"float32": "ours, native float32", "int8": "ours, native int8"}
 # Which one is faster depends on the processor: twice as fast on some, half as fast on others.
 BOTH_PRODUCTS = (("", "highest"), (', matmul "medium"', "medium"))
-VERIFIED_ROWS = 2  # pictures drawn before timing
+VERIFIED_ROWS = 2  # images generated before timing
 
 
 def run(config: BenchmarkConfig, size: Size, batches: Sequence[int]) -> list[Result]:
-    """Compare drawing at some batches, each first without and then with guidance.
+    """Compare generation at some batches, each first without and then with guidance.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
         size: Of the decoder.
-        batches: Pictures drawn at once, of `MOST_ROUNDS`.
+        batches: Images generated at once, of `MOST_ROUNDS`.
 
     Returns:
-        Rows in seconds per picture.
+        Rows in seconds per image.
     """
     makers = Makers(size, tuple(config.precisions()))
     results = []
     for batch in batches[:1] if config.quick else batches:
         for guided in (False, True):
             results += interleave(
-                f"draw {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",
+                f"generate {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",
                 [
                     one
                     for one in makers.variants(batch, guided=guided)
@@ -59,14 +59,14 @@ def run(config: BenchmarkConfig, size: Size, batches: Sequence[int]) -> list[Res
 
 
 class Makers:
-    """The models of all contestants, each built when it is first wanted."""
+    """The models of all contestants, each built when it is first expected."""
 
     def __init__(self, size: Size, precisions: tuple[Precision, ...]) -> None:
         """Prepare to build.
 
         Args:
             size: Of the decoders.
-            precisions: Wanted ones.
+            precisions: Expected ones.
         """
         self.size, self.precisions = size, precisions
         self.own = functools.cache(functools.partial(ours.decoder_sampler, size))
@@ -83,7 +83,7 @@ class Makers:
         """Name the rows of one table.
 
         Args:
-            batch: Pictures drawn at once.
+            batch: Images generated at once.
             guided: With guidance.
 
         Yields:
@@ -163,17 +163,17 @@ class Makers:
 def llama_job(
     model: Callable[[], Any], size: Size, batch: int, guided: bool, compiled: bool
 ) -> Job:
-    """Draw with ``generate`` of transformers.
+    """Generate with ``generate`` of transformers.
 
     Args:
         model: Builds or returns the model.
         size: Its size.
-        batch: Pictures.
+        batch: Images.
         guided: With ``guidance_scale=3``, whose null prompt is a caption of zeros.
         compiled: Static cache and the compilation that ``generate`` keeps for GPUs.
 
     Returns:
-        The job; items are pictures.
+        The job; items are images.
     """
     from transformers import CompileConfig, GenerationConfig
 
@@ -204,15 +204,15 @@ def llama_job(
 
 
 def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
-    """Draw with x-transformers' wrapper and its cache.
+    """Generate with x-transformers' wrapper and its cache.
 
     Args:
         model: Builds or returns the model.
         size: Its size.
-        batch: Pictures.
+        batch: Images.
 
     Returns:
-        The job; items are pictures.
+        The job; items are images.
     """
     from x_transformers import AutoregressiveWrapper
 
@@ -230,17 +230,17 @@ def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
 def dalle_job(
     model: Callable[[], Any], size: Size, batch: int, options: dict[str, Any], *, mended: bool
 ) -> Job:
-    """Draw with DALLE-pytorch; its tiny discrete VAE's decoding is part of it.
+    """Generate with DALLE-pytorch; its tiny discrete VAE's decoding is part of it.
 
     Args:
         model: Builds or returns the model.
         size: Its size.
-        batch: Pictures.
+        batch: Images.
         options: Of ``generate_images``.
         mended: Whether the cache is passed on without guidance.
 
     Returns:
-        The job; items are pictures.
+        The job; items are images.
     """
     net = model()
     text, _ = random_pairs(size, batch=batch)
@@ -259,7 +259,7 @@ def dalle_job(
             vars(net).pop("forward_with_cond_scale", None)
         return images[:, 0, ::8, ::8].flatten(1)  # one number per token
 
-    # Without a cache a picture takes a minute, and what returns it is the same code: not checked.
+    # Without a cache an image takes a minute, and what returns it is the same code: not checked.
     guided = options.get("cond_scale", 1.0) != 1.0
     return _verified(generate, text, net, size, passes=1 + guided, verify=bool(options))
 
@@ -273,10 +273,10 @@ def _verified(
     passes: int = 1,
     verify: bool = True,
 ) -> Job:
-    """Prove that every token is drawn, and count what one call must compute and read."""
+    """Prove that every token is generated, and count what one call must compute and read."""
     some = text[:VERIFIED_ROWS]
     if verify and (shape := generate(some).shape) != (len(some), size.image_length):
-        raise ValueError(f"drew {tuple(shape)}, wanted {len(some)} x {size.image_length}")
+        raise ValueError(f"generated {tuple(shape)}, expected {len(some)} x {size.image_length}")
     weights = peers.linear_weights(net)
     return Job(
         run=lambda: generate(text),

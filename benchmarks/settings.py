@@ -21,7 +21,7 @@ class BenchmarkConfig:
         """Name the precisions of this run.
 
         Yields:
-            Float32, then bf16 if wanted.
+            Float32, then bf16 if expected.
         """
         yield "float32"
         if self.bf16:

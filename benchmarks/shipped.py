@@ -1,6 +1,6 @@
-"""Drawing with the weights that ship: what Jacobi passes are worth where a model knows something.
+"""Generating with the weights that ship: what Jacobi passes are worth where a model knows something.
 
-`sample` draws with random weights, whose guesses of later tokens are as good as certain: its own
+`sample` generates with random weights, whose guesses of later tokens are as good as certain: its own
 rows flatter us by the number of passes. Here our decoder is `checkpoints/emoji-64`, and beside it
 stands transformers' Llama of its width, depth and lengths, whose time does not depend on weights.
 """
@@ -36,21 +36,21 @@ EMOJI_64 = Size(
 
 
 def run(settings: BenchmarkConfig) -> list[Result]:
-    """Draw one picture at a time.
+    """Generate one image at a time.
 
     Args:
         settings: Of the run.
 
     Returns:
-        Rows in seconds per picture.
+        Rows in seconds per image.
     """
     pipeline = TextToImagePipeline.from_pretrained(MODEL)
     results = []
     for guided in (False, True):
         rows = list(variants(pipeline, guided=guided))
         results += interleave(
-            f"draw {EMOJI_64.name}, trained, batch 1, "
-            f"{f'guidance {pipeline.settings.guidance_scale:g}' if guided else 'no guidance'}",
+            f"generate {EMOJI_64.name}, trained, batch 1, "
+            f"{f'guidance {pipeline.sampling_config.guidance_scale:g}' if guided else 'no guidance'}",
             rows[:2] if settings.quick else rows,
             unit="s",
             rounds=settings.rounds,
@@ -104,7 +104,7 @@ def own_job(
     weights: NativeWeights | None = None,
     one_by_one: bool = False,
 ) -> Job:
-    """Draw one prompt after the other.
+    """Generate one prompt after the other.
 
     Args:
         pipeline: The trained model.
@@ -113,10 +113,10 @@ def own_job(
         one_by_one: A pass per token.
 
     Returns:
-        All prompts once; items are pictures.
+        All prompts once; items are images.
 
     Raises:
-        ValueError: If several tokens a pass draw another picture than one.
+        ValueError: If several tokens a pass generate another image than one.
     """
     model: TextToImageModel | NativeDecoder = pipeline.dalle
     if weights is not None:
@@ -137,11 +137,11 @@ def own_job(
 
     generated = [generate(number, window) for number in range(len(PROMPTS))]
     if not torch.equal(generated[0][0], generate(0, 1)[0]):
-        raise ValueError("Jacobi passes draw another picture")
+        raise ValueError("Jacobi passes generate another image")
     passes = sum(count for _, count in generated) / len(PROMPTS)
     turn = itertools.cycle(range(len(PROMPTS)))
     return Job(
         run=lambda: [generate(next(turn), window) for _ in PROMPTS],
         items=len(PROMPTS),
-        note=f"{passes:.1f} passes a picture",
+        note=f"{passes:.1f} passes an image",
     )

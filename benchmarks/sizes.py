@@ -22,16 +22,16 @@ class Size:
     codebook: int
     """Image tokens to choose from."""
     batch: int
-    """Pictures per training step."""
+    """Images per training step."""
 
     @property
     def image_length(self) -> int:
-        """Image tokens per picture."""
+        """Image tokens per image."""
         return self.grid**2
 
     @property
     def length(self) -> int:
-        """Positions that go through the network per picture."""
+        """Positions that go through the network per image."""
         return self.text_length + self.image_length
 
     @property
@@ -65,7 +65,7 @@ TOY = Size(
 
 
 def random_pairs(size: Size, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Make up captions without pads and pictures, the same ones every time.
+    """Make up captions without pads and images, the same ones every time.
 
     Args:
         size: Lengths and vocabularies.

@@ -1,4 +1,4 @@
-"""Seconds from the start of a process: to the help text, and to the first picture."""
+"""Seconds from the start of a process: to the help text, and to the first image."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ from benchmarks.timing import Job, NotMeasuredError, Result, Variant, interleave
 REPOSITORY = Path(__file__).resolve().parents[1]
 GENERATE = str(REPOSITORY / "scripts" / "generate.py")
 PROMPT = "red heart"
-# As large as the demo's decoder: 4 layers, width 256, 16 + 64 tokens, pictures of 64 px.
+# As large as the demo's decoder: 4 layers, width 256, 16 + 64 tokens, images of 64 px.
 DEMO = Size(
     name="demo", width=256, layers=4, heads=4, text_length=16, grid=8, vocab=2048,
     codebook=1000, batch=1,
@@ -42,7 +42,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Compare starting programs.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
         Rows in seconds.
@@ -83,7 +83,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
             ),
             Variant(name="import torch", build=partial(process_job, [*python, "import torch"])),
         ]
-        work = "first picture from process start, a model of the demo's size"
+        work = "first image from process start, a model of the demo's size"
         results += interleave(work, images, unit="s", rounds=config.rounds)
     return results
 
@@ -93,7 +93,7 @@ def process_job(command: Sequence[str], *, expected: Path | None = None) -> Job:
 
     Args:
         command: What to start.
-        wanted: File that it must write; the folder of the file is emptied before each call.
+        expected: File that it must write; the folder of the file is emptied before each call.
 
     Returns:
         The job.
@@ -101,7 +101,7 @@ def process_job(command: Sequence[str], *, expected: Path | None = None) -> Job:
 
     def start() -> None:
         if expected is not None:
-            shutil.rmtree(expected.parent, ignore_errors=True)  # pictures are numbered on
+            shutil.rmtree(expected.parent, ignore_errors=True)  # images are numbered on
             expected.parent.mkdir(parents=True)
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         if done.returncode or (expected is not None and not expected.is_file()):
@@ -113,26 +113,26 @@ def process_job(command: Sequence[str], *, expected: Path | None = None) -> Job:
 
 
 def own_image(folder: Path) -> Job:
-    """Draw one picture with ``generate.py``.
+    """Generate one image with ``generate.py``.
 
     Args:
-        folder: For the model and the pictures.
+        folder: For the model and the images.
 
     Returns:
         The job.
     """
     ours_pictures.write_model(folder / "model")
-    out = folder / "pictures"
+    out = folder / "images"
     command = [sys.executable, GENERATE, "--model", str(folder / "model"), "--prompt", PROMPT]
     command += ["--num-images", "1", "--out", str(out)]
     return process_job(command, expected=out / "grid-0000.png")
 
 
 def peer_image(folder: Path) -> Job:
-    """Draw one picture with DALLE-pytorch.
+    """Generate one image with DALLE-pytorch.
 
     Args:
-        folder: For the model and the picture.
+        folder: For the model and the image.
 
     Returns:
         The job.

@@ -37,7 +37,7 @@ class Recipe:
     tokenizer: Overrides = field(default_factory=dict)
     """Options of train_vqvae.py; recipes with the same ones share a tokenizer."""
     sampling: Overrides = field(default_factory=dict)
-    """BenchmarkConfig of the drawing; without other changes the first recipe's model draws."""
+    """BenchmarkConfig of the generation; without other changes the first recipe's model generates."""
 
 
 MUON_RATE, NOISE = "training.learning_rate", "task.token_noise_probability"
@@ -82,10 +82,10 @@ RECIPES = (
         {"num_views": 4, "max_shift": 2, "task.shifted_view_probability": 0.5},
     ),
     Recipe("2,048 caption tokens", "worse plain things", {"text.vocab_size": 2048}),
-    Recipe("every picture as often", "better cells", {"data.balance_by": "null"}),
+    Recipe("every image as often", "better cells", {"data.balance_by": "null"}),
     Recipe("240 codes", "better cells, blurred", tokenizer={"vqvae.fsq_levels": "[8,6,5]"}),
     Recipe("4,096 codes", "worse", tokenizer={"vqvae.fsq_levels": "[8,8,8,8]"}),
-    Recipe("encoder sees neighbours", "worse", tokenizer={"vqvae.encoder_kernel_size": 3}),
+    Recipe("encoder sees neighbors", "worse", tokenizer={"vqvae.encoder_kernel_size": 3}),
     Recipe("16 x 16 tokens", "worse: a quarter of the steps", {"decoder.hidden_size": 128}, FINE),
     Recipe("guidance 1", "worse cells", sampling={"guidance_scale": 1.0}),
     Recipe("guidance 2", "better cells", sampling={"guidance_scale": 2.0}),
@@ -114,7 +114,7 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
 
     Args:
         emoji: Folder that prepare_emoji.py wrote.
-        out: Folder to write; its pictures are copies.
+        out: Folder to write; its images are copies.
     """
     from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
     from dalle_mini_impl.data.splits import stable_hash
@@ -190,11 +190,11 @@ def run_recipe(recipe: Recipe, out: Path, minutes: float) -> dict[str, Any]:
 
 
 def evaluate_model(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
-    """Draw held-out cells, and plain things that training showed, in both languages.
+    """Generate held-out cells, and plain things that training showed, in both languages.
 
     Returns:
-        Shares: cells, tones and genders right; plain things nearest to their own picture, of all
-        plain things. And the seconds of processor time that a picture takes, one by one.
+        Shares: cells, tones and genders right; plain things nearest to their own image, of all
+        plain things. And the seconds of processor time that an image takes, one by one.
     """
     import time
 
@@ -246,7 +246,7 @@ def table(results: list[dict[str, Any]]) -> str:
     order = [recipe.name for recipe in RECIPES]
     lines = [
         "| recipe | expected | steps | held-out / train nats | cells | tone | gender "
-        "| plain | plain, Korean | CPU seconds per picture |",
+        "| plain | plain, Korean | CPU seconds per image |",
         "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
     ]
     for row in sorted(results, key=lambda row: order.index(row["recipe"])):

@@ -109,7 +109,7 @@ def interleave(
 
     Args:
         work: What is compared, the heading of the table.
-        contestants: Rows of the table.
+        variants: Rows of the table.
         unit: Of the figure shown; see `Result.unit`.
         rounds: Timed blocks per contestant.
         show: Receives a line per contestant.

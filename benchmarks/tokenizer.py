@@ -1,7 +1,7 @@
 """The image tokenizer: encoding, decoding, training.
 
 Two comparisons. By default: our tokenizer as `train_vqvae.py` builds it beside DALLE-pytorch's
-discrete VAE with as many tokens a picture; networks and objectives differ, so a speed here says
+discrete VAE with as many tokens an image; networks and objectives differ, so a speed here says
 nothing of quality. Same mathematics: DALLE-pytorch's own networks around our Gumbel quantizer,
 at the vocabulary of DALL-E, where the quantizer is most of the work.
 """
@@ -33,7 +33,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
     """Compare tokenizers.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
 
     Returns:
         Rows in images per second.
@@ -60,7 +60,7 @@ def run(config: BenchmarkConfig) -> list[Result]:
 
 
 def random_images(batch: int, side: int) -> Tensor:
-    """Make up smooth pictures in [-1, 1], (batch, 3, side, side)."""
+    """Make up smooth images in [-1, 1], (batch, 3, side, side)."""
     coarse = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return torch.nn.functional.interpolate(coarse, side, mode="bilinear").clamp(-1, 1)
 
@@ -72,7 +72,7 @@ def default_rows(
 
     Args:
         work: Encode, decode or train.
-        pixels: Pictures.
+        pixels: Images.
         precision: bf16 is autocast.
         with_compiled: Whether training is also compiled.
 
@@ -101,7 +101,7 @@ def gumbel_rows(
     """Name the rows of the comparison with the same mathematics.
 
     Args:
-        pixels: Pictures.
+        pixels: Images.
         codes: Number of codes.
         precision: bf16 is autocast.
         with_compiled: Whether all are also compiled.
@@ -205,13 +205,13 @@ def dvae_job(
     Args:
         work: Which of the three.
         build: Makes the model.
-        pixels: Pictures in [-1, 1]; its own range is [0, 1].
+        pixels: Images in [-1, 1]; its own range is [0, 1].
         precision: bf16 is autocast.
         layout: Order of axes in memory.
         compiled: Whether torch.compile makes the training pass.
 
     Returns:
-        One batch; items are pictures.
+        One batch; items are images.
     """
     vae = build().to(memory_format=layout)
     images = ((pixels + 1) / 2).contiguous(memory_format=layout)
@@ -240,5 +240,5 @@ def dvae_job(
     if work == "train":
         require_training(run, steps=5, compiled=compiled)
     elif len(infer()) != len(pixels):
-        raise ValueError("the tokenizer returns another number of pictures")
+        raise ValueError("the tokenizer returns another number of images")
     return Job(run=run, items=len(pixels), flops=flops)

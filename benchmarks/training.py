@@ -21,7 +21,7 @@ def run(config: BenchmarkConfig, size: Size) -> list[Result]:
     """Compare one training step in each precision.
 
     Args:
-        settings: Of the run.
+        config: Of the run.
         size: Of the decoder.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Ranks pictures by how well they fit their prompts: our CLIP, or one of ``transformers``.
+"""Ranks images by how well they fit their prompts: our CLIP, or one of ``transformers``.
 
 >>> ranker = load_clip_ranker("out/clip/emoji/model")
 >>> pipeline("a red heart", num_candidates=32, rank=ranker).images[0].show()
@@ -34,7 +34,7 @@ from vqvae.serialization import (
 CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 BATCH_SIZE = 32
-EXPECTED = "wanted a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
+EXPECTED = "expected a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
 
 
 class ClipRanker:
@@ -44,8 +44,8 @@ class ClipRanker:
         """Put the parts together.
 
         Args:
-            model: Compares pictures with captions.
-            captions: The tokenizer that it was trained with.
+            model: Compares images with captions.
+            text_tokenizer: The tokenizer that it was trained with.
 
         Raises:
             UserError: If they do not fit each other.
@@ -71,11 +71,11 @@ class ClipRanker:
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Float[Tensor, " batch"]:
-        """Compare each picture with its prompt.
+        """Compare each image with its prompt.
 
         Args:
             images: Of any size; scaled and cropped to the model's square.
-            prompts: One per picture.
+            prompts: One per image.
 
         Returns:
             Cosines, on the CPU. A score does not depend on what is scored beside it.
@@ -90,7 +90,7 @@ class ClipRanker:
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch embedding"]:
-        """Place pictures on the unit sphere.
+        """Place images on the unit sphere.
 
         Args:
             images: Of any size.
@@ -107,7 +107,7 @@ class ClipRanker:
     def embed_pixels(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Place pictures of the model's own size on the unit sphere.
+        """Place images of the model's own size on the unit sphere.
 
         Args:
             pixels: In [-1, 1].
@@ -207,7 +207,7 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
 
 
 def _in_equal_parts(embed: Any, rows: Tensor) -> Tensor:
-    """Embed always as many rows: where one lies must not depend on its neighbours."""
+    """Embed always as many rows: where one lies must not depend on its neighbors."""
     parts = []
     for part in rows.split(BATCH_SIZE):
         padding = part.new_zeros(BATCH_SIZE - len(part), *part.shape[1:])
@@ -243,11 +243,11 @@ class TransformersClipRanker:
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Float[Tensor, " batch"]:
-        """Compare each picture with its prompt.
+        """Compare each image with its prompt.
 
         Args:
             images: Of any size.
-            prompts: One per picture; what is longer than the model reads is cut.
+            prompts: One per image; what is longer than the model reads is cut.
 
         Returns:
             Cosines, on the CPU.

@@ -40,7 +40,7 @@ def load_config(
     try:
         parsed = parser.instantiate(parser.parse_args(list(arguments)))
     except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config: {_one_line(error)}; wanted a YAML file in UTF-8") from None
+        raise UserError(f"config: {_one_line(error)}; expected a YAML file in UTF-8") from None
     except (ArgumentError, ValueError, TypeError) as error:
         reason = _dotted(_readable(_one_line(error)), config_class)
         raise UserError(
@@ -88,7 +88,7 @@ def _readable(reason: str) -> str:
         return reason
     key, types, kind, value = match.groups()
     expected = re.sub(r"<class '(\w+)'>", r"\1", types or kind).replace("typing.Literal", "one of ")
-    return f"{key}: got {value}, wanted {expected.replace(', NoneType', ' or null')}"
+    return f"{key}: got {value}, expected {expected.replace(', NoneType', ' or null')}"
 
 
 def _dotted(reason: str, config_class: type[Any]) -> str:

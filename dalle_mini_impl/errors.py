@@ -32,7 +32,7 @@ def without_secrets(text: str) -> str:
 class UserError(ValueError):
     """Bad input from outside: a config value, a path, a prompt, a data file.
 
-    The message names the field, the value got and the value wanted. Secrets in it are blotted out.
+    The message names the field, the value got and the value expected. Secrets in it are blotted out.
     """
 
     def __init__(self, message: str) -> None:

@@ -41,7 +41,7 @@ def use_fast_float32() -> None:
     """Let oneDNN multiply float32 matrices where that is faster and still float32.
 
     torch takes MKL otherwise. On an AMD processor (Zen 5) oneDNN doubles the speed of training; on
-    Intel's own it gains nothing, and draws up to a quarter more slowly. The maker decides and not
+    Intel's own it gains nothing, and generates up to a quarter more slowly. The maker decides and not
     a stopwatch, so that every run of a machine multiplies alike.
     """
     if torch.cuda.is_available():

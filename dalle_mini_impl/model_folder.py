@@ -30,7 +30,7 @@ pipeline_tag: text-to-image
 ---
 # A text-to-image model
 
-Draws pictures of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes a picture of
+Generates images of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes an image of
 {rows} x {columns} tokens out of {codes} codes; a causal Transformer (`dalle/`, {millions:.1f} M
 parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab}
 different ones).
@@ -40,7 +40,7 @@ different ones).
     pipeline = TextToImagePipeline.from_pretrained("path/of/this/folder")
     pipeline("a prompt like the captions it learned", num_images=4, seed=0).images[0].show()
 
-It knows what its training pictures showed, and their licences and biases are its own: name them
+It knows what its training images showed, and their licenses and biases are its own: name them
 here before you share the model.
 """
 
@@ -67,19 +67,21 @@ def _read_index(folder: Path) -> dict[str, Any]:
     version = index.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}, "
+            f"format_version: got {shown(version)}, expected {FORMAT_VERSION}, "
             "with the field sha256; train_dalle.py --resume latest writes the folder anew"
         )
     any_order = index.get("generates_any_order", False)  # older folders do not say
     if not isinstance(any_order, bool):
-        raise UserError(f"generates_any_order: got {shown(repr(any_order))}, wanted true or false")
+        raise UserError(
+            f"generates_any_order: got {shown(repr(any_order))}, expected true or false"
+        )
     odd = sorted((index.keys() - {"generates_any_order"}) ^ set(INDEX_FIELDS))
     if odd:
         raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
     digests = index["sha256"]
     if not isinstance(digests, dict) or digests.keys() != set(HASHED_FILES):
         got = shown(repr(digests))
-        raise UserError(f"sha256: got {got}, wanted digests of {', '.join(HASHED_FILES)}")
+        raise UserError(f"sha256: got {got}, expected digests of {', '.join(HASHED_FILES)}")
     return index
 
 

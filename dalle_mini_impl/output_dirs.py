@@ -28,7 +28,7 @@ def make_folder(folder: Path, *, field: str) -> None:
             pass
     except OSError as error:
         raise UserError(
-            f"{field}: {folder}: {error.strerror}; wanted a folder that can be written to"
+            f"{field}: {folder}: {error.strerror}; expected a folder that can be written to"
         ) from None
 
 
@@ -89,7 +89,7 @@ def data_set_folder(folder: Path, *, field: str, writer: str) -> Iterator[None]:
             # Hidden files are left alone anyway, such as those of a file manager.
             if any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise UserError(
-                    f"{field}: {folder} holds files that {writer} did not write; wanted a new or "
+                    f"{field}: {folder} holds files that {writer} did not write; expected a new or "
                     "empty folder"
                 )
             marker.write_text(writer, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""From a prompt to pictures: what ``from_pretrained`` returns and a user calls.
+"""From a prompt to images: what ``from_pretrained`` returns and a user calls.
 
 >>> pipeline = TextToImagePipeline.from_pretrained("out/emoji64/dalle/model")
 >>> pipeline("a red heart", num_images=4, seed=0).images[0].save("heart.png")
@@ -53,21 +53,21 @@ from vqvae.serialization import (
 Rank = ImageRanker | Literal["likelihood", "none"]
 MAX_SEED = 2**63 - 1
 logger = logging.getLogger(__name__)
-MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every picture's file
+MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every image's file
 
 
 @dataclass(frozen=True)
 class PipelineOutput:
-    """Pictures of one call, prompt by prompt."""
+    """Images of one call, prompt by prompt."""
 
     images: list[Image.Image]
     prompts: list[str]
-    """The prompt of each picture."""
+    """The prompt of each image."""
     seeds: list[int]
-    """The seed of each picture: with its prompt, the settings and no other candidates it makes the
-    picture again."""
+    """The seed of each image: with its prompt, the settings and no other candidates it makes the
+    image again."""
     scores: list[float]
-    """log p(image | prompt) - log p(image) of each picture in nats; 0 where it was not needed. The
+    """log p(image | prompt) - log p(image) of each image in nats; 0 where it was not needed. The
     scores of the call's ranker, if it had one."""
 
 
@@ -88,10 +88,10 @@ class TextToImagePipeline:
         Args:
             dalle: The decoder.
             vqvae: The image tokenizer that it was trained on.
-            captions: The caption tokenizer that it was trained on.
-            settings: How tokens are drawn unless a call says otherwise.
+            text_tokenizer: The caption tokenizer that it was trained on.
+            sampling_config: How tokens are generated unless a call says otherwise.
             generates_any_order: Whether the decoder was trained in random order up to the end, so that
-                ``inpaint`` may redraw any part of a picture.
+                ``inpaint`` may inpaint any part of an image.
 
         Raises:
             ValueError: If the parts do not fit each other.
@@ -106,7 +106,7 @@ class TextToImagePipeline:
                 raise ValueError(f"captions: {name} is {got}, the decoder wants {required}")
         if generates_any_order and dalle.config.decoder.raster_order_only:
             raise ValueError(
-                "generates_any_order: got true, but the decoder draws raster order only"
+                "generates_any_order: got true, but the decoder generates raster order only"
             )
         self.dalle, self.vqvae, self.text_tokenizer = dalle, vqvae, text_tokenizer
         self.native: NativeDecoder | None = None
@@ -129,14 +129,14 @@ class TextToImagePipeline:
         return self
 
     def use_native(self, weights: NativeWeights) -> bool:
-        """Draw with a compiled pass of the decoder from now on, where that is possible.
+        """Generate with a compiled pass of the decoder from now on, where that is possible.
 
         The first time on a machine it is compiled, with the system's C++ compiler, which takes some
-        ten seconds. Where it cannot be had, a logged line says why, and drawing stays as it is. The
+        ten seconds. Where it cannot be had, a logged line says why, and generation stays as it is. The
         decoder's weights are copied: call this again after they change.
 
         Args:
-            weights: ``float32`` draws what plain torch draws, but for the last digit of sums;
+            weights: ``float32`` generates what plain torch generates, but for the last digit of sums;
                 ``int8`` rounds weights to 8 bits and is faster.
 
         Returns:
@@ -146,12 +146,12 @@ class TextToImagePipeline:
             self.native = NativeDecoder(self.dalle, weights)
         except UnavailableError as error:
             self.native = None
-            logger.warning("drawing with plain torch: %s", error)
+            logger.warning("generating with plain torch: %s", error)
         return self.native is not None
 
     @property
     def native_metadata(self) -> dict[str, Any]:
-        """What to keep beside a picture: ``native`` and its weights; nothing if torch draws."""
+        """What to keep beside an image: ``native`` and its weights; nothing if torch generates."""
         return {"native": self.native.weights} if self.native else {}
 
     @torch.inference_mode()
@@ -165,24 +165,24 @@ class TextToImagePipeline:
         rank: Rank = "likelihood",
         **overrides: Any,
     ) -> PipelineOutput:
-        """Draw pictures.
+        """Generate images.
 
-        Image k of every prompt has seed ``seed + k``, so that it is the same picture whatever else
-        is drawn in the same call. With candidates, it is the best of the ``num_candidates`` seeds
+        Image k of every prompt has seed ``seed + k``, so that it is the same image whatever else
+        is generated in the same call. With candidates, it is the best of the ``num_candidates`` seeds
         from ``seed + k * num_candidates`` on.
 
         Args:
             prompt: One prompt, or several.
-            num_images: Pictures per prompt.
-            seed: Of the first picture of each prompt.
-            num_candidates: Pictures drawn for each one that is kept.
+            num_images: Images per prompt.
+            seed: Of the first image of each prompt.
+            num_candidates: Images generated for each one that is kept.
             rank: Which one is kept: with ``likelihood`` that of the largest caption gain, with
-                ``none`` the first, so that the others need not be drawn; else the one that this
+                ``none`` the first, so that the others need not be generated; else the one that this
                 object scores highest, such as a ``clip_ranker.ClipRanker``.
             **overrides: Fields of ``SamplingConfig`` for this call, such as ``guidance_scale``.
 
         Returns:
-            ``num_images`` pictures per prompt, in order.
+            ``num_images`` images per prompt, in order.
 
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
@@ -220,30 +220,30 @@ class TextToImagePipeline:
         num_candidates: int = 1,
         **overrides: Any,
     ) -> PipelineOutput:
-        """Redraw a part of a picture; give exactly one of mask, keep_rows and keep_fraction.
+        """Inpaint a part of an image; give exactly one of mask, keep_rows and keep_fraction.
 
-        Prompts, seeds and candidates are as in a plain call. The picture is scaled and cropped to
-        the model's square. With a mask or with rows, every pixel that is not redrawn is the
-        picture's own; a variation by share is drawn as a whole from the tokens that stay and the
+        Prompts, seeds and candidates are as in a plain call. The image is scaled and cropped to
+        the model's square. With a mask or with rows, every pixel that is not inpainted is the
+        image's own; a variation by share is sampled as a whole from the tokens that stay and the
         new ones.
 
         Args:
-            prompt: What the whole picture shall show; one prompt, or several.
-            image: The picture.
-            mask: As large as the picture, white where it is redrawn. Every token's patch that white
-                touches is drawn anew.
+            prompt: What the whole image shall show; one prompt, or several.
+            image: The image.
+            mask: As large as the image, white where it is inpainted. Every token's patch that white
+                touches is generated anew.
             keep_rows: Rows of tokens at the top that stay.
-            keep_fraction: Share of the tokens that stay, in (0, 1); each seed keeps others.
-            num_images: Pictures per prompt.
-            seed: Of the first picture of each prompt.
-            num_candidates: Pictures drawn for each one that is kept.
+            keep_fraction: Fraction of the tokens that stay, in (0, 1); each seed keeps others.
+            num_images: Images per prompt.
+            seed: Of the first image of each prompt.
+            num_candidates: Images generated for each one that is kept.
             **overrides: Fields of ``SamplingConfig`` for this call.
 
         Returns:
-            ``num_images`` pictures per prompt, in order. Scores count the redrawn tokens alone.
+            ``num_images`` images per prompt, in order. Scores count the inpainted tokens alone.
 
         Raises:
-            UserError: If a value is out of range, or the decoder cannot redraw this part.
+            UserError: If a value is out of range, or the decoder cannot inpaint this part.
         """
         prompts = _as_list(prompt)
         self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
@@ -259,8 +259,8 @@ class TextToImagePipeline:
         if not self.generates_any_order and not is_raster_order(inpainting_order(is_masked)):
             field = "mask" if keep_fraction is None else "keep_fraction"
             raise UserError(
-                f"{field}: something stays after the first redrawn token, and this model draws "
-                "from the top left to the bottom right only; wanted keep_rows, or a model trained "
+                f"{field}: something stays after the first inpainted token, and this model generates "
+                "from the top left to the bottom right only; expected keep_rows, or a model trained "
                 "with --task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
             )
         image_token_ids = self.encode([source_image])
@@ -286,7 +286,7 @@ class TextToImagePipeline:
         sampling_config: SamplingConfig,
         rank: Rank = "likelihood",
     ) -> PipelineOutput:
-        """Draw captions and seeds, as many for each prompt, and keep the best candidates."""
+        """Generate captions and seeds, as many for each prompt, and keep the best candidates."""
         per_prompt = len(seeds) // len(prompts)
         text_token_ids = self.text_tokenizer.encode(prompts).to(self.dalle.image_head.rows.device)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
@@ -319,7 +319,7 @@ class TextToImagePipeline:
         num_candidates: int,
         sampling_config: SamplingConfig,
     ) -> torch.Tensor:
-        """Return the caption gains, which drawing without guidance has not summed up."""
+        """Return the caption gains, which generation without guidance has not summed up."""
         if num_candidates > 1 and sampling_config.guidance_scale == 1.0:
             return log_likelihood_ratio(self.dalle, text_token_ids, generated.image_token_ids)
         return generated.log_likelihood_ratio
@@ -327,41 +327,41 @@ class TextToImagePipeline:
     def check(
         self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int
     ) -> None:
-        """Refuse what cannot be drawn, before anything is.
+        """Refuse what cannot be generated, before anything is.
 
         Args:
             prompts: One or more texts.
-            num_images: Pictures per prompt.
-            num_candidates: Pictures drawn for each one that is kept.
-            seed: Of the first picture of each prompt.
+            num_images: Images per prompt.
+            num_candidates: Images generated for each one that is kept.
+            seed: Of the first image of each prompt.
 
         Raises:
             UserError: If a prompt is empty, too long or no valid Unicode, or a number is out of
                 range.
         """
         if not prompts:
-            raise UserError("prompt: got none, wanted some text")
+            raise UserError("prompt: got none, expected some text")
         for text in prompts:
             if not isinstance(text, str) or not text.strip():
-                raise UserError(f"prompt: got {str(text)[:20]!r}, wanted some text")
+                raise UserError(f"prompt: got {str(text)[:20]!r}, expected some text")
             if len(text) > MAX_PROMPT_LENGTH:
                 raise UserError(
-                    f"prompt: got {len(text)} characters, wanted at most {MAX_PROMPT_LENGTH}"
+                    f"prompt: got {len(text)} characters, expected at most {MAX_PROMPT_LENGTH}"
                 )
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise UserError(f"prompt: got {text[:20]!a}, wanted valid Unicode text") from None
+                raise UserError(f"prompt: got {text[:20]!a}, expected valid Unicode text") from None
         for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
             if not isinstance(count, Integral) or count < 1:
-                raise UserError(f"{name}: got {count!r}, wanted at least 1")
+                raise UserError(f"{name}: got {count!r}, expected at least 1")
         per_prompt = num_images * num_candidates
         if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - per_prompt:
-            raise UserError(f"seed: got {seed!r}, wanted 0 to 2 ** 63 - {1 + per_prompt}")
+            raise UserError(f"seed: got {seed!r}, expected 0 to 2 ** 63 - {1 + per_prompt}")
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Turn pictures into rows of image tokens.
+        """Turn images into rows of image tokens.
 
         Args:
             images: Of any size; scaled and cropped to the model's square.
@@ -371,22 +371,22 @@ class TextToImagePipeline:
         """
         size, device = self.vqvae.config.image_size, self.dalle.image_head.rows.device
         rows = []
-        for image in images:  # one by one: a picture's tokens must not depend on its neighbours
+        for image in images:  # one by one: an image's tokens must not depend on its neighbors
             pixels = image_to_pixels(resize_and_crop(to_rgb(image), size)).unsqueeze(0)
             rows.append(self.vqvae.encode_to_token_ids(pixels.to(device)).flatten(1))
         return torch.cat(rows)
 
     def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
-        """Turn rows of image tokens into pictures.
+        """Turn rows of image tokens into images.
 
         Args:
             image_token_ids: (batch, image_length), raster order.
 
         Returns:
-            One picture per row.
+            One image per row.
         """
         images = []
-        for row in image_token_ids:  # one by one: a picture must not depend on its neighbours
+        for row in image_token_ids:  # one by one: an image must not depend on its neighbors
             grid = row.reshape(1, *self.vqvae.image_grid_size)
             images += pixels_to_images(self.vqvae.decode_from_token_ids(grid))
         return images
@@ -432,7 +432,7 @@ class TextToImagePipeline:
         if not (folder / INDEX_NAME).is_file():
             raise UserError(
                 f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
-                "wanted the folder that train_dalle.py wrote, for example out/demo/dalle/model"
+                "expected the folder that train_dalle.py wrote, for example out/demo/dalle/model"
             )
         try:
             index = _read_index(folder)
@@ -478,7 +478,7 @@ class TextToImagePipeline:
         unknown = sorted(overrides.keys() - known)
         if unknown:
             raise UserError(
-                f"{unknown[0]}: unknown setting, wanted one of {', '.join(sorted(known))}"
+                f"{unknown[0]}: unknown setting, expected one of {', '.join(sorted(known))}"
             )
         _require_numbers(overrides)
         try:
@@ -498,4 +498,4 @@ def _require_numbers(sampling_config: Mapping[str, Any]) -> None:
         value = sampling_config.get(field.name, field.default)
         kind, required = (Real, "a number") if field.type is float else (Integral, "a whole number")
         if field.type in (float, int) and not isinstance(value, kind):
-            raise UserError(f"{field.name}: got {value!r}, wanted {required}")
+            raise UserError(f"{field.name}: got {value!r}, expected {required}")

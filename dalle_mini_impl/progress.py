@@ -21,7 +21,7 @@ class ProgressLine:
 
         Args:
             is_main: Whether this is the process that talks.
-            progress: Share of the budget that an earlier part of the run used, in [0, 1].
+            progress: Fraction of the budget that an earlier part of the run used, in [0, 1].
         """
         self._is_main = is_main
         self._started, self._progress_at_start = time.monotonic(), progress
@@ -38,7 +38,7 @@ class ProgressLine:
 
         Args:
             step: Optimizer updates done.
-            progress: Share of the budget used, in [0, 1].
+            progress: Fraction of the budget used, in [0, 1].
             values: Metrics of the interval.
         """
         if not self._is_main:
@@ -56,7 +56,7 @@ class ProgressLine:
 
         Args:
             step: Optimizer updates done.
-            progress: Share of the budget used, in [0, 1].
+            progress: Fraction of the budget used, in [0, 1].
         """
         silent = time.monotonic() - self._shown
         if self._is_main and self._bar.disable and silent >= LONGEST_SILENCE_SECONDS:

@@ -42,7 +42,7 @@ class Translator:
 
         Args:
             model: Writes the tokens.
-            captions: The vocabulary of both languages; its length bounds both texts.
+            text_tokenizer: The vocabulary of both languages; its length bounds both texts.
             beam: How to search.
 
         Raises:
@@ -51,7 +51,7 @@ class Translator:
         if model.vocab_size != text_tokenizer.vocab_size:
             raise UserError(
                 f"vocab_size: got {model.vocab_size} in the model and {text_tokenizer.vocab_size} in the "
-                "tokenizer, wanted as many in both"
+                "tokenizer, expected as many in both"
             )
         self.model, self.text_tokenizer, self.beam = model, text_tokenizer, beam or BeamConfig()
 
@@ -69,9 +69,9 @@ class Translator:
             UserError: If a text is empty, or none.
         """
         if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"texts: got {texts!r:.60}, wanted a list of strings")
+            raise UserError(f"texts: got {texts!r:.60}, expected a list of strings")
         if not all(text.strip() for text in texts):
-            raise UserError("texts: got an empty one, wanted some text in each")
+            raise UserError("texts: got an empty one, expected some text in each")
         device = self.model.embedding.weight.device
         translations: list[str] = []
         for start in range(0, len(texts), BATCH_SIZE):
@@ -139,7 +139,7 @@ class Translator:
         except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
-                f"model: {folder} is no translator that loads: {reason}; wanted a folder that "
+                f"model: {folder} is no translator that loads: {reason}; expected a folder that "
                 "train_translation.py wrote"
             ) from None
         return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_NAME), beam=beam)
@@ -154,7 +154,7 @@ def score_translations(hypotheses: Sequence[str], references: Sequence[str]) -> 
 
     Returns:
         ``chrf`` (Popović 2015) and ``bleu`` (Papineni et al. 2002, over characters, since these
-        texts are too short for n-grams of words), both 0 to 100, and the share of ``exact`` ones.
+        texts are too short for n-grams of words), both 0 to 100, and the fraction of ``exact`` ones.
 
     Raises:
         UserError: If sacrebleu is not installed.

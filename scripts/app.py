@@ -1,4 +1,4 @@
-"""Draw on a page in the browser, on this machine alone: python scripts/app.py."""
+"""Generate on a page in the browser, on this machine alone: python scripts/app.py."""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description="Draw on a page in the browser.")
+    parser = OneLineParser(description="Generate on a page in the browser.")
     add = parser.add_argument
     add("--model", default="checkpoints/emoji-64", help="model folder; default: %(default)s")
     add("--port", type=int, default=7860, help="default: %(default)s")

@@ -1,4 +1,4 @@
-"""Caption pictures: python scripts/caption.py --model DIR --images a.png --complete "a red"."""
+"""Caption images: python scripts/caption.py --model DIR --images a.png --complete "a red"."""
 
 import argparse
 import dataclasses
@@ -12,10 +12,12 @@ from dalle_mini_impl.cli.main import OneLineParser, run_script
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description="Say which caption fits a picture, by the model that draws.")
+    parser = OneLineParser(
+        description="Say which caption fits an image, by the model that generates."
+    )
     add = parser.add_argument
     add("--model", required=True, help="model folder that train_dalle.py wrote")
-    add("--images", type=Path, nargs="+", default=[], help="pictures to caption")
+    add("--images", type=Path, nargs="+", default=[], help="images to caption")
     add("--caption", action="append", default=[], help="a candidate; may be given several times")
     add("--captions-file", type=Path, help="text file with one candidate per line")
     add("--complete", metavar="START", help="go on with a caption; '' starts from nothing")
@@ -23,8 +25,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--num-tokens", type=int, default=8, help="tokens that --complete adds")
     add("--seed", type=int, default=0, help="of --complete")
     add("--use-prior", action="store_true", help="prefer captions that are frequent in training")
-    add("--top", type=int, default=5, help="captions named per picture")
-    add("--evaluate", choices=("emoji", "shapes"), help="zero-shot accuracy on held-out pictures")
+    add("--top", type=int, default=5, help="captions named per image")
+    add("--evaluate", choices=("emoji", "shapes"), help="zero-shot accuracy on held-out images")
     add("--data", type=Path, default=Path("out/demo/data"), help="emoji folder for --evaluate")
     add("--language", choices=("en", "ko"), default="en", help="of the emoji captions")
     add("--style", default="twemoji", help="of the emoji")
@@ -33,7 +35,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Print JSON, one line per picture, caption or measurement."""
+    """Print JSON, one line per image, caption or measurement."""
     options = parse(arguments)
     from dalle_mini_impl.cli.caption import caption_images, complete_captions, prefixes
     from dalle_mini_impl.cli.generate import read_prompts

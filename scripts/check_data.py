@@ -1,4 +1,4 @@
-"""Look through your pictures before training: python scripts/check_data.py --source FOLDER.
+"""Look through your images before training: python scripts/check_data.py --source FOLDER.
 
 Exit code 0: usable. 1: usable, but with problems, which are listed. 2: bad input, nothing usable.
 """
@@ -14,7 +14,7 @@ from dalle_mini_impl.cli.main import OneLineParser, run_script
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(
-        description="Say what is wrong with captioned pictures, and what a run on them needs.",
+        description="Say what is wrong with captioned images, and what a run on them needs.",
         epilog="Exit code 0: usable; 1: problems found; 2: bad input, or nothing usable.",
     )
     parser.add_argument("--source", help="as --data.source; default: that of the preset")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> None:
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
         text_length=options.text_length or text.text_length,
         vocab_size=text.vocab_size,
-        progress=show_now_and_then(print, "pictures read"),
+        progress=show_now_and_then(print, "images read"),
     )
     print("\n".join(report_lines(report)))
     if config is not None and vqvae is not None:

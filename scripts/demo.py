@@ -1,4 +1,4 @@
-"""From nothing to pictures: data, image tokenizer, decoder, and prompts it never saw combined."""
+"""From nothing to images: data, image tokenizer, decoder, and prompts it never saw combined."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
     if not (data / "metadata.jsonl").is_file():
-        announce("drawing the Twemoji data set")
+        announce("generating the Twemoji data set")
         prepare_emoji(data, size=64)
 
     def shared(run: Path) -> list[str]:
@@ -47,8 +47,8 @@ def main(arguments: Sequence[str]) -> None:
         preset += ["--vqvae_dir", str(vqvae / "model"), *shared(dalle)]
         run_config, resume = load_config(DalleRunConfig, preset, description="")
         train_dalle(run_config, resume=resume)
-    announce("drawing pictures")
-    use_fast_float32()  # as training did: a later run of this script alone draws the same pictures
+    announce("generating images")
+    use_fast_float32()  # as training did: a later run of this script alone generates the same images
     for line in generate_demo(dalle / "model", data, out):
         announce(line)
 

@@ -1,4 +1,4 @@
-"""Draw pictures: python scripts/generate.py --model out/demo/dalle/model --prompt "red heart"."""
+"""Generate images: python scripts/generate.py --model out/demo/dalle/model --prompt "red heart"."""
 
 import argparse
 import sys
@@ -14,32 +14,32 @@ OF_MODEL = "default: the model's own"
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description="Draw pictures from prompts.")
+    parser = OneLineParser(description="Generate images from prompts.")
     parser.add_argument("--model", required=True, help="model folder that train_dalle.py wrote")
     add = parser.add_argument
     add("--prompt", action="append", default=[], help="may be given several times")
     add("--prompts-file", type=Path, help="text file with one prompt per line")
-    add("--num-images", type=int, default=4, help="pictures per prompt; default: %(default)s")
-    add("--num-candidates", type=int, default=1, help="draw N, keep one; default: %(default)s")
+    add("--num-images", type=int, default=4, help="images per prompt; default: %(default)s")
+    add("--num-candidates", type=int, default=1, help="generate N, keep one; default: %(default)s")
     add("--rank", choices=("likelihood", "clip", "none"), default="likelihood", help=RANK)
     add("--clip", help="CLIP of --rank clip: folder or Hub name; default: MODEL/clip")
-    add("--seed", type=int, default=0, help="of each prompt's first picture; default: %(default)s")
-    add("--out", type=Path, default=Path("out/pictures"), help="folder; default: %(default)s")
+    add("--seed", type=int, default=0, help="of each prompt's first image; default: %(default)s")
+    add("--out", type=Path, default=Path("out/images"), help="folder; default: %(default)s")
     add("--guidance-scale", type=float, help=f"strength of the caption, 1 = off; {OF_MODEL}")
     add("--guidance-schedule", choices=("constant", "cosine"), help=OF_MODEL)
     add("--temperature", type=float, help=f"below 1 plays safe; {OF_MODEL}")
-    add("--top-k", type=int, help=f"draw among this many tokens, 0 = all; {OF_MODEL}")
-    add("--top-p", type=float, help=f"draw among tokens of this probability mass; {OF_MODEL}")
+    add("--top-k", type=int, help=f"sample among this many tokens, 0 = all; {OF_MODEL}")
+    add("--top-p", type=float, help=f"sample among tokens of this probability mass; {OF_MODEL}")
     add("--native", choices=("float32", "int8"), help="compiled here, not torch; see guide")
-    add("--image", type=Path, help="redraw a part of this picture, which is:")
-    add("--mask", type=Path, help="what is white in this picture of the same size")
+    add("--image", type=Path, help="inpaint a part of this image, which is:")
+    add("--mask", type=Path, help="what is white in this image of the same size")
     add("--keep-rows", type=int, help="all but the first rows of image tokens")
-    add("--keep-fraction", type=float, help="all but this share of the image tokens")
+    add("--keep-fraction", type=float, help="all but this fraction of the image tokens")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Draw and write the pictures."""
+    """Generate and write the images."""
     options = parse(arguments)
     # torch loads after the options fit
     from dalle_mini_impl.cli.generate import (
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
         native=options.native,
     )
     if grid is not None:
-        print(f"pictures: {options.out}\ngrid: {grid}")
+        print(f"images: {options.out}\ngrid: {grid}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
 
-    parser = OneLineParser(description="Write emoji pictures and captions as an image folder.")
+    parser = OneLineParser(description="Write emoji images and captions as an image folder.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--size", type=int, default=64, help="side length in pixels (default: 64)")
     parser.add_argument(
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     report = prepare_emoji(
         options.out, size=options.size, styles=options.styles, npm_dir=options.npm_dir
     )
-    print(f"{options.out}: {report.images} pictures of {options.size} x {options.size}")
+    print(f"{options.out}: {report.images} images of {options.size} x {options.size}")
     for name, counts in (("split", report.splits), ("style", report.styles)):
         listed = ", ".join(f"{key} {count}" for key, count in sorted(counts.items()))
         print(f"  per {name}: {listed}")

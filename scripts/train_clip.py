@@ -1,4 +1,4 @@
-"""Train a ranker of pictures: python scripts/train_clip.py --config configs/clip/emoji.yaml."""
+"""Train a ranker of images: python scripts/train_clip.py --config configs/clip/emoji.yaml."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
 def main(arguments: Sequence[str]) -> None:
     """Read the config and train."""
     config, resume = load_config(
-        ClipRunConfig, arguments, description="Train a CLIP on captioned pictures."
+        ClipRunConfig, arguments, description="Train a CLIP on captioned images."
     )
     train_clip(config, resume=resume)
 

@@ -11,7 +11,7 @@ from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 def main(arguments: Sequence[str]) -> None:
     """Read the config and train."""
     config, resume = load_config(
-        DalleRunConfig, arguments, description="Train a decoder on captioned pictures."
+        DalleRunConfig, arguments, description="Train a decoder on captioned images."
     )
     train_dalle(config, resume=resume)
 

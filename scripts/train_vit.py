@@ -1,4 +1,4 @@
-"""Train a classifier of pictures: python scripts/train_vit.py --config configs/vit/digits.yaml."""
+"""Train a classifier of images: python scripts/train_vit.py --config configs/vit/digits.yaml."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from dalle_mini_impl.training.vit import ViTRunConfig, train_vit
 def main(arguments: Sequence[str]) -> None:
     """Read the config and train."""
     config, resume = load_config(
-        ViTRunConfig, arguments, description="Train a Vision Transformer to classify pictures."
+        ViTRunConfig, arguments, description="Train a Vision Transformer to classify images."
     )
     train_vit(config, resume=resume)
 

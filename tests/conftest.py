@@ -46,7 +46,7 @@ def unchecked() -> Iterator[None]:
 def build_dalle() -> Callable[..., "TextToImageModel"]:
     """A function that builds a tiny decoder whose logits differ widely.
 
-    A fresh decoder's heads are zero, so that all its logits are equal; here every weight is drawn
+    A fresh decoder's heads are zero, so that all its logits are equal; here every weight is generated
     wide enough for a mistake anywhere to move the logits by far more than rounding does.
     """
     from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig

@@ -1,6 +1,6 @@
 """A decoder trained in random order fills a hole from either side, as the caption says.
 
-Pictures are rows of four tokens. The caption says whether the second token repeats the first one or
+Images are rows of four tokens. The caption says whether the second token repeats the first one or
 the fourth one; all else is chance. In raster order the fourth is not known yet.
 """
 
@@ -25,7 +25,7 @@ LIKE_FIRST, LIKE_FOURTH = 1, 2  # captions of one token
 
 
 def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Captions and pictures of the rule above."""
+    """Captions and images of the rule above."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, NUM_CODES, (count, 4), generator=generator)
     is_first = torch.randint(0, 2, (count,), generator=generator).bool()
@@ -41,7 +41,7 @@ def trained(random_order_probability: float) -> Dalle:
             decoder=DecoderConfig(
                 hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0
             ),
-            vocab_size=pipeline.captions.vocab_size,
+            vocab_size=pipeline.text_tokenizer.vocab_size,
             text_length=1,
             codebook_levels=(NUM_CODES,),
             image_grid_size=(1, 4),
@@ -76,7 +76,7 @@ def trained(random_order_probability: float) -> Dalle:
 
 
 def fraction_right(dalle: Dalle) -> tuple[float, float]:
-    """Fill the second token of new pictures: shares that are right, by caption."""
+    """Fill the second token of new images: shares that are right, by caption."""
     text, image = images(300, seed=3)
     hole = torch.tensor([False, True, False, False]).expand(300, -1)
     generated = inpaint_image_token_ids(
@@ -97,7 +97,7 @@ def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
     assert like_first > 0.9
     assert like_fourth > 0.9
     _, like_fourth = fraction_right(trained(0.0))
-    assert like_fourth < 0.7  # it never saw a picture's end before its middle
+    assert like_fourth < 0.7  # it never saw an image's end before its middle
 
 
 @pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])

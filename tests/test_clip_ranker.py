@@ -126,11 +126,11 @@ def other_tokenizer(folder: Path) -> None:
         (truncated, "model.safetensors: not loaded"),
         (with_nan, "tensor text_tower.positions: holds numbers that are not finite"),
         (linked, "a link that leads out of the folder"),
-        (changed(colour=1), "ClipConfig: unknown or missing fields: colour"),
-        (changed(vocab_size=True), "vocab_size: got True, wanted a whole number"),
+        (changed(colour=1), "ClipConfig: unknown or missing fields: color"),
+        (changed(vocab_size=True), "vocab_size: got True, expected a whole number"),
         (changed(vocab_size=10**12), "vocab_size: got 1000000000000"),
         (changed(image_size=10**7), "the config asks for"),
-        (changed(image_size=0), "image_size: got 0, wanted at least 1"),
+        (changed(image_size=0), "image_size: got 0, expected at least 1"),
         (sizes("text", num_layers=10**7), "towers.text.num_layers: got 10000000"),
         (sizes("image", hidden_size=10**9, num_heads=1), "towers.image.hidden_size"),
         (sizes("image", patch_size=5), "patch_size: got 5"),
@@ -153,7 +153,7 @@ def test_a_damaged_folder_is_refused_in_one_line(
 
 
 class Darkest:
-    """Prefers dark pictures, whatever the prompt."""
+    """Prefers dark images, whatever the prompt."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -224,9 +224,9 @@ def test_clip_beside_the_model_ranks_what_it_generates(
 @pytest.mark.parametrize(
     ("ranking", "message"),
     [
-        (Ranking("clip"), "rank: got clip, but .* has no folder clip; wanted --clip"),
-        (Ranking("clip", "no/such/folder/x"), "clip: no/such/folder/x: no such folder; wanted"),
-        (Ranking("none", "x"), "clip: got x with --rank none, wanted --rank clip"),
+        (Ranking("clip"), "rank: got clip, but .* has no folder clip; expected --clip"),
+        (Ranking("clip", "no/such/folder/x"), "clip: no/such/folder/x: no such folder; expected"),
+        (Ranking("none", "x"), "clip: got x with --rank none, expected --rank clip"),
     ],
 )
 def test_invalid_ranking_is_refused_before_generation(
@@ -302,7 +302,7 @@ def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
 def test_inpainting_ranks_by_likelihood_only(tmp_path: Path) -> None:
     from dalle_mini_impl.cli.generate import InpaintingOptions, inpaint_to_folder
 
-    with pytest.raises(UserError, match=r"^rank: got none with --image, wanted likelihood"):
+    with pytest.raises(UserError, match=r"^rank: got none with --image, expected likelihood"):
         inpaint_to_folder(
             str(tmp_path / "never read"),
             inpainting=InpaintingOptions(tmp_path / "a.png", keep_rows=1),
@@ -318,5 +318,5 @@ def test_a_missing_folder_is_not_looked_for_on_the_network(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TransformersClipRanker, "from_pretrained", pytest.fail)
-    with pytest.raises(UserError, match=f"clip: {re.escape(name)}: no such folder; wanted"):
+    with pytest.raises(UserError, match=f"clip: {re.escape(name)}: no such folder; expected"):
         load_clip_ranker(name)

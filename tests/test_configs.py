@@ -125,13 +125,13 @@ def test_overrides_win_over_the_preset() -> None:
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("vqvae.image_size", "63", "vqvae.image_size: got 63, wanted a multiple of 8"),
-        ("vqvae.channels", "[]", "vqvae.channels: got (), wanted one positive size per stage"),
-        ("vqvae.fsq_levels", "[1]", "vqvae.fsq_levels: got (1,), wanted levels of 2 or more"),
-        ("training.max_minutes", "abc", "training.max_minutes: got abc, wanted float or null;"),
-        ("training.betas", "[a, b]", "training.betas: got a, wanted float;"),
-        ("vqvae.quantizer", "lfq", "vqvae.quantizer: got lfq, wanted one of ['fsq', 'vq', 'gumb"),
-        ("training.seed", "-1", "training.seed: got -1, wanted 0 to"),
+        ("vqvae.image_size", "63", "vqvae.image_size: got 63, expected a multiple of 8"),
+        ("vqvae.channels", "[]", "vqvae.channels: got (), expected one positive size per stage"),
+        ("vqvae.fsq_levels", "[1]", "vqvae.fsq_levels: got (1,), expected levels of 2 or more"),
+        ("training.max_minutes", "abc", "training.max_minutes: got abc, expected float or null;"),
+        ("training.betas", "[a, b]", "training.betas: got a, expected float;"),
+        ("vqvae.quantizer", "lfq", "vqvae.quantizer: got lfq, expected one of ['fsq', 'vq', 'gumb"),
+        ("training.seed", "-1", "training.seed: got -1, expected 0 to"),
     ],
 )
 def test_a_bad_value_is_named_by_its_dotted_path(
@@ -182,9 +182,9 @@ def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None
 @pytest.mark.parametrize(
     ("preset", "option", "message"),
     [
-        ("clip/emoji", "model.image.hidden_size", "model.image.hidden_size: got 0, wanted at"),
-        ("clip/emoji", "model.text.hidden_size", "model.text.hidden_size: got 0, wanted at"),
-        ("vit/emoji", "model.hidden_size", "model.hidden_size: got 0, wanted at least 1"),
+        ("clip/emoji", "model.image.hidden_size", "model.image.hidden_size: got 0, expected at"),
+        ("clip/emoji", "model.text.hidden_size", "model.text.hidden_size: got 0, expected at"),
+        ("vit/emoji", "model.hidden_size", "model.hidden_size: got 0, expected at least 1"),
     ],
 )
 def test_a_value_of_a_tower_is_named_by_its_whole_path(

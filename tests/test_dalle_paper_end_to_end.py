@@ -1,4 +1,4 @@
-"""The scaled-down preset of DALL-E as published: it trains, saves, loads and draws."""
+"""The scaled-down preset of DALL-E as published: it trains, saves, loads and generates."""
 
 import dataclasses
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_scaled_down_preset_trains_saves_loads_and_generates(tmp_path: Path) -> 
     assert [image.size for image in generated.images] == [(32, 32)] * 2
     upper = pipeline.inpaint("a blue box", generated.images[0], keep_rows=2, seed=3)
     assert len(upper.images) == 1
-    with pytest.raises(UserError, match="this model draws from the top left"):
+    with pytest.raises(UserError, match="this model generates from the top left"):
         pipeline.inpaint("a blue box", generated.images[0], keep_fraction=0.5)
 
 
@@ -88,17 +88,25 @@ def test_random_order_is_refused_before_the_run(options: list[str], tmp_path: Pa
     with pytest.raises(UserError) as caught:
         load_config(DalleRunConfig, needed + options + order, description="")
     message = str(caught.value)
-    assert message.startswith("task.random_order_probability: got 0.5, wanted 0 with decoder.att")
+    assert message.startswith("task.random_order_probability: got 0.5, expected 0 with decoder.att")
     assert "\n" not in message
 
 
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("max_zoom", "0.9", "max_zoom: got 0.9, wanted 1 to 4.0"),
-        ("task.bpe_dropout_probability", "1.5", "task.bpe_dropout_probability: got 1.5, wanted 0"),
-        ("decoder.kernel_size", "4", "decoder.kernel_size: got 4, wanted an odd number from 1 on"),
-        ("decoder.attention", "row", "decoder.attention: got row, wanted one of ['dense', 'dall"),
+        ("max_zoom", "0.9", "max_zoom: got 0.9, expected 1 to 4.0"),
+        (
+            "task.bpe_dropout_probability",
+            "1.5",
+            "task.bpe_dropout_probability: got 1.5, expected 0",
+        ),
+        (
+            "decoder.kernel_size",
+            "4",
+            "decoder.kernel_size: got 4, expected an odd number from 1 on",
+        ),
+        ("decoder.attention", "row", "decoder.attention: got row, expected one of ['dense', 'dall"),
     ],
 )
 def test_bad_values_are_named(option: str, value: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The pipeline: the same picture for the same prompt and seed, and nothing loads by half."""
+"""The pipeline: the same image for the same prompt and seed, and nothing loads by half."""
 
 import dataclasses
 import json
@@ -127,15 +127,15 @@ def test_generation_leaves_a_model_in_training_as_it_was(pipeline: TextToImagePi
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        ("   ", {}, "prompt: got '   ', wanted some text"),
-        (["a disc", ""], {}, "prompt: got '', wanted some text"),
-        ("a disc", {"num_images": 0}, "num_images: got 0, wanted at least 1"),
-        ("a disc", {"num_candidates": 0}, "num_candidates: got 0, wanted at least 1"),
-        ("a disc", {"seed": -1}, "seed: got -1, wanted 0 to"),
+        ("   ", {}, "prompt: got '   ', expected some text"),
+        (["a disc", ""], {}, "prompt: got '', expected some text"),
+        ("a disc", {"num_images": 0}, "num_images: got 0, expected at least 1"),
+        ("a disc", {"num_candidates": 0}, "num_candidates: got 0, expected at least 1"),
+        ("a disc", {"seed": -1}, "seed: got -1, expected 0 to"),
         ("a disc", {"seed": MAX_SEED}, "seed: got"),
-        ("a disc", {"top_p": 2.0}, "top_p: got 2.0, wanted above 0 and up to 1"),
+        ("a disc", {"top_p": 2.0}, "top_p: got 2.0, expected above 0 and up to 1"),
         ("a disc", {"temperature": 0.0}, "temperature: got 0.0"),
-        ("a disc", {"guidance": 2.0}, "guidance: unknown setting, wanted one of guidance_scale"),
+        ("a disc", {"guidance": 2.0}, "guidance: unknown setting, expected one of guidance_scale"),
     ],
 )
 def test_invalid_requests_are_refused(
@@ -148,16 +148,16 @@ def test_invalid_requests_are_refused(
 @pytest.mark.parametrize(
     ("prompt", "options", "message"),
     [
-        (None, {}, "prompt: got 'None', wanted some text"),
-        ([None], {}, "prompt: got 'None', wanted some text"),
-        (7, {}, "prompt: got '7', wanted some text"),
-        ([], {}, "prompt: got none, wanted some text"),
-        ("a disc", {"seed": "x"}, "seed: got 'x', wanted 0 to"),
-        ("a disc", {"seed": None}, "seed: got None, wanted 0 to"),
-        ("a disc", {"num_images": 1.5}, "num_images: got 1.5, wanted at least 1"),
-        ("a disc", {"temperature": None}, "temperature: got None, wanted a number"),
-        ("a disc", {"top_k": 2.5}, "top_k: got 2.5, wanted a whole number"),
-        ("a disc", {"guidance_schedule": None}, "guidance_schedule: got None, wanted one of"),
+        (None, {}, "prompt: got 'None', expected some text"),
+        ([None], {}, "prompt: got 'None', expected some text"),
+        (7, {}, "prompt: got '7', expected some text"),
+        ([], {}, "prompt: got none, expected some text"),
+        ("a disc", {"seed": "x"}, "seed: got 'x', expected 0 to"),
+        ("a disc", {"seed": None}, "seed: got None, expected 0 to"),
+        ("a disc", {"num_images": 1.5}, "num_images: got 1.5, expected at least 1"),
+        ("a disc", {"temperature": None}, "temperature: got None, expected a number"),
+        ("a disc", {"top_k": 2.5}, "top_k: got 2.5, expected a whole number"),
+        ("a disc", {"guidance_schedule": None}, "guidance_schedule: got None, expected one of"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -215,10 +215,10 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
     [
         (lambda f: (f / "model_index.json").unlink(), "is no model folder"),
         (lambda f: (f / "model_index.json").write_text("{"), "does not load"),
-        (lambda f: (f / "model_index.json").write_text("[]"), "wanted an object"),
+        (lambda f: (f / "model_index.json").write_text("[]"), "expected an object"),
         (
             lambda f: change_json(f / "model_index.json", format_version=1),
-            "got 1, wanted 2, .*sha256",
+            "got 1, expected 2, .*sha256",
         ),
         (lambda f: drop_json(f / "model_index.json", "sha256", HASHED_FILES[0]), "sha256: got {"),
         (lambda f: change_json(f / "model_index.json", sha256=None), "sha256: got None"),
@@ -233,7 +233,7 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
                 f / "model_index.json",
                 sampling={**dataclasses.asdict(SamplingConfig()), "temperature": "hot"},
             ),
-            "temperature: got 'hot', wanted a number",
+            "temperature: got 'hot', expected a number",
         ),
         (lambda f: change_size(f, num_layers=10**7), "decoder.num_layers: got 10000000, the file"),
         (lambda f: change_size(f, hidden_size=10**8), "decoder.hidden_size: got 100000000, the fi"),
@@ -247,7 +247,7 @@ def test_weights_kept_in_half_precision_load(own_copy: Path) -> None:
         ),
         (
             lambda f: change_json(f / "dalle/config.json", decoder=None),
-            "DecoderConfig: got None, wanted an object",
+            "DecoderConfig: got None, expected an object",
         ),
         (lambda f: drop_json(f / "dalle/config.json", "decoder", "positions"), "fields: positions"),
         (lambda f: (f / "dalle/config.json").unlink(), "does not load.*No such file"),
@@ -278,13 +278,13 @@ def test_parts_that_do_not_fit_are_refused(pipeline: TextToImagePipeline) -> Non
         TextToImagePipeline(
             dalle=pipeline.dalle,
             vqvae=tiny.build_vqvae(fsq_levels=(4, 3)),
-            captions=pipeline.captions,
+            text_tokenizer=pipeline.text_tokenizer,
         )
     with pytest.raises(ValueError, match="captions: text_length is 9, the decoder wants 8"):
         TextToImagePipeline(
             dalle=pipeline.dalle,
             vqvae=pipeline.vqvae,
-            captions=tiny.build_text_tokenizer(text_length=9),
+            text_tokenizer=tiny.build_text_tokenizer(text_length=9),
         )
 
 
@@ -366,5 +366,5 @@ def test_folder_records_generates_any_order(
     (own_copy / "model_index.json").write_text(json.dumps(index))
     assert not TextToImagePipeline.from_pretrained(own_copy).generates_any_order
     change_json(own_copy / "model_index.json", generates_any_order=1)
-    with pytest.raises(UserError, match="generates_any_order: got 1, wanted true or false"):
+    with pytest.raises(UserError, match="generates_any_order: got 1, expected true or false"):
         TextToImagePipeline.from_pretrained(own_copy)

@@ -1,4 +1,4 @@
-"""The shipped model can be made again: the commands of its presets, on a few pictures."""
+"""The shipped model can be made again: the commands of its presets, on a few images."""
 
 import json
 import re
@@ -25,7 +25,7 @@ def commands_of(name: str) -> list[list[str]]:
 
 
 def keep_few_images(data: Path) -> int:
-    """Leave two whole roles, held-out cells among them, and every fortieth other picture."""
+    """Leave two whole roles, held-out cells among them, and every fortieth other image."""
     path = data / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [
@@ -63,5 +63,5 @@ def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_pat
     sizes = found["protocol"]["data"]
     assert sizes["train"] + sizes["test_compose"] == count
     assert found["decoder"]["splits"]["test_compose"]["its caption"]["nats_per_token"]["value"] > 1
-    assert set(found["composition"]) >= {"one picture", "best of 2"}
+    assert set(found["composition"]) >= {"one image", "best of 2"}
     assert (tmp_path / "held_out_cells.png").is_file()

@@ -1,4 +1,4 @@
-"""The whole road in three minutes: a model learns the shapes world and draws what it is told."""
+"""The whole road in three minutes: a model learns the shapes world and generates what it is told."""
 
 import json
 from pathlib import Path
@@ -37,8 +37,8 @@ def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
         for split, ways in found.items()
     }
     assert set(fractions) == {"test", "test_compose"}
-    assert fractions["test"]["one picture"] >= 0.9
-    assert fractions["test_compose"]["one picture"] >= 0.6
+    assert fractions["test"]["one image"] >= 0.9
+    assert fractions["test_compose"]["one image"] >= 0.6
     for ways in fractions.values():
         assert ways[CEILING] >= 0.8  # a tokenizer of 1.2 minutes blurs small shapes
         assert ways[FLOOR] < 0.05  # the checker does not say yes to everything

@@ -1,4 +1,4 @@
-"""Two real processes do what one does: the same samples, the same losses, the same pictures."""
+"""Two real processes do what one does: the same samples, the same losses, the same images."""
 
 import dataclasses
 import itertools
@@ -129,10 +129,10 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
                 assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
     assert tiny.losses(pair / "line") == pytest.approx(tiny.losses(alone / "line"), rel=1e-5)
 
-    training_worker.generate(tmp_path / "model", alone / "pictures")
-    expected = images_of(alone / "pictures")
+    training_worker.generate(tmp_path / "model", alone / "images")
+    expected = images_of(alone / "images")
     assert len(expected) == 2 * len(training_worker.PROMPTS) + 1
-    assert images_of(pair / "pictures") == expected
+    assert images_of(pair / "images") == expected
     with capsys.disabled():
         print("two processes: " + "; ".join(lines))
 

@@ -33,7 +33,7 @@ class VQVAEConfig:
     channels: tuple[int, ...] = (96, 192)
     """Feature channels of each stage, finest first."""
     encoder_kernel_size: EncoderKernelSize = 1
-    """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbours.
+    """Side of the encoder's kernels: with 1 a token sees its own patch alone, with 3 neighbors.
     Read by ``patches`` only."""
     num_encoder_blocks: int = 2
     """Residual blocks per encoder stage."""
@@ -56,28 +56,30 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         """Refuse sizes that no network can be built from."""
         if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"channels: got {self.channels}, wanted one positive size per stage")
+            raise ValueError(f"channels: got {self.channels}, expected one positive size per stage")
         if self.patch_size < 1:
-            raise ValueError(f"patch_size: got {self.patch_size}, wanted at least 1")
+            raise ValueError(f"patch_size: got {self.patch_size}, expected at least 1")
         if self.image_size < 1 or self.image_size % self.downsampling:
             raise ValueError(
-                f"image_size: got {self.image_size}, wanted a multiple of {self.downsampling} "
+                f"image_size: got {self.image_size}, expected a multiple of {self.downsampling} "
                 f"(patch_size {self.patch_size}, halved {len(self.channels) - 1} times)"
             )
         if min(self.num_encoder_blocks, self.num_decoder_blocks) < 0:
             raise ValueError(
                 "num_encoder_blocks and num_decoder_blocks: got "
-                f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, wanted 0 or more"
+                f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, expected 0 or more"
             )
         if self.encoder_kernel_size not in get_args(EncoderKernelSize):
-            raise ValueError(f"encoder_kernel_size: got {self.encoder_kernel_size}, wanted 1 or 3")
+            raise ValueError(
+                f"encoder_kernel_size: got {self.encoder_kernel_size}, expected 1 or 3"
+            )
         self._check_words()
         if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"fsq_levels: got {self.fsq_levels}, wanted levels of 2 or more")
+            raise ValueError(f"fsq_levels: got {self.fsq_levels}, expected levels of 2 or more")
         if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
             raise ValueError(
                 f"vq_codebook_size and vq_code_dim: got {self.vq_codebook_size} and "
-                f"{self.vq_code_dim}, wanted at least 2 and 1"
+                f"{self.vq_code_dim}, expected at least 2 and 1"
             )
 
     def _check_words(self) -> None:
@@ -88,12 +90,14 @@ class VQVAEConfig:
         ):
             got, expected = getattr(self, name), get_args(choices)
             if got not in expected:
-                raise ValueError(f"{name}: got {got!r}, wanted one of {', '.join(expected)}")
+                raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(expected)}")
         if self.architecture == "dalle":
             if self.patch_size != 1:
-                raise ValueError(f"patch_size: got {self.patch_size}, wanted 1 for dalle")
+                raise ValueError(f"patch_size: got {self.patch_size}, expected 1 for dalle")
             if any(width % 4 for width in self.channels):
-                raise ValueError(f"channels: got {self.channels}, wanted multiples of 4 for dalle")
+                raise ValueError(
+                    f"channels: got {self.channels}, expected multiples of 4 for dalle"
+                )
 
     @property
     def downsampling(self) -> int:

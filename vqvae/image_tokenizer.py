@@ -69,14 +69,14 @@ def require_pixels(pixels: Tensor, image_size: int) -> None:
 
     Args:
         pixels: (batch, 3, height, width).
-        image_size: Wanted height and width.
+        image_size: Expected height and width.
 
     Raises:
         ValueError: If they have another one.
     """
     if pixels.shape[-2:] != (image_size, image_size):
         got = tuple(pixels.shape[-2:])
-        raise ValueError(f"pixels: got {got}, wanted {image_size} x {image_size}")
+        raise ValueError(f"pixels: got {got}, expected {image_size} x {image_size}")
 
 
 def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None:
@@ -92,18 +92,18 @@ def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None
     if token_ids.numel() and not 0 <= token_ids.min() <= token_ids.max() < codebook_size:
         raise ValueError(
             f"token_ids: got {int(token_ids.min())} to {int(token_ids.max())}, "
-            f"wanted 0 to {codebook_size - 1}"
+            f"expected 0 to {codebook_size - 1}"
         )
 
 
 def require_working(tokenizer: ImageTokenizer) -> None:
-    """Send one grey picture through a tokenizer: sizes that load may still contradict each other.
+    """Send one gray image through a tokenizer: sizes that load may still contradict each other.
 
     Args:
         tokenizer: On any device.
 
     Raises:
-        ValueError: If the picture does not come back.
+        ValueError: If the image does not come back.
     """
     size = tokenizer.config.image_size
     device = next(tokenizer.parameters()).device
@@ -112,4 +112,4 @@ def require_working(tokenizer: ImageTokenizer) -> None:
         tokenizer.decode_from_token_ids(token_ids)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"this tokenizer loads but takes no picture: {reason}") from None
+        raise ValueError(f"this tokenizer loads but takes no image: {reason}") from None

@@ -38,7 +38,7 @@ def logit_laplace_loss(
     if parameters.shape != (batch, 2 * channels, height, width):
         raise ValueError(
             f"parameters has shape {tuple(parameters.shape)}; "
-            f"wanted {(batch, 2 * channels, height, width)} for pixels {tuple(pixels.shape)}"
+            f"expected {(batch, 2 * channels, height, width)} for pixels {tuple(pixels.shape)}"
         )
     mean, raw_log_scale = parameters.float().chunk(2, dim=1)
     log_scale = LOG_SCALE_FLOOR + F.softplus(raw_log_scale - LOG_SCALE_FLOOR)

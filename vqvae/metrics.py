@@ -28,7 +28,7 @@ def psnr(
     if reconstruction.shape != pixels.shape:
         raise ValueError(
             f"reconstruction has shape {tuple(reconstruction.shape)}; "
-            f"wanted that of pixels, {tuple(pixels.shape)}"
+            f"expected that of pixels, {tuple(pixels.shape)}"
         )
     difference = reconstruction.float().clamp(-1, 1) - pixels.float()
     mean_squares = difference.square().mean(dim=(1, 2, 3))
@@ -71,12 +71,12 @@ def token_counts(
     """
     counts = torch.bincount(token_ids.flatten(), minlength=codebook_size)
     if len(counts) > codebook_size:
-        raise ValueError(f"largest token id is {len(counts) - 1}; wanted < {codebook_size}")
+        raise ValueError(f"largest token id is {len(counts) - 1}; expected < {codebook_size}")
     return counts
 
 
 def codebook_usage(counts: Int[Tensor, " codebook_size"]) -> Float[Tensor, ""]:
-    """Measure the share of the codes that occur at all.
+    """Measure the fraction of the codes that occur at all.
 
     Args:
         counts: Occurrences of each code, as from `token_counts`.
@@ -101,5 +101,5 @@ def codebook_perplexity(counts: Int[Tensor, " codebook_size"]) -> Float[Tensor, 
     """
     total = int(counts.sum())
     if total == 0:
-        raise ValueError("counts sum to 0; wanted at least one token")
+        raise ValueError("counts sum to 0; expected at least one token")
     return torch.special.entr(counts.double() / total).sum().exp().float()

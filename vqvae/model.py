@@ -332,7 +332,7 @@ def _read_config(path: Path) -> VQVAEConfig:
     values = read_json(path)
     version = values.pop("format_version", None)
     if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
+        raise ValueError(f"{path}: format_version: got {shown(version)}, expected {FORMAT_VERSION}")
     try:
         return build_config(VQVAEConfig, LATER_FIELDS | values)
     except ValueError as error:

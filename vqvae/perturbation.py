@@ -1,8 +1,8 @@
 """Wrong tokens on purpose, so that the decoder learns to live with what a sampler gets wrong.
 
-Source: Qiu et al. 2025 (arXiv:2503.08354): in a share of the pictures a share of the tokens is
+Source: Qiu et al. 2025 (arXiv:2503.08354): in a fraction of the images a fraction of the tokens is
 replaced by one of the nearest codes. What we do otherwise: nearness is that of the codes to the
-chosen code, so that one rule serves every quantizer; the share of tokens is drawn for each picture.
+chosen code, so that one rule serves every quantizer; the fraction of tokens is generated for each image.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Perturbation:
     """How many tokens are replaced, and by what."""
 
     image_fraction: float
-    """Share of the pictures that are touched, in [0, 1]."""
+    """Fraction of the images that are touched, in [0, 1]."""
     token_fraction: float
-    """Largest share of such a picture's tokens; each picture's own is uniform up to this."""
+    """Largest fraction of such an image's tokens; each image's own is uniform up to this."""
     num_neighbours: int
-    """Nearest codes to draw from; the codebook's size, or more, means any other code."""
+    """Nearest codes to generate from; the codebook's size, or more, means any other code."""
 
 
 def perturb_latents(
@@ -40,7 +40,7 @@ def perturb_latents(
         quantized: The latents and tokens of a batch.
         codebook: All codes, in the order of their ids.
         perturbation: How much.
-        generator: Draws pictures, tokens and codes.
+        generator: Generates images, tokens and codes.
 
     Returns:
         What the decoder is to receive; gradients pass as if nothing had been replaced.

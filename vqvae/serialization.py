@@ -43,11 +43,11 @@ def own_file(folder: Path, name: str) -> Path:
     """
     path, root = folder / name, folder.resolve()
     if not path.is_file():
-        raise ValueError(f"{path}: No such file; wanted a regular file")
+        raise ValueError(f"{path}: No such file; expected a regular file")
     cache = [up.parent / "blobs" for up in root.parents[:2] if up.name == "snapshots"]
     target = path.resolve()
     if not any(target.is_relative_to(place) for place in (root, *cache)):
-        raise ValueError(f"{path}: a link that leads out of the folder; wanted the file itself")
+        raise ValueError(f"{path}: a link that leads out of the folder; expected the file itself")
     return path
 
 
@@ -82,7 +82,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {shown(error)}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {type(values).__name__}, wanted an object")
+        raise ValueError(f"{path}: got {type(values).__name__}, expected an object")
     return values
 
 
@@ -104,7 +104,7 @@ def build_config(config_class: type[Config], values: Any) -> Config:
     """
     name = config_class.__name__
     if not isinstance(values, dict):
-        raise ValueError(f"{name}: got {shown(repr(values))}, wanted an object")
+        raise ValueError(f"{name}: got {shown(repr(values))}, expected an object")
     hints = get_type_hints(config_class)
     fields = dataclasses.fields(config_class)  # type: ignore[arg-type]
     older = {each.name for each in fields if "later" in each.metadata} - values.keys()
@@ -128,7 +128,7 @@ def shown(value: object) -> str:
 
 
 def _typed(key: str, value: Any, expected: Any) -> Any:
-    """Return a value if it is of the wanted type; True is no number, and 1.0 no count."""
+    """Return a value if it is of the expected type; True is no number, and 1.0 no count."""
     if dataclasses.is_dataclass(expected):
         return build_config(expected, value)  # type: ignore[arg-type]
     kinds = get_args(expected)
@@ -149,7 +149,7 @@ def _typed(key: str, value: Any, expected: Any) -> Any:
         names = {int: "a whole number", str: "text", bool: "true or false"}
         fits, words = type(value) is expected, names[expected]
     if not fits:
-        raise ValueError(f"{key}: got {shown(repr(value))}, wanted {words}")
+        raise ValueError(f"{key}: got {shown(repr(value))}, expected {words}")
     return value
 
 
@@ -165,7 +165,7 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"got the number {shown(text)}, wanted finite ones")
+        raise ValueError(f"got the number {shown(text)}, expected finite ones")
     return number
 
 
@@ -213,7 +213,7 @@ def build_checked(
         for name in sorted(stored.keys() | expected.keys()):
             if stored.get(name) != expected.get(name):
                 got, want = (_shown(each.get(name)) for each in (stored, expected))
-                raise ValueError(f"tensor {name[:80]}: got {got}, wanted {want}")
+                raise ValueError(f"tensor {name[:80]}: got {got}, expected {want}")
         return model
     except (SafetensorError, RuntimeError, OverflowError, OSError, ValueError) as error:
         raise _not_loaded(path, error) from None
@@ -248,7 +248,7 @@ def _read_header(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype | N
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"header: got {header_bytes} bytes, wanted up to {MAX_HEADER_BYTES}")
+        raise ValueError(f"header: got {header_bytes} bytes, expected up to {MAX_HEADER_BYTES}")
     with safe_open(path, framework="pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}
         return {

@@ -1,4 +1,4 @@
-"""The page that ``app.py`` serves: a prompt in, pictures out, and nothing of it leaves the machine.
+"""The page that ``app.py`` serves: a prompt in, images out, and nothing of it leaves the machine.
 
 Limits of a page hold only in the browser, so everything that arrives is checked here again. No text
 of a user is ever shown as HTML or Markdown.
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 MAX_PROMPT_LENGTH = 500  # characters
 MAX_SEED = 2**53 - 1  # what a browser holds exactly
 MAX_WAITING = 16  # requests in the queue; further ones are refused
-CALLS_KEPT = 64  # of which pictures can still be downloaded
+CALLS_KEPT = 64  # of which images can still be downloaded
 LIMITS = {
     "num_images": (1, 16),
     "seed": (0, MAX_SEED),
@@ -38,14 +38,14 @@ LIMITS = {
 
 
 class PageBackend:
-    """Draws for the page, one call after the other."""
+    """Generates for the page, one call after the other."""
 
     def __init__(self, pipeline: TextToImagePipeline, folder: Path, *, name: str) -> None:
         """Prepare.
 
         Args:
             pipeline: The model.
-            folder: For the pictures; empty.
+            folder: For the images; empty.
             name: Of the model, for the files.
         """
         self.pipeline, self.folder, self.name = pipeline, folder, name
@@ -54,7 +54,7 @@ class PageBackend:
     def generate(
         self, prompt: Any, num_images: Any, seed: Any, guidance_scale: Any, temperature: Any
     ) -> list[tuple[str, str]]:
-        """Draw pictures of one prompt into files.
+        """Generate images of one prompt into files.
 
         Args:
             prompt: Some text, up to ``MAX_PROMPT_LENGTH`` characters.
@@ -64,7 +64,7 @@ class PageBackend:
             temperature: Below 1 plays safe.
 
         Returns:
-            The path of each picture, and a caption with prompt and seed.
+            The path of each image, and a caption with prompt and seed.
 
         Raises:
             UserError: If a value is of another type or outside of ``LIMITS``.
@@ -74,14 +74,14 @@ class PageBackend:
         self.pipeline.check([prompt], num_images=count, num_candidates=1, seed=first)
         if len(prompt) > MAX_PROMPT_LENGTH:
             raise UserError(
-                f"prompt: got {len(prompt)} characters, wanted at most {MAX_PROMPT_LENGTH}"
+                f"prompt: got {len(prompt)} characters, expected at most {MAX_PROMPT_LENGTH}"
             )
         changes: dict[str, Any] = {
             "guidance_scale": _number("guidance_scale", guidance_scale),
             "temperature": _number("temperature", temperature),
         }
         generated = self.pipeline(prompt, num_images=count, seed=first, **changes)
-        settings = {
+        metadata = {
             "model": self.name,
             "num_candidates": 1,
             **dataclasses.asdict(self.pipeline.resolve_sampling_config(changes)),
@@ -91,7 +91,7 @@ class PageBackend:
         images = []
         for image, image_seed in zip(generated.images, generated.seeds, strict=True):
             path = folder / image_name(0, prompt, image_seed)
-            save_image(image, path, prompt=prompt, seed=image_seed, settings=settings)
+            save_image(image, path, prompt=prompt, seed=image_seed, metadata=metadata)
             images.append((str(path), f"{prompt} · seed {image_seed}"))
         return images
 
@@ -108,7 +108,7 @@ def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
     is_number = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
     if not is_number or (is_whole and value != int(value)):
         kind = "a whole number" if is_whole else "a number"
-        raise UserError(f"{name}: got {str(value)[:40]!r}, wanted {kind} from {low} to {high}")
+        raise UserError(f"{name}: got {str(value)[:40]!r}, expected {kind} from {low} to {high}")
     return int(value) if is_whole else float(value)
 
 
@@ -116,7 +116,7 @@ def build_page(backend: PageBackend) -> Any:
     """Lay out the page.
 
     Args:
-        painter: Draws.
+        backend: Generates.
 
     Returns:
         Gradio's blocks, with a bounded queue.
@@ -130,14 +130,14 @@ def build_page(backend: PageBackend) -> Any:
             raise gr.Error(str(error), print_exception=False) from None
         return images, [path for path, _ in images]
 
-    settings = backend.pipeline.settings
+    settings = backend.pipeline.sampling_config
     with gr.Blocks(
         title="dalle_mini_impl", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
         prompt = gr.Textbox(label="Prompt / 프롬프트", max_length=MAX_PROMPT_LENGTH, autofocus=True)
         with gr.Row():
             low, high = LIMITS["num_images"]
-            count = gr.Slider(low, high, value=4, step=1, label="Pictures / 그림 수")
+            count = gr.Slider(low, high, value=4, step=1, label="Images / 그림 수")
             seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed / 시드")
             low, high = LIMITS["guidance_scale"]
             guidance = gr.Slider(
@@ -148,9 +148,9 @@ def build_page(backend: PageBackend) -> Any:
                 low, high, value=settings.temperature, step=0.05, label="Temperature / 다양성"
             )
         button = gr.Button("Draw / 그리기", variant="primary")
-        # Without Gradio's own share button, which sends the picture out.
+        # Without Gradio's own share button, which sends the image out.
         gallery = gr.Gallery(
-            label="Pictures / 그림",
+            label="Images / 그림",
             columns=4,
             interactive=False,
             buttons=["download", "fullscreen"],
@@ -160,7 +160,9 @@ def build_page(backend: PageBackend) -> Any:
             interactive=False,
         )
         inputs = [prompt, count, seed, guidance, temperature]
-        gr.on([button.click, prompt.submit], generate, inputs, [gallery, files], api_name="draw")
+        gr.on(
+            [button.click, prompt.submit], generate, inputs, [gallery, files], api_name="generate"
+        )
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -177,7 +179,7 @@ def serve(
         model: Model folder.
         host: Address to listen on.
         port: Its port.
-        native: Draw with the compiled pass and weights of this kind, where that is possible.
+        native: Generate with the compiled pass and weights of this kind, where that is possible.
 
     Raises:
         UserError: If the model does not load, Gradio is missing or the port is taken.
@@ -185,7 +187,7 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")
         if importlib.util.find_spec("gradio") is None:
-            raise UserError("app: Gradio is missing; wanted pip install -e '.[app]'")
+            raise UserError("app: Gradio is missing; expected pip install -e '.[app]'")
         use_fast_float32()
         pipeline = TextToImagePipeline.from_pretrained(model)
         if native is not None:
@@ -201,7 +203,7 @@ def serve(
                 max_file_size=1, prevent_thread_lock=True,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"port: got {port}: {error}; wanted a free one") from None
+            raise UserError(f"port: got {port}: {error}; expected a free one") from None
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         logger.info(f"the page is at {page.local_url} ; Ctrl-C ends it")
         try:

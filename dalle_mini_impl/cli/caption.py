@@ -1,4 +1,4 @@
-"""What ``caption.py`` does: captions for pictures, from a list or from the decoder's own words."""
+"""What ``caption.py`` does: captions for images, from a list or from the decoder's own words."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,9 +22,9 @@ def complete_captions(
     Args:
         pipeline: The model.
         start: The beginning; may be empty.
-        num_samples: Captions: the first takes the likeliest token each time, the others are drawn.
+        num_samples: Captions: the first takes the likeliest token each time, the others are generated.
         num_tokens: Tokens that each grows by; a caption has no end of its own.
-        seed: Of the first drawn one.
+        seed: Of the first generated one.
 
     Returns:
         Different captions, in that order.
@@ -34,22 +34,22 @@ def complete_captions(
     """
     for name, count in (("num_samples", num_samples), ("num_tokens", num_tokens)):
         if count < 1:
-            raise UserError(f"{name}: got {count}, wanted at least 1")
-    longest = pipeline.captions.text_length
+            raise UserError(f"{name}: got {count}, expected at least 1")
+    longest = pipeline.text_tokenizer.text_length
     if num_tokens > longest:
-        raise UserError(f"num_tokens: got {num_tokens}, wanted at most the model's {longest}")
+        raise UserError(f"num_tokens: got {num_tokens}, expected at most the model's {longest}")
     if not 0 <= seed < 2**63 - num_samples:
-        raise UserError(f"seed: got {seed}, wanted 0 to 2 ** 63 - {num_samples + 1}")
+        raise UserError(f"seed: got {seed}, expected 0 to 2 ** 63 - {num_samples + 1}")
     dalle = _writer_of_captions(pipeline, "complete")
-    captions, device = pipeline.captions, pipeline.dalle.image_head.rows.device
-    null = captions.null_text_token_ids().unsqueeze(0)
-    prefix = (captions.encode([start]) if start.strip() else null).to(device)
+    text_tokenizer, device = pipeline.text_tokenizer, pipeline.dalle.image_head.rows.device
+    null = text_tokenizer.null_text_token_ids().unsqueeze(0)
+    prefix = (text_tokenizer.encode([start]) if start.strip() else null).to(device)
     rows = [complete_text(dalle, prefix, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
         generated = prefix.expand(len(seeds), -1)
         rows.append(complete_text(dalle, generated, num_tokens=num_tokens, seeds=seeds))
-    written = captions.decode(torch.cat(rows))
+    written = text_tokenizer.decode(torch.cat(rows))
     # Tokens may be parts of a letter, and a caption may begin or end within one.
     return list(dict.fromkeys(text.strip("\N{REPLACEMENT CHARACTER}") for text in written))
 
@@ -60,7 +60,7 @@ def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
         return pipeline.dalle
     raise UserError(
         f"{option}: this model reads captions and writes none (its decoder.architecture is "
-        f"{pipeline.dalle.config.decoder.architecture}); wanted decoder_only"
+        f"{pipeline.dalle.config.decoder.architecture}); expected decoder_only"
     )
 
 
@@ -91,34 +91,36 @@ def caption_images(
     use_prior: bool = False,
     top: int = 5,
 ) -> Iterator[dict[str, Any]]:
-    """Rank captions for each picture.
+    """Rank captions for each image.
 
     Args:
         pipeline: The model.
-        images: Picture files.
+        images: Image files.
         captions: Candidates; the same one twice counts once.
         use_prior: Weigh them by p(caption).
-        top: How many are named per picture.
+        top: How many are named per image.
 
     Yields:
-        Path of a picture and its best captions, each with its share of the probability of all
+        Path of an image and its best captions, each with its fraction of the probability of all
         candidates, log p(image | caption), log p(image | caption) - log p(image), which compares
-        pictures, and log p(caption), None of a model that writes no captions; in nats.
+        images, and log p(caption), None of a model that writes no captions; in nats.
 
     Raises:
-        UserError: If there is no picture or no caption, one is empty, or a picture cannot be read.
+        UserError: If there is no image or no caption, one is empty, or an image cannot be read.
     """
     if not images:
-        raise UserError("images: none given; wanted --images, --complete or --evaluate")
+        raise UserError("images: none given; expected --images, --complete or --evaluate")
     unique = list(dict.fromkeys(captions))
     if not unique:
-        raise UserError("caption: none given; wanted --caption, --captions-file or --complete")
+        raise UserError("caption: none given; expected --caption, --captions-file or --complete")
     if top < 1:
-        raise UserError(f"top: got {top}, wanted at least 1")
+        raise UserError(f"top: got {top}, expected at least 1")
     if use_prior:
         _writer_of_captions(pipeline, "use_prior")
     loaded_images = [read_image_file(path, field="images") for path in images]
-    text_token_ids = pipeline.captions.encode(unique).to(pipeline.dalle.image_head.rows.device)
+    text_token_ids = pipeline.text_tokenizer.encode(unique).to(
+        pipeline.dalle.image_head.rows.device
+    )
     for path, image in zip(images, loaded_images, strict=True):
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([image]))
         probabilities = scores.probabilities(use_prior=use_prior)[0]
@@ -128,7 +130,7 @@ def caption_images(
             "captions": [
                 {
                     "caption": unique[index],
-                    "share": round(float(probabilities[index]), 4),
+                    "probability": round(float(probabilities[index]), 4),
                     "image_nats": round(float(scores.image_given_text[0, index]), 2),
                     "log_likelihood_ratio_nats": round(
                         float(scores.image_given_text[0, index] - scores.image[0]), 2

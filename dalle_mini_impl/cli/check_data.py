@@ -35,7 +35,7 @@ def estimate_lines(
     Args:
         config: The run.
         vqvae: Its image tokenizer, trained or not.
-        report: On its pictures.
+        report: On its images.
 
     Returns:
         Plain lines; sizes are for each process.
@@ -51,7 +51,7 @@ def estimate_lines(
     pixel_bytes = num_images * 3 * size * size
     lines = [
         f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {size} x {size})",
-        f"reading the pictures: {num_images * report.seconds_per_image:.0f} s",
+        f"reading the images: {num_images * report.seconds_per_image:.0f} s",
     ]
     if isinstance(config, VQVAERunConfig):
         model: nn.Module = vqvae.to(device).train()
@@ -62,8 +62,8 @@ def estimate_lines(
         )
         encoding = _encoding_seconds(vqvae.to(device).eval()) * num_images * config.num_views
         lines += [
-            f"token table: {_readable(token_bytes)} ({grid} tokens a picture)",
-            f"encoding the pictures: {encoding:.0f} s",
+            f"token table: {_readable(token_bytes)} ({grid} tokens an image)",
+            f"encoding the images: {encoding:.0f} s",
         ]
         model = _build_dalle(config, vqvae).to(device).train()
         if config.training.activation_checkpointing:
@@ -139,7 +139,7 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
     epochs = steps * training.global_batch_size / max(1, num_train)
     return (
         f"training: a step takes about {seconds:.3f} s on one process; {steps} steps take about "
-        f"{steps * seconds / 60:.1f} minutes and show each picture {epochs:.1f} times"
+        f"{steps * seconds / 60:.1f} minutes and show each image {epochs:.1f} times"
     )
 
 

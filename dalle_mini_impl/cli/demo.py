@@ -1,4 +1,4 @@
-"""The pictures at the end of a demo: fixed prompts in two languages, and held-out combinations."""
+"""The images at the end of a demo: fixed prompts in two languages, and held-out combinations."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two id
 
 
 def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Draw the demo's grids with a trained model.
+    """Generate the demo's grids with a trained model.
 
     Args:
         model_dir: Model folder.
@@ -22,7 +22,7 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         out: Folder for ``prompts.png``, ``prompts_ko.png`` and ``held_out.png``.
 
     Returns:
-        Lines that say where the pictures are and how well the model composes.
+        Lines that say where the images are and how well the model composes.
     """
     pipeline = TextToImagePipeline.from_pretrained(model_dir)
     for name, prompts in (("prompts.png", FIXED_PROMPTS), ("prompts_ko.png", FIXED_PROMPTS_KO)):
@@ -37,13 +37,13 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         f"{report.tone_accuracy:.0%} (chance 20%), right gender {report.gender_accuracy:.0%}",
         f"fixed prompts: {out / 'prompts.png'}",
         f"the same in Korean: {out / 'prompts_ko.png'}",
-        f"unseen combinations beside the true pictures: {out / 'held_out.png'}",
+        f"unseen combinations beside the true images: {out / 'held_out.png'}",
         *steps_report(model_dir.parent),
     ]
 
 
 def steps_report(run_dir: Path) -> list[str]:
-    """Say so if the decoder trained for far fewer steps than the one behind the README's pictures.
+    """Say so if the decoder trained for far fewer steps than the one behind the README's images.
 
     Args:
         run_dir: Folder of the decoder's run.
@@ -56,23 +56,23 @@ def steps_report(run_dir: Path) -> list[str]:
     if not 0 < steps < 0.8 * README_STEPS:
         return []
     return [
-        f"the README's pictures took about {README_STEPS} steps; this run made {steps}: close "
+        f"the README's images took about {README_STEPS} steps; this run made {steps}: close "
         "other programs and run again in another folder, or raise max_minutes in the preset"
     ]
 
 
 def held_out_sheet(report: GridReport) -> Image.Image:
-    """Lay held-out drawings out beside the true pictures.
+    """Lay held-out generated images out beside the true images.
 
     Args:
         report: Of ``evaluate_grid``.
 
     Returns:
-        Pairs of drawn and true pictures.
+        Pairs of generated and true images.
     """
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
     for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):
-        images += [report.generated[index], report.true[index]]
-        captions += [report.captions[index], "(true picture)"]
+        images += [report.generated[index], report.reference[index]]
+        captions += [report.captions[index], "(true image)"]
     return make_grid(images, columns=8, captions=captions)

@@ -50,7 +50,7 @@ from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("dalle-mini-impl", "torch", "numpy", "scipy", "scikit-image", "pillow")
-ONE = "one picture"
+ONE = "one image"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,44 +60,44 @@ class EvaluationConfig:
     model: str
     """Model folder."""
     data: str
-    """Captioned pictures, as in training."""
+    """Captioned images, as in training."""
     out: Path
     """Folder of the report."""
     styles: tuple[str, ...] = ()
-    """Styles of emoji that are drawn; all when empty."""
+    """Styles of emoji that are generated; all when empty."""
     language: str = "en"
     """Of the captions: ``en`` or ``ko``."""
     num_candidates: int = 1
-    """Pictures drawn per caption; from 2 on the best of them is judged as well."""
+    """Images generated per caption; from 2 on the best of them is judged as well."""
     seed: int = 0
-    """Of the first picture, and of every other random choice."""
+    """Of the first image, and of every other random choice."""
     max_samples: int = 512
-    """Pictures per style or split that are drawn, or whose loss is measured."""
+    """Images per style or split that are generated, or whose loss is measured."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``SamplingConfig``."""
     native: NativeWeights | None = None
-    """Draw with the compiled pass and weights of this kind, where that is possible; likelihoods are
+    """Generate with the compiled pass and weights of this kind, where that is possible; likelihoods are
     torch's in any case."""
     clip: str | None = None
-    """Folder or name of a CLIP that says how well drawings fit their captions."""
+    """Folder or name of a CLIP that says how well generated images fit their captions."""
     tracking: Literal["auto", "online", "offline", "disabled"] | None = None
     """W&B mode; None asks the model's run."""
 
 
 def evaluate(config: EvaluationConfig) -> Path:
-    """Measure a model on held-out pictures and write a report.
+    """Measure a model on held-out images and write a report.
 
     Args:
         config: What and how.
 
     Returns:
-        The report's ``report.md``; ``report.json`` and the pictures lie beside it.
+        The report's ``report.md``; ``report.json`` and the images lie beside it.
 
     Raises:
         UserError: If model, data or an option do not serve.
     """
     if config.max_samples < 1:
-        raise UserError(f"max_samples: got {config.max_samples}, wanted at least 1")
+        raise UserError(f"max_samples: got {config.max_samples}, expected at least 1")
     use_fast_float32()
     make_folder(config.out, field="out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +108,7 @@ def evaluate(config: EvaluationConfig) -> Path:
     ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
     clock = _Clock()
     data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
-    clock.lap("pictures read and tokenized")
+    clock.lap("images read and tokenized")
     sections = _measure(pipeline, data, sampling_config, config, clock, ranker)
     protocol = _protocol(pipeline, data, sampling_config, config)
     write_report(config.out, f"Evaluation of {config.model}", protocol, sections)
@@ -140,7 +140,7 @@ def _measure(
     clock: _Clock,
     ranker: ImageRanker | None,
 ) -> list[Section]:
-    """Draw, and judge the drawings in every way."""
+    """Generate, and judge the generated images in every way."""
     vqvae, seed = pipeline.vqvae, config.seed
     prompts: list[HeldOutPrompt] = []
     if data.kind == "emoji":
@@ -156,7 +156,7 @@ def _measure(
         num_candidates=config.num_candidates,
         seed=seed,
     )
-    clock.lap(f"{candidates.log_likelihood_ratios.numel()} pictures drawn")
+    clock.lap(f"{candidates.log_likelihood_ratios.numel()} images generated")
     ways = {ONE: decode(vqvae, candidates.first)}
     if config.num_candidates > 1:
         ways[f"best of {config.num_candidates}"] = decode(vqvae, candidates.best)
@@ -171,10 +171,10 @@ def _measure(
         sections.append(
             measure_clip_score(ranker, ways, reference.pixels, reference.captions, seed=seed)
         )
-    clock.lap("drawings judged")
+    clock.lap("generated images judged")
     generated = Samples(reference.pairs, ways[ONE], candidates.first)
     sections += _compare(pipeline, data, generated, reference, reconstructions, seed=seed)
-    clock.lap("drawings compared with true pictures")
+    clock.lap("generated images compared with true images")
     splits = {"train": data.train, **data.held_out}
     sections.insert(1, measure_likelihood(
         pipeline, splits, max_samples=config.max_samples, seed=seed
@@ -192,20 +192,20 @@ def _compare(
     *,
     seed: int,
 ) -> list[Section]:
-    """Compare drawings as a set with true pictures, and each with the training set."""
+    """Compare generated images as a set with true images, and each with the training set."""
     space = FeatureSpace(data.train.pixels)
     features = {
-        "drawn": space(generated.pixels),
+        "generated": space(generated.pixels),
         "held_out": space(reference.pixels),
-        "rebuilt": space(reconstructions),
+        "reconstructed": space(reconstructions),
         "train": space(data.train.pixels),
     }
     nearest = torch.cdist(features["held_out"], features["train"]).argmin(dim=1)
     copies = decode(pipeline.vqvae, data.train.image_token_ids[nearest])
     features["copies"] = space(copies)
-    others = {"drawings": generated.pixels, "true pictures, rebuilt": reconstructions}
+    others = {"generated": generated.pixels, "true images, reconstructed": reconstructions}
     if len(data.train) >= len(reference):
-        others["training pictures"] = data.train.spread(len(reference)).pixels
+        others["training images"] = data.train.spread(len(reference)).pixels
     spaces = [space]
     if network := network_or_none():
         spaces.append(FeatureSpace(reference.pixels, describe=network))

@@ -28,9 +28,9 @@ from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
 
 logger = logging.getLogger(__name__)
 
-IMAGES_AT_A_TIME = 64  # drawn, then written: so much is lost at most
+IMAGES_AT_A_TIME = 64  # generated, then written: so much is lost at most
 CLIP_FOLDER = "clip"  # of a model folder
-MAX_IMAGES = 100_000  # of one call: days of drawing, and a slip of the finger beyond
+MAX_IMAGES = 100_000  # of one call: days of generation, and a slip of the finger beyond
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Ranking:
     """The CLIP: a folder, or a name on the Hub. The folder ``clip`` of the model when None."""
 
     def check(self, model: str) -> None:
-        """Refuse what cannot rank, before anything is drawn or loaded.
+        """Refuse what cannot rank, before anything is generated or loaded.
 
         Args:
             model: Model folder.
@@ -52,10 +52,10 @@ class Ranking:
             UserError: If there is no CLIP to rank by, or one that nobody asked for.
         """
         if self.by != "clip" and self.clip is not None:
-            raise UserError(f"clip: got {self.clip} with --rank {self.by}, wanted --rank clip")
+            raise UserError(f"clip: got {self.clip} with --rank {self.by}, expected --rank clip")
         if self.by == "clip" and self.clip is None and not (Path(model) / CLIP_FOLDER).is_dir():
             raise UserError(
-                f"rank: got clip, but {model} has no folder {CLIP_FOLDER}; wanted --clip with a "
+                f"rank: got clip, but {model} has no folder {CLIP_FOLDER}; expected --clip with a "
                 "folder that train_clip.py wrote, or the name of a CLIP of transformers"
             )
 
@@ -90,17 +90,17 @@ def generate_to_folder(
     native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
-    """Draw every prompt's pictures and write them beside those of earlier calls.
+    """Generate every prompt's images and write them beside those of earlier calls.
 
-    Processes share the prompts among them; a picture is the same whichever process draws it.
+    Processes share the prompts among them; an image is the same whichever process generates it.
 
     Args:
         model: Model folder.
-        prompts: What to draw; the same prompt twice is drawn once.
+        prompts: What to generate; the same prompt twice is generated once.
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
         ranking: Which candidates are kept.
-        native: Draw with the compiled pass and weights of this kind, where that is possible.
+        native: Generate with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
     Returns:
@@ -110,15 +110,15 @@ def generate_to_folder(
         UserError: If there is no prompt, an option is out of range, or memory or disk is full.
     """
     if not prompts:
-        raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
+        raise UserError("prompt: none given; expected --prompt TEXT or --prompts-file FILE")
     num_images, num_candidates, seed = (
         counts[name] for name in ("num_images", "num_candidates", "seed")
     )
-    unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same pictures
+    unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same images
     if len(unique) * num_images > MAX_IMAGES:
         raise UserError(
-            f"num_images: got {num_images} of {len(unique)} prompts, wanted at most {MAX_IMAGES} "
-            "pictures in one call"
+            f"num_images: got {num_images} of {len(unique)} prompts, expected at most {MAX_IMAGES} "
+            "images in one call"
         )
     ranking.check(model)
     use_fast_float32()
@@ -143,7 +143,7 @@ def generate_to_folder(
     # Every process asks before any of them writes.
     first = processes.gather([next_number(out)])[0]
     total_images = len(unique) * num_images
-    logger.info(f"drawing {total_images} picture{'s' if total_images > 1 else ''}")
+    logger.info(f"generation {total_images} image{'s' if total_images > 1 else ''}")
     mine = processes.split(list(enumerate(unique, start=first)))
     written: list[tuple[int, int, str, str]] = []
     with resources(out):
@@ -163,7 +163,7 @@ def generate_to_folder(
                 save_image(image, path, prompt=prompt, seed=image_seed, metadata=metadata)
                 written.append((*place, str(path), prompt))
             if len(mine) * num_images > IMAGES_AT_A_TIME:
-                logger.info(f"{len(written)} of {len(mine) * num_images} drawn")
+                logger.info(f"{len(written)} of {len(mine) * num_images} generated")
         written = sorted(processes.gather(written))
         if not processes.is_main:
             return None
@@ -175,7 +175,7 @@ def generate_to_folder(
 def _parts(
     numbered: Sequence[tuple[int, str]], num_images: int
 ) -> Iterator[tuple[dict[int, str], int, int]]:
-    """Split the work into (prompts by number, first picture of each, pictures of each)."""
+    """Split the work into (prompts by number, first image of each, images of each)."""
     prompts_at_a_time = max(IMAGES_AT_A_TIME // num_images, 1)
     for start in range(0, len(numbered), prompts_at_a_time):
         part = dict(numbered[start : start + prompts_at_a_time])
@@ -192,7 +192,7 @@ class _Processes:
             # Imported here: Accelerate takes a second, and one process on a CPU has no use for it.
             from dalle_mini_impl.hardware import build_accelerator
 
-            # float32: the last bits decide which picture it is
+            # float32: the last bits decide which image it is
             self._accelerator = build_accelerator("no")
         self.device = self._accelerator.device if self._accelerator else torch.device("cpu")
         self.is_main = self._accelerator is None or self._accelerator.is_main_process
@@ -216,7 +216,7 @@ def resources(out: Path) -> Iterator[None]:
     """Say in one line that memory or disk is full; what was written before stays.
 
     Args:
-        out: The folder that pictures are written to.
+        out: The folder that images are written to.
 
     Yields:
         Nothing.
@@ -230,13 +230,13 @@ def resources(out: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            "memory: not enough to draw; lower --num-candidates or --num-images, or close other "
-            f"programs. Pictures drawn before are in {out}"
+            "memory: not enough to generate; lower --num-candidates or --num-images, or close other "
+            f"programs. Images generated before are in {out}"
         ) from None
     except OSError as error:
         raise UserError(
-            f"out: writing into {out} failed: {error.strerror or error}; wanted free space in a "
-            "folder that can be written to. Pictures written before are intact"
+            f"out: writing into {out} failed: {error.strerror or error}; expected free space in a "
+            "folder that can be written to. Images written before are intact"
         ) from None
 
 
@@ -265,22 +265,22 @@ def read_prompts(path: Path) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise UserError(f"prompts-file: {path}: {reason}; wanted a UTF-8 text file") from None
+        raise UserError(f"prompts-file: {path}: {reason}; expected a UTF-8 text file") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
 class InpaintingOptions:
-    """A picture, and which part of it is redrawn: one of the last three."""
+    """An image, and which part of it is inpainted: one of the last three."""
 
     image: Path | None
-    """The picture's file."""
+    """The image's file."""
     mask: Path | None = None
-    """A picture as large, white where it is redrawn."""
+    """An image as large, white where it is inpainted."""
     keep_rows: int | None = None
     """Rows of image tokens at the top that stay."""
     keep_fraction: float | None = None
-    """Share of the image tokens that stay."""
+    """Fraction of the image tokens that stay."""
 
 
 def inpaint_to_folder(
@@ -294,18 +294,18 @@ def inpaint_to_folder(
     native: NativeWeights | None = None,
     **counts: int,
 ) -> Path | None:
-    """Redraw a part of a picture for every prompt, and write the results.
+    """Inpaint a part of an image for every prompt, and write the results.
 
-    One picture is little work: where several processes run, the first one does it all.
+    One image is little work: where several processes run, the first one does it all.
 
     Args:
         model: Model folder.
-        edit: The picture and the part.
-        prompts: What the whole picture shall show.
+        inpainting: The image and the part.
+        prompts: What the whole image shall show.
         out: Output folder, made if missing.
         overrides: Fields of ``SamplingConfig``.
         ranking: By likelihood; here there is no other.
-        native: Draw with the compiled pass and weights of this kind, where that is possible.
+        native: Generate with the compiled pass and weights of this kind, where that is possible.
         **counts: ``num_images``, ``num_candidates`` and ``seed``, as the pipeline takes them.
 
     Returns:
@@ -318,12 +318,12 @@ def inpaint_to_folder(
         return None
     if inpainting.image is None:
         raise UserError(
-            "image: none given; wanted --image with --mask, --keep-rows or --keep-fraction"
+            "image: none given; expected --image with --mask, --keep-rows or --keep-fraction"
         )
     if not prompts:
-        raise UserError("prompt: none given; wanted --prompt TEXT or --prompts-file FILE")
+        raise UserError("prompt: none given; expected --prompt TEXT or --prompts-file FILE")
     if ranking != BY_LIKELIHOOD:
-        raise UserError(f"rank: got {ranking.by} with --image, wanted likelihood and no --clip")
+        raise UserError(f"rank: got {ranking.by} with --image, expected likelihood and no --clip")
     source_image = read_image_file(inpainting.image, field="image")
     mask = None if inpainting.mask is None else read_image_file(inpainting.mask, field="mask")
     use_fast_float32()
@@ -343,7 +343,7 @@ def inpaint_to_folder(
     unique = list(dict.fromkeys(prompts))
     columns = counts.get("num_images", 1)
     total_images = len(unique) * columns
-    logger.info(f"drawing {total_images} picture{'s' if total_images > 1 else ''}")
+    logger.info(f"generation {total_images} image{'s' if total_images > 1 else ''}")
     with resources(out):
         generated = pipeline.inpaint(
             unique,

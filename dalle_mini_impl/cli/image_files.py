@@ -1,4 +1,4 @@
-"""Pictures on disk: PNG files that remember how they were made."""
+"""Images on disk: PNG files that remember how they were made."""
 
 import json
 import os
@@ -15,12 +15,12 @@ MAX_NAME_BYTES = 180  # of them, in UTF-8: 60 in Hangul; file systems allow 255 
 
 
 def image_name(number: int, prompt: str, seed: int) -> str:
-    """Name a picture's file by the number of its prompt, the prompt and the seed.
+    """Name an image's file by the number of its prompt, the prompt and the seed.
 
     Args:
-        number: Of the prompt among all that were drawn into the folder; keeps similar ones apart.
+        number: Of the prompt among all that were generated into the folder; keeps similar ones apart.
         prompt: Any text: letters of every script and digits stay, all else becomes dashes.
-        seed: Of the picture.
+        seed: Of the image.
 
     Returns:
         A file name, never a path.
@@ -28,7 +28,7 @@ def image_name(number: int, prompt: str, seed: int) -> str:
     prompt = unicodedata.normalize("NFC", prompt).lower()
     words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:MAX_NAME_LENGTH]
     words = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip("-")
-    return f"{number:04d}-{words or 'picture'}_{seed}.png"
+    return f"{number:04d}-{words or 'image'}_{seed}.png"
 
 
 def grid_name(number: int) -> str:
@@ -44,7 +44,7 @@ def grid_name(number: int) -> str:
 
 
 def next_number(folder: Path) -> int:
-    """Find the first number that no picture or grid of a folder has.
+    """Find the first number that no image or grid of a folder has.
 
     Args:
         folder: May hold the files of earlier calls, and others.
@@ -66,11 +66,11 @@ def save_image(
     as JSON.
 
     Args:
-        image: The picture.
+        image: The image.
         path: Where to.
-        prompt: What it was drawn from.
+        prompt: What it was generated from.
         seed: Its seed.
-        settings: Everything else that decided it.
+        metadata: Everything else that decided it.
     """
     facts = {"prompt": prompt, "seed": seed, **metadata}
     info = PngInfo()

@@ -68,7 +68,7 @@ def run_script(
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
-            code, line = 2, "error: out of memory; wanted fewer or smaller pictures at a time"
+            code, line = 2, "error: out of memory; expected fewer or smaller images at a time"
     # All processes of a run stop alike, and one line is enough; errors may be of one process alone.
     if line and (code == 2 or is_main_process):
         sys.stderr.write(f"{line}\n")

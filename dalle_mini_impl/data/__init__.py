@@ -1,1 +1,1 @@
-"""Captioned pictures: reading, drawing, tokenizing and ordering them."""
+"""Captioned images: reading, generation, tokenizing and ordering them."""

@@ -36,15 +36,15 @@ def zoom_images(
 
     Args:
         pixels: Bytes.
-        draws: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
+        uniforms: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
         max_zoom: Largest enlargement, at least 1.
 
     Returns:
         The windows.
 
     Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
-        picture is scaled down to its new size and cropped to a square near its middle; here the
-        square is the middle one, and a picture at its final size is enlarged (bilinear).
+        image is scaled down to its new size and cropped to a square near its middle; here the
+        square is the middle one, and an image at its final size is enlarged (bilinear).
     """
     height, width = pixels.shape[-2:]
     results = []

@@ -38,7 +38,7 @@ def encode_variants(
     """Encode every caption in `NUM_VARIANTS` ways; the first is the usual one.
 
     Args:
-        captions: The caption tokenizer.
+        text_tokenizer: The caption tokenizer.
         texts: Captions as `TextTokenizer.encode` takes them.
         dropout: Probability that a merge is left out at a step, in [0, 1].
 

@@ -1,6 +1,6 @@
-"""What is wrong with a source of captioned pictures: found, counted and named before training.
+"""What is wrong with a source of captioned images: found, counted and named before training.
 
-Every picture is decoded once, as training does it. Nothing is changed.
+Every image is decoded once, as training does it. Nothing is changed.
 """
 
 import hashlib
@@ -53,11 +53,11 @@ class DataReport:
     num_records: int
     """All records, bad ones included."""
     split_sizes: dict[str, int]
-    """Usable pictures of each split."""
+    """Usable images of each split."""
     num_captions: dict[str, int]
     """Their captions."""
     kinds: dict[str, int]
-    """Pictures of each format and mode."""
+    """Images of each format and mode."""
     caption_lengths: tuple[int, ...]
     """Tokens of each caption, shortest first."""
     text_length: int
@@ -106,7 +106,7 @@ def check_data(
         Counts and findings.
 
     Raises:
-        UserError: If the source holds no captioned picture at all.
+        UserError: If the source holds no captioned image at all.
     """
     pairs, splits = open_all_splits(source)
     started = time.monotonic()
@@ -117,8 +117,8 @@ def check_data(
     lengths = _token_counts(texts, text_length=text_length, vocab_size=vocab_size) if texts else []
     paths = [printable(pair.path) for pair in pairs]
     findings = [
-        _listed("not usable, as the picture cannot be read", unreadable),
-        _listed("not usable, as picture or caption is missing", pairs.skipped),
+        _listed("not usable, as the image cannot be read", unreadable),
+        _listed("not usable, as image or caption is missing", pairs.skipped),
         *_duplicates(facts, paths, splits),
         *_unusual_images(facts, paths, image_size),
         _long_captions(texts, lengths, text_length),
@@ -253,7 +253,7 @@ def report_lines(report: DataReport) -> list[str]:
     usable = sum(report.split_sizes.values())
     lines = [f"{printable(report.source)}: {usable} of {report.num_records} records can be used"]
     for split, size in sorted(report.split_sizes.items()):
-        lines.append(f"  {split}: {size} pictures, {report.num_captions[split]} captions")
+        lines.append(f"  {split}: {size} images, {report.num_captions[split]} captions")
     lines.append("formats: " + ", ".join(f"{n} {kind}" for kind, n in report.kinds.items()))
     lines += _histogram(report.caption_lengths, report.text_length)
     for finding in report.findings:
@@ -270,7 +270,7 @@ def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
 
     Args:
         report: Of `check_data`.
-        max_bad_fraction: Share of bad records that training takes; one is always taken.
+        max_bad_fraction: Fraction of bad records that training takes; one is always taken.
 
     Raises:
         UserError: If nothing, or too little, can be used.

@@ -11,7 +11,7 @@ _CAPTION_FONT_SIZE = 11  # pixels
 # With Hangul; Pillow finds them by name where each system keeps its fonts.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "malgun.ttf", "AppleSDGothicNeo.ttc")
 _CAPTION_MAX_LINES = 4
-_LEGIBLE_SIDE = 96  # pixels; narrower pictures are doubled when captions go under them
+_LEGIBLE_SIDE = 96  # pixels; narrower images are doubled when captions go under them
 
 
 def make_grid(
@@ -21,28 +21,30 @@ def make_grid(
     captions: Sequence[str] | None = None,
     padding: int = 2,
 ) -> Image.Image:
-    """Lays pictures out in rows on white, with captions under them if given.
+    """Lays images out in rows on white, with captions under them if given.
 
-    With captions, pictures narrower than 96 pixels are doubled (nearest) until the text fits.
-    Pillow's built-in font knows Latin only. Other letters are drawn in the first font of
+    With captions, images narrower than 96 pixels are doubled (nearest) until the text fits.
+    Pillow's built-in font knows Latin only. Other letters are generated in the first font of
     `_WIDE_FONTS` that is installed, or as "?" where none is.
 
     Args:
-        images: The pictures, row by row; sizes may differ.
-        columns: Pictures per row.
-        captions: One text per picture, or None.
-        padding: Pixels of white between and around the pictures.
+        images: The images, row by row; sizes may differ.
+        columns: Images per row.
+        captions: One text per image, or None.
+        padding: Pixels of white between and around the images.
 
     Returns:
-        One RGB picture.
+        One RGB image.
 
     Raises:
-        ValueError: No pictures, `columns` below 1, or not one caption per picture.
+        ValueError: No images, `columns` below 1, or not one caption per image.
     """
     if not images or columns < 1:
-        raise ValueError(f"got {len(images)} images in {columns} columns, wanted 1 or more of both")
+        raise ValueError(
+            f"got {len(images)} images in {columns} columns, expected 1 or more of both"
+        )
     if captions is not None and len(captions) != len(images):
-        raise ValueError(f"got {len(captions)} captions, wanted {len(images)}, one per image")
+        raise ValueError(f"got {len(captions)} captions, expected {len(images)}, one per image")
     tiles = [to_rgb(image) for image in images]
     if captions is not None:
         tiles = [_double_until_legible(tile) for tile in tiles]

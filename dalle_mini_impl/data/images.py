@@ -1,8 +1,8 @@
-"""Pictures in and out: strict decoding to RGB, square crops, pixel tensors, contact sheets.
+"""Images in and out: strict decoding to RGB, square crops, pixel tensors, contact sheets.
 
 Bytes from outside are hostile until decoded: the size is judged from the header before any pixel
 is read, only four formats are tried, and every failure becomes one `BadImageError` with the
-picture's name. Colour profiles are ignored; everything is taken as sRGB.
+image's name. Color profiles are ignored; everything is taken as sRGB.
 """
 
 import io
@@ -36,13 +36,13 @@ _EXIF_TURNS = {
 
 
 class BadImageError(UserError):
-    """A picture that cannot be read; the message holds its path and the reason."""
+    """An image that cannot be read; the message holds its path and the reason."""
 
     def __init__(self, source: str, reason: str) -> None:
-        """Keeps both parts, so that lists of bad pictures can be made.
+        """Keeps both parts, so that lists of bad images can be made.
 
         Args:
-            source: Path or key of the picture, as the user knows it.
+            source: Path or key of the image, as the user knows it.
             reason: What is wrong with it.
         """
         super().__init__(f"{source}: {reason}")
@@ -57,9 +57,9 @@ class BadImageError(UserError):
 def decode_image(
     data: bytes, *, source: str, max_pixels: int = 50_000_000, min_side: int | None = None
 ) -> Image.Image:
-    """Decodes a JPEG, PNG, WebP or BMP file to an upright RGB picture, or says why it cannot.
+    """Decodes a JPEG, PNG, WebP or BMP file to an upright RGB image, or says why it cannot.
 
-    Transparency is laid over white, EXIF rotation is applied, 16-bit grey is rounded to 8 bits.
+    Transparency is laid over white, EXIF rotation is applied, 16-bit gray is rounded to 8 bits.
 
     Args:
         data: The file's bytes.
@@ -69,7 +69,7 @@ def decode_image(
             both sides stay at least this many pixels.
 
     Returns:
-        A fully loaded picture in mode RGB.
+        A fully loaded image in mode RGB.
 
     Raises:
         BadImageError: Unknown format, too large, damaged.
@@ -90,7 +90,7 @@ def decode_image(
         raise
     except Image.UnidentifiedImageError as error:
         formats = ", ".join(FORMATS)
-        raise BadImageError(source, f"not a picture in one of the formats {formats}") from error
+        raise BadImageError(source, f"not an image in one of the formats {formats}") from error
     except MemoryError as error:
         raise BadImageError(source, "not enough memory to decode it") from error
     except Exception as error:
@@ -99,14 +99,14 @@ def decode_image(
 
 
 def is_big(data: bytes, *, min_side: int | None = None) -> bool:
-    """Tell from a picture's header whether it takes much memory while it is decoded.
+    """Tell from an image's header whether it takes much memory while it is decoded.
 
     Args:
         data: The file's bytes, good or bad.
         min_side: As `decode_image` will be given it.
 
     Returns:
-        True above 8 million pixels; a bad picture is not big.
+        True above 8 million pixels; a bad image is not big.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -118,10 +118,10 @@ def is_big(data: bytes, *, min_side: int | None = None) -> bool:
 
 
 def describe_image(data: bytes) -> tuple[str, int, int]:
-    """Reads a picture's header.
+    """Reads an image's header.
 
     Args:
-        data: The bytes of a picture that `decode_image` takes.
+        data: The bytes of an image that `decode_image` takes.
 
     Returns:
         Format and mode in Pillow's words ("JPEG CMYK"), width and height in pixels as stored.
@@ -131,31 +131,31 @@ def describe_image(data: bytes) -> tuple[str, int, int]:
 
 
 def read_image_file(path: Path, *, field: str) -> Image.Image:
-    """Reads one picture that a user names.
+    """Reads one image that a user names.
 
     Args:
         path: A JPEG, PNG, WebP or BMP file.
         field: The option that names it, for the error message.
 
     Returns:
-        A fully loaded picture in mode RGB.
+        A fully loaded image in mode RGB.
 
     Raises:
-        UserError: It cannot be read, or is no picture.
+        UserError: It cannot be read, or is no image.
     """
     try:
         return decode_image(path.read_bytes(), source=str(path))
     except BadImageError as error:
         raise UserError(f"{field}: {error}") from None
     except OSError as error:
-        raise UserError(f"{field}: {path}: {error.strerror}; wanted a picture file") from None
+        raise UserError(f"{field}: {path}: {error.strerror}; expected an image file") from None
 
 
 def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         limits = f"at most {max_pixels} pixels in all and {MAX_SIDE} a side"
-        raise BadImageError(source, f"{width}x{height} pixels, wanted {limits}")
+        raise BadImageError(source, f"{width}x{height} pixels, expected {limits}")
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -168,13 +168,13 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a picture of any mode to RGB, with transparent parts over white.
+    """Converts an image of any mode to RGB, with transparent parts over white.
 
     Args:
-        image: A picture in any of Pillow's modes (palette, alpha, CMYK, grey, 16-bit, ...).
+        image: An image in any of Pillow's modes (palette, alpha, CMYK, gray, 16-bit, ...).
 
     Returns:
-        The picture in mode RGB (the same object if it already is).
+        The image in mode RGB (the same object if it already is).
     """
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
@@ -204,20 +204,20 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Scales the short side to `size` with Lanczos and cuts the middle square out.
 
-    Both are done in one resampling of the middle square, so a long thin picture costs no memory.
+    Both are done in one resampling of the middle square, so a long thin image costs no memory.
 
     Args:
-        image: An RGB picture.
+        image: An RGB image.
         size: Side of the square in pixels.
 
     Returns:
-        An RGB picture of `size` x `size` pixels.
+        An RGB image of `size` x `size` pixels.
 
     Raises:
         ValueError: `size` is below 1.
     """
     if size < 1:
-        raise ValueError(f"size is {size}, wanted at least 1 pixel")
+        raise ValueError(f"size is {size}, expected at least 1 pixel")
     side = min(image.size)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)
@@ -225,10 +225,10 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "channels height width"]:
-    """Turns a picture into a float tensor.
+    """Turns an image into a float tensor.
 
     Args:
-        image: A picture; other modes than RGB go through `to_rgb`.
+        image: An image; other modes than RGB go through `to_rgb`.
 
     Returns:
         Pixels in [-1, 1], three channels.
@@ -240,21 +240,21 @@ def image_to_pixels(image: Image.Image) -> Float[Tensor, "channels height width"
 def pixels_to_images(
     pixels: Float[Tensor, "batch channels height width"],
 ) -> list[Image.Image]:
-    """Turns a batch of float pixels into pictures; values outside [-1, 1] are clamped.
+    """Turns a batch of float pixels into images; values outside [-1, 1] are clamped.
 
     Args:
         pixels: Values in [-1, 1], three channels, on any device.
 
     Returns:
-        One RGB picture per batch element.
+        One RGB image per batch element.
 
     Raises:
         ValueError: Wrong shape, or NaN among the values.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
-        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, wanted (batch, 3, h, w)")
+        raise ValueError(f"pixels have shape {tuple(pixels.shape)}, expected (batch, 3, h, w)")
     if pixels.isnan().any():
-        raise ValueError("pixels hold NaN, wanted numbers in [-1, 1]")
+        raise ValueError("pixels hold NaN, expected numbers in [-1, 1]")
     scaled = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
     bytes_ = scaled.to(device="cpu", dtype=torch.uint8)
     arrays = rearrange(bytes_, "batch channels height width -> batch height width channels")

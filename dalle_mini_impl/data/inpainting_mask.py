@@ -1,8 +1,8 @@
-"""Which part of a picture is redrawn: masks, rows, shares; and what is left of the picture.
+"""Which part of an image is inpainted: masks, rows, shares; and what is left of the image.
 
-A mask is a picture of the same size, white where something new shall stand (black stays), as in
+A mask is an image of the same size, white where something new shall stand (black stays), as in
 other inpainting programs. Image tokens stand for square patches: every patch that white touches is
-redrawn. In the result the black pixels are those of the picture itself, not of its reconstruction.
+inpainted. In the result the black pixels are those of the image itself, not of its reconstruction.
 """
 
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ WHITE_FROM = 128  # of 255
 
 @dataclass(frozen=True)
 class InpaintingMask:
-    """What is drawn anew in each of several versions of one picture."""
+    """What is generated anew in each of several versions of one image."""
 
     is_masked: Bool[Tensor, "batch image_length"]
     """Which tokens, raster order; as many in each row."""
     shown: Bool[Tensor, "height width"] | None
-    """Where the drawing shows; elsewhere the picture's own pixels do. None: everywhere."""
+    """Where the generation shows; elsewhere the image's own pixels do. None: everywhere."""
 
 
 def build_inpainting_mask(
@@ -40,27 +40,27 @@ def build_inpainting_mask(
     grid: tuple[int, int],
     seeds: list[int],
 ) -> InpaintingMask:
-    """Find what is redrawn, from whichever of the three ways to say it was taken.
+    """Find what is inpainted, from whichever of the three ways to say it was taken.
 
     Args:
-        mask: White where the picture is redrawn, or None.
+        mask: White where the image is inpainted, or None.
         keep_rows: Rows of tokens at the top that stay, or None.
-        keep_fraction: Share of the tokens that stay, others for each seed, or None.
-        source_size: Width and height of the picture, in pixels.
-        size: Side of the model's pictures, in pixels.
+        keep_fraction: Fraction of the tokens that stay, others for each seed, or None.
+        source_size: Width and height of the image, in pixels.
+        size: Side of the model's images, in pixels.
         grid: Image tokens along (height, width).
-        seeds: One per picture that will be drawn.
+        seeds: One per image that will be generated.
 
     Returns:
         The region.
 
     Raises:
-        UserError: If not one of the three is given, it is out of range, or it redraws nothing.
+        UserError: If not one of the three is given, it is out of range, or it inpaints nothing.
     """
     if [mask, keep_rows, keep_fraction].count(None) != 2:
         ways = {"mask": mask, "keep_rows": keep_rows, "keep_fraction": keep_fraction}
         got = ", ".join(name for name, value in ways.items() if value is not None) or "none of them"
-        raise UserError(f"mask: got {got}, wanted exactly one of {', '.join(ways)}")
+        raise UserError(f"mask: got {got}, expected exactly one of {', '.join(ways)}")
     if keep_fraction is not None:
         return InpaintingMask(random_cells(keep_fraction, grid=grid, seeds=seeds), None)
     if keep_rows is not None:
@@ -71,8 +71,8 @@ def build_inpainting_mask(
         cells = touched_cells(shown, grid=grid)
     if not cells.any():
         raise UserError(
-            "mask: no white in the middle square, which is what the model sees of the picture; "
-            "wanted white where it is redrawn"
+            "mask: no white in the middle square, which is what the model sees of the image; "
+            "expected white where it is inpainted"
         )
     return InpaintingMask(cells.expand(len(seeds), -1), shown)
 
@@ -80,23 +80,23 @@ def build_inpainting_mask(
 def mask_pixels(
     mask: Image.Image, *, source_size: tuple[int, int], size: int
 ) -> Bool[Tensor, "height width"]:
-    """Bring a mask to the size of the model's pictures.
+    """Bring a mask to the size of the model's images.
 
     Args:
-        mask: White where the picture is redrawn; transparent counts as white.
-        source_size: Width and height of the picture that it belongs to, in pixels.
-        size: Side of the model's pictures, in pixels.
+        mask: White where the image is inpainted; transparent counts as white.
+        source_size: Width and height of the image that it belongs to, in pixels.
+        size: Side of the model's images, in pixels.
 
     Returns:
         True where any of the mask's own pixels is white.
 
     Raises:
-        UserError: If the mask is not as large as the picture.
+        UserError: If the mask is not as large as the image.
     """
     if mask.size != source_size:
         raise UserError(
             f"mask: got {mask.width}x{mask.height} pixels, "
-            f"wanted {source_size[0]}x{source_size[1]}, as the picture has"
+            f"expected {source_size[0]}x{source_size[1]}, as the image has"
         )
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     side = min(white.size)
@@ -113,7 +113,7 @@ def touched_cells(
     """Find the cells of the token grid that hold a pixel of a mask.
 
     Args:
-        pixels: True where the picture is redrawn.
+        pixels: True where the image is inpainted.
         grid: Image tokens along (height, width).
 
     Returns:
@@ -138,7 +138,7 @@ def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_
         UserError: If no row stays, or all.
     """
     if not 1 <= num_rows < grid[0]:
-        raise UserError(f"keep_rows: got {num_rows}, wanted 1 to {grid[0] - 1} rows of tokens")
+        raise UserError(f"keep_rows: got {num_rows}, expected 1 to {grid[0] - 1} rows of tokens")
     return torch.arange(grid[0]).repeat_interleave(grid[1]) >= num_rows
 
 
@@ -148,18 +148,18 @@ def random_cells(
     """Mark random cells, others for each seed.
 
     Args:
-        share: Of the cells that stay unmarked, above 0 and below 1.
+        fraction: Of the cells that stay unmarked, above 0 and below 1.
         grid: Image tokens along (height, width).
-        seeds: One per picture.
+        seeds: One per image.
 
     Returns:
-        True where a cell is redrawn; at least one in each picture.
+        True where a cell is inpainted; at least one in each image.
 
     Raises:
         UserError: If the share is out of range.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"keep_fraction: got {fraction}, wanted above 0 and below 1")
+        raise UserError(f"keep_fraction: got {fraction}, expected above 0 and below 1")
     length = grid[0] * grid[1]
     num_kept = min(round(fraction * length), length - 1)
     is_masked = torch.ones(len(seeds), length, dtype=torch.bool)
@@ -178,7 +178,7 @@ def enlarged(
     Args:
         cells: One truth per cell, raster order.
         grid: Image tokens along (height, width).
-        size: Side of the picture in pixels.
+        size: Side of the image in pixels.
 
     Returns:
         One truth per pixel.
@@ -193,12 +193,12 @@ def paste_back(
     """Put the pixels that were not to change back.
 
     Args:
-        drawn: Square, as the model draws.
-        picture: The picture itself, RGB; scaled and cropped as the model reads it.
-        redrawn: True where the drawing shows.
+        generated: Square, as the model generates.
+        image: The image itself, RGB; scaled and cropped as the model reads it.
+        masked_pixels: True where the generation shows.
 
     Returns:
-        A new picture of the drawing's size.
+        A new image of the generation's size.
     """
     mask = Image.fromarray(masked_pixels.numpy().astype(np.uint8) * 255)
     return Image.composite(generated, resize_and_crop(image, generated.width), mask)

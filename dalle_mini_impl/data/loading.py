@@ -1,4 +1,4 @@
-"""The pixels of captioned pictures: read, decoded and scaled, in threads."""
+"""The pixels of captioned images: read, decoded and scaled, in threads."""
 
 import os
 from collections.abc import Callable, Generator, Sequence
@@ -29,7 +29,7 @@ _MAX_LISTED = 5
 
 
 def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
-    """Reads, decodes, scales and crops one picture.
+    """Reads, decodes, scales and crops one image.
 
     Args:
         pairs: Where it is.
@@ -40,7 +40,7 @@ def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels 
         Pixels in [-1, 1].
 
     Raises:
-        BadImageError: The picture cannot be read.
+        BadImageError: The image cannot be read.
     """
     return image_to_pixels(_read_square(pairs, index, size))
 
@@ -57,9 +57,9 @@ def _square(data: bytes, path: str, size: int) -> Image.Image:
 def each_image(
     pairs: Pairs, work: Callable[[int, bytes, str], Result], *, min_side: int | None = None
 ) -> Generator[Result | SkippedRecord, None, None]:
-    """Works on all pictures, in one thread per processor.
+    """Works on all images, in one thread per processor.
 
-    A picture of 50 million pixels takes 400 MB while it is decoded, and the system's memory
+    An image of 50 million pixels takes 400 MB while it is decoded, and the system's memory
     allocator keeps that for the thread. So the calling thread does the big ones itself.
 
     Args:
@@ -68,7 +68,7 @@ def each_image(
         min_side: What `work` gives to `decode_image`.
 
     Yields:
-        What `work` returns, in order; a record for each picture that cannot be read.
+        What `work` returns, in order; a record for each image that cannot be read.
     """
 
     def attempt(index: int, *, takes_big: bool = False) -> Result | SkippedRecord | None:
@@ -97,19 +97,19 @@ def load_all_pixels(
     max_bad_fraction: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
-    """Loads all pictures of a small set into memory, decoding in one thread per processor.
+    """Loads all images of a small set into memory, decoding in one thread per processor.
 
     Args:
         pairs: The set.
-        image_size: Side of the square pictures in pixels.
-        max_bad_fraction: Largest share of unreadable pictures taken, in [0, 1].
-        progress: Called with (done, total) after each picture, in the calling thread.
+        image_size: Side of the square images in pixels.
+        max_bad_fraction: Largest fraction of unreadable images taken, in [0, 1].
+        progress: Called with (done, total) after each image, in the calling thread.
 
     Returns:
-        Bytes of the pictures that could be read, their indices in `pairs`, and the others.
+        Bytes of the images that could be read, their indices in `pairs`, and the others.
 
     Raises:
-        UserError: More bad pictures than `max_bad_fraction`, or nothing but bad ones.
+        UserError: More bad images than `max_bad_fraction`, or nothing but bad ones.
     """
     total = len(pairs)
     pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
@@ -127,7 +127,7 @@ def load_all_pixels(
                 bad.append(result)
             else:
                 kept.append(result)
-            # One broken picture may be a large share of a small split.
+            # One broken image may be a large fraction of a small split.
             if are_too_many(len(bad), total, max_bad_fraction) or len(bad) == total:
                 raise UserError(_too_many_bad(bad, done, total, max_bad_fraction))
             if progress is not None:
@@ -140,6 +140,6 @@ def _too_many_bad(
 ) -> str:
     shown = "; ".join(f"{record.path}: {record.reason}" for record in bad[:_MAX_LISTED])
     return (
-        f"{len(bad)} of the first {num_read} pictures (of {total}) cannot be read, more than "
+        f"{len(bad)} of the first {num_read} images (of {total}) cannot be read, more than "
         f"max_bad_fraction = {max_bad_fraction} allows: {shown}"
     )

@@ -1,12 +1,12 @@
-"""Captioned pictures from any of five kinds of source, as one indexable object.
+"""Captioned images from any of five kinds of source, as one indexable object.
 
 1. A folder with `metadata.jsonl`: a JSON object per line with `file_name`, captions and the like.
 2. A folder with `x.txt` beside each `x.jpg`, at any depth, one caption per line.
 3. A WebDataset tar, or a folder of tars, as img2dataset writes them.
-4. A parquet file, or a folder of them, with a column of encoded pictures.
+4. A parquet file, or a folder of them, with a column of encoded images.
 5. The name of a data set on the Hugging Face Hub, `user/name`.
 
-Only paths and captions are held, in an Arrow table of Hugging Face `datasets`. The pictures stay
+Only paths and captions are held, in an Arrow table of Hugging Face `datasets`. The images stay
 where they are and are decoded one at a time by `images.decode_image`.
 """
 
@@ -47,18 +47,18 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 @dataclass(frozen=True)
 class Pair:
-    """One picture's captions; the picture itself is read through `Pairs`."""
+    """One image's captions; the image itself is read through `Pairs`."""
 
     path: str
     """Key shown in messages: path within the folder, tar!member, or row."""
     captions: tuple[str, ...]
     """At least one caption, none empty: all paraphrases and languages."""
     attributes: dict[str, Any]
-    """Whatever else the source says about the picture."""
+    """Whatever else the source says about the image."""
 
 
 class Pairs:
-    """An indexable set of captioned pictures; make one with `open_pairs`."""
+    """An indexable set of captioned images; make one with `open_pairs`."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Pairs:
         Args:
             listed: What a reader found.
             skipped: What it left out.
-            pictures: Rows that hold the encoded pictures, for sources that are tables.
+            images: Rows that hold the encoded images, for sources that are tables.
             num_records: Records of the whole source, those left out included.
         """
         from datasets import Dataset, Features, List, Value
@@ -105,13 +105,13 @@ class Pairs:
         return map(self._pair, self._records)
 
     def read_image(self, index: int) -> bytes:
-        """Reads the encoded bytes of one picture.
+        """Reads the encoded bytes of one image.
 
         Args:
             index: Which pair.
 
         Returns:
-            The picture file as it is.
+            The image file as it is.
 
         Raises:
             BadImageError: The file is gone, unreadable or larger than 256 MiB.
@@ -132,7 +132,7 @@ class Pairs:
         except OSError as error:
             raise BadImageError(record["path"], f"cannot be read ({error.strerror})") from error
         if size != WHOLE_FILE and len(data) != size:
-            raise BadImageError(record["path"], f"{len(data)} bytes left, wanted {size}")
+            raise BadImageError(record["path"], f"{len(data)} bytes left, expected {size}")
         return data
 
     def _record(self, index: int) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def open_pairs(
     text_columns: Sequence[str] = TEXT_COLUMNS,
     image_column: str = "image",
 ) -> Pairs:
-    """Opens a source of captioned pictures, whatever its kind.
+    """Opens a source of captioned images, whatever its kind.
 
     Splits are those the source names: a `split` field in the metadata, JSON members or columns, or
     the splits of a table. Where it names none, 5 % are held out as "val"; see `splits`.
@@ -162,13 +162,13 @@ def open_pairs(
         source: A folder, a .tar or .parquet file, or the name of a Hub data set (`user/name`).
         split: The split to open; None for everything.
         text_columns: Fields or columns that hold captions (strings or lists of strings).
-        image_column: Column of the pictures, for parquet and the Hub.
+        image_column: Column of the images, for parquet and the Hub.
 
     Returns:
         The pairs of that split. Records of the whole source that were left out are in `skipped`.
 
     Raises:
-        UserError: Nothing there, no captioned pictures, a broken metadata line, no such split.
+        UserError: Nothing there, no captioned images, a broken metadata line, no such split.
     """
     listing = _list_whole(source, text_columns, image_column)
     chosen = choose_split(source, listing.pairs, split)
@@ -205,7 +205,7 @@ def _list_whole(source: str, text_columns: Sequence[str], image_column: str) -> 
     if not listing.pairs:
         first = "; ".join(f"{record.path}: {record.reason}" for record in listing.skipped[:3])
         raise UserError(
-            f"no captioned pictures found in {source}{f' ({first})' if first else ''}, expected "
+            f"no captioned images found in {source}{f' ({first})' if first else ''}, expected "
             f"one of: a folder with {METADATA_NAME} (file_name, text), a folder with x.txt beside "
             "each x.jpg, WebDataset tars with key.jpg and key.txt, parquet files with columns "
             f"{image_column} and text, a Hub data set user/name"
@@ -215,7 +215,7 @@ def _list_whole(source: str, text_columns: Sequence[str], image_column: str) -> 
 
 def _list_source(source: str, text_columns: Sequence[str], image_column: str) -> Listing:
     if not source.strip():
-        raise UserError(f"source is {source!r}, wanted a folder, a file or a Hub name")
+        raise UserError(f"source is {source!r}, expected a folder, a file or a Hub name")
     path = Path(os.path.expanduser(source))
     suffix = path.suffix.lower()
     # Those of os.path, unlike those of Path, never raise: a source may be any text.
@@ -258,7 +258,7 @@ def _list_folder(folder: Path, text_columns: Sequence[str], image_column: str) -
             listing.skipped += part.skipped
         return listing
     listing = read_sidecar_folder(folder)
-    # img2dataset leaves parquet files of statistics beside its pictures, so pictures go first.
+    # img2dataset leaves parquet files of statistics beside its images, so images go first.
     if not listing.pairs and parquet_files(folder):
         return read_parquet(folder, text_columns=text_columns, image_column=image_column)
     return listing

@@ -1,6 +1,6 @@
 """Which samples belong to which optimizer step, and with which randomness: functions, not state.
 
-The samples form one endless stream, epoch after epoch, each epoch in an order drawn from
+The samples form one endless stream, epoch after epoch, each epoch in an order generated from
 (seed, epoch). Step `k` (from 0) takes the global batch at stream position `k * global_batch_size`,
 so a resumed run needs to remember nothing but `step`. Every process computes the whole global
 batch and takes its own part, so the number of processes does not change what a step sees.
@@ -20,9 +20,9 @@ def epoch_order(
     epoch: int,
     weights: Float[Tensor, " num_samples"] | None = None,
 ) -> Int64[Tensor, " num_samples"]:
-    """Draws the order of one epoch as a function of (seed, epoch); the global RNG is not touched.
+    """Generates the order of one epoch as a function of (seed, epoch); the global RNG is not touched.
 
-    Without weights, a permutation. With weights, an epoch still has `num_samples` draws; sample i
+    Without weights, a permutation. With weights, an epoch still has `num_samples` generates; sample i
     is expected n * w_i / sum(w) times and appears that often rounded down or up (systematic
     resampling: evenly spaced points with one random offset on the cumulated weights), shuffled.
 
@@ -39,9 +39,9 @@ def epoch_order(
         ValueError: Fewer than one sample, a negative epoch, or bad weights.
     """
     if num_samples < 1:
-        raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
+        raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     if epoch < 0:
-        raise ValueError(f"epoch is {epoch}, wanted at least 0")
+        raise ValueError(f"epoch is {epoch}, expected at least 0")
     generator = _generator("order", seed, epoch)
     if weights is None:
         return torch.randperm(num_samples, generator=generator)
@@ -58,9 +58,9 @@ def epoch_order(
 
 def _check_weights(weights: Tensor, num_samples: int) -> None:
     if weights.shape != (num_samples,):
-        raise ValueError(f"weights have shape {tuple(weights.shape)}, wanted ({num_samples},)")
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({num_samples},)")
     if not weights.isfinite().all() or (weights < 0).any() or not (weights > 0).any():
-        raise ValueError("weights hold negative, non-finite or only zero values, wanted w >= 0")
+        raise ValueError("weights hold negative, non-finite or only zero values, expected w >= 0")
 
 
 class SampleOrder:
@@ -86,9 +86,9 @@ class SampleOrder:
             ValueError: A size below 1, or bad weights.
         """
         if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}, wanted at least 1")
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         if global_batch_size < 1:
-            raise ValueError(f"global_batch_size is {global_batch_size}, wanted at least 1")
+            raise ValueError(f"global_batch_size is {global_batch_size}, expected at least 1")
         if weights is not None:
             _check_weights(weights, num_samples)
         self.num_samples = num_samples
@@ -110,7 +110,7 @@ class SampleOrder:
             ValueError: A negative step.
         """
         if step < 0:
-            raise ValueError(f"step is {step}, wanted at least 0")
+            raise ValueError(f"step is {step}, expected at least 0")
         position = step * self.global_batch_size
         end = position + self.global_batch_size
         parts = []
@@ -146,7 +146,7 @@ def step_generator(seed: int, step: int, rank: int, purpose: int = 0) -> torch.G
 
 
 def _generator(domain: str, *numbers: int) -> torch.Generator:
-    # A hash, because neighbouring seeds of the Mersenne Twister give related streams.
+    # A hash, because neighboring seeds of the Mersenne Twister give related streams.
     text = ":".join([domain, *map(str, numbers)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)

@@ -1,4 +1,4 @@
-"""Which pictures are for training and which for measuring.
+"""Which images are for training and which for measuring.
 
 A source may name its splits; records without a name are then "train". In a source that names none,
 a fixed 5 % become "val", chosen by a hash of each path. "val" and "validation" mean the same.
@@ -23,7 +23,7 @@ def choose_split(source: str, listed: Sequence[RawPair], split: str | None) -> l
     Args:
         source: Name of the source, for messages.
         listed: All its records.
-        split: The split wanted; None for everything.
+        split: The split expected; None for everything.
 
     Returns:
         The records of that split, in their order.
@@ -46,14 +46,14 @@ def choose_split(source: str, listed: Sequence[RawPair], split: str | None) -> l
 def _choose_unnamed(source: str, listed: Sequence[RawPair], split: str) -> list[RawPair]:
     if split not in (TRAIN, *VALIDATION):
         raise UserError(
-            f"{source} names no splits, so wanted split 'train' or 'val', not {split!r}"
+            f"{source} names no splits, so expected split 'train' or 'val', not {split!r}"
         )
     kept, held_out = held_out_split([pair.path for pair in listed])
     if split == TRAIN:
         return [listed[index] for index in kept]
     if not held_out:
         raise UserError(
-            f"{source} names no splits and has {len(listed)} pairs; wanted at least "
+            f"{source} names no splits and has {len(listed)} pairs; expected at least "
             f"{MIN_PAIRS_TO_HOLD_OUT} to hold some of them out as {split!r}"
         )
     return [listed[index] for index in held_out]
@@ -92,7 +92,7 @@ def held_out_split(
         ValueError: `fraction` outside [0, 1).
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"fraction is {fraction}, wanted 0 <= fraction < 1")
+        raise ValueError(f"fraction is {fraction}, expected 0 <= fraction < 1")
     if len(paths) < MIN_PAIRS_TO_HOLD_OUT or fraction == 0:
         return list(range(len(paths))), []
     digests = [hashlib.sha1(f"{seed}:{path}".encode()).digest()[:8] for path in paths]
@@ -106,7 +106,7 @@ def stable_hash(*key: str) -> int:
     """A fixed pseudo-random number of a key.
 
     Args:
-        *key: strings that name the draw.
+        *key: strings that name the generate.
 
     Returns:
         An integer in [0, 2^32): the first four bytes of the sha1 of the joined key.

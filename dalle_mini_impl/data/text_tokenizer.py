@@ -56,7 +56,7 @@ def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> Tokeniz
         UserError: `vocab_size` below 257, or no captions.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise UserError(f"vocab_size is {vocab_size}, wanted at least {MIN_VOCAB_SIZE}")
+        raise UserError(f"vocab_size is {vocab_size}, expected at least {MIN_VOCAB_SIZE}")
     texts = [_checked(caption) for caption in captions]
     if not texts:
         raise UserError("no captions to train the text tokenizer on")
@@ -103,10 +103,10 @@ class TextTokenizer:
             UserError: `text_length` below 1, or the pad token is not id 0.
         """
         if text_length < 1:
-            raise UserError(f"text_length is {text_length}, wanted at least 1")
+            raise UserError(f"text_length is {text_length}, expected at least 1")
         if tokenizer.token_to_id(PAD_TOKEN) != PAD_TOKEN_ID:
             got = tokenizer.token_to_id(PAD_TOKEN)
-            raise UserError(f"id of {PAD_TOKEN} is {got}, wanted {PAD_TOKEN_ID}")
+            raise UserError(f"id of {PAD_TOKEN} is {got}, expected {PAD_TOKEN_ID}")
         self.tokenizer = tokenizer
         self.tokenizer.encode_special_tokens = True  # a prompt's "<pad>" is plain text
         self.text_length = text_length
@@ -148,7 +148,7 @@ class TextTokenizer:
             ValueError: A single string instead of a sequence of strings.
         """
         if isinstance(captions, str):
-            raise ValueError(f"captions is the string {captions!r}, wanted a list of strings")
+            raise ValueError(f"captions is the string {captions!r}, expected a list of strings")
         if not captions:
             return self.pad([], [])
         texts = [_checked(caption) for caption in captions]
@@ -180,7 +180,7 @@ class TextTokenizer:
         """Turns token ids back into text.
 
         Args:
-            text_token_ids: As `encode` makes them, or drawn ones.
+            text_token_ids: As `encode` makes them, or generated ones.
 
         Returns:
             One text per row, in lower case with single spaces; a letter that was cut in the middle
@@ -261,7 +261,7 @@ class TextTokenizer:
         if type(length) is not int or length > _MAX_TEXT_LENGTH:
             raise UserError(
                 f"model_max_length (the text length) of the tokenizer in {path} is {length!r:.80}, "
-                f"wanted a whole number up to {_MAX_TEXT_LENGTH}"
+                f"expected a whole number up to {_MAX_TEXT_LENGTH}"
             )
         return cls(tokenizer, length)
 
@@ -313,7 +313,7 @@ def _rules(parsed: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(caption: str) -> str:
     if not caption.strip():
-        raise UserError(f"caption is empty ({caption[:20]!r}), wanted some text")
+        raise UserError(f"caption is empty ({caption[:20]!r}), expected some text")
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:

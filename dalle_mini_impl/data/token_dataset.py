@@ -31,7 +31,7 @@ from vqvae.image_tokenizer import ImageTokenizer
 
 logger = logging.getLogger(__name__)
 ENCODE_BATCH_SIZE = 64
-NUM_MAIN_CAPTIONS = 2  # of a picture; the first of its captions
+NUM_MAIN_CAPTIONS = 2  # of an image; the first of its captions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ class TokenDataset:
 
         Args:
             sample_ids: Which samples.
-            draws: Uniform in [0, 1): which of a sample's captions, and which variant of it; 0 is
+            uniforms: Uniform in [0, 1): which of a sample's captions, and which variant of it; 0 is
                 the first caption as it is.
 
         Returns:
@@ -104,7 +104,7 @@ class TokenDataset:
 
         Args:
             sample_ids: Which samples.
-            draws: Uniform in [0, 1): which of the views; 0 is the image as it is.
+            uniforms: Uniform in [0, 1): which of the views; 0 is the image as it is.
 
         Returns:
             Image tokens in raster order.
@@ -118,7 +118,7 @@ def build_token_dataset(
     pixels: UInt8[Tensor, "samples 3 height width"],
     *,
     vqvae: ImageTokenizer,
-    captions: TextTokenizer,
+    text_tokenizer: TextTokenizer,
     variation: Variation,
     cache_dir: Path,
 ) -> TokenDataset:
@@ -128,7 +128,7 @@ def build_token_dataset(
         pairs: One per image.
         pixels: The images as bytes, at the tokenizer's size.
         vqvae: The frozen tokenizer, in evaluation mode.
-        captions: The caption tokenizer.
+        text_tokenizer: The caption tokenizer.
         variation: Views of each image and variants of each caption.
         cache_dir: Where token data sets are kept.
 
@@ -138,7 +138,7 @@ def build_token_dataset(
     Raises:
         UserError: If it cannot be written.
     """
-    key = _fingerprint(pairs, pixels, vqvae, captions, variation.key())
+    key = _fingerprint(pairs, pixels, vqvae, text_tokenizer, variation.key())
     path = cache_dir / f"tokens-{key}.safetensors"
     if path.is_file():
         try:
@@ -152,7 +152,7 @@ def build_token_dataset(
         f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
         "they are kept when all are done"
     )
-    captions.num_encoded = captions.num_truncated = 0  # reported for this set alone
+    text_tokenizer.num_encoded = text_tokenizer.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
         image_token_ids=_encode_views(
             pixels,
@@ -160,11 +160,11 @@ def build_token_dataset(
             variation,
             progress=log_now_and_then("image tokens: encoded"),
         ),
-        text_token_ids=_encode_captions(pairs, captions, variation.bpe_dropout).int(),
+        text_token_ids=_encode_captions(pairs, text_tokenizer, variation.bpe_dropout).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
-    if captions.num_truncated:
-        logger.info(captions.truncation_report())
+    if text_tokenizer.num_truncated:
+        logger.info(text_tokenizer.truncation_report())
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -209,24 +209,24 @@ def _encode_views(
 
 
 def _encode_captions(
-    pairs: Sequence[Pair], captions: TextTokenizer, bpe_dropout: float
+    pairs: Sequence[Pair], text_tokenizer: TextTokenizer, bpe_dropout: float
 ) -> Int[Tensor, "rows text_length"]:
     texts = [text for pair in pairs for text in pair.captions]
     if bpe_dropout == 0:
-        return captions.encode(texts)
-    return encode_variants(captions, texts, dropout=bpe_dropout)
+        return text_tokenizer.encode(texts)
+    return encode_variants(text_tokenizer, texts, dropout=bpe_dropout)
 
 
 def _fingerprint(
     pairs: Sequence[Pair],
     pixels: Tensor,
     vqvae: ImageTokenizer,
-    captions: TextTokenizer,
+    text_tokenizer: TextTokenizer,
     variation_key: tuple[int | float, ...],
 ) -> str:
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().data)
-    digest.update(captions.fingerprint().encode())
+    digest.update(text_tokenizer.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]
-    digest.update(json.dumps([captions.text_length, variation_key, texts]).encode())
+    digest.update(json.dumps([text_tokenizer.text_length, variation_key, texts]).encode())
     return digest.hexdigest()[:16]

@@ -24,11 +24,11 @@ class Estimate:
 def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Estimate:
     """Average, with the percentile interval of the bootstrap.
 
-    Values that are all equal give an interval of no width: then 3 / n bounds the share of others
+    Values that are all equal give an interval of no width: then 3 / n bounds the fraction of others
     (the rule of three).
 
     Args:
-        values: One per picture; at least one.
+        values: One per image; at least one.
         seed: Of the resampling.
 
     Returns:
@@ -41,7 +41,7 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Es
     """
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or not len(sample):
-        raise ValueError(f"values: got shape {sample.shape}, wanted one value or more in a row")
+        raise ValueError(f"values: got shape {sample.shape}, expected one value or more in a row")
     chosen = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
     low, high = np.percentile(sample[chosen].mean(axis=1), PERCENTILES)
     return Estimate(float(sample.mean()), float(low), float(high))

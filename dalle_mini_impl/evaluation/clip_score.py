@@ -1,4 +1,4 @@
-"""Do drawings fit their captions, by a CLIP that somebody has at hand?"""
+"""Do generated images fit their captions, by a CLIP that somebody has at hand?"""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,7 +8,7 @@ from dalle_mini_impl.evaluation.report import FLOOR, Section, Table, number
 from dalle_mini_impl.evaluation.samples import Pixels, to_images
 from dalle_mini_impl.sampling.rerank import ImageRanker
 
-TRUE = "true pictures"
+TRUE = "true images"
 
 
 def measure_clip_score(
@@ -19,13 +19,13 @@ def measure_clip_score(
     *,
     seed: int,
 ) -> Section:
-    """Average the cosines of pictures and captions, beside true pictures and wrong captions.
+    """Average the cosines of images and captions, beside true images and wrong captions.
 
     Args:
         ranker: Compares them; its scores are cosines.
         ways: CandidateTokens of the captions, by how they were chosen.
-        true: The pictures that the captions belong to.
-        captions: One per picture.
+        reference: The images that the captions belong to.
+        captions: One per image.
         seed: Of the shuffling and the intervals.
 
     Returns:
@@ -44,7 +44,7 @@ def measure_clip_score(
     found[FLOOR] = score(next(iter(ways.values())), others)
     rows = [(name, number(estimate, 2)) for name, estimate in found.items()]
     text = (
-        "100 times the cosine of picture and caption, or 0 where it is negative (Hessel et al. "
+        "100 times the cosine of image and caption, or 0 where it is negative (Hessel et al. "
         "2021). Scores of different CLIPs cannot be compared."
     )
     return Section("CLIP score", text, dict(found), [Table("clip score", ("set", "score"), rows)])

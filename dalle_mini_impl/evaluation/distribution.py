@@ -1,10 +1,10 @@
-"""Are the drawings, as a set, like true pictures? Distance, precision and recall, with baselines.
+"""Are the generated images, as a set, like true images? Distance, precision and recall, with baselines.
 
-Every figure compares half of a set with the true pictures of the other captions, over many random
-halvings, so that true pictures can be compared with true pictures in the same way. Its interval is
-the range over the halvings: halves of a sample vary about as much as whole samples drawn anew
-(Shao and Wu 1989). Drawing with replacement would serve means, but not nearest neighbours: a
-picture drawn twice has one at distance 0.
+Every figure compares half of a set with the true images of the other captions, over many random
+halvings, so that true images can be compared with true images in the same way. Its interval is
+the range over the halvings: halves of a sample vary about as much as whole samples generated anew
+(Shao and Wu 1989). Generating with replacement would serve means, but not nearest neighbors: an
+image generated twice has one at distance 0.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ NUM_DIRECTIONS = 256
 NUM_NEIGHBOURS = 3
 MIN_IMAGES = 16
 PLAIN_FEATURES = (
-    "Features: colours and contrasts of the Laplacian pyramid on 8 x 8 cells "
+    "Features: colors and contrasts of the Laplacian pyramid on 8 x 8 cells "
     "(`evaluation/features.py`); they need no weights."
 )
 NETWORK_FEATURES = (
@@ -38,7 +38,7 @@ Describe = Callable[[Float[Tensor, "batch 3 height width"]], list[Tensor]]
 
 
 def random_directions(num_features: int, *, seed: int) -> Float[Tensor, "features directions"]:
-    """Draw unit vectors.
+    """Generate unit vectors.
 
     Args:
         num_features: Their length.
@@ -72,19 +72,19 @@ def sliced_distance(
 def fraction_inside(
     distances: Float[Tensor, "samples reference"], own: Float[Tensor, "reference reference"]
 ) -> float:
-    """Count the pictures that lie in the manifold of a reference set.
+    """Count the images that lie in the manifold of a reference set.
 
     Args:
-        distances: Of each picture to each reference picture.
-        own: Among the reference pictures.
+        distances: Of each image to each reference image.
+        own: Among the reference images.
 
     Returns:
-        Share of pictures closer to some reference picture than its third neighbour is: precision
-        where the reference is true, recall where it is drawn.
+        Fraction of images closer to some reference image than its third neighbor is: precision
+        where the reference is true, recall where it is generated.
 
     Source: Kynkaanniemi et al. 2019, arXiv:1904.06991, equation 1, with k = 3.
     """
-    radii = own.kthvalue(NUM_NEIGHBOURS + 1, dim=1).values  # the first is the picture itself
+    radii = own.kthvalue(NUM_NEIGHBOURS + 1, dim=1).values  # the first is the image itself
     inside: Bool[Tensor, " samples"] = (distances <= radii).any(dim=1)
     return float(inside.float().mean())
 
@@ -92,11 +92,11 @@ def fraction_inside(
 def compare_sets(
     reference: Features, others: Mapping[str, Features], *, seed: int
 ) -> dict[str, dict[str, Estimate]]:
-    """Compare sets of pictures with the true ones.
+    """Compare sets of images with the true ones.
 
     Args:
-        true: Features of the true pictures.
-        others: Sets of as many pictures.
+        reference: Features of the true images.
+        others: Sets of as many images.
         seed: Decides directions and halvings.
 
     Returns:
@@ -123,37 +123,37 @@ def compare_sets(
 
 
 def _distances(left: Features, right: Features) -> Float[Tensor, "left right"]:
-    # The plain way: through products, equal pictures would not be at distance 0.
+    # The plain way: through products, equal images would not be at distance 0.
     return torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def measure_distribution(
     reference: Features, others: Mapping[str, Features], *, seed: int, by_network: bool = False
 ) -> Section:
-    """Compare the drawings as a set with true pictures, and put baselines beside.
+    """Compare the generated images as a set with true images, and put baselines beside.
 
     Args:
-        true: Features of the true pictures of the captions that were drawn.
+        reference: Features of the true images of the captions that were generated.
         others: CandidateTokens first, then the baselines.
         seed: Of all random choices.
         by_network: Whether the features are those of a network.
 
     Returns:
-        The section; without figures where there are too few pictures.
+        The section; without figures where there are too few images.
     """
     title = "Distribution by a network" if by_network else "Distribution"
     text = (
         f"{NETWORK_FEATURES if by_network else PLAIN_FEATURES} "
         "Sliced Wasserstein distance: 0 is best, "
-        "but no smaller than that of true pictures. Precision and recall: Kynkaanniemi et al. "
-        f"2019, k = {NUM_NEIGHBOURS}. Every row compares half of its pictures with the true "
-        f"pictures of the other captions; interval: the middle 95 % of {NUM_HALVINGS} random "
+        "but no smaller than that of true images. Precision and recall: Kynkaanniemi et al. "
+        f"2019, k = {NUM_NEIGHBOURS}. Every row compares half of its images with the true "
+        f"images of the other captions; interval: the middle 95 % of {NUM_HALVINGS} random "
         "halvings. FID is left out: its network's weights do not come with this project."
     )
     if len(reference) < MIN_IMAGES:
-        reason = f"too few pictures: {len(reference)}, wanted {MIN_IMAGES}"
+        reason = f"too few images: {len(reference)}, expected {MIN_IMAGES}"
         return Section(title, f"{text} Left out here: {reason}.", {"left_out": reason})
-    found = compare_sets(reference, {**others, "true pictures": reference}, seed=seed)
+    found = compare_sets(reference, {**others, "true images": reference}, seed=seed)
     figures: dict[str, Any] = {"num_images": len(reference), **found}
     rows = [
         (name, number(row["distance"], 4), percent(row["precision"]), percent(row["recall"]))
@@ -164,15 +164,15 @@ def measure_distribution(
 
 
 class FeatureSpace:
-    """Features whose parts weigh the same in a set of reference pictures."""
+    """Features whose parts weigh the same in a set of reference images."""
 
     def __init__(self, reference: Pixels, *, describe: Describe | None = None) -> None:
         """Measure how much each part varies.
 
         Args:
-            reference: True pictures, at least two different ones.
-            describe: What makes parts, each (batch, features), of pictures with pixels in [-1, 1];
-                colours and contrasts when None.
+            reference: True images, at least two different ones.
+            describe: What makes parts, each (batch, features), of images with pixels in [-1, 1];
+                colors and contrasts when None.
         """
         self._describe = describe or colours_and_contrasts
         parts = self._parts(reference)
@@ -182,7 +182,7 @@ class FeatureSpace:
         ]
 
     def __call__(self, pixels: Pixels) -> Float[Tensor, "samples features"]:
-        """Describe pictures.
+        """Describe images.
 
         Args:
             pixels: Bytes, at least 8 x 8.
@@ -201,13 +201,13 @@ class FeatureSpace:
 
 
 def colours_and_contrasts(pixels: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-    """Describe pictures by their Laplacian pyramids.
+    """Describe images by their Laplacian pyramids.
 
     Args:
         pixels: In [-1, 1], at least 8 x 8.
 
     Returns:
-        The colours, and the contrasts of each finer band: each (batch, 3 * 8 * 8).
+        The colors, and the contrasts of each finer band: each (batch, 3 * 8 * 8).
     """
     side = GRID
     while 2 * side <= min(pixels.shape[2:]):
@@ -226,7 +226,7 @@ def network_or_none() -> Describe | None:
     """Load EfficientNet-Lite0, if the package of its weights is installed (extra ``eval``).
 
     Returns:
-        What describes pictures by the means and deviations of its channels at four sizes.
+        What describes images by the means and deviations of its channels at four sizes.
     """
     try:
         network = PerceptualDistance()

@@ -45,21 +45,21 @@ Read = Callable[[Row], Tensor]
 def held_out_prompts(
     data: EvaluationData, styles: Sequence[str], *, max_samples: int
 ) -> tuple[list[HeldOutPrompt], Samples]:
-    """Find the held-out emoji that a model shall draw.
+    """Find the held-out emoji that a model shall generate.
 
     Args:
         data: Emoji.
-        styles: Whose pictures are wanted; all when empty.
+        styles: Whose images are expected; all when empty.
         max_samples: Cells per style, spread over all of them.
 
     Returns:
-        The questions, and their pictures and captions in the same order.
+        The questions, and their images and captions in the same order.
 
     Raises:
         UserError: If nothing was held out.
     """
     all_samples = join([data.train, data.held_out_samples])
-    # The place of a row stands for its picture, so that rows of the source stay as they are.
+    # The place of a row stands for its image, so that rows of the source stay as they are.
     rows: list[Row] = [{**row, "_at": at} for at, row in enumerate(all_samples.rows)]
     known = list(dict.fromkeys(str(row["style"]) for row in rows))
     pixels: dict[int, Tensor] = {}
@@ -91,17 +91,17 @@ def measure_emoji(
     *,
     seed: int,
 ) -> Section:
-    """Judge drawings of held-out emoji.
+    """Judge generated images of held-out emoji.
 
     Args:
-        questions: What was to be drawn.
+        prompts: What was to be generated.
         captions: In whose words.
-        drawn: Way of drawing -> one drawing per question; the first way is also shuffled.
-        rebuilt: The true pictures after the image tokenizer: the best that can be drawn.
+        generated: Way of generation -> one generation per question; the first way is also shuffled.
+        reconstructions: The true images after the image tokenizer: the best that can be generated.
         seed: Of the shuffling.
 
     Returns:
-        Shares of right drawings by style, with ceiling and floor.
+        Fractions of right generated images by style, with ceiling and floor.
     """
     checks = {way: _check_images(prompts, pixels) for way, pixels in generated.items()}
     checks[CEILING] = _check_images(prompts, reconstructions)
@@ -117,11 +117,11 @@ def measure_emoji(
     }
     return Section(
         "Composition",
-        "Right where the true picture of the same cell is nearest in pixels of all 15 of its role "
+        "Right where the true image of the same cell is nearest in pixels of all 15 of its role "
         "(chance 6.7 %), of the same gender (33 %), of the same skin tone (20 %); the right style "
         "where it is nearest of all styles of the same emoji (with one style always); a clock "
         "where it is nearest of 24. The cells were held out in every style. Intervals: bootstrap "
-        "over cells; where all are right, 3 / cells bounds the share of others.",
+        "over cells; where all are right, 3 / cells bounds the fraction of others.",
         {"chance": {"cell": 1 / 15, "gender": 1 / 3, "tone": 1 / 5, "clock": 1 / 24}, **figures},
         [
             table
@@ -136,7 +136,7 @@ def measure_emoji(
 
 
 def _check_images(prompts: Sequence[HeldOutPrompt], pixels: Pixels) -> list[dict[str, bool]]:
-    """Judge one drawing per question."""
+    """Judge one generation per question."""
     pairs = zip(prompts, to_floats(pixels), strict=True)
     return [prompt.check(image) for prompt, image in pairs]
 
@@ -144,7 +144,7 @@ def _check_images(prompts: Sequence[HeldOutPrompt], pixels: Pixels) -> list[dict
 def _check_shuffled_images(
     prompts: Sequence[HeldOutPrompt], pixels: Pixels, *, seed: int
 ) -> list[dict[str, bool]]:
-    """Judge drawings as if each had been asked for by another question of its kind."""
+    """Judge generated images as if each had been asked for by another question of its kind."""
     found: list[dict[str, bool]] = [{} for _ in prompts]
     for kind in ("cell", "clock"):
         places = [at for at, prompt in enumerate(prompts) if kind in prompt.right]
@@ -170,7 +170,7 @@ def _table(
     prompts: Sequence[HeldOutPrompt],
     chosen: Mapping[str, Sequence[int]],
 ) -> Table:
-    """Lay the shares of one kind of question out, by way of drawing and style."""
+    """Lay the fractions of one kind of question out, by way of generation and style."""
     fractions, counts = {}, {}
     for way, by_style in figures.items():
         for style, found in by_style.items():
@@ -178,13 +178,13 @@ def _table(
                 row = f"{way}, {style}"
                 fractions[row] = {f"right {what}": found[what] for what in attributes}
                 counts[row] = sum(attributes[0] in prompts[at].right for at in chosen[style])
-    return fraction_table(name, "drawn", fractions, counts)
+    return fraction_table(name, "generated", fractions, counts)
 
 
 def _sheets(
     prompts: Sequence[HeldOutPrompt], captions: Sequence[str], generated: Pixels
 ) -> dict[str, Image.Image]:
-    """CandidateTokens beside the true pictures: some cells, all clocks, and what is wrong."""
+    """CandidateTokens beside the true images: some cells, all clocks, and what is wrong."""
     checks = _check_images(prompts, generated)
     kinds: dict[str, list[int]] = {
         "held_out_cells": [i for i, a in enumerate(checks) if "cell" in a],
@@ -201,7 +201,7 @@ def _sheets(
             ]
             wrong = [what for what, right in checks[at].items() if not right]
             verdict = f" (WRONG {', '.join(wrong)})" if wrong else ""
-            texts += [captions[at] + verdict, "(true picture)"]
+            texts += [captions[at] + verdict, "(true image)"]
         if images:
             sheets[name] = make_grid(images, columns=8, captions=texts)
     return sheets
@@ -209,23 +209,23 @@ def _sheets(
 
 @dataclass(frozen=True)
 class HeldOutPrompt:
-    """A held-out picture to be drawn, and the true pictures that its drawing is compared with."""
+    """A held-out image to be generated, and the true images that its generation is compared with."""
 
     row: Row
-    """What the metadata say of the held-out picture."""
+    """What the metadata say of the held-out image."""
     choices: Mapping[str, Mapping[Hashable, Tensor]]
-    """By what is asked (``cell``, ``style``, ``clock``): name -> true picture, [-1, 1]."""
+    """By what is asked (``cell``, ``style``, ``clock``): name -> true image, [-1, 1]."""
     right: Mapping[str, Hashable]
     """The right name for each."""
 
     def check(self, image: ImageTensor) -> dict[str, bool]:
-        """Judge a drawing.
+        """Judge a generation.
 
         Args:
-            picture: As large as the true ones, [-1, 1].
+            image: As large as the true ones, [-1, 1].
 
         Returns:
-            What is asked -> whether the drawing is right; for a cell its two parts as well.
+            What is asked -> whether the generation is right; for a cell its two parts as well.
         """
         checks = {}
         for what, choices in self.choices.items():
@@ -238,17 +238,17 @@ class HeldOutPrompt:
 
     @property
     def reference(self) -> Tensor:
-        """The true picture."""
+        """The true image."""
         [what, *_] = self.choices
         return self.choices[what][self.right[what]]
 
 
 def nearest(image: ImageTensor, choices: Mapping[Key, Tensor]) -> Key:
-    """Find the true picture with the smallest squared error.
+    """Find the true image with the smallest squared error.
 
     Args:
-        picture: A drawing.
-        choices: Name -> true picture.
+        image: A generation.
+        choices: Name -> true image.
 
     Returns:
         The name of the nearest.
@@ -260,8 +260,8 @@ def grid_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOut
     """List the held-out grid cells of a style.
 
     Args:
-        rows: Of all pictures of the data set.
-        style: Whose pictures are wanted.
+        rows: Of all images of the data set.
+        style: Whose images are expected.
         read: Gives the pixels of a row, [-1, 1].
 
     Returns:
@@ -288,8 +288,8 @@ def clock_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOu
     """List the held-out clock faces of a style.
 
     Args:
-        rows: Of all pictures of the data set.
-        style: Whose pictures are wanted.
+        rows: Of all images of the data set.
+        style: Whose images are expected.
         read: Gives the pixels of a row, [-1, 1].
 
     Returns:
@@ -306,11 +306,11 @@ def clock_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOu
 
 @dataclass(frozen=True)
 class GridReport:
-    """How many held-out cells of one style were drawn right."""
+    """How many held-out cells of one style were generated right."""
 
     num_cells: int
     grid_accuracy: float
-    """Share of pictures nearest to their own cell, in [0, 1]; chance 1/15."""
+    """Fraction of images nearest to their own cell, in [0, 1]; chance 1/15."""
     gender_accuracy: float
     """Share whose nearest cell has the right gender; chance 1/3."""
     tone_accuracy: float
@@ -323,23 +323,23 @@ class GridReport:
 def evaluate_grid(
     pipeline: TextToImagePipeline, data_dir: Path, *, seed: int = 0, **overrides: Any
 ) -> GridReport:
-    """Draw every held-out cell of Twemoji once and find the nearest true picture.
+    """Generate every held-out cell of Twemoji once and find the nearest true image.
 
     Args:
         pipeline: The model.
         data_dir: Folder that ``prepare_emoji.py`` wrote.
-        seed: Of each picture.
-        **settings: Fields of ``SamplingConfig``.
+        seed: Of each image.
+        **overrides: Fields of ``SamplingConfig``.
 
     Returns:
-        Accuracies and the pictures.
+        Accuracies and the images.
 
     Raises:
         UserError: If the folder holds no emoji data, or no cell was held out.
     """
     metadata = data_dir / "metadata.jsonl"
     if not metadata.is_file():
-        raise UserError(f"data: no {metadata}; wanted the folder that prepare_emoji.py wrote")
+        raise UserError(f"data: no {metadata}; expected the folder that prepare_emoji.py wrote")
     size = pipeline.vqvae.config.image_size
 
     def read(row: Row) -> Tensor:
@@ -354,7 +354,7 @@ def evaluate_grid(
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
-            "wanted the folder that prepare_emoji.py wrote"
+            "expected the folder that prepare_emoji.py wrote"
         ) from None
     if not prompts:
         raise UserError(f"data: {metadata} has no held-out grid cells (split test_compose)")

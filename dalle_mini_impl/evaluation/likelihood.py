@@ -1,6 +1,6 @@
-"""How likely the decoder finds held-out pictures, given their caption, another one, or none.
+"""How likely the decoder finds held-out images, given their caption, another one, or none.
 
-The loss of a picture's tokens is a code length for them, not a likelihood of its pixels: compare
+The loss of an image's tokens is a code length for them, not a likelihood of its pixels: compare
 models of the same image tokenizer alone.
 """
 
@@ -34,7 +34,7 @@ def image_token_nats(
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded.
-        image_token_ids: One picture per caption.
+        image_token_ids: One image per caption.
 
     Returns:
         Nats, on the CPU.
@@ -67,23 +67,23 @@ def measure_likelihood(
     max_samples: int,
     seed: int,
 ) -> Section:
-    """Measure the loss on the tokens of true pictures.
+    """Measure the loss on the tokens of true images.
 
     Args:
         pipeline: The model.
-        splits: Pictures by split, the training split among them.
-        max_samples: Pictures per split, spread over all of it.
+        splits: Images by split, the training split among them.
+        max_samples: Images per split, spread over all of it.
         seed: Decides whose caption is "another" one.
 
     Returns:
-        Nats per token and bits per picture, by split and by position.
+        Nats per token and bits per image, by split and by position.
     """
     progress = log_now_and_then("likelihoods: passes done")
     figures: dict[str, dict[str, dict[str, Estimate]]] = {}
     rows, by_cell = [], {}
     for index, (name, split) in enumerate(splits.items()):
         chosen = split.spread(max_samples)
-        text = pipeline.captions.encode(chosen.captions)
+        text = pipeline.text_tokenizer.encode(chosen.captions)
         given = (text, torch.full_like(text, PAD_TOKEN_ID), text[shuffled(len(text), seed=seed)])
         figures[name] = {}
         for number_of, (what, captions) in enumerate(zip(CAPTIONS, given, strict=True)):
@@ -125,8 +125,8 @@ def _section(
     ]
     return Section(
         "Decoder",
-        "Loss on the tokens of true pictures in nats per token: with its own caption, with none, "
-        "and with the caption of another picture of the same split; bits per picture with its own. "
+        "Loss on the tokens of true images in nats per token: with its own caption, with none, "
+        "and with the caption of another image of the same split; bits per image with its own. "
         "These are code lengths of tokens: compare models of the same image tokenizer alone. "
         f"`loss_by_position.png` is of `{shown}`: black is 0, white {highest:.2f} nats.",
         {
@@ -137,8 +137,8 @@ def _section(
             },
         },
         [
-            Table("loss", ("split", "pictures", *CAPTIONS, "bits per picture"), rows),
-            Table(f"loss by row of the picture, {shown}", ("row", *CAPTIONS), by_row),
+            Table("loss", ("split", "images", *CAPTIONS, "bits per image"), rows),
+            Table(f"loss by row of the image, {shown}", ("row", *CAPTIONS), by_row),
         ],
         {"loss_by_position": make_grid(images, columns=3, captions=list(maps))},
     )

@@ -1,9 +1,9 @@
-"""Does the model copy? Drawn pictures against the training set, in tokens and in features.
+"""Does the model copy? Sampled images against the training set, in tokens and in features.
 
-A drawing that shares most of its tokens with one training picture may be a copy. The same share
-for held-out true pictures says how much is to be expected from pictures that cannot be copies. The
-test of Meehan et al. asks the same of distances: are drawings nearer to the training set than
-held-out pictures are?
+A generation that shares most of its tokens with one training image may be a copy. The same share
+for held-out true images says how much is to be expected from images that cannot be copies. The
+test of Meehan et al. asks the same of distances: are generated images nearer to the training set than
+held-out images are?
 """
 
 import math
@@ -21,7 +21,7 @@ from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
 from dalle_mini_impl.evaluation.report import Section, Table, percent
 from dalle_mini_impl.evaluation.samples import Samples, spread_indices, to_images
 
-COPY_THRESHOLD = 0.9  # share of equal tokens above which a picture counts as a copy
+COPY_THRESHOLD = 0.9  # fraction of equal tokens above which an image counts as a copy
 NUM_SHOWN = 32
 HELD_OUT_PER_CELL = 50  # on average
 MAX_CELLS = 10
@@ -33,11 +33,11 @@ Features = Float[Tensor, "_ features"]
 def nearest_agreement(
     token_ids: Int[Tensor, "batch image_length"], train: Int[Tensor, "train image_length"]
 ) -> Float[Tensor, " batch"]:
-    """Find, for each picture, the largest share of tokens that it has in common with one other.
+    """Find, for each image, the largest fraction of tokens that it has in common with one other.
 
     Args:
-        token_ids: Pictures.
-        train: Pictures to compare with.
+        token_ids: Images.
+        train: Images to compare with.
 
     Returns:
         Shares in [0, 1].
@@ -53,7 +53,7 @@ class CopyingCell:
     num_held_out: int
     num_generated: int
     z: float
-    """Below 0: drawings are nearer to the training set than held-out pictures are."""
+    """Below 0: generated images are nearer to the training set than held-out images are."""
 
 
 @dataclass(frozen=True)
@@ -61,29 +61,29 @@ class CopyingTest:
     """Result of the data-copying test."""
 
     score: float | None
-    """C_T; far below 0 (say -3) is copying, far above 0 is missing the training pictures. None if
-    no cell has enough pictures."""
+    """C_T; far below 0 (say -3) is copying, far above 0 is missing the training images. None if
+    no cell has enough images."""
     cells: list[CopyingCell]
-    """Those with enough pictures."""
+    """Those with enough images."""
 
 
 def data_copying_test(
-    generated: Float[Tensor, "drawn features"],
+    generated: Float[Tensor, "generated features"],
     held_out: Float[Tensor, "held_out features"],
     train: Float[Tensor, "train features"],
     *,
     seed: int = 0,
 ) -> CopyingTest:
-    """Test whether drawings are nearer to the training set than held-out pictures are.
+    """Test whether generated images are nearer to the training set than held-out images are.
 
     Args:
-        drawn: Features of drawings.
-        held_out: Of true pictures outside the training set.
+        generated: Features of generated images.
+        held_out: Of true images outside the training set.
         train: Of the training set.
         seed: Of the k-means that finds the cells.
 
     Returns:
-        The score: the z of each cell, weighted by its share of held-out pictures.
+        The score: the z of each cell, weighted by its fraction of held-out images.
 
     Raises:
         UserError: If scipy is not installed.
@@ -94,7 +94,7 @@ def data_copying_test(
         from scipy.cluster.vq import kmeans2, vq
     except ImportError:
         raise UserError(
-            "scipy: not installed, wanted by evaluate.py: pip install -e '.[eval]'"
+            "scipy: not installed, expected by evaluate.py: pip install -e '.[eval]'"
         ) from None
     count = min(MAX_CELLS, max(1, len(held_out) // HELD_OUT_PER_CELL), len(train))
     centres, train_cells = kmeans2(train.numpy(), count, minit="++", rng=seed)
@@ -115,13 +115,13 @@ def data_copying_test(
 
 
 def _nearest(images: Tensor, train: Tensor) -> tuple[Tensor, Tensor]:
-    """Distance to the nearest training picture, and which it is."""
+    """Distance to the nearest training image, and which it is."""
     nearest = torch.cdist(images, train).min(dim=1)
     return nearest.values, nearest.indices
 
 
-def _z(generated: Float[Tensor, " drawn"], held_out: Float[Tensor, " held_out"]) -> float:
-    """Mann and Whitney's U of two samples as a normal deviate; below 0: drawn are smaller."""
+def _z(generated: Float[Tensor, " generated"], held_out: Float[Tensor, " held_out"]) -> float:
+    """Mann and Whitney's U of two samples as a normal deviate; below 0: generated are smaller."""
     from scipy.stats import mannwhitneyu
 
     n, m = len(generated), len(held_out)
@@ -137,22 +137,22 @@ def measure_memorization(
     *,
     seed: int,
 ) -> Section:
-    """Compare drawings and held-out pictures with all training pictures.
+    """Compare generated images and held-out images with all training images.
 
     Args:
-        drawn: CandidateTokens, with the captions that they were drawn from.
-        held_out: The true pictures of the same captions.
+        generated: CandidateTokens, with the captions that they were generated from.
+        held_out: The true images of the same captions.
         train: The training set.
-        features: Of ``generated``, ``held_out`` and ``train``; of ``reconstructions``, the held-out pictures
-            after the image tokenizer, and of ``copies``, rebuilt training pictures near them.
+        features: Of ``generated``, ``held_out`` and ``train``; of ``reconstructions``, the held-out images
+            after the image tokenizer, and of ``copies``, reconstructed training images near them.
         seed: Of the data-copying test.
 
     Returns:
-        Shares of copies, the data-copying test, and drawings beside their nearest pictures.
+        Fractions of copies, the data-copying test, and generated images beside their nearest images.
     """
     agreement = {
-        "drawings": nearest_agreement(generated.image_token_ids, train.image_token_ids),
-        "held-out pictures": nearest_agreement(held_out.image_token_ids, train.image_token_ids),
+        "generated": nearest_agreement(generated.image_token_ids, train.image_token_ids),
+        "held-out images": nearest_agreement(held_out.image_token_ids, train.image_token_ids),
     }
     tokens = {
         name: {
@@ -162,9 +162,9 @@ def measure_memorization(
         for name, fractions in agreement.items()
     }
     pairs = {
-        "drawings against held-out pictures": ("drawn", "held_out"),
-        "drawings against rebuilt held-out pictures": ("drawn", "rebuilt"),
-        "copies against rebuilt held-out pictures": ("copies", "rebuilt"),
+        "generated images against held-out images": ("generated", "held_out"),
+        "generated images against reconstructed held-out images": ("generated", "reconstructed"),
+        "copies against reconstructed held-out images": ("copies", "reconstructed"),
     }
     tests = {
         name: data_copying_test(features[made], features[seen], features["train"], seed=seed)
@@ -172,12 +172,12 @@ def measure_memorization(
     }
     return Section(
         "Memorisation",
-        f"Copies share more than {COPY_THRESHOLD:.0%} of their tokens with one training picture; "
-        "held-out pictures, which cannot be copies, show what to expect. C_T is the data-copying "
-        "test of Meehan et al. 2020 on the features of the section above: below -3 drawings are "
-        "nearer to training pictures than held-out pictures are, above 3 farther. CandidateTokens come "
-        "from the tokenizer, so their fair partners are rebuilt held-out pictures. The last row is "
-        "what a model would score that draws the nearest training picture each time.",
+        f"Copies share more than {COPY_THRESHOLD:.0%} of their tokens with one training image; "
+        "held-out images, which cannot be copies, show what to expect. C_T is the data-copying "
+        "test of Meehan et al. 2020 on the features of the section above: below -3 generated images are "
+        "nearer to training images than held-out images are, above 3 farther. CandidateTokens come "
+        "from the tokenizer, so their fair partners are reconstructed held-out images. The last row is "
+        "what a model would score that generates the nearest training image each time.",
         {
             "num_generated": len(generated),
             "num_train": len(train),
@@ -186,8 +186,8 @@ def measure_memorization(
         },
         [
             Table(
-                "tokens in common with the nearest training picture",
-                ("pictures", "mean share", "copies"),
+                "tokens in common with the nearest training image",
+                ("images", "mean share", "copies"),
                 [
                     (name, percent(found["agreement"]), percent(found["copies"]))
                     for name, found in tokens.items()
@@ -195,32 +195,32 @@ def measure_memorization(
             ),
             Table(
                 "data-copying test",
-                ("pictures", "C_T", "z of each cell (drawings in it)"),
+                ("images", "C_T", "z of each cell (generated images in it)"),
                 [
                     (
                         name,
-                        "too few pictures" if found.score is None else f"{found.score:.2f}",
+                        "too few images" if found.score is None else f"{found.score:.2f}",
                         ", ".join(f"{cell.z:.1f} ({cell.num_generated})" for cell in found.cells),
                     )
                     for name, found in tests.items()
                 ],
             ),
         ],
-        {"nearest": _sheet(generated, train, features, agreement["drawings"])},
+        {"nearest": _sheet(generated, train, features, agreement["generated"])},
     )
 
 
 def _sheet(
     generated: Samples, train: Samples, features: Mapping[str, Features], agreement: Tensor
 ) -> Image.Image:
-    """CandidateTokens, each beside the training picture with the nearest features."""
+    """CandidateTokens, each beside the training image with the nearest features."""
     chosen = spread_indices(len(generated), NUM_SHOWN)
-    nearest = _nearest(features["drawn"][chosen], features["train"])[1].tolist()
+    nearest = _nearest(features["generated"][chosen], features["train"])[1].tolist()
     images, captions = [], []
     for index, other in zip(chosen, nearest, strict=True):
         images += to_images(torch.stack([generated.pixels[index], train.pixels[other]]))
         captions += [
-            f"drawn ({agreement[index]:.0%}): {generated.captions[index]}",
+            f"generated ({agreement[index]:.0%}): {generated.captions[index]}",
             f"training: {train.captions[other]}",
         ]
     return make_grid(images, columns=8, captions=captions)

@@ -1,4 +1,4 @@
-"""How well the image tokenizer keeps held-out pictures, and how it uses its codes."""
+"""How well the image tokenizer keeps held-out images, and how it uses its codes."""
 
 import math
 
@@ -20,17 +20,17 @@ SSIM_WINDOW = 11  # pixels; of Wang et al. 2004
 
 
 def ssim(left: Pixels, right: Pixels) -> np.ndarray:
-    """Measure the structural similarity of pairs of pictures.
+    """Measure the structural similarity of pairs of images.
 
     Args:
         left: Bytes.
-        right: Bytes, one picture for each of ``left``.
+        right: Bytes, one image for each of ``left``.
 
     Returns:
-        One value per pair, at most 1; the mean over colours.
+        One value per pair, at most 1; the mean over colors.
 
     Raises:
-        UserError: If scikit-image is not installed, or pictures are too small.
+        UserError: If scikit-image is not installed, or images are too small.
 
     Source: Wang et al. 2004, with their Gaussian window, by scikit-image.
     """
@@ -38,7 +38,7 @@ def ssim(left: Pixels, right: Pixels) -> np.ndarray:
         from skimage.metrics import structural_similarity
     except ImportError:
         raise UserError(
-            "scikit-image: not installed, wanted by evaluate.py: pip install -e '.[eval]'"
+            "scikit-image: not installed, expected by evaluate.py: pip install -e '.[eval]'"
         ) from None
     if min(left.shape[2:]) < SSIM_WINDOW:
         raise UserError(f"image_size: got {left.shape[2]}, SSIM wants at least {SSIM_WINDOW}")
@@ -55,13 +55,13 @@ def ssim(left: Pixels, right: Pixels) -> np.ndarray:
 def position_entropy(
     image_token_ids: Int[Tensor, "samples image_length"],
 ) -> Float[Tensor, " image_length"]:
-    """Measure how much the token of each grid cell varies from picture to picture.
+    """Measure how much the token of each grid cell varies from image to image.
 
     Args:
-        image_token_ids: Of many pictures.
+        image_token_ids: Of many images.
 
     Returns:
-        Entropies in bits, from counts: at most log2(pictures), and too small for few pictures.
+        Entropies in bits, from counts: at most log2(images), and too small for few images.
     """
     entropies = []
     for column in image_token_ids.T:
@@ -71,11 +71,11 @@ def position_entropy(
 
 
 def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
-    """Reconstruct held-out pictures.
+    """Reconstruct held-out images.
 
     Args:
         vqvae: The image tokenizer.
-        held_out: Pictures that it was not trained on, with their tokens.
+        held_out: Images that it was not trained on, with their tokens.
 
     Returns:
         PSNR, SSIM, use of the codebook, entropy per position, and the worst reconstructions.
@@ -106,7 +106,7 @@ def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
         "tokenizer",
         ("figure", "value"),
         [
-            ("pictures, tokens", f"{len(held_out)}, {int(counts.sum())}"),
+            ("images, tokens", f"{len(held_out)}, {int(counts.sum())}"),
             ("PSNR in dB", number(psnr_db, 2)),
             ("SSIM", number(ssim_mean)),
             ("codes used", f"{figures['codebook_usage']:.1%} of {vqvae.codebook_size}"),
@@ -121,12 +121,12 @@ def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
     images, captions = [], []
     for index in worst.tolist():
         images += to_images(torch.stack([held_out.pixels[index], reconstructions[index]]))
-        captions += [held_out.captions[index], f"rebuilt, {decibels[index]:.1f} dB"]
+        captions += [held_out.captions[index], f"reconstructed, {decibels[index]:.1f} dB"]
     return Section(
         "Tokenizer",
-        "Held-out pictures, and what the tokenizer rebuilds from their tokens. SSIM is that of "
-        "Wang et al. 2004. Entropies come from counts and are too small where pictures are few. "
-        "`position_entropy.png`: black is 0 bits, white the most that so many pictures can have.",
+        "Held-out images, and what the tokenizer rebuilds from their tokens. SSIM is that of "
+        "Wang et al. 2004. Entropies come from counts and are too small where images are few. "
+        "`position_entropy.png`: black is 0 bits, white the most that so many images can have.",
         figures,
         [table],
         {

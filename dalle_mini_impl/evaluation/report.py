@@ -1,4 +1,4 @@
-"""A report as files: `report.json` for programs, `report.md` with pictures for people."""
+"""A report as files: `report.json` for programs, `report.md` with images for people."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from dalle_mini_impl.evaluation.bootstrap import Estimate
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
 DIGITS = 6  # significant ones
-CEILING, FLOOR = "ceiling: true pictures, rebuilt", "floor: captions shuffled"
+CEILING, FLOOR = "ceiling: true images, reconstructed", "floor: captions shuffled"
 CELL_SIDE = 12  # pixels per token in a map
 
 
@@ -169,13 +169,13 @@ def fraction_table(
     fractions: Mapping[str, Mapping[str, Estimate]],
     counts: Mapping[str, int],
 ) -> Table:
-    """Lay shares out, a row for each set of pictures.
+    """Lay shares out, a row for each set of images.
 
     Args:
         name: Of the table.
         first: What the rows are.
-        shares: Row -> column -> share; rows may lack columns.
-        counts: Pictures of each row.
+        fractions: Row -> column -> share; rows may lack columns.
+        counts: Images of each row.
 
     Returns:
         The table.
@@ -185,7 +185,7 @@ def fraction_table(
         (row, str(counts[row]), *(percent(found[c]) if c in found else "" for c in columns))
         for row, found in fractions.items()
     ]
-    return Table(name, (first, "pictures", *columns), rows)
+    return Table(name, (first, "images", *columns), rows)
 
 
 def render_heatmap(
@@ -199,7 +199,7 @@ def render_heatmap(
         high: Painted white.
 
     Returns:
-        A picture with a square for each token.
+        An image with a square for each token.
     """
     scaled = ((values - low) / max(high - low, 1e-9)).clamp(0, 1) * 255
     image = Image.fromarray(scaled.round().to(torch.uint8).numpy())

@@ -1,4 +1,4 @@
-"""What an evaluation looks at: pictures of every split with their tokens."""
+"""What an evaluation looks at: images of every split with their tokens."""
 
 import dataclasses
 import hashlib
@@ -30,7 +30,7 @@ Pixels = UInt8[Tensor, "samples 3 height width"]
 
 @dataclass(frozen=True)
 class Samples:
-    """Captioned pictures as bytes and as tokens."""
+    """Captioned images as bytes and as tokens."""
 
     pairs: list[Pair]
     pixels: UInt8[Tensor, "samples 3 height width"]
@@ -41,12 +41,12 @@ class Samples:
 
     @property
     def captions(self) -> list[str]:
-        """The main caption of each picture."""
+        """The main caption of each image."""
         return [pair.captions[0] for pair in self.pairs]
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Whatever else the source says about each picture."""
+        """Whatever else the source says about each image."""
         return [pair.attributes for pair in self.pairs]
 
     def take(self, indices: Sequence[int]) -> "Samples":
@@ -78,8 +78,8 @@ class Samples:
 class EvaluationData:
     """Everything that a model is judged on."""
 
-    kind: Literal["emoji", "shapes", "pictures"]
-    """Decided by what the source says of its pictures."""
+    kind: Literal["emoji", "shapes", "images"]
+    """Decided by what the source says of its images."""
     train: Samples
     held_out: dict[str, Samples]
     """All other splits by name, at least one."""
@@ -97,7 +97,7 @@ def spread_indices(count: int, expected: int) -> list[int]:
 
     Args:
         count: Of all places.
-        wanted: How many at most.
+        expected: How many at most.
 
     Returns:
         Indices below ``count``.
@@ -113,7 +113,7 @@ def join(parts: Sequence[Samples]) -> Samples:
         parts: At least one.
 
     Returns:
-        Their pictures in order.
+        Their images in order.
     """
     return Samples(
         [pair for part in parts for pair in part.pairs],
@@ -138,10 +138,10 @@ def read_data(
         styles: Of emoji; the source must have them.
 
     Returns:
-        The pictures.
+        The images.
 
     Raises:
-        UserError: If there is nothing to read, nothing but training pictures, or a style is
+        UserError: If there is nothing to read, nothing but training images, or a style is
             missing.
     """
     first = ("text_ko",) if language == "ko" else ()
@@ -153,12 +153,12 @@ def read_data(
     kind = _kind_of([pair.attributes for pair in pairs])
     _require_styles(styles, kind, pairs)  # now: reading takes minutes
     if not set(names) - {TRAIN}:
-        raise UserError(f"data: {source} has training pictures alone; wanted held-out ones too")
+        raise UserError(f"data: {source} has training images alone; expected held-out ones too")
     try:
         pixels, kept, _ = load_all_pixels(
             pairs,
             image_size=vqvae.config.image_size,
-            progress=log_now_and_then("pictures read"),
+            progress=log_now_and_then("images read"),
         )
     except UserError as error:
         raise UserError(f"data: {error}") from None
@@ -167,7 +167,7 @@ def read_data(
     for split in dict.fromkeys([TRAIN, *names]):
         chosen = [index for index in kept if names[index] == split]
         if not chosen:
-            raise UserError(f"data: {source}: no picture of split {split!r} can be read")
+            raise UserError(f"data: {source}: no image of split {split!r} can be read")
         part = pixels[torch.tensor([names[index] == split for index in kept])]
         read[split] = Samples([pairs[index] for index in chosen], part, encode(vqvae, part))
         digest.update(part.numpy().tobytes())
@@ -182,20 +182,18 @@ def _require_styles(styles: Sequence[str], kind: str, pairs: Pairs) -> None:
     known = dict.fromkeys(str(pair.attributes["style"]) for pair in pairs) if styles else {}
     unknown = [style for style in styles if style not in known]
     if unknown:
-        raise UserError(f"style: got {unknown[0]!r}, wanted one of {', '.join(known)}")
+        raise UserError(f"style: got {unknown[0]!r}, expected one of {', '.join(known)}")
 
 
-def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "pictures"]:
+def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "images"]:
     if all("facts" in row for row in rows):
         return "shapes"
-    return (
-        "emoji" if all({"role", "style", "hexcode"} <= row.keys() for row in rows) else "pictures"
-    )
+    return "emoji" if all({"role", "style", "hexcode"} <= row.keys() for row in rows) else "images"
 
 
 @torch.inference_mode()
 def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
-    """Turn pictures into tokens.
+    """Turn images into tokens.
 
     Args:
         vqvae: Image tokenizer.
@@ -214,7 +212,7 @@ def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_
 
 @torch.inference_mode()
 def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
-    """Turn tokens into pictures.
+    """Turn tokens into images.
 
     Args:
         vqvae: Image tokenizer.
@@ -245,20 +243,20 @@ def to_floats(pixels: Pixels) -> Float[Tensor, "samples 3 height width"]:
 
 
 def to_images(pixels: Pixels) -> list[Image.Image]:
-    """Turn bytes into pictures.
+    """Turn bytes into images.
 
     Args:
         pixels: Bytes.
 
     Returns:
-        One picture each.
+        One image each.
     """
     return pixels_to_images(to_floats(pixels))
 
 
 @dataclass(frozen=True)
 class CandidateTokens:
-    """Tokens that a model drew, several candidates per caption."""
+    """Tokens that a model generated, several candidates per caption."""
 
     image_token_ids: Int[Tensor, "captions candidates image_length"]
     log_likelihood_ratios: Float[Tensor, "captions candidates"]
@@ -266,7 +264,7 @@ class CandidateTokens:
 
     @property
     def first(self) -> Int[Tensor, "captions image_length"]:
-        """The first candidates: pictures that nobody chose."""
+        """The first candidates: images that nobody chose."""
         return self.image_token_ids[:, 0]
 
     @property
@@ -286,17 +284,17 @@ def generate_candidates(
     num_candidates: int = 1,
     seed: int = 0,
 ) -> CandidateTokens:
-    """Draw candidates for every caption, each with a seed of its own.
+    """Generate candidates for every caption, each with a seed of its own.
 
     The first candidate of caption i has seed ``seed + i``, however many others there are, so that
-    ``pipeline(caption, seed=seed + i)`` shows the same picture.
+    ``pipeline(caption, seed=seed + i)`` shows the same image.
 
     Args:
         pipeline: The model.
-        captions: What to draw.
-        settings: How.
-        num_candidates: Pictures per caption.
-        seed: Of the first picture.
+        captions: What to generate.
+        sampling_config: How.
+        num_candidates: Images per caption.
+        seed: Of the first image.
 
     Returns:
         The tokens, on the CPU.
@@ -307,8 +305,8 @@ def generate_candidates(
     count = len(captions)
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
     device = pipeline.dalle.image_head.rows.device
-    text = pipeline.captions.encode(list(captions)).to(device)
-    progress = log_now_and_then("pictures drawn")
+    text = pipeline.text_tokenizer.encode(list(captions)).to(device)
+    progress = log_now_and_then("images generated")
     columns = []
     for candidate in range(num_candidates):
         seeds = torch.arange(count) + seed + candidate * count

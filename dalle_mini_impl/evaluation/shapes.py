@@ -1,4 +1,4 @@
-"""How many captions of the shapes world a model draws right, by the exact checker."""
+"""How many captions of the shapes world a model generates right, by the exact checker."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ WHOLE = "whole caption"
 
 @dataclass(frozen=True)
 class Checked:
-    """Pictures and which of their captions' facts hold."""
+    """Images and which of their captions' facts hold."""
 
     is_right: tuple[bool, ...]
-    """Whether all facts of a picture hold."""
+    """Whether all facts of an image hold."""
     facts: dict[str, tuple[bool, ...]]
-    """Whether each fact holds, by what it states: number, colour, shape, size, ..."""
+    """Whether each fact holds, by what it states: number, color, shape, size, ..."""
 
     def fractions(self) -> dict[str, Estimate]:
         """Average, for whole captions and for each kind of fact."""
@@ -39,17 +39,17 @@ class Checked:
 
 
 def check_images(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]]) -> Checked:
-    """Check pictures against their captions.
+    """Check images against their captions.
 
     Args:
-        images: Square pictures of side 32 or more.
+        images: Square images of side 32 or more.
         facts: What each should show.
 
     Returns:
         What holds.
 
     Raises:
-        UserError: If there are none, or not one list of facts per picture.
+        UserError: If there are none, or not one list of facts per image.
     """
     if len(images) != len(facts) or not images:
         raise UserError(f"images: got {len(images)} for {len(facts)} captions, want one each")
@@ -70,7 +70,7 @@ def stated_by(fact: Fact) -> str:
         fact: Any.
 
     Returns:
-        Such as ``colour``.
+        Such as ``color``.
     """
     if fact.kind != "count":
         return fact.kind
@@ -79,13 +79,13 @@ def stated_by(fact: Fact) -> str:
 
 
 def facts_of(samples: Samples) -> list[list[Fact]]:
-    """Read what ``prepare_shapes`` wrote beside each picture.
+    """Read what ``prepare_shapes`` wrote beside each image.
 
     Args:
         samples: Of the shapes world.
 
     Returns:
-        The facts of each picture.
+        The facts of each image.
     """
     return [[parse_fact(line) for line in row["facts"]] for row in samples.rows]
 
@@ -93,16 +93,16 @@ def facts_of(samples: Samples) -> list[list[Fact]]:
 def measure_shapes(
     expected: Samples, generated: Mapping[str, Pixels], reconstructions: Pixels, *, seed: int
 ) -> Section:
-    """Check drawings of captions whose pictures were held out.
+    """Check generated images of captions whose images were held out.
 
     Args:
-        wanted: The true pictures of the captions.
-        drawn: Way of drawing -> one drawing per caption; the first way is also shuffled.
-        rebuilt: The true pictures after the image tokenizer: the best that can be drawn.
+        expected: The true images of the captions.
+        generated: Way of generation -> one generation per caption; the first way is also shuffled.
+        reconstructions: The true images after the image tokenizer: the best that can be generated.
         seed: Of the shuffling.
 
     Returns:
-        Shares of captions and facts that hold, by split, with ceiling and floor.
+        Fractions of captions and facts that hold, by split, with ceiling and floor.
     """
     facts, splits = facts_of(expected), [row["split"] for row in expected.rows]
     figures: dict[str, dict[str, dict[str, Estimate]]] = {}
@@ -118,7 +118,7 @@ def measure_shapes(
             expected.captions[at] if right else f"WRONG: {expected.captions[at]}"
             for at, right in zip(places, shown, strict=True)
         ]
-        sheets[f"drawings_{split}"] = make_grid(
+        sheets[f"samples_{split}"] = make_grid(
             images[:NUM_SHOWN], columns=8, captions=captions[:NUM_SHOWN]
         )
         others = [own[at] for at in shuffled(len(places), seed=seed).tolist()]
@@ -132,10 +132,10 @@ def measure_shapes(
     }
     return Section(
         "Composition",
-        "An exact checker reads each drawing and says which facts of its caption hold; a caption "
-        "is right if all do. `test` has colours and shapes as in training; `test_compose` has "
-        "pairs of colour and shape that training never showed. Intervals: bootstrap.",
+        "An exact checker reads each generation and says which facts of its caption hold; a caption "
+        "is right if all do. `test` has colors and shapes as in training; `test_compose` has "
+        "pairs of color and shape that training never showed. Intervals: bootstrap.",
         figures,
-        [fraction_table("facts", "drawn", fractions, counts)],
+        [fraction_table("facts", "generated", fractions, counts)],
         sheets,
     )

@@ -1,9 +1,9 @@
-"""Zero-shot classification: which caption fits a true picture best, by likelihood.
+"""Zero-shot classification: which caption fits a true image best, by likelihood.
 
-Nothing is drawn. Each held-out picture is scored with captions that differ from its own in a few
+Nothing is generated. Each held-out image is scored with captions that differ from its own in a few
 words, and counts as right if its own one makes it likeliest. The emoji grid has 15 captions for
 each held-out cell (3 genders x 5 skin tones of its role), the shapes world 48 for each object (8
-colours x 6 shapes, all other words equal).
+colors x 6 shapes, all other words equal).
 """
 
 import dataclasses
@@ -35,19 +35,19 @@ FIRST_SCENE_SEED = 20_000_000  # ``prepare_shapes`` counts from 0: these scenes 
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """A picture and the captions that it might have."""
+    """An image and the captions that it might have."""
 
     image: Image.Image
     captions: tuple[str, ...]
     labels: tuple[tuple[str, str], ...]
-    """What each caption says, in two words: gender and tone, or colour and shape."""
+    """What each caption says, in two words: gender and tone, or color and shape."""
     answer: int
     """Index of the true caption."""
 
 
 @dataclass(frozen=True)
 class ZeroShotReport:
-    """Shares of right answers, in [0, 1], beside those of guessing."""
+    """Fractions of right answers, in [0, 1], beside those of guessing."""
 
     num_questions: int
     accuracy: dict[str, float]
@@ -71,14 +71,14 @@ def zero_shot_emoji(
         pipeline: The model.
         data_dir: Folder that ``prepare_emoji.py`` wrote.
         language: Of the captions: ``en`` or ``ko``.
-        style: Whose pictures are asked about.
+        style: Whose images are asked about.
         num_images: So many of them, spread evenly; None is all.
 
     Returns:
         The shares.
 
     Raises:
-        UserError: If the folder holds no such pictures, or the number is below 1.
+        UserError: If the folder holds no such images, or the number is below 1.
     """
     metadata, field = data_dir / "metadata.jsonl", "text" if language == "en" else "text_ko"
     questions = []
@@ -95,17 +95,17 @@ def zero_shot_emoji(
         raise
     except OSError as error:
         raise UserError(
-            f"data: {metadata}: {error.strerror}; wanted the folder that prepare_emoji.py wrote"
+            f"data: {metadata}: {error.strerror}; expected the folder that prepare_emoji.py wrote"
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"data: {metadata}: {type(error).__name__}: {error}; "
-            "wanted the folder that prepare_emoji.py wrote"
+            "expected the folder that prepare_emoji.py wrote"
         ) from None
     if not questions:
         raise UserError(f"data: {metadata} has no held-out cells (test_compose) in {style}")
     if num_images is not None and num_images < 1:
-        raise UserError(f"num_images: got {num_images}, wanted at least 1")
+        raise UserError(f"num_images: got {num_images}, expected at least 1")
     count = min(num_images or len(questions), len(questions))
     spread = [questions[place * len(questions) // count] for place in range(count)]
     return answer(pipeline, spread, parts=("gender", "tone"))
@@ -114,11 +114,11 @@ def zero_shot_emoji(
 def zero_shot_shapes(
     pipeline: TextToImagePipeline, *, split: str, num_images: int, seed: int = 0
 ) -> ZeroShotReport:
-    """Ask for colour and shape of single objects in pictures that no data set holds.
+    """Ask for color and shape of single objects in images that no data set holds.
 
     Args:
         pipeline: The model.
-        split: ``test`` (as in training) or ``test_compose`` (colour and shape never met together).
+        split: ``test`` (as in training) or ``test_compose`` (color and shape never met together).
         num_images: How many.
         seed: Decides the scenes.
 
@@ -129,7 +129,7 @@ def zero_shot_shapes(
         UserError: If the split is unknown, or the number below 1.
     """
     if num_images < 1:
-        raise UserError(f"num_images: got {num_images}, wanted at least 1")
+        raise UserError(f"num_images: got {num_images}, expected at least 1")
     labels = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
     questions = []
     for index in range(num_images):
@@ -150,7 +150,7 @@ def zero_shot_shapes(
 def answer(
     pipeline: TextToImagePipeline, questions: Sequence[MultipleChoice], *, parts: tuple[str, str]
 ) -> ZeroShotReport:
-    """Pick the likeliest caption of every picture and count the right ones.
+    """Pick the likeliest caption of every image and count the right ones.
 
     Args:
         pipeline: The model.
@@ -165,7 +165,7 @@ def answer(
     chance = torch.zeros(3)
     for question in questions:
         device = pipeline.dalle.image_head.rows.device
-        text_token_ids = pipeline.captions.encode(question.captions).to(device)
+        text_token_ids = pipeline.text_tokenizer.encode(question.captions).to(device)
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([question.image]))
         truth = question.labels[question.answer]
         for use_prior in right:

@@ -1,1 +1,1 @@
-"""The models: they see integers, never pictures or text."""
+"""The models: they see integers, never images or text."""

@@ -1,10 +1,10 @@
-"""CLIP: two towers that put a picture and its caption at the same place.
+"""CLIP: two towers that put an image and its caption at the same place.
 
 After Radford et al. 2021 (arXiv:2103.00020): a causal Transformer reads the caption and the state
-of its last token is projected, a Vision Transformer reads the picture, both results are scaled to
-length one, and training pulls each picture towards its own caption and away from the others of the
+of its last token is projected, a Vision Transformer reads the image, both results are scaled to
+length one, and training pulls each image towards its own caption and away from the others of the
 batch. By softmax over the batch, as in that paper, or by a sigmoid of each pair (SigLIP, Zhai et
-al. 2023, arXiv:2303.15343). Otherwise than there, a batch may hold a caption or a picture twice:
+al. 2023, arXiv:2303.15343). Otherwise than there, a batch may hold a caption or an image twice:
 all pairs that belong together count (Yang et al. 2022, arXiv:2204.03610). GELU is the exact one,
 and the caption has no marks at its start and end.
 """
@@ -45,22 +45,24 @@ class TextTowerConfig:
     intermediate_size: int = 512
     """Width of the feed-forward network; four times the hidden size in the paper."""
     dropout_probability: float = 0.1
-    """Share of the channels of each branch, and of the embeddings, dropped in training."""
+    """Fraction of the channels of each branch, and of the embeddings, dropped in training."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that no model can be built from."""
         for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.text.{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(
+                    f"model.text.{name}: got {getattr(self, name)}, expected at least 1"
+                )
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"model.text.hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
+                f"model.text.hidden_size: got {self.hidden_size}, expected a multiple of num_heads "
                 f"{self.num_heads}"
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
                 f"model.text.dropout_probability: got {self.dropout_probability}, "
-                "wanted 0 to below 1"
+                "expected 0 to below 1"
             )
 
 
@@ -73,18 +75,20 @@ class TowersConfig:
     """
 
     image: ViTConfig = field(default_factory=ViTConfig)
-    """The tower that reads pictures."""
+    """The tower that reads images."""
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     """The tower that reads captions."""
     embedding_size: int = 128
-    """Numbers that a picture or a caption becomes."""
+    """Numbers that an image or a caption becomes."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
     """Over the batch (CLIP), or of each pair (SigLIP), which has a bias to learn."""
 
     def __post_init__(self) -> None:
         """Refuse an embedding of nothing."""
         if self.embedding_size < 1:
-            raise ValueError(f"model.embedding_size: got {self.embedding_size}, wanted at least 1")
+            raise ValueError(
+                f"model.embedding_size: got {self.embedding_size}, expected at least 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,7 @@ class ClipConfig:
     towers: TowersConfig
     """Sizes of both."""
     image_size: int
-    """Side of the pictures in pixels."""
+    """Side of the images in pixels."""
     vocab_size: int
     """Number of different caption tokens, pad included."""
     text_length: int
@@ -108,7 +112,7 @@ class ClipConfig:
         """Refuse sizes that no model can be built from."""
         for name in ("image_size", "vocab_size", "text_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
 
 
 class TextTower(nn.Module):
@@ -155,7 +159,7 @@ class TextTower(nn.Module):
 
 
 class Clip(nn.Module):
-    """Says how well pictures and captions fit."""
+    """Says how well images and captions fit."""
 
     def __init__(self, config: ClipConfig) -> None:
         """Build the model with fresh weights.
@@ -164,7 +168,7 @@ class Clip(nn.Module):
             config: Its sizes.
 
         Raises:
-            ValueError: If the patches do not fill the picture.
+            ValueError: If the patches do not fill the image.
         """
         super().__init__()
         self.config, towers = config, config.towers
@@ -192,7 +196,7 @@ class Clip(nn.Module):
         text_token_ids: Int[Tensor, "texts text_length"],
         pixels: Float[Tensor, "images 3 height width"],
     ) -> Float[Tensor, "images texts"]:
-        """Compare every picture with every caption.
+        """Compare every image with every caption.
 
         Args:
             text_token_ids: Padded captions.
@@ -226,7 +230,7 @@ class Clip(nn.Module):
     def embed_images(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Place pictures on the unit sphere.
+        """Place images on the unit sphere.
 
         Args:
             pixels: In [-1, 1].
@@ -240,7 +244,7 @@ class Clip(nn.Module):
 def softmax_loss(
     logits: Float[Tensor, "images texts"], is_match: Bool[Tensor, "images texts"]
 ) -> Float[Tensor, ""]:
-    """Ask for the captions of each picture, and for the pictures of each caption.
+    """Ask for the captions of each image, and for the images of each caption.
 
     Args:
         logits: Of all pairs.
@@ -269,7 +273,7 @@ def sigmoid_loss(
         is_match: True where both belong together.
 
     Returns:
-        Nats per picture, summed over the captions.
+        Nats per image, summed over the captions.
 
     Source: Zhai et al. 2023, arXiv:2303.15343, equation in section 3.2.
     """
@@ -278,7 +282,7 @@ def sigmoid_loss(
 
 
 def initialize_weights(model: Clip) -> None:
-    """Draw the weights that the Vision Transformer has not drawn itself.
+    """Generate the weights that the Vision Transformer has not generated itself.
 
     Embeddings normal with standard deviation 0.02, biases zero, matrices by Glorot, projections
     normal with width ** -0.5; near to CLIP's own, whose matrices have about that size too.

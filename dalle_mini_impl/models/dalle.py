@@ -10,7 +10,7 @@ image, so that no position ever scores tokens of the other kind. As there, capti
 to a fixed length with one learned pad per position, which is attended and never predicted.
 
 Each position is also told which grid cell it predicts next (the target-aware embedding of RAR,
-Yu et al. 2024, arXiv:2411.00776), so that the same weights can draw in any order.
+Yu et al. 2024, arXiv:2411.00776), so that the same weights can generate in any order.
 
 Options of ``DecoderConfig`` bring back all of the paper's own choices but the one of heads.
 """
@@ -104,12 +104,12 @@ class Dalle(nn.Module):
 
         Args:
             text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
-            image_token_ids: Tokens in the order in which they are drawn.
+            image_token_ids: Tokens in the order in which they are generated.
             image_order: Grid cell (raster index) of each of them; raster order when None, and the
                 only one of a decoder that ``raster_order_only``.
 
         Returns:
-            Logits of the caption tokens and of the image tokens, in drawing order.
+            Logits of the caption tokens and of the image tokens, in generation order.
         """
         if image_order is None:
             cells = torch.arange(self.config.image_length, device=image_token_ids.device)
@@ -132,13 +132,13 @@ class Dalle(nn.Module):
     def predict_text(
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch text_length vocab"]:
-        """Predict every caption token from the ones before it, without any picture.
+        """Predict every caption token from the ones before it, without any image.
 
         Args:
             text_token_ids: Captions, padded.
 
         Returns:
-            The same logits as ``forward`` gives, whatever the picture: text stands before it.
+            The same logits as ``forward`` gives, whatever the image: text stands before it.
         """
         hidden_states = self.embed_text(text_token_ids, torch.zeros_like(text_token_ids[:, 0]))
         for block in self.blocks:
@@ -157,7 +157,7 @@ class Dalle(nn.Module):
         Args:
             text_token_ids: Captions, padded.
             cache: Empty; holds the captions afterwards.
-            first_cell: Grid cell that is drawn first, of all rows or of each.
+            first_cell: Grid cell that is generated first, of all rows or of each.
 
         Returns:
             Logits of the first image token.
@@ -178,13 +178,13 @@ class Dalle(nn.Module):
         cell: int,
         next_cell: int,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Add one drawn token to the cache and predict the next one.
+        """Add one sampled token to the cache and predict the next one.
 
         Args:
-            image_token_ids: The token just drawn in each row.
+            image_token_ids: The token just generated in each row.
             cache: Holds everything before it.
-            cell: Grid cell of the drawn token.
-            next_cell: Grid cell that is drawn next.
+            cell: Grid cell of the sampled token.
+            next_cell: Grid cell that is generated next.
 
         Returns:
             Logits of the token of ``next_cell``.
@@ -212,7 +212,7 @@ class Dalle(nn.Module):
         first_steps: Int[Tensor, " batch"],
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict what follows each of several drawn or guessed tokens.
+        """Predict what follows each of several sampled or guessed tokens.
 
         Every row stands at a step of its own. What the cache holds from that step on is written
         anew, so that guesses can be taken back by reading the right tokens later.
@@ -280,7 +280,7 @@ class Dalle(nn.Module):
         cells: Int[Tensor, "batch length"],
         next_cells: Int[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length hidden"]:
-        """Embed drawn tokens, where they stand, and perhaps which cell comes next."""
+        """Embed sampled tokens, where they stand, and perhaps which cell comes next."""
         embedded = F.embedding(image_token_ids, self.image_embedding.table())
         if self.config.decoder.has_target_positions:
             embedded = embedded + self.target_positions(next_cells)

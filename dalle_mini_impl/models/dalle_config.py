@@ -35,13 +35,13 @@ class DecoderConfig:
     num_heads: int = 4
     """Attention heads per block."""
     dropout_probability: float = 0.1
-    """Share of each branch's output dropped in training."""
+    """Fraction of each branch's output dropped in training."""
     positions: ImagePositions = "rotary"
     """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
     and column embeddings as in DALL-E."""
     architecture: Architecture = field(default="decoder_only", metadata={"later": True})
-    """One causal Transformer over caption and picture as in DALL-E, or a caption encoder and a
-    picture decoder as in DALL-E mini."""
+    """One causal Transformer over caption and image as in DALL-E, or a caption encoder and an
+    image decoder as in DALL-E mini."""
     num_encoder_layers: int = field(default=0, metadata={"later": True})
     """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
     decoder's."""
@@ -62,26 +62,26 @@ class DecoderConfig:
         """Refuse sizes that no decoder can be built from."""
         for name in ("hidden_size", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
-                raise ValueError(f"decoder.{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"decoder.{name}: got {getattr(self, name)}, expected at least 1")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
-                f"decoder.hidden_size: got {self.hidden_size}, wanted a multiple of "
+                f"decoder.hidden_size: got {self.hidden_size}, expected a multiple of "
                 f"4 * num_heads = {4 * self.num_heads}"
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
-                f"decoder.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+                f"decoder.dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
             )
         for name, words in (("positions", ImagePositions), ("attention", Attention),
                             ("block", Block), ("architecture", Architecture)):  # fmt: skip
             if getattr(self, name) not in get_args(words):
                 raise ValueError(
                     f"decoder.{name}: got {getattr(self, name)!r}, "
-                    f"wanted one of {', '.join(get_args(words))}"
+                    f"expected one of {', '.join(get_args(words))}"
                 )
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(
-                f"decoder.kernel_size: got {self.kernel_size}, wanted an odd number from 1 on"
+                f"decoder.kernel_size: got {self.kernel_size}, expected an odd number from 1 on"
             )
         self._check_architecture()
 
@@ -90,14 +90,14 @@ class DecoderConfig:
             expected = "at least 1" if self.has_encoder else "0"
             raise ValueError(
                 f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
-                f"wanted {expected} with architecture {self.architecture}"
+                f"expected {expected} with architecture {self.architecture}"
             )
         if self.has_encoder:
             others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
             for each in others:
                 if (value := getattr(self, each.name)) != each.default:
                     raise ValueError(
-                        f"decoder.{each.name}: got {value!r}, wanted {each.default!r} with "
+                        f"decoder.{each.name}: got {value!r}, expected {each.default!r} with "
                         f"architecture {self.architecture}"
                     )
 
@@ -129,7 +129,7 @@ class DecoderConfig:
 
     @property
     def raster_order_only(self) -> bool:
-        """Whether no training could make this decoder draw in any other order."""
+        """Whether no training could make this decoder generate in any other order."""
         return self.attention == "dalle" or not self.has_target_positions
 
 
@@ -146,7 +146,7 @@ class DalleConfig:
     vocab_size: int
     """Number of different caption tokens, pad included."""
     text_length: int
-    """Caption tokens per picture, padded or truncated to this."""
+    """Caption tokens per image, padded or truncated to this."""
     codebook_levels: tuple[int, ...]
     """Digits of an image token: (8, 5, 5, 5) for FSQ with these levels, (1024,) for 1024 codes
     without such structure. Their product is the codebook size."""
@@ -157,15 +157,19 @@ class DalleConfig:
         """Refuse sizes that no decoder can be built from."""
         for name in ("vocab_size", "text_length"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if not self.codebook_levels or min(self.codebook_levels) < 1:
-            raise ValueError(f"codebook_levels: got {self.codebook_levels}, wanted positive sizes")
+            raise ValueError(
+                f"codebook_levels: got {self.codebook_levels}, expected positive sizes"
+            )
         if min(self.image_grid_size) < 1:
-            raise ValueError(f"image_grid_size: got {self.image_grid_size}, wanted positive sizes")
+            raise ValueError(
+                f"image_grid_size: got {self.image_grid_size}, expected positive sizes"
+            )
         if self.decoder.raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
             raise ValueError(
                 f"image_grid_size: got {self.image_grid_size}, with the caption "
-                f"{self.sequence_length} positions, wanted at most {MAX_MASKED_LENGTH}"
+                f"{self.sequence_length} positions, expected at most {MAX_MASKED_LENGTH}"
             )
 
     @property
@@ -175,10 +179,10 @@ class DalleConfig:
 
     @property
     def image_length(self) -> int:
-        """Image tokens per picture."""
+        """Image tokens per image."""
         return self.image_grid_size[0] * self.image_grid_size[1]
 
     @property
     def sequence_length(self) -> int:
-        """Input positions of the decoder: start, caption (if no encoder reads it), picture."""
+        """Input positions of the decoder: start, caption (if no encoder reads it), image."""
         return self.image_length + (0 if self.decoder.has_encoder else self.text_length)

@@ -1,4 +1,4 @@
-"""Text to image as DALL-E mini does: an encoder reads the caption, a decoder writes the picture.
+"""Text to image as DALL-E mini does: an encoder reads the caption, a decoder writes the image.
 
     t0  t1 ... tn  ->  encoder  ->  context
     start  i0  i1 ... im-1                         the decoder's inputs
@@ -7,7 +7,7 @@
 
 Every caption token sees the whole caption (Vaswani et al. 2017, arXiv:1706.03762, section 3.1),
 which no token of a decoder-only model does; in return captions are not predicted, so that no loss
-teaches the model about captions but that of the pictures. All else is as in ``dalle.py``: pads that
+teaches the model about captions but that of the images. All else is as in ``dalle.py``: pads that
 are learned and attended, the blocks, rotary positions of the grid, and the next cell that each
 position is told.
 
@@ -55,7 +55,7 @@ class DalleEncoderDecoder(nn.Module):
         decoder, width = config.decoder, config.decoder.hidden_size
         if not decoder.has_encoder:
             raise ValueError(
-                f"decoder.architecture: got {decoder.architecture}, wanted encoder_decoder"
+                f"decoder.architecture: got {decoder.architecture}, expected encoder_decoder"
             )
         self.config = config
         self.text_embedding = nn.Embedding(config.vocab_size, width)
@@ -87,11 +87,11 @@ class DalleEncoderDecoder(nn.Module):
 
         Args:
             text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
-            image_token_ids: Tokens in the order in which they are drawn.
+            image_token_ids: Tokens in the order in which they are generated.
             image_order: Grid cell (raster index) of each of them; raster order when None.
 
         Returns:
-            Logits of the image tokens, in drawing order, and none of the caption.
+            Logits of the image tokens, in generation order, and none of the caption.
         """
         if image_order is None:
             cells = torch.arange(self.config.image_length, device=image_token_ids.device)
@@ -132,12 +132,12 @@ class DalleEncoderDecoder(nn.Module):
         *,
         first_cell: int | Int[Tensor, " batch"] = 0,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Read the captions, once for all steps, and begin the pictures.
+        """Read the captions, once for all steps, and begin the images.
 
         Args:
             text_token_ids: Captions, padded.
             cache: Empty; holds what the captions say to each layer, and the start, afterwards.
-            first_cell: Grid cell that is drawn first, of all rows or of each.
+            first_cell: Grid cell that is generated first, of all rows or of each.
 
         Returns:
             Logits of the first image token.
@@ -160,13 +160,13 @@ class DalleEncoderDecoder(nn.Module):
         cell: int,
         next_cell: int,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Add one drawn token to the cache and predict the next one.
+        """Add one sampled token to the cache and predict the next one.
 
         Args:
-            image_token_ids: The token just drawn in each row.
+            image_token_ids: The token just generated in each row.
             cache: Holds everything before it.
-            cell: Grid cell of the drawn token.
-            next_cell: Grid cell that is drawn next.
+            cell: Grid cell of the sampled token.
+            next_cell: Grid cell that is generated next.
 
         Returns:
             Logits of the token of ``next_cell``.
@@ -183,7 +183,7 @@ class DalleEncoderDecoder(nn.Module):
         first_steps: Int[Tensor, " batch"],
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict what follows each of several drawn or guessed tokens, as ``Dalle`` does.
+        """Predict what follows each of several sampled or guessed tokens, as ``Dalle`` does.
 
         Args:
             image_token_ids: Tokens of consecutive steps.
@@ -198,7 +198,7 @@ class DalleEncoderDecoder(nn.Module):
         steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self.embed_image(image_token_ids, next_cells)
         rotation = self.rotation(cells)
-        positions = steps + 1  # the start stands before the picture
+        positions = steps + 1  # the start stands before the image
         mask = cache.mask_at(positions)
         for index, block in enumerate(self.blocks):
             hidden_states = block(
@@ -224,7 +224,7 @@ class DalleEncoderDecoder(nn.Module):
         return self.logits(hidden_states)[:, -1]
 
     def embed_start(self, first_cell: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 hidden"]:
-        """Embed the position before the picture, which is told the first grid cell."""
+        """Embed the position before the image, which is told the first grid cell."""
         return (self.image_start + self.target_positions(first_cell)).unsqueeze(1)
 
     def embed_image(
@@ -232,7 +232,7 @@ class DalleEncoderDecoder(nn.Module):
         image_token_ids: Int[Tensor, "batch length"],
         next_cells: Int[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length hidden"]:
-        """Embed drawn tokens, and which cell comes next."""
+        """Embed sampled tokens, and which cell comes next."""
         embedded = F.embedding(image_token_ids, self.image_embedding.table())
         return embedded + self.target_positions(next_cells)
 

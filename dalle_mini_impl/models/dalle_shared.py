@@ -24,7 +24,7 @@ class FactorizedEmbedding(nn.Module):
     """One row per image token: a row of its own plus a shared row for each of its digits.
 
     An FSQ token is a number whose digits are its levels. Tokens that share a level share a row, so
-    that what is learned of a common token serves its rare neighbours. With a single digit the
+    that what is learned of a common token serves its rare neighbors. With a single digit the
     shared rows are left out and this is a plain table.
     """
 
@@ -84,7 +84,7 @@ def build_cache(config: DalleConfig, batch_size: int, *, like: Tensor) -> KeyVal
     Args:
         config: Of the decoder.
         batch_size: Rows.
-        like: A tensor of the device and dtype that are wanted.
+        like: A tensor of the device and dtype that are expected.
 
     Returns:
         An empty cache for all positions.

@@ -48,7 +48,7 @@ class EncoderDecoderConfig:
     intermediate_size: int = 1024
     """Width of the feed-forward network; four times the hidden size in the paper."""
     dropout_probability: float = 0.1
-    """Share of the channels of each branch, and of the embeddings, dropped in training."""
+    """Fraction of the channels of each branch, and of the embeddings, dropped in training."""
     norm: Literal["pre", "post"] = "post"
     """After each sum as in the paper, or before each branch."""
 
@@ -62,15 +62,15 @@ class EncoderDecoderConfig:
             "intermediate_size",
         ):
             if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
-                f"model.hidden_size: got {self.hidden_size}, wanted an even multiple of "
+                f"model.hidden_size: got {self.hidden_size}, expected an even multiple of "
                 f"num_heads {self.num_heads}"
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
-                f"model.dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+                f"model.dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
             )
 
 

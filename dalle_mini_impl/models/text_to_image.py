@@ -1,4 +1,4 @@
-"""The models that draw pictures from captions; ``decoder.architecture`` says which one."""
+"""The models that generate images from captions; ``decoder.architecture`` says which one."""
 
 from typing import TypeAlias
 

@@ -1,4 +1,4 @@
-"""The Vision Transformer: a picture is a row of patches, read in both directions.
+"""The Vision Transformer: an image is a row of patches, read in both directions.
 
 As in Dosovitskiy et al. 2021 (arXiv:2010.11929): a linear map of flattened patches, a learned
 position for each, pre-norm blocks with GELU and biases, and a class token whose last state is
@@ -21,14 +21,14 @@ from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Sizes of a Vision Transformer; the picture's size and the classes follow from the data.
+    """Sizes of a Vision Transformer; the image's size and the classes follow from the data.
 
     Raises:
         ValueError: If a size is out of range.
     """
 
     patch_size: int = 4
-    """Side of a patch in pixels; must divide the picture's side."""
+    """Side of a patch in pixels; must divide the image's side."""
     hidden_size: int = 128
     """Width of the residual stream."""
     num_layers: int = 4
@@ -38,7 +38,7 @@ class ViTConfig:
     intermediate_size: int = 512
     """Width of the feed-forward network; four times the hidden size in the paper."""
     dropout_probability: float = 0.1
-    """Share of the channels of each branch, and of the embeddings, dropped in training."""
+    """Fraction of the channels of each branch, and of the embeddings, dropped in training."""
     pooling: Literal["class_token", "mean"] = "class_token"
     """What is classified: a token of its own as in the paper, or the mean of the patches."""
 
@@ -46,20 +46,20 @@ class ViTConfig:
         """Refuse sizes that no model can be built from."""
         for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, wanted at least 1")
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
         if self.hidden_size % self.num_heads:
             raise ValueError(
-                f"hidden_size: got {self.hidden_size}, wanted a multiple of num_heads "
+                f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads "
                 f"{self.num_heads}"
             )
         if not 0 <= self.dropout_probability < 1:
             raise ValueError(
-                f"dropout_probability: got {self.dropout_probability}, wanted 0 to below 1"
+                f"dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
             )
 
 
 class VisionTransformer(nn.Module):
-    """Tells the class of a square picture."""
+    """Tells the class of a square image."""
 
     def __init__(
         self, config: ViTConfig, *, image_size: int, num_channels: int, num_classes: int
@@ -68,17 +68,17 @@ class VisionTransformer(nn.Module):
 
         Args:
             config: Its sizes.
-            image_size: Side of the pictures in pixels.
-            num_channels: 3 for colour, 1 for grey.
+            image_size: Side of the images in pixels.
+            num_channels: 3 for color, 1 for gray.
             num_classes: Classes to tell apart.
 
         Raises:
-            ValueError: If the patches do not fill the picture.
+            ValueError: If the patches do not fill the image.
         """
         super().__init__()
         if image_size % config.patch_size:
             raise ValueError(
-                f"model.patch_size: got {config.patch_size}, wanted a divisor of the picture's "
+                f"model.patch_size: got {config.patch_size}, expected a divisor of the image's "
                 f"side {image_size}"
             )
         self.config = config
@@ -111,7 +111,7 @@ class VisionTransformer(nn.Module):
     def features(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch length hidden"]:
-        """Read the pictures.
+        """Read the images.
 
         Args:
             pixels: In [-1, 1].

@@ -1,1 +1,1 @@
-"""Drawing by a compiled pass of the decoder, where the machine has a C++ compiler."""
+"""Generation by a compiled pass of the decoder, where the machine has a C++ compiler."""

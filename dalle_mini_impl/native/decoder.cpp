@@ -1,8 +1,8 @@
 // One pass of the decoder over some rows: embedded tokens in, logits of the next tokens out.
 //
 // The decoder is that of models/dalle.py (pre-norm blocks, QK-norm, rotary angles, SwiGLU, no
-// biases). A row is one token of one picture; the rows of a pass may be the last tokens of several
-// pictures, several tokens of one, or a caption. Keys and values of earlier tokens lie in a cache.
+// biases). A row is one token of one image; the rows of a pass may be the last tokens of several
+// images, several tokens of one, or a caption. Keys and values of earlier tokens lie in a cache.
 //
 // Why not torch: at a few rows a pass is some 400 small operations, each of which torch starts and
 // splits over threads anew, and its products of a matrix with few rows do not reach the speed at
@@ -117,17 +117,17 @@ struct Decoder {
     const float *cosines, *sines;  // [cell][head_dim / 2]; a last row of angle zero for captions
 };
 
-// Float32 beside float32 weights, else bfloat16. Keys are [layer][picture][head][panel of 64 positions][head_dim][64], values
-// [layer][picture][head][position][head_dim]: each as its product reads it.
+// Float32 beside float32 weights, else bfloat16. Keys are [layer][image][head][panel of 64 positions][head_dim][64], values
+// [layer][image][head][position][head_dim]: each as its product reads it.
 struct Cache {
     void *keys, *values;
-    int64_t pictures, length;  // length: positions, a multiple of 64
+    int64_t images, length;  // length: positions, a multiple of 64
 };
 
 struct Rows {
     int64_t count;
     float* hidden;                             // [count][hidden], overwritten
-    const int32_t *pictures, *positions, *cells;  // each picture's rows stand together, in order
+    const int32_t *images, *positions, *cells;  // each image's rows stand together, in order
     int64_t num_logits;
     const int32_t* logit_rows;  // which rows' next tokens are predicted
     float* logits;              // [num_logits][64 * head.panels]
@@ -261,7 +261,7 @@ void project_tile(const Matrix& m, const Inputs& x, long panel, long row, const 
         for (int b = 0; b < 4; ++b) put(row + r, panel * PANEL + b * LANES, values[r][b]);
 }
 
-// Calls put(row, output, values) for this thread's share of the outputs.
+// Calls put(row, output, values) for this thread's fraction of the outputs.
 template <class Put>
 void project(const Matrix& m, const Inputs& x, long rows, const Thread& thread, const Put& put) {
     for (long panel = thread.begin(m.panels); panel < thread.end(m.panels); ++panel)
@@ -297,14 +297,14 @@ struct Pass {
     const long head_dim;
     Inputs inputs, inner;          // of the products that read `hidden` and `intermediate` numbers
     std::vector<float> projected;  // queries, keys and values; then gates and values
-    std::vector<long> starts;  // where each picture's rows begin, and where the last one's end
+    std::vector<long> starts;  // where each image's rows begin, and where the last one's end
 
     Pass(const Decoder& d, const Cache& c, const Rows& r)
         : decoder(d), cache(c), rows(r), head_dim(d.hidden / d.num_heads),
           inputs(r.count, d.hidden), inner(r.count, d.intermediate),
           projected(r.count * std::max(3 * d.hidden, 2 * d.intermediate)) {
         for (long row = 0; row < r.count; ++row)
-            if (row == 0 || r.pictures[row] != r.pictures[row - 1]) starts.push_back(row);
+            if (row == 0 || r.images[row] != r.images[row - 1]) starts.push_back(row);
         starts.push_back(r.count);
     }
     void run(const Thread& thread);
@@ -328,7 +328,7 @@ void Pass::normalise_rows(const float* weight, const Thread& thread) {
     }
 }
 
-// R successive rows of one picture, one head.
+// R successive rows of one image, one head.
 template <int R, class Number>
 void Pass::attend_tile(const Number* keys, const Number* values, long head, long row,
                        float* weights) {
@@ -385,7 +385,7 @@ template <class Number>
 void Pass::attend_head(long layer, long head, long first, long last, float* weights) {
     const long width = decoder.hidden, half = head_dim / 2;
     const long unit =
-        (layer * cache.pictures + rows.pictures[first]) * decoder.num_heads + head;
+        (layer * cache.images + rows.images[first]) * decoder.num_heads + head;
     Number* keys = (Number*)cache.keys + unit * cache.length * head_dim;
     Number* values = (Number*)cache.values + unit * cache.length * head_dim;
     const float scale = 1.0f / std::sqrt(float(head_dim));
@@ -503,7 +503,7 @@ extern "C" void decode(const Decoder* decoder, const Cache* cache, const Rows* r
 }
 
 // The uniform numbers behind sampling/logits.py's noise, from the same integers: in torch they took
-// a third of the time of a picture. Sources as there: splitmix64 scatters the seed, squares32 counts.
+// a third of the time of an image. Sources as there: splitmix64 scatters the seed, squares32 counts.
 extern "C" void uniforms(const int64_t* seeds, const int64_t* steps, int64_t rows, int64_t count,
                          float* to, int num_threads) {
     (void)num_threads;

@@ -1,4 +1,4 @@
-"""The decoder's pass as ``decoder.cpp`` computes it, behind the methods that drawing calls.
+"""The decoder's pass as ``decoder.cpp`` computes it, behind the methods that generation calls.
 
 float32 gives torch's numbers but for the last digits. int8 rounds each weight to 8 bits, with one
 scale per output, and each row of inputs, with one scale per row and product (LLM.int8 of Dettmers
@@ -58,14 +58,14 @@ class _Decoder(ctypes.Structure):
 class _Cache(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("pictures", "length")),
+        *((name, ctypes.c_int64) for name in ("images", "length")),
     )
 
 
 class _Rows(ctypes.Structure):
     _fields_ = (
         ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hidden", "pictures", "positions", "cells")),
+        *((name, ctypes.c_void_p) for name in ("hidden", "images", "positions", "cells")),
         ("num_logits", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("logit_rows", "logits")),
     )
@@ -143,7 +143,7 @@ class NativeDecoder:
         Args:
             text_token_ids: Captions, padded.
             cache: Empty; holds the captions afterwards.
-            first_cell: Grid cell that is drawn first, of all rows or of each.
+            first_cell: Grid cell that is generated first, of all rows or of each.
 
         Returns:
             Logits of the first image token.
@@ -207,7 +207,7 @@ class NativeDecoder:
     def gumbel_noise(
         self, seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "batch 1"], vocab_size: int
     ) -> Float[Tensor, "batch vocab"]:
-        """Draw the noise of ``sampling.logits.gumbel_noise``, the very same numbers.
+        """Generate the noise of ``sampling.logits.gumbel_noise``, the very same numbers.
 
         Args:
             seeds: One per row.
@@ -319,7 +319,7 @@ def _supported(model: TextToImageModel) -> Dalle:
             value = getattr(decoder, field.name)
             raise UnavailableError(f"not made for a decoder with {field.name} {value!r}")
     if decoder.head_dim % LANES:
-        raise UnavailableError(f"heads of {decoder.head_dim}, wanted a multiple of {LANES}")
+        raise UnavailableError(f"heads of {decoder.head_dim}, expected a multiple of {LANES}")
     weight = model.text_head.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise UnavailableError(f"weights are {weight.dtype} on {weight.device}")

@@ -32,9 +32,9 @@ class BeamConfig:
     def __post_init__(self) -> None:
         """Refuse values that no search can use."""
         if self.num_beams < 1:
-            raise ValueError(f"beam.num_beams: got {self.num_beams}, wanted at least 1")
+            raise ValueError(f"beam.num_beams: got {self.num_beams}, expected at least 1")
         if not 0 <= self.length_penalty < float("inf"):
-            raise ValueError(f"beam.length_penalty: got {self.length_penalty}, wanted at least 0")
+            raise ValueError(f"beam.length_penalty: got {self.length_penalty}, expected at least 0")
 
 
 class BeamOutput(NamedTuple):
@@ -67,7 +67,7 @@ def beam_search(
     *,
     max_length: int,
 ) -> BeamOutput:
-    """Search the best target of each source; a row's result does not depend on its neighbours.
+    """Search the best target of each source; a row's result does not depend on its neighbors.
 
     Args:
         model: In evaluation mode.

@@ -1,14 +1,14 @@
-"""The other direction: which caption fits a picture, by the decoder that draws.
+"""The other direction: which caption fits an image, by the decoder that generates.
 
 The decoder reads the caption first, so p(caption | image) follows from Bayes' rule: it is in
 proportion to p(image | caption) p(caption), and both are at hand. Over a list of captions this
-captions a picture and classifies it without any training for that (zero-shot classification).
+captions an image and classifies it without any training for that (zero-shot classification).
 
 Captions have no end mark (pads are never predicted), so p(caption) is the probability that a
 caption begins so: of two captions the longer one has less of it. Where all candidates are equally
 welcome, p(image | caption) alone is the better judge; it is the default everywhere here.
 
-Source: Ramesh et al. 2021, arXiv:2102.12092, section 2 (one model of caption and picture); Li et
+Source: Ramesh et al. 2021, arXiv:2102.12092, section 2 (one model of caption and image); Li et
 al. 2023, arXiv:2303.16203 (zero-shot classification by likelihood; theirs is a bound, ours exact).
 """
 
@@ -35,7 +35,7 @@ def complete_text(
         model: In evaluation mode.
         text_token_ids: Beginnings, padded; a row of pads starts from nothing.
         num_tokens: Tokens that each caption grows by, or fewer where it gets too long.
-        seeds: Of each row's draws, in [0, 2 ** 63); None takes the likeliest token each time.
+        seeds: Of each row's generates, in [0, 2 ** 63); None takes the likeliest token each time.
 
     Returns:
         Longer captions, padded. None of the added tokens is a pad.

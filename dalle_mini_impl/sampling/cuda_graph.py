@@ -1,4 +1,4 @@
-"""Drawing on a GPU: one step is recorded as a CUDA graph and replayed for all the others.
+"""Generation on a GPU: one step is recorded as a CUDA graph and replayed for all the others.
 
 A step of a small decoder is a few hundred kernels of a few microseconds each; starting them from
 Python takes several times as long as running them.
@@ -18,7 +18,7 @@ def run_cuda_graph(model: TextToImageModel, sampler: Sampler, cache: KeyValueCac
 
     Args:
         model: On a GPU, in evaluation mode.
-        choice: Holds the first token of each picture; completed in place.
+        sampler: Holds the first token of each image; completed in place.
         cache: Holds the captions.
 
     Source: CUDA graphs in torch, https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.

@@ -1,7 +1,7 @@
-"""Drawing image tokens from a decoder, with a key-value cache and batched guidance.
+"""Generating image tokens from a decoder, with a key-value cache and batched guidance.
 
-A picture depends on its prompt, its seed and the settings alone: its noise comes from its seed.
-Only rounding differs with what is drawn beside it, since matrix products of other shapes add up in
+An image depends on its prompt, its seed and the settings alone: its noise comes from its seed.
+Only rounding differs with what is generated beside it, since matrix products of other shapes add up in
 another order; that tips a token only where two are equally likely to six digits.
 """
 
@@ -17,7 +17,7 @@ from dalle_mini_impl.sampling.cuda_graph import run_cuda_graph
 from dalle_mini_impl.sampling.jacobi import best_window, jacobi_decode
 from dalle_mini_impl.sampling.sampler import Sampler, SamplingConfig
 
-ROWS_PER_BATCH = 16  # pictures drawn together
+ROWS_PER_BATCH = 16  # images generated together
 
 
 class GeneratedTokens(NamedTuple):
@@ -36,13 +36,13 @@ def generate_image_token_ids(
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
 ) -> GeneratedTokens:
-    """Draw one picture's tokens for every caption.
+    """Generate one image's tokens for every caption.
 
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded; the batch may have any size.
-        seeds: One per picture, in [0, 2 ** 63).
-        settings: Guidance and filters.
+        seeds: One per image, in [0, 2 ** 63).
+        sampling_config: Guidance and filters.
 
     Returns:
         Tokens in raster order, and the caption's gain.
@@ -51,7 +51,9 @@ def generate_image_token_ids(
         ValueError: If there is not one seed per caption.
     """
     if len(seeds) != len(text_token_ids):
-        raise ValueError(f"seeds: got {len(seeds)}, wanted one per caption, {len(text_token_ids)}")
+        raise ValueError(
+            f"seeds: got {len(seeds)}, expected one per caption, {len(text_token_ids)}"
+        )
     generated = []
     for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]
@@ -78,13 +80,13 @@ def generate_sequentially(
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
 ) -> GeneratedTokens:
-    """Draw one batch token by token: what GPUs do best, and the plain way elsewhere.
+    """Generate one batch token by token: what GPUs do best, and the plain way elsewhere.
 
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded.
-        seeds: One per picture.
-        settings: Guidance and filters.
+        seeds: One per image.
+        sampling_config: Guidance and filters.
 
     Returns:
         Tokens in raster order, and the caption's gain.

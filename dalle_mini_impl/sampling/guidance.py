@@ -35,7 +35,7 @@ def guide(
     Source: Ho & Salimans 2022, arXiv:2207.12598 (their w equals guidance_scale - 1).
     """
     if not isinstance(guidance_scale, Tensor) and not 0 <= guidance_scale < math.inf:
-        raise ValueError(f"guidance_scale: got {guidance_scale}, wanted at least 0 (1.0 = off)")
+        raise ValueError(f"guidance_scale: got {guidance_scale}, expected at least 0 (1.0 = off)")
     return unconditional_logits + guidance_scale * (conditional_logits - unconditional_logits)
 
 
@@ -50,12 +50,12 @@ def scale_at(
     """Choose the guidance of one token.
 
     ``cosine`` starts without guidance and reaches the full scale at the last token: the first
-    tokens, which decide the picture, keep their variety, and the flat first rows of a picture are
-    not pushed into saturated colours.
+    tokens, which decide the image, keep their variety, and the flat first rows of an image are
+    not pushed into saturated colors.
 
     Args:
         step: Index of the token, from 0.
-        num_steps: Tokens per picture.
+        num_steps: Tokens per image.
         guidance_scale: The largest scale; 1.0 is off.
         schedule: ``constant`` or ``cosine``.
         power: Larger keeps the guidance low for longer.

@@ -1,6 +1,6 @@
-"""Completing a picture: some of its tokens stay, the others are drawn anew.
+"""Completing an image: some of its tokens stay, the others are generated anew.
 
-The tokens that stay come first, the others after them, so that each drawn token depends on all that
+The tokens that stay come first, the others after them, so that each sampled token depends on all that
 stay, on whatever side of it they stand. Only a decoder that learned random orders has seen that;
 one that learned raster order alone can go on where the tokens that stay end, as in figure 2 (d)
 of DALL-E.
@@ -24,10 +24,10 @@ from dalle_mini_impl.sampling.sampler import SamplingConfig
 def inpainting_order(
     is_masked: Bool[Tensor, "batch image_length"],
 ) -> Int[Tensor, "batch image_length"]:
-    """Put the cells that stay before those that are redrawn, each group in raster order.
+    """Put the cells that stay before those that are inpainted, each group in raster order.
 
     Args:
-        is_masked: Which cells (raster order) are drawn anew.
+        is_masked: Which cells (raster order) are generated anew.
 
     Returns:
         Grid cell of each step.
@@ -57,26 +57,28 @@ def inpaint_image_token_ids(
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
 ) -> GeneratedTokens:
-    """Draw some tokens of every picture anew.
+    """Generate some tokens of every image anew.
 
     Args:
         model: In evaluation mode; trained in random order unless the tokens that stay are the
             first ones.
         text_token_ids: Captions, padded; the batch may have any size.
-        image_token_ids: The pictures, raster order.
-        is_masked: Which tokens are drawn anew: as many in each row.
-        seeds: One per picture, in [0, 2 ** 63).
-        settings: Guidance and filters. A guidance schedule counts the tokens that stay as drawn.
+        image_token_ids: The images, raster order.
+        is_masked: Which tokens are generated anew: as many in each row.
+        seeds: One per image, in [0, 2 ** 63).
+        sampling_config: Guidance and filters. A guidance schedule counts the tokens that stay as generated.
 
     Returns:
-        Tokens in raster order, and the caption's gain on those that were drawn.
+        Tokens in raster order, and the caption's gain on those that were generated.
 
     Raises:
-        ValueError: If the rows redraw different numbers of tokens, or none.
+        ValueError: If the rows inpaint different numbers of tokens, or none.
     """
     counts = is_masked.sum(dim=1).unique().tolist()
     if len(counts) != 1 or counts == [0]:
-        raise ValueError(f"is_masked: got {counts} tokens, wanted as many in each row, at least 1")
+        raise ValueError(
+            f"is_masked: got {counts} tokens, expected as many in each row, at least 1"
+        )
     num_known = model.config.image_length - counts[0]
     order = inpainting_order(is_masked)
     known = image_token_ids.gather(1, order)[:, :num_known]

@@ -1,11 +1,11 @@
-"""Jacobi decoding: several tokens of a picture in one pass of the decoder.
+"""Jacobi decoding: several tokens of an image in one pass of the decoder.
 
 A pass reads the last certain token and guesses of the tokens after it, and says for each what
-would follow. The noise of every step is fixed by the picture's seed, so "what would follow" is one
+would follow. The noise of every step is fixed by the image's seed, so "what would follow" is one
 definite token. The first answer is certain; the second is certain if the guess that it was
 conditioned on is the first answer; and so on up to the first guess that was wrong. The other
 answers are the guesses of the next pass. What comes out is the fixed point of all guesses, which
-is the very picture that one token at a time makes: there is nothing to prove about distributions.
+is the very image that one token at a time makes: there is nothing to prove about distributions.
 
 Source: Song et al. 2021, arXiv:2002.03629 (fixed-point view of sequential computation); Santilli et
 al. 2023, arXiv:2305.10427 (for greedy decoding); Teng et al. 2024, arXiv:2410.01699 (speculative
@@ -42,11 +42,11 @@ class JacobiTokens(NamedTuple):
 
 
 def best_window(model: TextToImageModel | NativeDecoder, num_images: int) -> int:
-    """Choose how many tokens of each picture to read per pass.
+    """Choose how many tokens of each image to read per pass.
 
     Args:
-        model: That draws.
-        num_images: Drawn together.
+        model: That generates.
+        num_images: Generated together.
 
     Returns:
         The fastest window, as measured on CPUs.
@@ -67,25 +67,25 @@ def jacobi_decode(
     image_order: Int[Tensor, "batch image_length"] | None = None,
     known_token_ids: Int[Tensor, "batch num_known"] | None = None,
 ) -> JacobiTokens:
-    """Draw pictures in fewer passes; the same pictures as one token at a time.
+    """Generate images in fewer passes; the same images as one token at a time.
 
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded.
-        seeds: One per picture, in [0, 2 ** 63).
-        settings: Guidance and filters.
+        seeds: One per image, in [0, 2 ** 63).
+        sampling_config: Guidance and filters.
         window: Tokens read per pass, the certain one included; 1 is one token at a time.
         image_order: Grid cell of each step; raster order when None.
-        known_token_ids: Tokens of the first steps, which are read and not drawn.
+        known_token_ids: Tokens of the first steps, which are read and not generated.
 
     Returns:
-        Tokens in drawing order, the caption's gain, and the number of passes.
+        Tokens in generation order, the caption's gain, and the number of passes.
 
     Raises:
         ValueError: If the window is below 1, or every token is known.
     """
     if window < 1:
-        raise ValueError(f"window: got {window}, wanted at least 1 token")
+        raise ValueError(f"window: got {window}, expected at least 1 token")
     seeds = seeds.to(text_token_ids.device)
     noise = model.gumbel_noise if isinstance(model, NativeDecoder) else gumbel_noise
     sampler = Sampler(model.config, seeds=seeds, sampling_config=sampling_config, noise=noise)
@@ -96,7 +96,7 @@ def jacobi_decode(
         known_token_ids = seeds.new_empty(len(seeds), 0)
     num_known = known_token_ids.shape[1]
     if num_known >= num_steps:
-        raise ValueError(f"known_token_ids: got {num_known} of {num_steps}, wanted fewer")
+        raise ValueError(f"known_token_ids: got {num_known} of {num_steps}, expected fewer")
     order = None if image_order is None else sampler.for_each_row(image_order)
     logits = model.prefill(captions, cache, first_cell=0 if order is None else order[:, 0])
     num_passes = 1
@@ -114,10 +114,10 @@ def jacobi_decode(
     log_ratios = torch.zeros_like(draft_tokens, dtype=torch.float32)
     log_ratios[:, num_known : num_known + 1] = new_log_ratios
     steps = torch.arange(num_steps, device=seeds.device)
-    num_accepted = torch.full_like(seeds, num_known + 1)  # tokens from the start of each picture
+    num_accepted = torch.full_like(seeds, num_known + 1)  # tokens from the start of each image
     window = min(window, max(num_steps - 1 - num_known, 1))
     while len(seeds) and int(num_accepted.min()) < num_steps:
-        # Near the end the window reaches back over certain tokens: none may go beyond the picture.
+        # Near the end the window reaches back over certain tokens: none may go beyond the image.
         first = (num_accepted - 1).clamp_max(num_steps - 1 - window)
         read = first.unsqueeze(1) + steps[:window]
         before = draft_tokens.gather(1, read)

@@ -14,7 +14,7 @@ from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 
 
 class PairScores(NamedTuple):
-    """Natural logarithms of what the decoder thinks of every picture with every caption."""
+    """Natural logarithms of what the decoder thinks of every image with every caption."""
 
     image_given_text: Float[Tensor, "images captions"]
     """log p(image | caption)."""
@@ -24,7 +24,7 @@ class PairScores(NamedTuple):
     """log p(image), under the null caption."""
 
     def probabilities(self, *, use_prior: bool = False) -> Float[Tensor, "images captions"]:
-        """Compute p(caption | image), as if each picture had one of these captions.
+        """Compute p(caption | image), as if each image had one of these captions.
 
         Args:
             use_prior: Weigh captions by p(caption); otherwise all are equally likely beforehand.
@@ -38,7 +38,7 @@ class PairScores(NamedTuple):
         if not use_prior:
             return self.image_given_text.softmax(dim=1)
         if self.text is None:
-            raise ValueError("use_prior: got True, wanted False: this model writes no captions")
+            raise ValueError("use_prior: got True, expected False: this model writes no captions")
         return (self.image_given_text + self.text).softmax(dim=1)
 
 
@@ -48,12 +48,12 @@ def score_pairs(
     text_token_ids: Int[Tensor, "captions text_length"],
     image_token_ids: Int[Tensor, "images image_length"],
 ) -> PairScores:
-    """Score every picture with every caption: one row of the decoder for each pair.
+    """Score every image with every caption: one row of the decoder for each pair.
 
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded; at least one.
-        image_token_ids: Pictures, raster order; at least one.
+        image_token_ids: Images, raster order; at least one.
 
     Returns:
         The scores.
@@ -103,15 +103,15 @@ def log_likelihood_ratio(
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, " batch"]:
-    """Measure how much likelier the caption makes each picture.
+    """Measure how much likelier the caption makes each image.
 
-    This is log p(image | text) - log p(image), the pointwise mutual information of picture and
-    caption: unlike log p(image | text) it does not favour pictures that are plain.
+    This is log p(image | text) - log p(image), the pointwise mutual information of image and
+    caption: unlike log p(image | text) it does not favour images that are plain.
 
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded.
-        image_token_ids: One picture per caption.
+        image_token_ids: One image per caption.
 
     Returns:
         Gains in nats.
@@ -132,10 +132,10 @@ def image_log_likelihood(
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded; a row of pads gives log p(image).
-        image_token_ids: One picture per caption.
+        image_token_ids: One image per caption.
 
     Returns:
-        Natural logarithms, summed over the picture's tokens.
+        Natural logarithms, summed over the image's tokens.
     """
     return image_token_log_likelihoods(model, text_token_ids, image_token_ids).sum(dim=1)
 
@@ -151,7 +151,7 @@ def image_token_log_likelihoods(
     Args:
         model: In evaluation mode.
         text_token_ids: Captions, padded.
-        image_token_ids: One picture per caption.
+        image_token_ids: One image per caption.
 
     Returns:
         Natural logarithms.
@@ -161,7 +161,7 @@ def image_token_log_likelihoods(
         text, image = (
             ids[start : start + ROWS_PER_BATCH] for ids in (text_token_ids, image_token_ids)
         )
-        # Always as many rows: a picture's score must not depend on what is scored beside it.
+        # Always as many rows: an image's score must not depend on what is scored beside it.
         padding = (0, 0, 0, ROWS_PER_BATCH - len(text))
         logits = model(F.pad(text, padding), F.pad(image, padding)).image[: len(text)].float()
         parts.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).squeeze(2))

@@ -1,4 +1,4 @@
-"""From logits to the distribution that is drawn from. No function here edits its input."""
+"""From logits to the distribution that is generated from. No function here edits its input."""
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ def keep_top_k(logits: Float[Tensor, "batch vocab"], top_k: int) -> Float[Tensor
         ValueError: If ``top_k`` is negative.
     """
     if top_k < 0:
-        raise ValueError(f"top_k: got {top_k}, wanted a count, or 0 for all tokens")
+        raise ValueError(f"top_k: got {top_k}, expected a count, or 0 for all tokens")
     if top_k == 0 or top_k >= logits.shape[-1]:
         return logits
     smallest_kept = logits.topk(top_k, dim=-1).values[..., -1:]
@@ -42,7 +42,7 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
     Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, wanted a probability mass above 0 and up to 1")
+        raise ValueError(f"top_p: got {top_p}, expected a probability mass above 0 and up to 1")
     if top_p == 1:
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
@@ -56,15 +56,15 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
 def gumbel_noise(
     seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "#batch 1"] | int, vocab_size: int
 ) -> Float[Tensor, "batch vocab"]:
-    """Draw the noise of one token of each picture from that picture's seed and the step alone.
+    """Generate the noise of one token of each image from that image's seed and the step alone.
 
-    Adding Gumbel noise to logits and taking the largest draws from their softmax, so these numbers
-    decide a picture whatever is drawn beside it. They are a function, not a stream: the same on
-    every device, in any order, and without a Python loop over pictures.
+    Adding Gumbel noise to logits and taking the largest generates from their softmax, so these numbers
+    decide an image whatever is generated beside it. They are a function, not a stream: the same on
+    every device, in any order, and without a Python loop over images.
 
     Args:
-        seeds: One per picture, in [0, 2 ** 63).
-        steps: Index of the token, below 2 ** 31: one for all, or one for each picture.
+        seeds: One per image, in [0, 2 ** 63).
+        steps: Index of the token, below 2 ** 31: one for all, or one for each image.
         vocab_size: Number of different tokens.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Choosing the best of several pictures: by the model's own likelihoods, or by any ranker."""
+"""Choosing the best of several images: by the model's own likelihoods, or by any ranker."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -11,10 +11,10 @@ from torch import Tensor
 
 @runtime_checkable  # for the checks of types in the tests
 class ImageRanker(Protocol):
-    """Says how well pictures fit their prompts."""
+    """Says how well images fit their prompts."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
-        """Return one score per picture and its prompt; larger is better."""
+        """Return one score per image and its prompt; larger is better."""
         ...
 
 
@@ -33,7 +33,7 @@ def best_of(scores: Float[Tensor, " batch"], *, num_candidates: int) -> Int[Tens
     """
     if num_candidates < 1 or len(scores) % num_candidates:
         raise ValueError(
-            f"num_candidates: got {num_candidates}, wanted a divisor of {len(scores)} scores"
+            f"num_candidates: got {num_candidates}, expected a divisor of {len(scores)} scores"
         )
     best = scores.reshape(-1, num_candidates).argmax(dim=1)
     return best + torch.arange(len(best), device=scores.device) * num_candidates

@@ -1,4 +1,4 @@
-"""How the next token of every picture is chosen from the logits: settings, guidance, noise."""
+"""How the next token of every image is chosen from the logits: settings, guidance, noise."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from dalle_mini_impl.sampling.logits import gumbel_noise, keep_top_k, keep_top_p
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How tokens are drawn.
+    """How tokens are generated.
 
     Raises:
         ValueError: If a value is out of range.
@@ -25,33 +25,33 @@ class SamplingConfig:
     guidance_scale: float = 3.0
     """Strength of classifier-free guidance; 1.0 is off."""
     guidance_schedule: GuidanceSchedule = "cosine"
-    """The same guidance for every token, or rising along the picture."""
+    """The same guidance for every token, or rising along the image."""
     temperature: float = 1.0
     """Divides the guided logits; below 1 plays safe."""
     top_k: int = 0
-    """Draw among this many likeliest tokens; 0 means all."""
+    """Sample among this many likeliest tokens; 0 means all."""
     top_p: float = 1.0
-    """Draw among the likeliest tokens that hold this probability mass."""
+    """Sample among the likeliest tokens that hold this probability mass."""
 
     def __post_init__(self) -> None:
         """Refuse values that define no distribution."""
         if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale: got {self.guidance_scale}, wanted a number from 0")
+            raise ValueError(f"guidance_scale: got {self.guidance_scale}, expected a number from 0")
         if self.guidance_schedule not in get_args(GuidanceSchedule):
             raise ValueError(
                 f"guidance_schedule: got {self.guidance_schedule!r}, "
-                f"wanted one of {', '.join(get_args(GuidanceSchedule))}"
+                f"expected one of {', '.join(get_args(GuidanceSchedule))}"
             )
         if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature: got {self.temperature}, wanted a number above 0")
+            raise ValueError(f"temperature: got {self.temperature}, expected a number above 0")
         if self.top_k < 0:
-            raise ValueError(f"top_k: got {self.top_k}, wanted a count, or 0 for all tokens")
+            raise ValueError(f"top_k: got {self.top_k}, expected a count, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: got {self.top_p}, wanted above 0 and up to 1")
+            raise ValueError(f"top_p: got {self.top_p}, expected above 0 and up to 1")
 
 
 class Sampler:
-    """The pictures of one batch so far, and the rule for their next token.
+    """The images of one batch so far, and the rule for their next token.
 
     Steps are tensors, so that one recording of a step serves all of them.
     """
@@ -64,12 +64,12 @@ class Sampler:
         sampling_config: SamplingConfig,
         noise: Callable[..., Tensor] = gumbel_noise,
     ) -> None:
-        """Start with empty pictures.
+        """Start with empty images.
 
         Args:
             config: Of the decoder.
-            seeds: One per picture; everything here lives on their device.
-            settings: Guidance and filters.
+            seeds: One per image; everything here lives on their device.
+            sampling_config: Guidance and filters.
             noise: ``gumbel_noise``, or the same numbers made faster.
         """
         self.seeds, self.sampling_config, self.noise = seeds, sampling_config, noise
@@ -97,13 +97,13 @@ class Sampler:
         return torch.cat([text_token_ids, torch.full_like(text_token_ids, PAD_TOKEN_ID)])
 
     def for_each_row(self, values: Int[Tensor, "batch *rest"]) -> Int[Tensor, "rows *rest"]:
-        """Repeat what belongs to a picture for its null row, if there is one."""
+        """Repeat what belongs to an image for its null row, if there is one."""
         return torch.cat([values, values]) if self.is_guided else values
 
     def sample_and_record(
         self, logits: Float[Tensor, "rows vocab"], step: Int[Tensor, "1"]
     ) -> None:
-        """Choose one token of every picture and note what the caption gained by it.
+        """Choose one token of every image and note what the caption gained by it.
 
         Args:
             logits: Of the conditional rows and, with guidance, of the null rows after them.

@@ -30,8 +30,8 @@ def fewest_parts_that_fit(batch_size: int, attempt: Callable[[int], None]) -> in
             clear_device_cache(garbage_collection=True)
             return parts
     raise UserError(
-        "training.find_batch_size: not even one sample fits into memory; wanted a smaller model or "
-        "smaller pictures"
+        "training.find_batch_size: not even one sample fits into memory; expected a smaller model or "
+        "smaller images"
     )
 
 

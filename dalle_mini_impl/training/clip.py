@@ -1,4 +1,4 @@
-"""A whole CLIP run: captioned pictures in, ranker's folder and a report out."""
+"""A whole CLIP run: captioned images in, ranker's folder and a report out."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ from dalle_mini_impl.training.tracking import TrackingConfig
 
 logger = logging.getLogger(__name__)
 
-MAX_MEASURED = 2_000  # held-out pictures; retrieval gets harder with their number
+MAX_MEASURED = 2_000  # held-out images; retrieval gets harder with their number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,11 @@ class ClipRunConfig:
     """
 
     data: DataConfig
-    """Captioned pictures to learn from."""
+    """Captioned images to learn from."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, ``report.json``, and ``model/`` at the end."""
     image_size: int = 64
-    """Side of the square pictures in pixels; others are scaled to it."""
+    """Side of the square images in pixels; others are scaled to it."""
     text: TextConfig = field(default_factory=TextConfig)
     """The caption tokenizer."""
     model: TowersConfig = field(default_factory=TowersConfig)
@@ -49,7 +49,7 @@ class ClipRunConfig:
     task: ClipTaskConfig = field(default_factory=ClipTaskConfig)
     """Augmentation."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """Budget and optimizer. A picture's contrast is its micro-batch: accumulation and processes
+    """Budget and optimizer. An image's contrast is its micro-batch: accumulation and processes
     make it smaller."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
@@ -57,10 +57,10 @@ class ClipRunConfig:
     def __post_init__(self) -> None:
         """Refuse what would fail, or change the loss, only when training has begun."""
         if self.image_size < 1:
-            raise ValueError(f"image_size: got {self.image_size}, wanted at least 1")
+            raise ValueError(f"image_size: got {self.image_size}, expected at least 1")
         if self.training.find_batch_size:
             raise ValueError(
-                "training.find_batch_size: got true, wanted false: the pictures of a micro-batch "
+                "training.find_batch_size: got true, expected false: the images of a micro-batch "
                 "are each other's contrast, so that its size is part of the loss"
             )
 
@@ -109,12 +109,12 @@ def _prepare(
         writes=accelerator.is_main_process,
         resumes=resume is not None,
     )
-    with accelerator.main_process_first():  # it may write which pictures the run begins with
+    with accelerator.main_process_first():  # it may write which images the run begins with
         train, held_out = (
             load_pairs(config.data, split, image_size=config.image_size, records=records)
             for split in (config.data.train_split, config.data.validation_split)
         )
-    captions = TextTokenizer.learn(
+    text_tokenizer = TextTokenizer.learn(
         (text for pair in train.listed for text in pair.captions),
         vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
@@ -125,8 +125,8 @@ def _prepare(
             ClipConfig(
                 towers=config.model,
                 image_size=config.image_size,
-                vocab_size=captions.vocab_size,
-                text_length=captions.text_length,
+                vocab_size=text_tokenizer.vocab_size,
+                text_length=text_tokenizer.text_length,
             )
         )
     except ValueError as error:
@@ -135,11 +135,11 @@ def _prepare(
         train,
         held_out,
         config.task,
-        ranker=ClipRanker(model, captions),
+        ranker=ClipRanker(model, text_tokenizer),
         sample_weights=train.weights(config.data.balance_by),
     )
-    if captions.num_truncated:
-        logger.info(captions.truncation_report())
+    if text_tokenizer.num_truncated:
+        logger.info(text_tokenizer.truncation_report())
     return task
 
 
@@ -149,15 +149,15 @@ def _write_report(task: ClipTask, output_dir: Path) -> None:
     scores, retrieval = score_retrieval(task.ranker, task.held_out), task.held_out
     chance = scores["chance_r1"]
     report = {
-        "pictures": len(retrieval.pixels),
+        "images": len(retrieval.pixels),
         "captions": len(retrieval.captions),
         **scores,
         "image_to_text_times_chance": scores["image_to_text_r1"] / chance,
         "text_to_image_times_chance": scores["text_to_image_r1"] / chance,
     }
     logger.info(
-        f"held out: {len(retrieval.pixels)} pictures, {len(retrieval.captions)} captions; R@1 picture to "
-        f"caption {scores['image_to_text_r1']:.1%}, caption to picture "
+        f"held out: {len(retrieval.pixels)} images, {len(retrieval.captions)} captions; R@1 image to "
+        f"caption {scores['image_to_text_r1']:.1%}, caption to image "
         f"{scores['text_to_image_r1']:.1%}, chance {chance:.2%}"
     )
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -165,23 +165,23 @@ def _write_report(task: ClipTask, output_dir: Path) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTaskConfig:
-    """How the pictures are varied.
+    """How the images are varied.
 
     Raises:
         ValueError: If a value is out of range.
     """
 
     max_shift: int = 2
-    """Largest shift of a training picture, in pixels, in both directions."""
+    """Largest shift of a training image, in pixels, in both directions."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
         if self.max_shift < 0:
-            raise ValueError(f"task.max_shift: got {self.max_shift}, wanted at least 0")
+            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
 
 
 class ClipTask:
-    """Pictures with their captions, and the loss of telling which belong together."""
+    """Images with their captions, and the loss of telling which belong together."""
 
     num_uniforms = 3
 
@@ -201,26 +201,26 @@ class ClipTask:
             held_out: What is measured.
             config: Augmentation.
             ranker: Holds the model in training, and the caption tokenizer.
-            sample_weights: How often each picture is wanted, or None.
+            sample_weights: How often each image is expected, or None.
         """
         self.pixels, self.config, self.ranker = train.pixels, config, ranker
         self.sample_weights = sample_weights
         self.num_samples = len(train.pairs)
-        captions, sizes = ranker.captions, ranker.model.config
-        self.text_token_ids = captions.encode(
+        text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config
+        self.text_token_ids = text_tokenizer.encode(
             [text for pair in train.pairs for text in pair.captions]
         )
         counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
         self.caption_offsets = counts.cumsum(0)
         num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
         self.tokens_per_sample = sizes.text_length + num_patches
-        self.identity = captions.fingerprint()
-        self.held_out = build_retrieval(held_out.pairs, held_out.pixels, captions)
+        self.identity = text_tokenizer.fingerprint()
+        self.held_out = build_retrieval(held_out.pairs, held_out.pixels, text_tokenizer)
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Look up pictures, shift them, and choose one caption of each."""
+        """Look up images, shift them, and choose one caption of each."""
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
         chosen = start + (uniforms[:, 0] * (end - start)).long()
         largest = self.config.max_shift
@@ -242,7 +242,7 @@ class ClipTask:
         progress: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the contrastive loss, and how many pictures find a caption of their own."""
+        """Return the contrastive loss, and how many images find a caption of their own."""
         del progress, generator
         text_token_ids, ids = batch["text_token_ids"], batch["sample_ids"]
         logits = model(text_token_ids, batch["pixels"])
@@ -265,7 +265,7 @@ class ClipTask:
         }
 
     def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Draw nothing."""
+        """Generate nothing."""
         del model
         return []
 
@@ -273,15 +273,15 @@ class ClipTask:
 def matches(
     text_token_ids: Int[Tensor, "batch text_length"], sample_ids: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch batch"]:
-    """Tell which pictures and captions of a batch belong together.
+    """Tell which images and captions of a batch belong together.
 
     Args:
         text_token_ids: Caption of each sample.
-        sample_ids: Picture of each sample.
+        sample_ids: Image of each sample.
 
     Returns:
-        (picture, caption): True for a sample's own, for an equal caption, and for another caption
-        of the same picture.
+        (image, caption): True for a sample's own, for an equal caption, and for another caption
+        of the same image.
     """
     same_text = (text_token_ids[:, None] == text_token_ids[None]).all(dim=2)
     return same_text | (sample_ids[:, None] == sample_ids[None])
@@ -289,40 +289,42 @@ def matches(
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Pictures and captions among which the right ones are to be found."""
+    """Images and captions among which the right ones are to be found."""
 
-    pixels: UInt8[Tensor, "pictures 3 height width"]
+    pixels: UInt8[Tensor, "images 3 height width"]
     captions: list[str]
     """Different ones."""
-    is_right: Bool[Tensor, "pictures captions"]
-    """True where a caption is one of the picture's own: there may be several in a row or column."""
+    is_right: Bool[Tensor, "images captions"]
+    """True where a caption is one of the image's own: there may be several in a row or column."""
 
     @property
     def chance(self) -> float:
-        """Share of right answers of one who guesses, the same in both directions."""
+        """Fraction of right answers of one who guesses, the same in both directions."""
         return float(self.is_right.double().mean())
 
 
 def build_retrieval(
-    pairs: Sequence[Pair], pixels: UInt8[Tensor, "samples 3 height width"], captions: TextTokenizer
+    pairs: Sequence[Pair],
+    pixels: UInt8[Tensor, "samples 3 height width"],
+    text_tokenizer: TextTokenizer,
 ) -> Retrieval:
-    """Ask for the main caption of each picture.
+    """Ask for the main caption of each image.
 
     Args:
-        pairs: Held-out pictures; no more than ``MAX_MEASURED`` are taken, spread over all.
+        pairs: Held-out images; no more than ``MAX_MEASURED`` are taken, spread over all.
         pixels: Of each.
-        captions: Says which captions are the same to the model but for cut ends.
+        text_tokenizer: Says which captions are the same to the model but for cut ends.
 
     Returns:
-        Pictures and captions.
+        Images and captions.
     """
     count = min(len(pairs), MAX_MEASURED)
     chosen = [index * len(pairs) // count for index in range(count)]
-    normalize = captions.tokenizer.normalizer.normalize_str
+    normalize = text_tokenizer.tokenizer.normalizer.normalize_str
     own = [{normalize(text) for text in pairs[index].captions} for index in chosen]
-    retrieval = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
-    is_right = torch.tensor([[text in texts for text in retrieval] for texts in own])
-    return Retrieval(pixels[torch.tensor(chosen)], retrieval, is_right)
+    queries = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
+    is_right = torch.tensor([[text in texts for text in queries] for texts in own])
+    return Retrieval(pixels[torch.tensor(chosen)], queries, is_right)
 
 
 def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float]:
@@ -330,13 +332,13 @@ def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float
 
     Args:
         ranker: With its model in evaluation mode.
-        asked: Among what.
+        retrieval: Among what.
 
     Returns:
         ``image_to_text_r1`` and ``text_to_image_r1`` in [0, 1] (R@1), and ``chance_r1``.
     """
     parts = [ranker.embed_pixels(part.float() / 127.5 - 1) for part in retrieval.pixels.split(512)]
-    scores = torch.cat(parts) @ ranker.embed_texts(retrieval.captions).T  # (pictures, captions)
+    scores = torch.cat(parts) @ ranker.embed_texts(retrieval.captions).T  # (images, captions)
     top_texts, top_images = scores.argmax(dim=1), scores.argmax(dim=0)
     images, captions = (torch.arange(size) for size in scores.shape)
     return {

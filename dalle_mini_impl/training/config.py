@@ -23,7 +23,7 @@ class TextConfig:
     def __post_init__(self) -> None:
         """Refuse a length that holds nothing."""
         if self.text_length < 1:
-            raise ValueError(f"text.text_length: got {self.text_length}, wanted at least 1")
+            raise ValueError(f"text.text_length: got {self.text_length}, expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class TrainingConfig:
     warmup_steps: int = 50
     """Updates over which the learning rate rises."""
     decay_fraction: float = 0.3
-    """Share of the run over which ``wsd`` decays to zero."""
+    """Fraction of the run over which ``wsd`` decays to zero."""
     cosine_ends_at: float = 1.0
     """Progress in (0, 1] at which ``cosine`` has reached its end."""
     cosine_floor: float = 0.0
-    """Share of the learning rate at which ``cosine`` ends."""
+    """Fraction of the learning rate at which ``cosine`` ends."""
     gradient_clip_norm: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     ema_decay: float = 0.0
@@ -79,7 +79,7 @@ class TrainingConfig:
     evaluate_every_steps: int = 500
     """Updates between two evaluations on held-out samples."""
     sample_every_steps: int = 1_000
-    """Updates between two picture grids; a multiple of evaluate_every_steps."""
+    """Updates between two image grids; a multiple of evaluate_every_steps."""
     checkpoint_every_steps: int = 500
     """Updates between two checkpoints."""
     seed: int = 0
@@ -121,7 +121,7 @@ class TrainingConfig:
             minutes: Wall-clock minutes used.
 
         Returns:
-            The larger share of the two limits, in [0, 1].
+            The larger fraction of the two limits, in [0, 1].
         """
         fractions = []
         if self.max_minutes is not None:
@@ -132,12 +132,12 @@ class TrainingConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"training.{name}: got {getattr(self, name)}, wanted {expected}")
+            raise ValueError(f"training.{name}: got {getattr(self, name)}, expected {expected}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which captioned pictures a run uses.
+    """Which captioned images a run uses.
 
     Raises:
         ValueError: If a value is out of range.
@@ -150,12 +150,12 @@ class DataConfig:
     validation_split: str = "val"
     """Split that is measured; 5 % are set apart where the source has no splits."""
     balance_by: str | None = None
-    """Attribute whose groups are evened out: a picture's share is 1 / sqrt(group size)."""
+    """Attribute whose groups are evened out: an image's share is 1 / sqrt(group size)."""
     max_bad_fraction: float = 0.1
-    """Share of bad records (no picture, no caption, not readable) above which the run stops, in
+    """Fraction of bad records (no image, no caption, not readable) above which the run stops, in
     [0, 1]. One bad record is always allowed."""
 
     def __post_init__(self) -> None:
         """Refuse shares outside [0, 1]."""
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction: got {self.max_bad_fraction}, wanted 0 to 1")
+            raise ValueError(f"data.max_bad_fraction: got {self.max_bad_fraction}, expected 0 to 1")

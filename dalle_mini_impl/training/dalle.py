@@ -1,4 +1,4 @@
-"""A whole decoder run: captioned pictures and a tokenizer in, model folder out."""
+"""A whole decoder run: captioned images and a tokenizer in, model folder out."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -39,11 +39,11 @@ class DalleRunConfig:
     """
 
     data: DataConfig
-    """Captioned pictures to learn from."""
+    """Captioned images to learn from."""
     vqvae_dir: str
     """Folder of the trained image tokenizer: ours, or one of those of ``vqvae.pretrained.load``."""
     vqvae_image_size: int | None = None
-    """Side of the pictures in pixels, for a tokenizer of others that takes several sizes."""
+    """Side of the images in pixels, for a tokenizer of others that takes several sizes."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     num_views: int = 1
@@ -62,7 +62,7 @@ class DalleRunConfig:
     task: DalleTaskConfig = field(default_factory=DalleTaskConfig)
     """Its loss."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How pictures are drawn, unless a call says otherwise."""
+    """How images are generated, unless a call says otherwise."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Budget and optimizer."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -71,21 +71,21 @@ class DalleRunConfig:
     def __post_init__(self) -> None:
         """Refuse what would fail only when training has begun."""
         if self.vqvae_image_size is not None and self.vqvae_image_size < 1:
-            raise ValueError(f"vqvae_image_size: got {self.vqvae_image_size}, wanted at least 1")
+            raise ValueError(f"vqvae_image_size: got {self.vqvae_image_size}, expected at least 1")
         if self.num_views < 1:
-            raise ValueError(f"num_views: got {self.num_views}, wanted at least 1")
+            raise ValueError(f"num_views: got {self.num_views}, expected at least 1")
         if self.max_shift < 0:
-            raise ValueError(f"max_shift: got {self.max_shift}, wanted at least 0")
+            raise ValueError(f"max_shift: got {self.max_shift}, expected at least 0")
         if not 1 <= self.max_zoom <= MAX_ZOOM:
-            raise ValueError(f"max_zoom: got {self.max_zoom}, wanted 1 to {MAX_ZOOM}")
+            raise ValueError(f"max_zoom: got {self.max_zoom}, expected 1 to {MAX_ZOOM}")
         if self.decoder.raster_order_only and self.task.random_order_probability:
             raise ValueError(
-                f"task.random_order_probability: got {self.task.random_order_probability}, wanted "
+                f"task.random_order_probability: got {self.task.random_order_probability}, expected "
                 "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
                 "raster order only"
             )
         if any(not prompt.strip() for prompt in self.fixed_prompts):
-            raise ValueError("fixed_prompts: got an empty prompt, wanted some text in each")
+            raise ValueError("fixed_prompts: got an empty prompt, expected some text in each")
 
 
 def train_dalle(
@@ -93,7 +93,7 @@ def train_dalle(
     *,
     resume: str | None = None,
 ) -> Path:
-    """Train a decoder on the tokens of captioned pictures.
+    """Train a decoder on the tokens of captioned images.
 
     Args:
         config: The run.
@@ -125,7 +125,7 @@ def _train(
         require_working(vqvae)
     except ValueError as error:
         raise UserError(
-            f"vqvae_dir: {error}; wanted a folder that train_vqvae.py wrote, or somebody else's "
+            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
             "tokenizer and perhaps vqvae_image_size"
         ) from None
     with accelerator.main_process_first():  # the others find the main process's tokens
@@ -151,7 +151,7 @@ def _prepare(
         load_pairs(config.data, split, image_size=size, records=records)
         for split in (config.data.train_split, config.data.validation_split)
     )
-    captions = TextTokenizer.learn(
+    text_tokenizer = TextTokenizer.learn(
         (text for pair in train.listed for text in pair.captions),
         vocab_size=config.text.vocab_size,
         text_length=config.text.text_length,
@@ -169,7 +169,7 @@ def _prepare(
             loaded.pairs,
             loaded.pixels,
             vqvae=vqvae,
-            captions=captions,
+            text_tokenizer=text_tokenizer,
             variation=variation if name == "train" else held_out_variation,
             cache_dir=cache_dir,
         )
@@ -179,8 +179,8 @@ def _prepare(
     dalle = build_text_to_image(
         DalleConfig(
             decoder=config.decoder,
-            vocab_size=captions.vocab_size,
-            text_length=captions.text_length,
+            vocab_size=text_tokenizer.vocab_size,
+            text_length=text_tokenizer.text_length,
             codebook_levels=vqvae.codebook_levels,
             image_grid_size=vqvae.image_grid_size,
         )
@@ -188,7 +188,7 @@ def _prepare(
     pipeline = TextToImagePipeline(
         dalle=dalle,
         vqvae=vqvae,
-        captions=captions,
+        text_tokenizer=text_tokenizer,
         sampling_config=config.sampling,
         generates_any_order=config.task.ends_in_random_order,
     )
@@ -198,7 +198,7 @@ def _prepare(
         tokens["held_out"],
         config.task,
         sample_weights=train.weights(config.data.balance_by),
-        identity=f"{vqvae.fingerprint()}-{captions.fingerprint()}",
+        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
         pipeline=pipeline,
         fixed_prompts=prompts,
     )
@@ -216,15 +216,15 @@ class DalleTaskConfig:
     text_loss_weight: float = 0.1
     """Weight of the caption's loss beside the image's, in models that write captions."""
     caption_dropout_probability: float = 0.1
-    """Share of samples trained without their caption, for guidance."""
+    """Fraction of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0
-    """Largest share of a sample's input image tokens that come from other pictures, while it
-    lasts; each sample draws its own share below it, and its targets stay. Keeps the decoder from
-    following a remembered picture instead of the caption."""
+    """Largest fraction of a sample's input image tokens that come from other images, while it
+    lasts; each sample generates its own share below it, and its targets stay. Keeps the decoder from
+    following a remembered image instead of the caption."""
     random_order_probability: float = 0.0
-    """Share of samples drawn in random order instead of raster order, while it lasts."""
+    """Fraction of samples sampled in random order instead of raster order, while it lasts."""
     shifted_view_probability: float = 0.0
-    """Share of samples taken from a shifted or enlarged view, while it lasts."""
+    """Fraction of samples taken from a shifted or enlarged view, while it lasts."""
     bpe_dropout_probability: float = 0.0
     """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
     DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
@@ -235,11 +235,11 @@ class DalleTaskConfig:
         """Refuse shares outside [0, 1]."""
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
-                raise ValueError(f"task.{name}: got {value}, wanted 0 to 1")
+                raise ValueError(f"task.{name}: got {value}, expected 0 to 1")
 
     @property
     def ends_in_random_order(self) -> bool:
-        """Whether the decoder can draw in any order when training has ended."""
+        """Whether the decoder can generate in any order when training has ended."""
         return self.random_order_probability > 0 and self.augmentation_ends_at == 1
 
 
@@ -263,9 +263,9 @@ class DalleTask:
             train: Training samples.
             held_out: Samples that are only measured.
             config: Loss weights and augmentation.
-            sample_weights: How often each sample is wanted, or None.
+            sample_weights: How often each sample is expected, or None.
             identity: Hash of the tokens that the decoder learns.
-            pipeline: Draws the sample grid with the model in training.
+            pipeline: Generates the sample grid with the model in training.
             fixed_prompts: Prompts of the sample grid.
         """
         self.train, self.held_out, self.config = train, held_out, config
@@ -291,7 +291,7 @@ class DalleTask:
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Look up the tokens; the draws of the loss travel with them."""
+        """Look up the tokens; the random numbers of the loss travel with them."""
         views = torch.where(
             uniforms[:, 1] < self.config.shifted_view_probability, uniforms[:, 2], torch.zeros(())
         )
@@ -306,7 +306,7 @@ class DalleTask:
             "noise_token_ids": self.train.image_token_ids[
                 noise_sample_ids, 0, torch.arange(length)
             ].long(),
-            "draws": uniforms[:, 3 : 6 + 2 * length],
+            "uniforms": uniforms[:, 3 : 6 + 2 * length],
         }
 
     def loss(
@@ -319,7 +319,7 @@ class DalleTask:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return image loss plus weighted text loss, if there is one, in nats per token."""
         del generator  # every random number here belongs to a sample, not to a process
-        text_token_ids, uniforms = batch["text_token_ids"], batch["draws"]
+        text_token_ids, uniforms = batch["text_token_ids"], batch["uniforms"]
         augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
         image = batch["view_token_ids"] if augmentation else batch["image_token_ids"]
         dropped = uniforms[:, 0] < self.config.caption_dropout_probability
@@ -389,7 +389,7 @@ class DalleTask:
 
     @torch.no_grad()
     def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Draw the fixed prompts, one picture each, always with the same seeds."""
+        """Generate the fixed prompts, one image each, always with the same seeds."""
         del model  # the pipeline holds the same module
         generated = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
         return [ImageGrid("samples", generated.images, list(self.fixed_prompts))]

@@ -14,7 +14,7 @@ class MovingAverage:
 
         Args:
             model: Whose weights are averaged.
-            decay: Share of the average kept at each update, in [0, 1).
+            decay: Fraction of the average kept at each update, in [0, 1).
         """
         self.decay = decay
         self.weights = {name: value.detach().clone() for name, value in _averaged(model).items()}

@@ -50,7 +50,7 @@ class Meter:
             tokens_per_sample: Tokens that one sample makes.
 
         Returns:
-            The means as ``train/<name>``, speeds per second, and the shares of time in [0, 1] that
+            The means as ``train/<name>``, speeds per second, and the fractions of time in [0, 1] that
             were spent waiting for data and saving checkpoints.
         """
         seconds = max(1e-9, time.perf_counter() - self._started)
@@ -72,7 +72,7 @@ class Meter:
         """Say what the checkpoints have cost since the start.
 
         Returns:
-            A line with their number, seconds and share of the time.
+            A line with their number, seconds and fraction of the time.
         """
         seconds = self._save_seconds + self._save.seconds
         fraction = seconds / max(1e-9, time.perf_counter() - self._begun)

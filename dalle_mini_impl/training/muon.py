@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
             parameters: Matrices.
             lr: Learning rate; updates are scaled to the size of AdamW's.
             weight_decay: Decoupled decay per unit of learning rate.
-            momentum: Share of the momentum kept at each step.
+            momentum: Fraction of the momentum kept at each step.
             dtype: Of the products that orthogonalise; weights and momentum keep their own.
         """
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})

@@ -49,7 +49,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
     if resume != "latest":
         if not Path(resume).is_dir():
             raise UserError(
-                f"resume: no such folder {resume!r}, wanted latest or a checkpoint folder"
+                f"resume: no such folder {resume!r}, expected latest or a checkpoint folder"
             )
         return load_checkpoint(Path(resume))
     checkpoint = newest_checkpoint(root)
@@ -79,7 +79,7 @@ def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> li
 
     Args:
         checkpoint: Its state may hold ``config``; older ones do not.
-        settings: This run's config as nested dicts and lists.
+        run_config: This run's config as nested dicts and lists.
 
     Returns:
         A line for each setting that differs and may.
@@ -89,7 +89,7 @@ def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> li
     """
     config = checkpoint.state.get("config", {})
     if not isinstance(config, Mapping):
-        raise UserError(f"resume: {checkpoint.path}: config: got {config!r}, wanted an object")
+        raise UserError(f"resume: {checkpoint.path}: config: got {config!r}, expected an object")
     before = _flat(config)
     now = _flat(run_config)
     free: list[str] = []
@@ -100,7 +100,7 @@ def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> li
             (free if _may_change(name) else bound).append(line)
     if bound:
         raise UserError(
-            f"resume: {checkpoint.path} does not fit this config: {'; '.join(bound)}; wanted the "
+            f"resume: {checkpoint.path} does not fit this config: {'; '.join(bound)}; expected the "
             "config that the run was started with, or another output_dir"
         )
     return free

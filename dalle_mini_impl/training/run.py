@@ -147,11 +147,11 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
     try:
         is_folder = source.is_dir()
     except OSError as error:
-        raise UserError(f"data.source: {source}: {error.strerror}; wanted data to read") from None
+        raise UserError(f"data.source: {source}: {error.strerror}; expected data to read") from None
     if is_folder and output_dir.resolve().is_relative_to(source.resolve()):
         raise UserError(
             f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
-            "pictures would become data; wanted a folder outside"
+            "images would become data; expected a folder outside"
         )
     make_folder(output_dir, field="output_dir")
     if (output_dir / "checkpoints").exists():

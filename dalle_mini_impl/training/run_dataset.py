@@ -1,7 +1,7 @@
-"""A run's pictures: read once, what is bad counted and listed, the order kept over a resume.
+"""A run's images: read once, what is bad counted and listed, the order kept over a resume.
 
 All pixels are in memory from then on: a file that vanishes during the run changes nothing. At a
-resume the pictures are read again, and one that is gone since is replaced, so that all others keep
+resume the images are read again, and one that is gone since is replaced, so that all others keep
 their places in the order of samples.
 """
 
@@ -32,13 +32,13 @@ SKIPPED_NAME = "skipped.jsonl"
 
 @dataclass(frozen=True)
 class LoadedPairs:
-    """Captioned pictures in memory; nothing is read from the source after this."""
+    """Captioned images in memory; nothing is read from the source after this."""
 
     pairs: list[Pair]
-    """What is learned or measured, one per picture."""
+    """What is learned or measured, one per image."""
     pixels: UInt8[Tensor, "samples 3 height width"]
     listed: list[Pair]
-    """The same as the run began with them: where a picture is gone since, its place in the order
+    """The same as the run began with them: where an image is gone since, its place in the order
     is taken by another one, but its captions and attributes still count."""
 
     def weights(self, balance_by: str | None) -> Float[Tensor, " samples"] | None:
@@ -51,15 +51,15 @@ class LoadedPairs:
             1 / sqrt(group size) of each sample, or None.
 
         Raises:
-            UserError: If no picture has the attribute.
+            UserError: If no image has the attribute.
         """
         if balance_by is None:
             return None
         known = {name for pair in self.listed for name in pair.attributes}
         if balance_by not in known:
             raise UserError(
-                f"data.balance_by: no picture has the attribute {balance_by!r}; "
-                f"wanted {', '.join(['null (every image as often)', *sorted(known)])}"
+                f"data.balance_by: no image has the attribute {balance_by!r}; "
+                f"expected {', '.join(['null (every image as often)', *sorted(known)])}"
             )
         groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
         sizes = Counter(groups)
@@ -68,14 +68,14 @@ class LoadedPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """What a run writes down about its pictures, in its own folder."""
+    """What a run writes down about its images, in its own folder."""
 
     folder: Path
     """The run's folder."""
     writes: bool
     """False for all processes of a run but one."""
     resumes: bool
-    """Whether the run goes on, with the pictures that it began with."""
+    """Whether the run goes on, with the images that it began with."""
 
     @property
     def skipped_file(self) -> Path:
@@ -105,7 +105,7 @@ class RunRecords:
             raise UserError(f"output_dir: cannot write {self.skipped_file}: {error}") from None
 
     def write_listed(self, pairs: Sequence[Pair], role: str) -> None:
-        """Note which pictures a run begins with.
+        """Note which images a run begins with.
 
         Args:
             pairs: In their order.
@@ -126,13 +126,13 @@ class RunRecords:
             raise UserError(f"output_dir: cannot write {file}: {error}") from None
 
     def listed_pairs(self, role: str) -> list[Pair] | None:
-        """Read which pictures a run began with.
+        """Read which images a run began with.
 
         Args:
             role: ``train`` or ``held_out``.
 
         Returns:
-            The pictures, or None for a run that begins, or that an older version began.
+            The images, or None for a run that begins, or that an older version began.
 
         Raises:
             UserError: If the list is damaged.
@@ -148,7 +148,7 @@ class RunRecords:
             raise UserError(f"resume: {file} cannot be read ({error})") from None
 
     def _listed_file(self, role: str) -> Path:
-        return self.folder / f"pictures-{role}.jsonl"
+        return self.folder / f"images-{role}.jsonl"
 
 
 def load_pairs(
@@ -160,16 +160,16 @@ def load_pairs(
 ) -> LoadedPairs:
     """Read one split into memory and say what was left out.
 
-    A resumed run keeps to the pictures, captions and places that it began with.
+    A resumed run keeps to the images, captions and places that it began with.
 
     Args:
         config: Source and limits.
         split: Which split.
-        image_size: Side of the square pictures, in pixels.
+        image_size: Side of the square images, in pixels.
         records: Where it is written down what is left out and what is used.
 
     Returns:
-        The pictures that could be read, with their captions.
+        The images that could be read, with their captions.
 
     Raises:
         UserError: If there is nothing to read or too much of it is bad.
@@ -184,7 +184,7 @@ def load_pairs(
             source,
             image_size=image_size,
             max_bad_fraction=config.max_bad_fraction,
-            progress=log_now_and_then(f"{split}: pictures read"),
+            progress=log_now_and_then(f"{split}: images read"),
         )
         if skipped:
             _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
@@ -203,9 +203,9 @@ def load_pairs(
     records.write_skipped(skipped, anew=role == "train")
     if len(skipped) > MAX_LISTED:
         logger.info(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
-    logger.info(f"{split}: {len(found)} pictures from {config.source}, {len(skipped)} skipped")
+    logger.info(f"{split}: {len(found)} images from {config.source}, {len(skipped)} skipped")
     if replaced:
-        logger.info(f"{split}: {len(replaced)} missing pictures are replaced by others")
+        logger.info(f"{split}: {len(replaced)} missing images are replaced by others")
     return loaded
 
 
@@ -216,13 +216,13 @@ def _as_listed(
     unreadable: Sequence[SkippedRecord],
     config: DataConfig,
 ) -> tuple[LoadedPairs, list[SkippedRecord]]:
-    """Put pictures in the order in which the run began; choose others in place of lost ones."""
+    """Put images in the order in which the run began; choose others in place of lost ones."""
     row_of = {pair.path: row for row, pair in enumerate(found)}
     here = [place for place, pair in enumerate(listed) if pair.path in row_of]
     lost = len(listed) - len(here)
     if not here or are_too_many(lost, len(listed), config.max_bad_fraction):
         raise UserError(
-            f"data.source: {lost} of the {len(listed)} pictures that this run began with are gone "
+            f"data.source: {lost} of the {len(listed)} images that this run began with are gone "
             f"or unreadable, more than data.max_bad_fraction = {config.max_bad_fraction} allows"
         )
     reasons = {record.path: record.reason for record in unreadable}

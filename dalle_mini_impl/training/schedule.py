@@ -21,14 +21,14 @@ def learning_rate_factor(
 
     Args:
         step: Optimizer updates done so far.
-        progress: Share of the run that is done, in [0, 1].
+        progress: Fraction of the run that is done, in [0, 1].
         warmup_steps: Updates over which the rate rises linearly.
         schedule: ``wsd`` (warm-up, stable, linear decay to zero; Hu et al. 2024,
             arXiv:2404.06395), ``cosine`` (Loshchilov & Hutter 2017, arXiv:1608.03983) or
             ``inverse_sqrt`` (Vaswani et al. 2017, arXiv:1706.03762, equation 3): after the warm-up
             1 / sqrt(step), whatever the progress. The paper's own peak is
             (hidden_size * warmup_steps) ** -0.5.
-        decay_fraction: Share of the run in which ``wsd`` decays.
+        decay_fraction: Fraction of the run in which ``wsd`` decays.
         cosine_ends_at: Progress in (0, 1] from which ``cosine`` stays at its floor.
         cosine_floor: Factor at which ``cosine`` ends.
 
@@ -47,10 +47,10 @@ def anneal(progress: float, *, start: float, end: float, over: float = 1.0) -> f
     """Go from ``start`` to ``end`` along half a cosine, then stay.
 
     Args:
-        progress: Share of the run that is done, in [0, 1].
+        progress: Fraction of the run that is done, in [0, 1].
         start: Value at progress 0.
         end: Value from progress ``over`` on.
-        over: Share of the run that the change takes.
+        over: Fraction of the run that the change takes.
 
     Returns:
         The value now.

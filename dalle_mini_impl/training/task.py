@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Pictures that a task wants to be seen."""
+    """Images that a task wants to be seen."""
 
     key: str
     images: list[Image.Image]
@@ -31,7 +31,7 @@ class Task(Protocol):
     identity: str
     """What the model's tokens mean: a checkpoint of another identity is of no use."""
     sample_weights: Tensor | None
-    """How often each sample is wanted relative to the others, or None for equal shares."""
+    """How often each sample is expected relative to the others, or None for equal shares."""
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
@@ -55,5 +55,5 @@ class Task(Protocol):
         ...
 
     def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Make the pictures that show how far the model is."""
+        """Make the images that show how far the model is."""
         ...

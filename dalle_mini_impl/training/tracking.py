@@ -2,7 +2,7 @@
 
 Plain wandb instead of Accelerate's tracker: that one has no way to go offline when the network is
 missing, and what wandb raises ends the training. Here every wandb call may fail; the run then goes
-on with `metrics.jsonl` and the pictures under `samples/`.
+on with `metrics.jsonl` and the images under `samples/`.
 """
 
 import json
@@ -49,7 +49,7 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Writes metrics and pictures; made by `open_tracker`."""
+    """Writes metrics and images; made by `open_tracker`."""
 
     run_id: str | None
     """W&B's id of the run, to be kept in checkpoints; None if W&B never started."""
@@ -92,20 +92,20 @@ class Tracker:
     def log_images(
         self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
     ) -> None:
-        """Show pictures: as one PNG (captions in the text file beside it), and in W&B one by one.
+        """Show images: as one PNG (captions in the text file beside it), and in W&B one by one.
 
         Args:
             key: Name of the set, e.g. `samples/validation`.
-            images: At least one picture.
-            captions: One per picture.
+            images: At least one image.
+            captions: One per image.
             step: Optimizer updates done.
 
         Raises:
-            ValueError: There are no pictures, or not as many captions.
+            ValueError: There are no images, or not as many captions.
         """
         if len(images) != len(captions) or not images:
             raise ValueError(
-                f"images: got {len(images)} for {len(captions)} captions, wanted one each"
+                f"images: got {len(images)} for {len(captions)} captions, expected one each"
             )
         if self._output_dir is None:
             return
@@ -222,7 +222,7 @@ class Tracker:
             call()
         except OSError as error:
             if not self._warned_of_files:
-                logger.warning("cannot write metrics or pictures: %s", error)
+                logger.warning("cannot write metrics or images: %s", error)
             self._warned_of_files = True
 
     def _write_line(self, line: str) -> None:
@@ -395,7 +395,7 @@ def _take_down_wandb(run: Any) -> None:
 
 
 def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-    """Write one PNG with all pictures row by row, and their captions line by line beside it."""
+    """Write one PNG with all images row by row, and their captions line by line beside it."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))

@@ -65,7 +65,7 @@ class RunState:
     """Whether a signal cut the evaluation of this step short."""
 
     def progress(self, config: TrainingConfig) -> float:
-        """Share of the budget used, in [0, 1]."""
+        """Fraction of the budget used, in [0, 1]."""
         return config.progress(self.step, self.elapsed_seconds / 60)
 
 
@@ -90,7 +90,7 @@ class Trainer:
             config: Budget, optimizer and intervals.
             accelerator: Processes, device and precision.
             output_dir: Checkpoints go to ``output_dir / "checkpoints"``.
-            tracker: Where metrics and pictures go; nowhere when None.
+            tracker: Where metrics and images go; nowhere when None.
 
         Raises:
             UserError: If the global batch does not divide among processes and accumulation, or
@@ -105,11 +105,11 @@ class Trainer:
         self.model = model.to(accelerator.device)
         if config.activation_checkpointing and not recompute_activations(self.model):
             raise UserError(
-                "training.activation_checkpointing: got true, wanted false: "
+                "training.activation_checkpointing: got true, expected false: "
                 f"{type(model).__name__} has none of our Transformer blocks"
             )
         self.wrapped = accelerator.prepare_model(self.model)
-        if config.compile:  # evaluation and drawing, whose shapes vary, go through self.model
+        if config.compile:  # evaluation and generation, whose shapes vary, go through self.model
             # CUDA graphs keep gradients where the next micro-batch would write over them.
             graphs = accelerator.num_processes == config.gradient_accumulation_steps == 1
             mode = "reduce-overhead" if graphs else "default"
@@ -135,7 +135,7 @@ class Trainer:
         """All settings of the run, kept in its checkpoints."""
 
     def train(self) -> None:
-        """Run to the end of the budget, evaluating, drawing and saving on the way.
+        """Run to the end of the budget, evaluating, generation and saving on the way.
 
         Raises:
             UserError: If the loss stays non-finite, or memory runs out.
@@ -298,7 +298,7 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, request: StopRequest) -> None:
-        """Measure and draw with the averaged weights, if there are any; a signal cuts it short."""
+        """Measure and generate with the averaged weights, if there are any; a signal cuts it short."""
         config, state = self.config, self.state
         make_grids = state.progress(config) >= 1.0 or state.step % config.sample_every_steps == 0
 
@@ -368,14 +368,14 @@ class Trainer:
         if checkpoint.state.get("identity") != self.task.identity:
             raise UserError(
                 f"resume: {checkpoint.path} was trained on other tokens: the image tokenizer, the "
-                "pictures or the captions have changed since; wanted them as they were, or another "
+                "images or the captions have changed since; expected them as they were, or another "
                 "output_dir"
             )
         num_samples = checkpoint.state.get("num_samples", self.task.num_samples)
         if num_samples != self.task.num_samples:
             raise UserError(
                 f"resume: {checkpoint.path} was trained on {num_samples} samples, now there are "
-                f"{self.task.num_samples}; wanted the same ones, or another output_dir"
+                f"{self.task.num_samples}; expected the same ones, or another output_dir"
             )
         try:
             self.model.load_state_dict(checkpoint.tensors["model"])
@@ -399,12 +399,12 @@ class Trainer:
             first = " ".join(str(error).splitlines()[:2])  # torch lists all that differs
             reason = textwrap.shorten(first, MAX_REASON)
             raise UserError(
-                f"resume: {checkpoint.path} does not fit this config: {reason}; wanted the config "
+                f"resume: {checkpoint.path} does not fit this config: {reason}; expected the config "
                 "that the run was started with, or another output_dir"
             ) from None
 
     def divide_batch(self, accumulation: int) -> None:
-        """Make each process's share of the batch in so many micro-batches.
+        """Make each process's fraction of the batch in so many micro-batches.
 
         Args:
             accumulation: Micro-batches per update on each process.
@@ -416,7 +416,7 @@ class Trainer:
         parts = processes * accumulation
         if batch_size % parts:
             raise UserError(
-                f"training.global_batch_size: got {batch_size}, wanted a multiple of {parts} "
+                f"training.global_batch_size: got {batch_size}, expected a multiple of {parts} "
                 f"({processes} processes x {accumulation} gradient_accumulation_steps)"
             )
         self.config = replace(self.config, gradient_accumulation_steps=accumulation)
@@ -430,8 +430,8 @@ class Trainer:
         """
         if self.accelerator.num_processes > 1:
             raise UserError(
-                "training.find_batch_size: got true with several processes, wanted one: run it on "
-                "one with the share of training.global_batch_size that each will have, and pass "
+                "training.find_batch_size: got true with several processes, expected one: run it on "
+                "one with the fraction of training.global_batch_size that each will have, and pass "
                 "on what it finds as training.gradient_accumulation_steps"
             )
         if not running_out_is_an_error(self.accelerator.device):

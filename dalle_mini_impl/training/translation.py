@@ -45,13 +45,15 @@ class TextPairsConfig:
     """``emoji`` for English and Korean names of emoji, or a UTF-8 file with a source, a tab and a
     target per line."""
     held_out_percent: int = 10
-    """Share of the families of pairs that are only measured, and of the names of emoji with a skin
+    """Fraction of the families of pairs that are only measured, and of the names of emoji with a skin
     tone in the other families."""
 
     def __post_init__(self) -> None:
         """Refuse shares that leave nothing to learn or to measure."""
         if not 1 <= self.held_out_percent <= 50:
-            raise ValueError(f"data.held_out_percent: got {self.held_out_percent}, wanted 1 to 50")
+            raise ValueError(
+                f"data.held_out_percent: got {self.held_out_percent}, expected 1 to 50"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,7 +181,7 @@ class TranslationTaskConfig:
     """
 
     label_smoothing: float = 0.1
-    """Share of the target's probability spread over all tokens (Szegedy et al. 2016,
+    """Fraction of the target's probability spread over all tokens (Szegedy et al. 2016,
     arXiv:1512.00567; Vaswani et al. 2017, section 5.4)."""
     bpe_dropout_probability: float = 0.0
     """Probability that a merge is left out when a training text is split into tokens (Provilkov et
@@ -189,7 +191,7 @@ class TranslationTaskConfig:
         """Refuse shares outside [0, 1)."""
         for name, value in vars(self).items():
             if not 0 <= value < 1:
-                raise ValueError(f"task.{name}: got {value}, wanted 0 to below 1")
+                raise ValueError(f"task.{name}: got {value}, expected 0 to below 1")
 
 
 class TranslationTask:
@@ -271,7 +273,7 @@ class TranslationTask:
         }
 
     def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Draw nothing."""
+        """Generate nothing."""
         del model
         return []
 
@@ -314,7 +316,7 @@ def target_nats(
         logits: As the model makes them of these targets.
         target_token_ids: Padded on the right.
         end_token_id: What follows the last token.
-        label_smoothing: Share of the probability spread over all tokens.
+        label_smoothing: Fraction of the probability spread over all tokens.
 
     Returns:
         Nats per token.

@@ -1,4 +1,4 @@
-"""A whole classifier run: labelled pictures in, model folder and a report out."""
+"""A whole classifier run: labelled images in, model folder and a report out."""
 
 import dataclasses
 import hashlib
@@ -38,30 +38,32 @@ NEIGHBOURS = (1, 3, 5)
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDataConfig:
-    """Which pictures a run classifies.
+    """Which images a run classifies.
 
     Raises:
         ValueError: If a value is out of range.
     """
 
     source: str = DIGITS
-    """``digits`` for those of scikit-learn, or captioned pictures as train_vqvae.py takes them."""
+    """``digits`` for those of scikit-learn, or captioned images as train_vqvae.py takes them."""
     label: str = "group"
-    """Attribute of captioned pictures that names the class."""
+    """Attribute of captioned images that names the class."""
     families: tuple[str, ...] = ("role", "base")
-    """Attributes of captioned pictures: those that agree in the first one that is given are
+    """Attributes of captioned images: those that agree in the first one that is given are
     variants of one thing, and held out together."""
     image_size: int = 32
-    """Side of captioned pictures in pixels; digits are 8."""
+    """Side of captioned images in pixels; digits are 8."""
     held_out_percent: int = 20
-    """Share of the things that are only measured."""
+    """Fraction of the things that are only measured."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
         if self.image_size < 1:
-            raise ValueError(f"data.image_size: got {self.image_size}, wanted at least 1")
+            raise ValueError(f"data.image_size: got {self.image_size}, expected at least 1")
         if not 1 <= self.held_out_percent <= 50:
-            raise ValueError(f"data.held_out_percent: got {self.held_out_percent}, wanted 1 to 50")
+            raise ValueError(
+                f"data.held_out_percent: got {self.held_out_percent}, expected 1 to 50"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class ViTRunConfig:
     """Our Vision Transformer, or that of the library ``transformers`` at the same sizes, for
     comparison."""
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
-    """Pictures to learn from."""
+    """Images to learn from."""
     model: ViTConfig = field(default_factory=ViTConfig)
     """The Transformer."""
     task: ViTTaskConfig = field(default_factory=ViTTaskConfig)
@@ -90,7 +92,7 @@ def train_vit(
     *,
     resume: str | None = None,
 ) -> Path:
-    """Train a classifier and compare it with the nearest neighbours.
+    """Train a classifier and compare it with the nearest neighbors.
 
     Args:
         config: The run.
@@ -105,7 +107,7 @@ def train_vit(
     with begin_run(config, resume) as accelerator:
         splits = _load(config.data)
         train, held_out = splits.train, splits.held_out
-        logger.info(f"{len(train.labels)} pictures to learn, {len(held_out.labels)} held out")
+        logger.info(f"{len(train.labels)} images to learn, {len(held_out.labels)} held out")
         baseline = nearest_neighbour_scores(splits)
         torch.manual_seed(config.training.seed)
         model, task = build_classifier(config, splits), ViTTask(splits, config.task)
@@ -124,7 +126,7 @@ def train_vit(
         if accelerator.is_main_process:
             measured = task.evaluate(model.eval())
             own = {name: measured[f"validation/{name}"] for name in baseline}
-            report = {"model": own, "nearest neighbours": baseline}
+            report = {"model": own, "nearest neighbors": baseline}
             for name, scores in report.items():
                 figures = "  ".join(f"{key} {x:.1%}" for key, x in scores.items())
                 logger.info(f"{name:20} {figures}")
@@ -151,13 +153,13 @@ def build_classifier(config: ViTRunConfig, splits: LabelledSplits) -> nn.Module:
 
     Args:
         config: The run.
-        splits: Decide the picture's size and the number of classes.
+        splits: Decide the image's size and the number of classes.
 
     Returns:
         A module from pixels to logits.
 
     Raises:
-        UserError: If the patches do not fill the picture.
+        UserError: If the patches do not fill the image.
     """
     _, num_channels, image_size, _ = splits.train.pixels.shape
     num_classes = len(splits.class_names)
@@ -204,7 +206,7 @@ class TransformersViT(nn.Module):
         self.head = nn.Linear(config.hidden_size, ours.num_classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Score the classes of pictures with pixels in [-1, 1]."""
+        """Score the classes of images with pixels in [-1, 1]."""
         return self.head(self.model(pixels).last_hidden_state[:, 0])
 
 
@@ -216,7 +218,7 @@ def save_classifier(
     Args:
         model: Trained.
         config: The run.
-        splits: Give the classes' names and the picture's size.
+        splits: Give the classes' names and the image's size.
         folder: Made if missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,33 +236,33 @@ def save_classifier(
 
 @dataclass(frozen=True, kw_only=True)
 class ViTTaskConfig:
-    """What the loss is made of, and how the pictures are varied.
+    """What the loss is made of, and how the images are varied.
 
     Raises:
         ValueError: If a value is out of range.
     """
 
     label_smoothing: float = 0.1
-    """Share of the probability spread over all classes (Szegedy et al. 2016,
+    """Fraction of the probability spread over all classes (Szegedy et al. 2016,
     arXiv:1512.00567)."""
     max_shift: int = 1
-    """Largest shift of a training picture, in pixels, in both directions."""
+    """Largest shift of a training image, in pixels, in both directions."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(
-                f"task.label_smoothing: got {self.label_smoothing}, wanted 0 to below 1"
+                f"task.label_smoothing: got {self.label_smoothing}, expected 0 to below 1"
             )
         if self.max_shift < 0:
-            raise ValueError(f"task.max_shift: got {self.max_shift}, wanted at least 0")
+            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
 
 
 class ViTTask:
-    """Pictures, their classes, and the loss of telling them."""
+    """Images, their classes, and the loss of telling them."""
 
     num_uniforms = 2
-    tokens_per_sample = 1  # a picture
+    tokens_per_sample = 1  # an image
 
     def __init__(self, splits: LabelledSplits, config: ViTTaskConfig) -> None:
         """Collect what training needs.
@@ -283,7 +285,7 @@ class ViTTask:
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Look up the pictures and shift them."""
+        """Look up the images and shift them."""
         train, largest = self.splits.train, self.config.max_shift
         images = train.pixels[sample_ids]
         if largest:
@@ -298,7 +300,7 @@ class ViTTask:
         progress: float,
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the smoothed cross-entropy in nats, and the share of right answers."""
+        """Return the smoothed cross-entropy in nats, and the fraction of right answers."""
         del progress, generator
         logits = model(batch["pixels"])
         loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing)
@@ -321,7 +323,7 @@ class ViTTask:
         return {f"validation/{name}": value for name, value in scores.items()}
 
     def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Draw nothing."""
+        """Generate nothing."""
         del model
         return []
 
@@ -331,7 +333,7 @@ def score_classes(predicted: Int64[Tensor, " samples"], images: LabelledImages) 
 
     Args:
         predicted: Classes told.
-        pictures: With the true ones.
+        images: With the true ones.
 
     Returns:
         ``accuracy``, and ``family_accuracy``, the mean over families of the accuracy in each, so
@@ -347,13 +349,13 @@ def score_classes(predicted: Int64[Tensor, " samples"], images: LabelledImages) 
 
 
 def nearest_neighbour_scores(splits: LabelledSplits) -> dict[str, float]:
-    """Classify held-out pictures by their nearest training pictures, pixel by pixel.
+    """Classify held-out images by their nearest training images, pixel by pixel.
 
     Args:
         splits: What is known and what is asked.
 
     Returns:
-        The scores of the best of 1, 3 and 5 neighbours, chosen on the held-out pictures
+        The scores of the best of 1, 3 and 5 neighbors, chosen on the held-out images
         themselves: in favour of this baseline.
 
     Raises:

@@ -55,11 +55,11 @@ class VQVAERunConfig:
     """Options of ``train_vqvae.py``.
 
     Raises:
-        ValueError: If the pictures' size does not fit the loss.
+        ValueError: If the images' size does not fit the loss.
     """
 
     data: DataConfig
-    """Pictures to learn from; captions are not read."""
+    """Images to learn from; captions are not read."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
@@ -74,39 +74,39 @@ class VQVAERunConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        """Refuse what would fail only when the pictures are read, or training has begun."""
+        """Refuse what would fail only when the images are read, or training has begun."""
         if self.training.activation_checkpointing:
             raise ValueError(
-                "training.activation_checkpointing: got true, wanted false: the image tokenizer "
+                "training.activation_checkpointing: got true, expected false: the image tokenizer "
                 "has no Transformer blocks"
             )
         if self.task.next_feature_weight and self.vqvae.image_grid_size == (1, 1):
             raise ValueError(
-                f"task.next_feature_weight: got {self.task.next_feature_weight}, wanted 0 for "
-                "pictures of one token (vqvae.image_size), which has no next one"
+                f"task.next_feature_weight: got {self.task.next_feature_weight}, expected 0 for "
+                "images of one token (vqvae.image_size), which has no next one"
             )
         if self.vqvae.decoder_output == "logit_laplace":
             return
         size = self.vqvae.image_size
         if self.task.wavelet_weight and size % WAVELET_MULTIPLE:
             raise ValueError(
-                f"vqvae.image_size: got {size}, wanted a multiple of {WAVELET_MULTIPLE} for the "
+                f"vqvae.image_size: got {size}, expected a multiple of {WAVELET_MULTIPLE} for the "
                 "wavelet loss; or set task.wavelet_weight to 0"
             )
         if self.task.ms_ssim_weight and size < SSIM_WINDOW:
             raise ValueError(
-                f"vqvae.image_size: got {size}, wanted at least {SSIM_WINDOW} for MS-SSIM; "
+                f"vqvae.image_size: got {size}, expected at least {SSIM_WINDOW} for MS-SSIM; "
                 "or set task.ms_ssim_weight to 0"
             )
         smallest = self.discriminator.smallest_side
         if self.discriminator.is_on and size < smallest:
             raise ValueError(
-                f"vqvae.image_size: got {size}, wanted at least {smallest} for a discriminator of "
+                f"vqvae.image_size: got {size}, expected at least {smallest} for a discriminator of "
                 f"{self.discriminator.num_layers} layers; or lower discriminator.num_layers"
             )
         if self.discriminator.adaptive and self.training.compile:
             raise ValueError(
-                "discriminator.adaptive: got true, wanted false with training.compile, which keeps "
+                "discriminator.adaptive: got true, expected false with training.compile, which keeps "
                 "no gradients for a second look"
             )
 
@@ -188,7 +188,7 @@ class VQVAETaskConfig:
     """What the tokenizer's loss is made of, and how its data is varied.
 
     Raises:
-        ValueError: If a weight is negative or a share of the run not in (0, 1].
+        ValueError: If a weight is negative or a fraction of the run not in (0, 1].
     """
 
     wavelet_weight: float = 0.5
@@ -212,32 +212,32 @@ class VQVAETaskConfig:
     """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
     ``perceptual``."""
     perturbed_image_fraction: float = 0.0
-    """Share of the training images in which some tokens are replaced before they are decoded
+    """Fraction of the training images in which some tokens are replaced before they are decoded
     (arXiv:2503.08354)."""
     perturbed_token_fraction: float = 0.3
-    """Largest share of such an image's tokens that is replaced."""
+    """Largest fraction of such an image's tokens that is replaced."""
     perturbed_neighbours: int = 8
     """Nearest codes of which one takes the token's place."""
     next_feature_weight: float = 0.0
     """Weight of the error of a small Transformer that is trained along and predicts each cell's
-    feature from those before (arXiv:2412.16326), as a share of the features' variance."""
+    feature from those before (arXiv:2412.16326), as a fraction of the features' variance."""
 
     def __post_init__(self) -> None:
         """Refuse negative weights."""
         for name, value in vars(self).items():
             if value < 0:
-                raise ValueError(f"task.{name}: got {value}, wanted at least 0")
+                raise ValueError(f"task.{name}: got {value}, expected at least 0")
         if self.gumbel_final_temperature == 0:
-            raise ValueError("task.gumbel_final_temperature: got 0, wanted above 0")
+            raise ValueError("task.gumbel_final_temperature: got 0, expected above 0")
         for name in ("perturbed_image_fraction", "perturbed_token_fraction"):
             if getattr(self, name) > 1:
-                raise ValueError(f"task.{name}: got {getattr(self, name)}, wanted at most 1")
+                raise ValueError(f"task.{name}: got {getattr(self, name)}, expected at most 1")
         if self.perturbed_neighbours < 1:
-            raise ValueError("task.perturbed_neighbours: got 0, wanted at least 1")
+            raise ValueError("task.perturbed_neighbours: got 0, expected at least 1")
         for name in ("gumbel_kl_ends_at", "gumbel_temperature_ends_at"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(
-                    f"task.{name}: got {getattr(self, name)}, wanted above 0 and up to 1"
+                    f"task.{name}: got {getattr(self, name)}, expected above 0 and up to 1"
                 )
 
 
@@ -262,7 +262,7 @@ class VQVAETask:
             train: Training images.
             held_out: Images that are only measured.
             config: Loss weights and augmentation.
-            sample_weights: How often each image is wanted, or None.
+            sample_weights: How often each image is expected, or None.
             vqvae: The tokenizer that is trained.
             discriminator: How a discriminator takes part, if the trained model has one.
 

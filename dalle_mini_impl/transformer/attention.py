@@ -58,7 +58,7 @@ def attend(
         attention_mask: True = may attend; every query needs a key that it may attend to. Not
             together with ``is_causal``.
         is_causal: Position i attends to positions <= i; needs equal lengths.
-        dropout_probability: Share of attention weights dropped, in [0, 1).
+        dropout_probability: Fraction of attention weights dropped, in [0, 1).
 
     Returns:
         The mixed values.
@@ -69,11 +69,11 @@ def attend(
     Source: Vaswani et al. 2017, arXiv:1706.03762, equation 1.
     """
     if is_causal and attention_mask is not None:
-        raise ValueError("attention_mask: got one and is_causal, wanted only one of the two")
+        raise ValueError("attention_mask: got one and is_causal, expected only one of the two")
     if is_causal and queries.shape[-2] != keys.shape[-2]:
         raise ValueError(
             f"is_causal: got {queries.shape[-2]} queries and {keys.shape[-2]} keys, "
-            "wanted as many of both"
+            "expected as many of both"
         )
     written_out = (
         queries.device.type == "cpu"
@@ -135,7 +135,7 @@ class MultiHeadAttention(nn.Module):
         Args:
             hidden_size: Width of the residual stream.
             num_heads: Must divide ``hidden_size``.
-            dropout_probability: Share of attention weights dropped in training.
+            dropout_probability: Fraction of attention weights dropped in training.
             use_qk_norm: Normalise queries and keys per head.
             use_bias: Give the projections a bias, as the paper of 2017 does.
 
@@ -145,7 +145,7 @@ class MultiHeadAttention(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise ValueError(
-                f"num_heads: got {num_heads}, wanted a divisor of hidden_size {hidden_size}"
+                f"num_heads: got {num_heads}, expected a divisor of hidden_size {hidden_size}"
             )
         self.num_heads = num_heads
         self.dropout_probability = dropout_probability

@@ -67,7 +67,7 @@ class TransformerBlock(nn.Module):
             hidden_size: Width of the residual stream.
             num_heads: Must divide ``hidden_size``.
             intermediate_size: Width inside the feed-forward network.
-            dropout_probability: Share of each branch's channels dropped in training.
+            dropout_probability: Fraction of each branch's channels dropped in training.
             options: Norms, nonlinearity, biases and cross-attention.
         """
         super().__init__()
@@ -126,7 +126,7 @@ class TransformerBlock(nn.Module):
         if self.has_cross_attention == (context is None):
             expected = "one" if self.has_cross_attention else "none without cross-attention"
             raise ValueError(
-                f"context: got {'none' if context is None else 'one'}, wanted {expected}"
+                f"context: got {'none' if context is None else 'one'}, expected {expected}"
             )
         run = partial(
             self._run,
@@ -198,7 +198,7 @@ class BlockSizes(Protocol):
 
     @property
     def dropout_probability(self) -> float:
-        """Share of each branch's channels dropped in training."""
+        """Fraction of each branch's channels dropped in training."""
 
 
 def build_blocks(

@@ -86,14 +86,14 @@ class ChannelDropout(nn.Module):
     """Dropout that hides a channel of a sample at all positions at once.
 
     As strong a regulariser as hiding single numbers (Gal & Ghahramani 2016, arXiv:1512.05287) and
-    far cheaper: drawing one random number per activation took a quarter of a training step on CPUs.
+    far cheaper: generating one random number per activation took a quarter of a training step on CPUs.
     """
 
     def __init__(self, probability: float) -> None:
         """Remember the share.
 
         Args:
-            probability: Share of channels hidden in training, in [0, 1).
+            probability: Fraction of channels hidden in training, in [0, 1).
         """
         super().__init__()
         self.probability = probability

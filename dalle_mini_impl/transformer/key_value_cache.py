@@ -111,7 +111,7 @@ class KeyValueCache:
         """
         start, end = self._lengths[layer], self._lengths[layer] + keys.shape[2]
         if end > self.keys.shape[3]:
-            raise ValueError(f"cache: got {end} positions, wanted at most {self.keys.shape[3]}")
+            raise ValueError(f"cache: got {end} positions, expected at most {self.keys.shape[3]}")
         self.keys[layer, :, :, start:end] = keys
         self.values[layer, :, :, start:end] = values
         self._lengths[layer] = end

@@ -18,7 +18,7 @@ class Rotation(NamedTuple):
 def rotary_angles(
     positions: Int[Tensor, "*shape axes"], *, head_dim: int, base: float = 10_000.0
 ) -> Float[Tensor, "*shape half_head_dim"]:
-    """Turn coordinates into rotary angles, an equal share of the head for each axis.
+    """Turn coordinates into rotary angles, an equal fraction of the head for each axis.
 
     Args:
         positions: Coordinates of each position along each axis, for example (row, column).
@@ -36,7 +36,7 @@ def rotary_angles(
     """
     num_axes = positions.shape[-1]
     if head_dim % (2 * num_axes):
-        raise ValueError(f"head_dim: got {head_dim}, wanted a multiple of {2 * num_axes}")
+        raise ValueError(f"head_dim: got {head_dim}, expected a multiple of {2 * num_axes}")
     num_frequencies = head_dim // (2 * num_axes)
     exponents = torch.arange(num_frequencies, device=positions.device) / num_frequencies
     frequencies = base**-exponents
@@ -81,7 +81,7 @@ def rotation_after(
 def sinusoidal_positions(
     positions: Int[Tensor, "*shape axes"], *, hidden_size: int
 ) -> Float[Tensor, "*shape hidden"]:
-    """Build the fixed sine and cosine table, an equal share of the width for each axis.
+    """Build the fixed sine and cosine table, an equal fraction of the width for each axis.
 
     Args:
         positions: Coordinates of each position along each axis.
@@ -98,7 +98,7 @@ def sinusoidal_positions(
     """
     if hidden_size % (2 * positions.shape[-1]):
         raise ValueError(
-            f"hidden_size: got {hidden_size}, wanted a multiple of {2 * positions.shape[-1]}"
+            f"hidden_size: got {hidden_size}, expected a multiple of {2 * positions.shape[-1]}"
         )
     angles = rotary_angles(positions, head_dim=hidden_size)
     return torch.cat([angles.sin(), angles.cos()], dim=-1)

@@ -180,15 +180,15 @@ def test_parts_are_selected_by_prefix() -> None:
     assert choose_parts(["all"]) == list(PARTS)
     assert choose_parts(["train"]) == ["train_small", "train_medium"]
     assert choose_parts(["sample_o", "lookup"]) == ["lookup", "sample_one"]
-    with pytest.raises(ValueError, match="got 'speed', wanted all"):
+    with pytest.raises(ValueError, match="got 'speed', expected all"):
         choose_parts(["speed"])
 
 
 @pytest.mark.parametrize(
     ("option", "value", "complaint"),
     [
-        ("--parts", "speed", "got 'speed', wanted all"),
-        ("--rounds", "0", "--rounds: got 0, wanted at least 1"),
+        ("--parts", "speed", "got 'speed', expected all"),
+        ("--rounds", "0", "--rounds: got 0, expected at least 1"),
         ("--out", "FILE/folder", "--out: cannot make"),
     ],
 )
@@ -251,7 +251,7 @@ def test_cache_dependent_sampling_is_refused(monkeypatch: pytest.MonkeyPatch) ->
         return right(self, image_token_ids * 0, cache, **steps)
 
     monkeypatch.setattr(type(model), "decode_window", forgetful)
-    with pytest.raises(ValueError, match="cached and uncached drawing differ"):
+    with pytest.raises(ValueError, match="cached and uncached generation differ"):
         ours.require_cache_is_exact(model, TOY, tolerated_nats=1e-3)
 
 
@@ -324,9 +324,9 @@ def test_all_readers_read_every_image(tmp_path: Path) -> None:
 
 
 def test_whole_training_reads_tokenizes_and_trains(tmp_path: Path) -> None:
-    write_images(tmp_path / "pictures", 6, side=32)
+    write_images(tmp_path / "images", 6, side=32)
     run = ours_pictures.toy_run()
-    job = ours_pictures.whole_training(tmp_path / "pictures", run, epochs=2)
+    job = ours_pictures.whole_training(tmp_path / "images", run, epochs=2)
     assert job.items == 2 * run.batch
     job.run()
     vae = {"image_size": 32, "num_tokens": 64}
@@ -414,7 +414,7 @@ def test_jacobi_needs_fewer_passes_for_the_same_images() -> None:
     generated = [tokens for tokens, _ in many.run()]  # type: ignore[attr-defined]
     expected = [tokens for tokens, _ in single.run()]  # type: ignore[attr-defined]
     assert all(map(torch.equal, generated, expected))
-    assert single.note == f"{pipeline.dalle.config.image_length:.1f} passes a picture"
+    assert single.note == f"{pipeline.dalle.config.image_length:.1f} passes an image"
     assert float(many.note.split()[0]) < float(single.note.split()[0])
 
 

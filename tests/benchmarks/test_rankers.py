@@ -1,4 +1,4 @@
-"""The comparison of rankers: what they gain, on candidates that are drawn once."""
+"""The comparison of rankers: what they gain, on candidates that are generated once."""
 
 import argparse
 import json

@@ -72,13 +72,13 @@ def test_the_same_evaluation_twice_gives_the_same_files(tmp_path: Path, model: P
     assert one == two
     assert (first / "report.md").read_bytes() == (second / "report.md").read_bytes()
     assert list(found) == SECTIONS
-    ways = ["one picture", "best of 2", CEILING, FLOOR]
+    ways = ["one image", "best of 2", CEILING, FLOOR]
     assert list(found["composition"]) == ["chance", *ways]
-    assert set(found["composition"]["one picture"]) == {"twemoji", "noto", "all styles"}
+    assert set(found["composition"]["one image"]) == {"twemoji", "noto", "all styles"}
     assert found["distribution"]["num_images"] == found["memorisation"]["num_generated"] == 18
     by_network = found["distribution by a network"]
     assert by_network.keys() == found["distribution"].keys()
-    assert by_network["drawings"]["distance"] != found["distribution"]["drawings"]["distance"]
+    assert by_network["generated"]["distance"] != found["distribution"]["generated"]["distance"]
     text = (first / "report.md").read_text(encoding="utf-8")
     for name in one:
         assert name.endswith(".json") or f"({name})" in text
@@ -105,12 +105,12 @@ def test_report_names_the_forward_pass(
     assert native["protocol"]["sampling"].pop("native") == "int8"
     assert native["protocol"] == plain["protocol"]
     assert "native int8" in (out / "report.md").read_text(encoding="utf-8")
-    assert native["distribution"]["drawings"] != plain["distribution"]["drawings"]
+    assert native["distribution"]["generated"] != plain["distribution"]["generated"]
     assert native["decoder"] == plain["decoder"]  # likelihoods are torch's
     assert caplog.text == ""
     other, _ = measure(narrow, data, tmp_path / "other", max_samples=2, native="int8")
     assert "native" not in other["protocol"]["sampling"]
-    assert "drawing with plain torch: heads of 8" in caplog.text
+    assert "generating with plain torch: heads of 8" in caplog.text
     build.load_library.cache_clear()
 
 
@@ -120,13 +120,13 @@ def test_clip_scores_samples_references_and_wrong_captions(tmp_path: Path, model
     ranker.save_pretrained(tmp_path / "clip")
     found, out = measure(model, data, tmp_path / "out", clip=str(tmp_path / "clip"))
     scores = found["clip score"]
-    assert list(scores) == ["one picture", "true pictures", FLOOR]
+    assert list(scores) == ["one image", "true images", FLOOR]
     assert found["protocol"]["options"]["clip"] == "clip"
     pairs = list(open_pairs(str(data), split="val"))
     images = [Image.open(data / pair.path) for pair in pairs]
     cosines = ranker.score(images, [pair.captions[0] for pair in pairs])
     expected = float(100 * cosines.clamp(min=0).mean())
-    assert scores["true pictures"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert scores["true images"]["value"] == pytest.approx(expected, rel=1e-4)
     assert "CLIP score" in (out / "report.md").read_text(encoding="utf-8")
     with pytest.raises(UserError, match="none"):
         measure(model, data, tmp_path / "other", clip=str(tmp_path / "none"))
@@ -139,7 +139,7 @@ def test_any_captioned_images_will_do(tmp_path: Path, model: Path) -> None:
     assert list(found) == [name for name in SECTIONS if name != "composition"]
     assert found["protocol"]["sampling"]["guidance_scale"] == 1.0
     assert set(found["distribution"]) == {
-        "num_images", "drawings", "true pictures, rebuilt", "training pictures", "true pictures",
+        "num_images", "generated", "true images, reconstructed", "training images", "true images",
     }  # fmt: skip
     assert set(found["decoder"]["splits"]) == {"train", "val"}
     assert len(found["memorisation"]["data_copying_test"]) == 3
@@ -148,9 +148,9 @@ def test_any_captioned_images_will_do(tmp_path: Path, model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_samples": 0}, "max_samples: got 0, wanted at least 1"),
+        ({"max_samples": 0}, "max_samples: got 0, expected at least 1"),
         ({"num_candidates": 0}, "num_candidates: got 0"),
-        ({"overrides": {"temperature": -1.0}}, "temperature: got -1.0, wanted a number above 0"),
+        ({"overrides": {"temperature": -1.0}}, "temperature: got -1.0, expected a number above 0"),
         ({"styles": ("noto",)}, "style: got 'noto', but the data are no emoji"),
     ],
 )
@@ -179,10 +179,8 @@ def test_the_models_own_run_shows_the_report(tmp_path: Path, model: Path) -> Non
     assert recorded["run_id"] == "abc123"
     history = recorded["history"]
     assert set(history["trainer/global_step"]) == {12}
-    (fraction,) = history["evaluation/composition/one picture/twemoji/cell"]
-    assert fraction == pytest.approx(
-        found["composition"]["one picture"]["twemoji"]["cell"]["value"]
-    )
+    (fraction,) = history["evaluation/composition/one image/twemoji/cell"]
+    assert fraction == pytest.approx(found["composition"]["one image"]["twemoji"]["cell"]["value"])
     (psnr_db,) = history["evaluation/tokenizer/psnr_db"]
     assert psnr_db == pytest.approx(found["tokenizer"]["psnr_db"]["value"], rel=1e-5)
     for name in ("composition/held_out_cells", "tokenizer/worst_reconstructions"):

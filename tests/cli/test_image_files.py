@@ -1,4 +1,4 @@
-"""Picture files: names that are never paths, and metadata that comes back."""
+"""Image files: names that are never paths, and metadata that comes back."""
 
 import json
 import os

@@ -74,17 +74,17 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "pictures")
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
 def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 pictures as a user has them: one broken, one caption empty, one of 5,000 characters."""
-    folder = tmp_path_factory.mktemp("own") / "my pictures"
+    """40 images as a user has them: one broken, one caption empty, one of 5,000 characters."""
+    folder = tmp_path_factory.mktemp("own") / "my images"
     (folder / "더 많은 그림").mkdir(parents=True)
     for number in range(40):
         parent = folder if number % 2 else folder / "더 많은 그림"
-        stem = f"그림 {number}" if number % 3 else f"a picture {number}"
+        stem = f"그림 {number}" if number % 3 else f"an image {number}"
         tiny.render_image(number).save(parent / f"{stem}.png")
         caption = tiny.CAPTIONS[number % len(tiny.CAPTIONS)]
         if number == 8:
@@ -115,7 +115,7 @@ def test_a_users_own_folder_goes_the_whole_road(
     assert re.search(r"skipped 그림 7\.png: .*damaged", shown)
     assert "skipped 더 많은 그림/그림 10.png: no caption: 그림 10.txt is empty" in shown
     assert len(re.findall(r"^skipped ", shown, re.MULTILINE)) == 2
-    assert re.search(r"^train: \d+ pictures from .*my pictures, 2 skipped$", shown, re.MULTILINE)
+    assert re.search(r"^train: \d+ images from .*my images, 2 skipped$", shown, re.MULTILINE)
     assert re.search(r"100 %  step 3  loss \d\.\d{4}  \d+ tokens/s  ", shown)
     assert f"model folder: {out / 'vqvae' / 'model'}" in shown
     listed = (out / "vqvae" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
@@ -129,25 +129,25 @@ def test_a_users_own_folder_goes_the_whole_road(
     assert "skipped 그림 7.png" in shown
     cut = re.findall(r"^(\d+) of \d+ captions were longer than 32 tokens", shown, re.MULTILINE)
     assert cut == ["1"]
-    counts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) pictures", shown, re.MULTILINE)]
+    counts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) images", shown, re.MULTILINE)]
     assert sum(counts) == 38
 
     arguments = ["--model", out / "dalle" / "model", "--prompt", "보라색 원", "--num-images", "2"]
-    assert run_here("generate", *arguments, "--out", out / "pictures") == 0
+    assert run_here("generate", *arguments, "--out", out / "images") == 0
     shown = capsys.readouterr().out
     assert shown.splitlines() == [
-        "drawing 2 pictures",
-        f"pictures: {out / 'pictures'}",
-        f"grid: {out / 'pictures' / 'grid-0000.png'}",
+        "generation 2 images",
+        f"images: {out / 'images'}",
+        f"grid: {out / 'images' / 'grid-0000.png'}",
     ]
-    names = sorted(path.name for path in (out / "pictures").iterdir())
+    names = sorted(path.name for path in (out / "images").iterdir())
     assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid-0000.png"]
 
 
 def test_image_metadata_and_grid_of_one_call(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = tmp_path / "pictures"
+    out = tmp_path / "images"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red disc\n\n  a blue box  \na red disc\n", encoding="utf-8")
     common = ["--model", model_dir, "--out", out]
@@ -198,10 +198,10 @@ def test_many_prompts_show_how_far_they_are(
 ) -> None:
     (tmp_path / "prompts.txt").write_text("\n".join(f"disc {number}" for number in range(70)))
     arguments = ["--model", model_dir, "--prompts-file", tmp_path / "prompts.txt"]
-    arguments += ["--num-images", "1", "--out", tmp_path / "pictures"]
+    arguments += ["--num-images", "1", "--out", tmp_path / "images"]
     assert run_here("generate", *arguments) == 0
     shown = capsys.readouterr().out.splitlines()
-    assert shown[:3] == ["drawing 70 pictures", "64 of 70 drawn", "70 of 70 drawn"]
+    assert shown[:3] == ["generation 70 images", "64 of 70 generated", "70 of 70 generated"]
 
 
 BASE = ("--data.source", "DATA", "--output_dir", "OUT")
@@ -225,17 +225,17 @@ BAD_INPUT = {
     "no captions": (
         "train_vqvae",
         ["--data.source", "BARE", "--output_dir", "OUT"],
-        ["data.source", "no captioned pictures found", "x.txt beside each x.jpg"],
+        ["data.source", "no captioned images found", "x.txt beside each x.jpg"],
     ),
     "image size": (
         "train_vqvae",
         [*BASE, "--vqvae.image_size", "63"],
-        ["image_size: got 63, wanted a multiple of 8"],
+        ["image_size: got 63, expected a multiple of 8"],
     ),
     "image size for the loss": (
         "train_vqvae",
         [*BASE, "--vqvae.image_size", "36", "--vqvae.channels", "[64]"],
-        ["vqvae.image_size: got 36, wanted a multiple of 8 for the wavelet loss"],
+        ["vqvae.image_size: got 36, expected a multiple of 8 for the wavelet loss"],
     ),
     "output among the data": (
         "train_vqvae",
@@ -245,7 +245,7 @@ BAD_INPUT = {
     "batch size": (
         "train_vqvae",
         ["--config", "VQVAE", "--training.gradient_accumulation_steps", "3"],
-        ["training.global_batch_size: got 8, wanted a multiple of 3"],
+        ["training.global_batch_size: got 8, expected a multiple of 3"],
     ),
     "no tokenizer": ("train_dalle", ["--config", "DALLE"], ["vqvae_dir", "train_vqvae.py wrote"]),
     "resume from nowhere": (
@@ -256,7 +256,7 @@ BAD_INPUT = {
     "prompt of spaces": (
         "generate",
         ["--model", "MODEL", "--prompt", "   "],
-        ["prompt: got '   ', wanted some text"],
+        ["prompt: got '   ', expected some text"],
     ),
     "no prompt": ("generate", ["--model", "MODEL"], ["--prompt TEXT or --prompts-file FILE"]),
     "no model": ("generate", ["--prompt", "x"], ["--model", "--help"]),
@@ -266,15 +266,15 @@ BAD_INPUT = {
         ["model: DATA is no model folder", "train_dalle.py wrote"],
     ),
     "seed": ("generate", ["--model", "MODEL", "--prompt", "x", "--seed", "-1"], ["seed: got -1"]),
-    "no pictures": (
+    "no images": (
         "generate",
         ["--model", "MODEL", "--prompt", "x", "--num-images", "0"],
-        ["num_images: got 0, wanted at least 1"],
+        ["num_images: got 0, expected at least 1"],
     ),
     "top-p": (
         "generate",
         ["--model", "MODEL", "--prompt", "x", "--top-p", "2"],
-        ["top_p: got 2.0, wanted above 0 and up to 1"],
+        ["top_p: got 2.0, expected above 0 and up to 1"],
     ),
     "a word for a count": (
         "generate",
@@ -286,7 +286,7 @@ BAD_INPUT = {
         ["--model", "MODEL", "--prompts-file", "NONE"],
         ["prompts-file: NONE: No such file"],
     ),
-    "prompts file that is a picture": (
+    "prompts file that is an image": (
         "generate",
         ["--model", "MODEL", "--prompts-file", "PICTURE"],
         ["prompts-file: PICTURE: not UTF-8"],
@@ -294,23 +294,23 @@ BAD_INPUT = {
     "out is a file": (
         "generate",
         ["--model", "MODEL", "--prompt", "x", "--out", "PICTURE"],
-        ["out: PICTURE: File exists; wanted a folder"],
+        ["out: PICTURE: File exists; expected a folder"],
     ),
     "output_dir is a file": (
         "train_vqvae",
         ["--data.source", "DATA", "--output_dir", "PICTURE"],
-        ["output_dir: PICTURE: File exists; wanted a folder"],
+        ["output_dir: PICTURE: File exists; expected a folder"],
     ),
     "a model to measure": ("evaluate", ["--model", "DATA"], ["model: DATA is no model folder"]),
     "data to measure with": (
         "evaluate",
         ["--model", "MODEL", "--data", "BARE", "--out", "OUT"],
-        ["data: no captioned pictures found in BARE"],
+        ["data: no captioned images found in BARE"],
     ),
     "a report in a file": (
         "evaluate",
         ["--model", "MODEL", "--data", "DATA", "--out", "PICTURE"],
-        ["out: PICTURE: File exists; wanted a folder"],
+        ["out: PICTURE: File exists; expected a folder"],
     ),
     "a pass to measure": (
         "evaluate",
@@ -335,7 +335,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare.mkdir()
     for number in range(12):
         tiny.render_image(number).save(bare / f"{number}.png")
-    (folder / "odd.yaml").write_text("vqvae:\n  colour: 3\n")
+    (folder / "odd.yaml").write_text("vqvae:\n  color: 3\n")
     vqvae, dalle = presets(data, folder / "runs")
     return {
         "DATA": str(data),
@@ -507,10 +507,10 @@ def test_generate_script_inpaints(
     assert (out / "grid-0000.png").is_file()
     capsys.readouterr()
     for options, message in (
-        (("--mask", tmp_path / "mask.png"), "error: image: none given; wanted --image with"),
+        (("--mask", tmp_path / "mask.png"), "error: image: none given; expected --image with"),
         (
             image,
-            "error: mask: got none of them, wanted exactly one of mask, ",
+            "error: mask: got none of them, expected exactly one of mask, ",
         ),
         (("--image", tmp_path / "no.png", "--keep-rows", "1"), "error: image: .*No such file"),
         ((*image, "--keep-fraction", "0.75"), "error: keep_fraction: something stays after"),
@@ -531,7 +531,7 @@ def test_a_model_with_an_encoder_goes_the_whole_road(
     options = ("--config", tmp_path / "dalle.yaml")
     options += ("--decoder.architecture", "encoder_decoder", "--decoder.num_encoder_layers")
     assert run_here("train_dalle", *options, "0") == 2
-    assert "decoder.num_encoder_layers: got 0, wanted at least 1 with" in capsys.readouterr().err
+    assert "decoder.num_encoder_layers: got 0, expected at least 1 with" in capsys.readouterr().err
     assert run_here("train_dalle", *options, "1") == 0
     saved = tmp_path / "dalle" / "config.yaml"
     needs = []
@@ -550,7 +550,7 @@ def test_a_model_with_an_encoder_goes_the_whole_road(
     asked = (*model, "--images", tmp_path / "box.png", "--caption", "a box", "--caption", "a disc")
     assert run_here("caption", *asked) == 0
     best = json.loads(capsys.readouterr().out)["captions"]
-    assert sum(entry["share"] for entry in best) == pytest.approx(1, abs=1e-3)
+    assert sum(entry["probability"] for entry in best) == pytest.approx(1, abs=1e-3)
     assert [entry["text_nats"] for entry in best] == [None, None]
     for refused in (("--use-prior",), ("--complete", "a red")):
         assert run_here("caption", *asked, *refused) == 2
@@ -572,7 +572,7 @@ def test_caption_script_ranks_and_completes(
     row = json.loads(capsys.readouterr().out)
     assert row["image"] == str(tmp_path / "box.png")
     assert {entry["caption"] for entry in row["captions"]} == set(tiny.CAPTIONS)
-    assert sum(entry["share"] for entry in row["captions"]) == pytest.approx(1, abs=1e-3)
+    assert sum(entry["probability"] for entry in row["captions"]) == pytest.approx(1, abs=1e-3)
     nats = [entry["image_nats"] for entry in row["captions"]]
     assert nats == sorted(nats, reverse=True)
 
@@ -588,4 +588,4 @@ def test_caption_script_ranks_and_completes(
     assert run_here("caption", "--model", model_dir) == 2
     assert run_here("caption", *shared, "--complete", "a", "--num-tokens", "0") == 2
     assert run_here("caption", *shared, "--complete", "a", "--num-tokens", "1000") == 2
-    assert "num_tokens: got 0, wanted at least 1" in capsys.readouterr().err
+    assert "num_tokens: got 0, expected at least 1" in capsys.readouterr().err

@@ -69,7 +69,7 @@ def test_a_variant_depends_on_its_caption_and_number_alone(text_tokenizer: TextT
 
 
 def test_merges_are_left_out_as_often_as_told(text_tokenizer: TextTokenizer) -> None:
-    """A word of two letters that are one token: split in a share of `dropout` of all draws."""
+    """A word of two letters that are one token: split in a fraction of `dropout` of all generates."""
     encoder = TextTokenizer(train_text_tokenizer(["ab"], vocab_size=258), text_length=8)
     assert len(tokens(encoder, "ab")) == 2  # the space, and "ab"
     counts = [len(split(encoder, "ab", 0.1, seed=str(number))) for number in range(2000)]

@@ -33,7 +33,7 @@ def one(report: DataReport, part: str) -> tuple[str, ...]:
 
 
 def distinct(folder: Path) -> Path:
-    """Data in which no two pictures are the same."""
+    """Data in which no two images are the same."""
     data = tiny.write_data(folder)
     for number in range(30):
         Image.new("RGB", (16, 16), (number * 8, number, 7)).save(data / f"{number}.png")
@@ -97,7 +97,7 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     [long] = one(report, "over 8 tokens")
     assert "many many" in long
     text = "\n".join(report_lines(report))
-    assert "PROBLEM: 2 not usable, as picture or caption is missing" in text
+    assert "PROBLEM: 2 not usable, as image or caption is missing" in text
     assert "over 8" in text
 
 
@@ -113,12 +113,12 @@ def test_tars_text_files_and_tables_are_checked_too(
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         for number, file in enumerate(files):
             add_member(archive, f"{number}.png", file)
-            add_member(archive, f"{number}.txt", b"a picture")
-    pq.write_table(pa.table({"image": files, "text": ["a picture"] * 11}), tmp_path / "x.parquet")
+            add_member(archive, f"{number}.txt", b"an image")
+    pq.write_table(pa.table({"image": files, "text": ["an image"] * 11}), tmp_path / "x.parquet")
     (tmp_path / "beside").mkdir()
     for number, file in enumerate(files):
         (tmp_path / "beside" / f"{number}.png").write_bytes(file)
-        (tmp_path / "beside" / f"{number}.txt").write_text("a picture")
+        (tmp_path / "beside" / f"{number}.txt").write_text("an image")
     for name in ("x.tar", "x.parquet", "beside"):
         report = check(tmp_path / name)
         assert sum(report.split_sizes.values()) == 11
@@ -164,7 +164,7 @@ def test_the_exit_code_of_the_script_tells(tmp_path: Path) -> None:
         bad = run_script("--config", tmp_path / f"{name}.yaml")
         assert (bad.returncode, bad.stderr) == (1, "")
         assert (
-            "PROBLEM: 1 not usable, as the picture cannot be read\n  1.png: empty file (0 bytes)"
+            "PROBLEM: 1 not usable, as the image cannot be read\n  1.png: empty file (0 bytes)"
             in bad.stdout
         )
         assert "pixels in memory: 0.0 MiB (29 of 16 x 16)" in bad.stdout

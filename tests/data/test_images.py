@@ -1,4 +1,4 @@
-"""Strict picture decoding, square crops, pixel tensors and contact sheets."""
+"""Strict image decoding, square crops, pixel tensors and contact sheets."""
 
 import functools
 import io
@@ -161,7 +161,7 @@ def test_bad_files_are_one_error_with_path_and_reason(name: str) -> None:
 
 def test_the_size_limit_is_checked_before_decoding() -> None:
     data = png_of(100, 100)  # decoding this one fails, so another message proves the order
-    with pytest.raises(BadImageError, match="100x100 pixels, wanted at most 9999 pixels"):
+    with pytest.raises(BadImageError, match="100x100 pixels, expected at most 9999 pixels"):
         decode_image(data, source="x", max_pixels=9999)
     good = encoded(noise(100, 100), "PNG")
     assert decode_image(good, source="x", max_pixels=10_000).size == (100, 100)
@@ -251,9 +251,9 @@ def test_grid_captions_stand_under_doubled_images() -> None:
     assert grid.width == 3 * 128 + 4 * 2
     assert grid.getpixel((2 + 127, 2 + 127)) == RED
     under = np.asarray(grid.crop((2, 130, 130, 150)))
-    assert under.min() < 100, "no ink under the first picture"
+    assert under.min() < 100, "no ink under the first image"
     gap = np.asarray(grid.crop((130, 0, 132, grid.height)))
-    assert gap.min() == 255, "a caption runs into its neighbour"
+    assert gap.min() == 255, "a caption runs into its neighbor"
 
 
 @pytest.mark.timeout(20)
@@ -265,7 +265,7 @@ def test_a_caption_without_spaces_is_cut_at_once() -> None:
 
 def test_grid_refuses_wrong_counts() -> None:
     image = Image.new("RGB", (4, 4))
-    with pytest.raises(ValueError, match="2 captions, wanted 1"):
+    with pytest.raises(ValueError, match="2 captions, expected 1"):
         make_grid([image], columns=1, captions=["a", "b"])
     with pytest.raises(ValueError, match="0 images"):
         make_grid([], columns=1)

@@ -1,4 +1,4 @@
-"""Regions: from a mask, rows or a share to tokens that are redrawn and pixels that stay."""
+"""Regions: from a mask, rows or a share to tokens that are inpainted and pixels that stay."""
 
 import re
 
@@ -84,7 +84,7 @@ def test_keep_fraction_differs_by_seed() -> None:
     assert inpainting_mask.is_masked.any(dim=0).all()
     alone = random_cells(0.7, grid=GRID, seeds=[7])
     assert torch.equal(alone[0], inpainting_mask.is_masked[7])
-    assert random_cells(0.999, grid=GRID, seeds=[1]).sum() == 1  # something is always drawn
+    assert random_cells(0.999, grid=GRID, seeds=[1]).sum() == 1  # something is always generated
 
 
 def test_cells_become_the_pixels_that_they_stand_for() -> None:
@@ -110,20 +110,20 @@ def test_pixels_outside_the_mask_are_the_images_own() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({}, "mask: got none of them, wanted exactly one of mask, keep_rows, keep_fraction"),
+        ({}, "mask: got none of them, expected exactly one of mask, keep_rows, keep_fraction"),
         (
             {"keep_rows": 1, "keep_fraction": 0.5},
-            "mask: got keep_rows, keep_fraction, wanted",
+            "mask: got keep_rows, keep_fraction, expected",
         ),
-        ({"keep_rows": 0}, "keep_rows: got 0, wanted 1 to 3 rows of tokens"),
-        ({"keep_rows": 4}, "keep_rows: got 4, wanted 1 to 3 rows of tokens"),
-        ({"keep_fraction": 0.0}, "keep_fraction: got 0.0, wanted above 0 and below 1"),
-        ({"keep_fraction": 1.0}, "keep_fraction: got 1.0, wanted above 0 and below 1"),
+        ({"keep_rows": 0}, "keep_rows: got 0, expected 1 to 3 rows of tokens"),
+        ({"keep_rows": 4}, "keep_rows: got 4, expected 1 to 3 rows of tokens"),
+        ({"keep_fraction": 0.0}, "keep_fraction: got 0.0, expected above 0 and below 1"),
+        ({"keep_fraction": 1.0}, "keep_fraction: got 1.0, expected above 0 and below 1"),
         (
             {"mask": mask_of()},
-            "mask: no white in the middle square, which is what the model sees of the picture",
+            "mask: no white in the middle square, which is what the model sees of the image",
         ),
-        ({"mask": mask_of(size=(9, 16))}, "mask: got 9x16 pixels, wanted 16x16, as the picture"),
+        ({"mask": mask_of(size=(9, 16))}, "mask: got 9x16 pixels, expected 16x16, as the image"),
     ],
 )
 def test_invalid_masks_are_refused(what: dict[str, object], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Captioned pictures from folders, tars and tables: the same pairs, strict at every border."""
+"""Captioned images from folders, tars and tables: the same pairs, strict at every border."""
 
 import io
 import json
@@ -33,7 +33,7 @@ def png_bytes(shade: int = 0, format: str = "PNG", size: tuple[int, int] = (6, 4
 
 
 def write_metadata(folder: Path, rows: list[Any]) -> None:
-    """Writes metadata.jsonl, and a picture for every row that names one that may exist."""
+    """Writes metadata.jsonl, and an image for every row that names one that may exist."""
     lines = []
     for index, row in enumerate(rows):
         lines.append(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False))
@@ -144,7 +144,7 @@ def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ('{"file_name": "a.png", "text": ', "not valid JSON"),
-        ('["a.png"]', "JSON list, wanted an object"),
+        ('["a.png"]', "JSON list, expected an object"),
         ('{"text": "x"}', "file_name is None"),
         ('{"file_name": 3, "text": "x"}', "file_name is 3"),
         ('{"file_name": "\\ud800.png", "text": "x"}', "file_name is"),
@@ -220,7 +220,7 @@ def test_no_metadata_makes_it_fail_otherwise_than_by_user_error(
     assert all(pair.captions and all(pair.captions) for pair in listing.pairs)
 
 
-# Folders with a text file beside each picture
+# Folders with a text file beside each image
 
 
 def test_sidecar_folder_keeps_equal_names_apart(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     os.mkdir(odd)
     for folder in (odd, str(tmp_path)):
         Path(folder, "a.png").write_bytes(png_bytes())
-        Path(folder, "a.txt").write_text("a picture")
+        Path(folder, "a.txt").write_text("an image")
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
     assert list(reasons(pairs).values()) == ["its path is not valid Unicode"]
@@ -249,7 +249,7 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     write_metadata(tmp_path, [json.dumps(row) for row in rows])
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
-    assert list(reasons(pairs).values()) == ["the picture file is missing"]
+    assert list(reasons(pairs).values()) == ["the image file is missing"]
 
 
 def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
@@ -300,7 +300,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     (root / "long.txt").write_bytes(b"x" * (2**20 + 1))
     (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
     (root / "._mac.txt").write_text("x")
-    (root / "readme.txt").write_text("no picture")
+    (root / "readme.txt").write_text("no image")
     (root / "x.gif").write_bytes(png_bytes(format="GIF"))
     (root / "x.txt").write_text("moves")
     (root / "out.png").symlink_to(tmp_path / "secret.txt")
@@ -315,7 +315,7 @@ def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
         "long.png": "long.txt is longer than 1048576 bytes",
         "out.png": "out.png is a link that leads out of the folder",
         "spy.png": "spy.txt is a link that leads out of the folder",
-        "readme.txt": "no picture of the same name beside this text",
+        "readme.txt": "no image of the same name beside this text",
         "x.txt": "x.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
 
@@ -327,7 +327,7 @@ def shard(first: int) -> dict[str, bytes]:
     """Three samples as img2dataset writes them."""
     members = {}
     for index in range(first, first + 3):
-        caption = f"picture\nnumber {index}"
+        caption = f"image\nnumber {index}"
         facts = {"caption": caption, "url": "u", "key": f"{index:09d}", "width": 6}
         members[f"{index:09d}.jpg"] = png_bytes(index, "JPEG")
         members[f"{index:09d}.txt"] = caption.encode()
@@ -338,17 +338,17 @@ def shard(first: int) -> dict[str, bytes]:
 def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
     write_tar(tmp_path / "00001.tar", shard(3))
     write_tar(tmp_path / "00000.tar", shard(0))
-    (tmp_path / "00000.parquet").write_bytes(b"statistics, not pictures")
+    (tmp_path / "00000.parquet").write_bytes(b"statistics, not images")
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == [f"0000{i // 3}.tar!{i:09d}.jpg" for i in range(6)]
-    assert [pair.captions for pair in pairs] == [(f"picture number {i}",) for i in range(6)]
+    assert [pair.captions for pair in pairs] == [(f"image number {i}",) for i in range(6)]
     assert pairs[4].attributes == {"url": "u", "key": "000000004", "width": 6}
     for index in (5, 0, 3, 1):
         assert pairs.read_image(index) == png_bytes(index, "JPEG")
 
 
 def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
-    members = {"./sub/a.b.png": png_bytes(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no picture"}
+    members = {"./sub/a.b.png": png_bytes(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no image"}
     members |= {"d.png": png_bytes(2), "d.json": b'{"text_ko": "k"}'}
     members |= {"e.gif": png_bytes(format="GIF"), "e.txt": b"moves"}
     write_tar(tmp_path / "x.tar", members)
@@ -358,7 +358,7 @@ def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
         ("x.tar!d.png", ("k",)),
     ]
     assert reasons(pairs) == {
-        "x.tar!c": "no picture for this key",
+        "x.tar!c": "no image for this key",
         "x.tar!e": "e.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
 
@@ -411,7 +411,7 @@ def test_evil_members_do_nothing(tmp_path: Path) -> None:
     for name in ("link.png", "link.txt", "hard.png", "device.png", "pipe.png"):
         assert "not a regular file" in found[f"x.tar!{name}"]
     assert found["x.tar!good.png"] == "a second member for the same key"
-    assert found["x.tar!long.txt"] == "1048577 bytes, wanted at most 1048576"
+    assert found["x.tar!long.txt"] == "1048577 bytes, expected at most 1048576"
     assert "no .txt or .json" in found["x.tar!long.png"]
     assert "json.json is not valid JSON" in found["x.tar!json.png"]
     assert "x.tar!line\\nbreak.png" in found
@@ -473,7 +473,7 @@ def test_a_header_that_points_backwards_does_not_loop(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"no tar at all", b"\x1f\x8b\x08" + bytes(600)])
 def test_files_that_are_no_tars_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"no captioned pictures found in .*x\.tar: not a tar file"):
+    with pytest.raises(UserError, match=r"no captioned images found in .*x\.tar: not a tar file"):
         open_pairs(str(tmp_path / "x.tar"))
 
 
@@ -531,7 +531,7 @@ def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
         image_row(0, "zero", n=1),
         image_row(1, None),
         image_row(2, "two", n=3),
-        {"image": None, "text": "no picture"},
+        {"image": None, "text": "no image"},
         {"image": {"bytes": b"", "path": None}, "text": "no bytes"},
         {"image": {"bytes": None, "path": "/etc/passwd"}, "text": "spy"},
         {"image": {"bytes": None, "path": "../secret.png"}, "text": "spy"},
@@ -549,7 +549,7 @@ def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
     assert pairs[1].attributes == {"n": 3}
     assert [pairs.read_image(i) for i in range(3)] == [png_bytes(0), png_bytes(2), png_bytes(7)]
     assert set(reasons(pairs)) == {f"row {i}" for i in (1, 3, 4, 5, 6)}
-    with pytest.raises(BadImageError, match="row 8: not a picture"):
+    with pytest.raises(BadImageError, match="row 8: not an image"):
         read_pixels(pairs, 3, 4)
 
 
@@ -561,7 +561,7 @@ def test_parquet_with_plain_bytes_and_other_column_names(tmp_path: Path) -> None
     assert pairs[0].captions == ("a", "b")
     assert pairs[0].attributes == {}
     assert pairs.read_image(0) == png_bytes(3)
-    with pytest.raises(UserError, match=r"no column 'image' for pictures, but \['jpg', 'alt'"):
+    with pytest.raises(UserError, match=r"no column 'image' for images, but \['jpg', 'alt'"):
         open_pairs(str(tmp_path))
     with pytest.raises(UserError, match=r"none of the columns text, .* for captions"):
         open_pairs(str(tmp_path), image_column="jpg")
@@ -631,7 +631,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_sources_that_hold_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^no folder or file {tmp_path}/none$"):
         open_pairs(f"{tmp_path}/none")
-    with pytest.raises(UserError, match=r"no captioned pictures found in .*, expected one of: "):
+    with pytest.raises(UserError, match=r"no captioned images found in .*, expected one of: "):
         open_pairs(str(tmp_path))
     (tmp_path / "a.png").write_bytes(png_bytes())
     with pytest.raises(UserError, match=r"\(a\.png: no file a\.txt beside it"):
@@ -693,14 +693,14 @@ def test_sources_without_splits_hold_out_the_same_pairs_always(tmp_path: Path) -
     assert train | val == {f"{i}.png" for i in range(40)}
     assert not train & val
     assert set(keys(open_pairs(str(tmp_path), split="val"))) == val
-    with pytest.raises(UserError, match="names no splits, so wanted split 'train' or 'val'"):
+    with pytest.raises(UserError, match="names no splits, so expected split 'train' or 'val'"):
         open_pairs(str(tmp_path), split="test")
 
 
 def test_small_sets_hold_nothing_out(tmp_path: Path) -> None:
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(9)])
     assert len(open_pairs(str(tmp_path), split="train")) == 9
-    with pytest.raises(UserError, match="has 9 pairs; wanted at least 10 to hold some"):
+    with pytest.raises(UserError, match="has 9 pairs; expected at least 10 to hold some"):
         open_pairs(str(tmp_path), split="val")
 
 
@@ -729,7 +729,7 @@ def test_held_out_fraction_and_seed() -> None:
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Pairs:
-    """Ten pictures, of which number 3 is cut off and number 7 is a web page."""
+    """Ten images, of which number 3 is cut off and number 7 is a web page."""
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(10)])
     (tmp_path / "3.png").write_bytes(png_bytes()[:48])
     (tmp_path / "7.png").write_bytes(b"<html>")
@@ -753,14 +753,14 @@ def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
     assert kept == [0, 1, 2, 4, 5, 6, 8, 9]
     assert pixels.shape == (8, 3, 4, 4)
     assert pixels.dtype == torch.uint8
-    assert pixels[:, 0, 0, 0].tolist() == kept  # the shade written into each picture
+    assert pixels[:, 0, 0, 0].tolist() == kept  # the shade written into each image
     assert [record.path for record in bad] == ["3.png", "7.png"]
-    assert "not a picture" in bad[1].reason
+    assert "not an image" in bad[1].reason
     assert calls == [(i, 10) for i in range(1, 11)]
 
 
 def test_too_many_bad_images_stop_the_load(mixed: Pairs) -> None:
-    with pytest.raises(UserError, match=r"2 of the first 8 pictures \(of 10\).*3\.png: .*7\.png: "):
+    with pytest.raises(UserError, match=r"2 of the first 8 images \(of 10\).*3\.png: .*7\.png: "):
         load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
 
 
@@ -783,7 +783,7 @@ def test_image_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
     write_tar(tar, {"a.txt": b"a", "a.png": png_bytes()})
     pairs = open_pairs(str(tar))
     os.truncate(tar, 512 * 3 + 10)
-    with pytest.raises(BadImageError, match=r"x\.tar!a\.png: 10 bytes left, wanted "):
+    with pytest.raises(BadImageError, match=r"x\.tar!a\.png: 10 bytes left, expected "):
         read_pixels(pairs, 0, 4)
 
 

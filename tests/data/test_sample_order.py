@@ -69,7 +69,7 @@ def test_weighted_counts_average_out_and_are_shuffled() -> None:
     )
     mean_counts = torch.bincount(orders.flatten(), minlength=6) / 2000
     assert torch.allclose(mean_counts, weights, atol=0.05)
-    # Shuffled: whatever is drawn, it is as likely in the first place as in the last.
+    # Shuffled: whatever is generated, it is as likely in the first place as in the last.
     assert abs((orders[:, 0] == 2).float().mean() - (orders[:, 5] == 2).float().mean()) < 0.07
 
 

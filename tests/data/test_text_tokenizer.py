@@ -147,9 +147,9 @@ def test_empty_captions_are_refused(encoder: TextTokenizer, caption: str) -> Non
 def test_other_bad_inputs_are_refused(encoder: TextTokenizer) -> None:
     with pytest.raises(UserError, match="not valid Unicode"):
         encoder.encode(["\ud800 red"])
-    with pytest.raises(ValueError, match="wanted a list of strings"):
+    with pytest.raises(ValueError, match="expected a list of strings"):
         encoder.encode("a red square")
-    with pytest.raises(UserError, match="vocab_size is 256, wanted at least 257"):
+    with pytest.raises(UserError, match="vocab_size is 256, expected at least 257"):
         train_text_tokenizer(CAPTIONS, vocab_size=256)
     with pytest.raises(UserError, match="no captions"):
         train_text_tokenizer([], vocab_size=300)

@@ -35,7 +35,7 @@ def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
         "pairs": PAIRS,
         "pixels": pixels(),
         "vqvae": tiny.build_vqvae(),
-        "captions": tiny.build_text_tokenizer(),
+        "text_tokenizer": tiny.build_text_tokenizer(),
     }
     sizes = {"num_views": 2, "max_shift": 2} | {
         name: changes.pop(name) for name in set(changes) & set(Variation.__dataclass_fields__)
@@ -54,12 +54,12 @@ def assert_same(first: TokenDataset, second: TokenDataset) -> None:
 
 def test_the_tokens_are_those_of_the_tokenizers(tmp_path: Path) -> None:
     dataset, _ = build(tmp_path)
-    vqvae, captions = tiny.build_vqvae(), tiny.build_text_tokenizer()
+    vqvae, text_tokenizer = tiny.build_vqvae(), tiny.build_text_tokenizer()
     ids = vqvae.encode_to_token_ids(pixels().float() / 127.5 - 1).flatten(1)
     assert torch.equal(dataset.image_token_ids[:, 0].long(), ids)
     assert dataset.image_token_ids.shape == (3, 2, 4)
     texts = [text for pair in PAIRS for text in pair.captions]
-    assert torch.equal(dataset.text_token_ids.long(), captions.encode(texts))
+    assert torch.equal(dataset.text_token_ids.long(), text_tokenizer.encode(texts))
     assert dataset.caption_offsets.tolist() == [0, 2, 3, 6]
     assert len(dataset) == 3
 
@@ -96,7 +96,7 @@ def other_pixels() -> Tensor:
         lambda: {"pixels": other_pixels()},
         lambda: {"pairs": [*PAIRS[:2], Pair("c.png", ("a green disc", "green", "a disc"), {})]},
         lambda: {"pairs": [PAIRS[0], Pair("b.png", ("a blue", "box"), {}), PAIRS[2]]},
-        lambda: {"captions": tiny.build_text_tokenizer(text_length=9)},
+        lambda: {"text_tokenizer": tiny.build_text_tokenizer(text_length=9)},
         lambda: {"num_views": 3},
         lambda: {"max_shift": 3},
         lambda: {"max_zoom": 1.25},
@@ -133,28 +133,30 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 def test_cut_captions_are_counted_for_each_set_alone(tmp_path: Path) -> None:
-    captions = tiny.build_text_tokenizer(text_length=16)
+    text_tokenizer = tiny.build_text_tokenizer(text_length=16)
     long = [Pair("a.png", ("word " * 1000,), {}), *PAIRS[1:]]
-    _, lines = build(tmp_path, pairs=long, captions=captions)
+    _, lines = build(tmp_path, pairs=long, text_tokenizer=text_tokenizer)
     assert lines[-1] == "1 of 5 captions were longer than 16 tokens and were cut"
-    _, lines = build(tmp_path, captions=captions)
+    _, lines = build(tmp_path, text_tokenizer=text_tokenizer)
     assert "cut" not in lines[-1]
 
 
 def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -> None:
-    captions = tiny.build_text_tokenizer(text_length=30)
-    plain, _ = build(tmp_path, captions=captions)
-    dataset, _ = build(tmp_path, captions=captions, bpe_dropout=0.5)
+    text_tokenizer = tiny.build_text_tokenizer(text_length=30)
+    plain, _ = build(tmp_path, text_tokenizer=text_tokenizer)
+    dataset, _ = build(tmp_path, text_tokenizer=text_tokenizer, bpe_dropout=0.5)
     assert torch.equal(dataset.caption_offsets, plain.caption_offsets)
     assert torch.equal(dataset.image_token_ids, plain.image_token_ids)
     table = dataset.text_token_ids.unflatten(0, (6, NUM_VARIANTS))
     assert torch.equal(table[:, 0], plain.text_token_ids)
-    for caption, rows in zip(captions.decode(plain.text_token_ids.long()), table, strict=True):
-        assert set(captions.decode(rows.long())) == {caption}
+    for caption, rows in zip(
+        text_tokenizer.decode(plain.text_token_ids.long()), table, strict=True
+    ):
+        assert set(text_tokenizer.decode(rows.long())) == {caption}
     ids, uniforms = torch.arange(3), torch.linspace(0, 0.999, 200)
     assert torch.equal(dataset.captions_of(ids, torch.zeros(3)), plain.text_token_ids[[0, 2, 3]])
     seen = dataset.captions_of(torch.full((200,), 2), uniforms)
-    assert captions.decode(seen) == captions.decode(
+    assert text_tokenizer.decode(seen) == text_tokenizer.decode(
         plain.captions_of(torch.full((200,), 2), uniforms)
     )
     assert len(seen.unique(dim=0)) == len(dataset.text_token_ids[-3 * NUM_VARIANTS :].unique(dim=0))
@@ -167,7 +169,7 @@ def test_lookups_follow_their_uniforms() -> None:
         caption_offsets=torch.tensor([0, 2, 3, 6]),
     )
     ids = torch.tensor([0, 0, 1, 1, 2, 2, 2, 2, 2, 2])
-    # Half of the draws take one of the first two captions, half take any.
+    # Half of the random numbers take one of the first two captions, half take any.
     uniforms = torch.tensor([0.24, 0.26, 0.49, 0.999, 0.24, 0.26, 0.5, 0.67, 0.83, 0.84])
     chosen = dataset.captions_of(ids, uniforms).flatten().tolist()
     assert chosen == [0, 1, 2, 2, 3, 4, 3, 4, 4, 5]
@@ -214,7 +216,7 @@ def test_window_of_an_enlarged_image() -> None:
     window = zoom_images(images, last, max_zoom=1.5)
     row, column = 3, 2  # in the window; pixel centres lie at (i + 0.5) * 8 / 12 - 0.5
     down, right = (row + 4.5) / 1.5 - 0.5, (column + 0.5) / 1.5 - 0.5
-    expected = 3 * (8 * down + right)  # the picture is linear, and so is the enlargement
+    expected = 3 * (8 * down + right)  # the image is linear, and so is the enlargement
     assert window[0, 0, row, column].item() == pytest.approx(expected, abs=0.51)  # rounded to bytes
 
 

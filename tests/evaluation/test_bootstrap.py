@@ -20,7 +20,7 @@ def test_a_means_interval_is_two_standard_errors_wide() -> None:
 
 
 def test_nothing_has_no_mean() -> None:
-    with pytest.raises(ValueError, match="wanted one value or more"):
+    with pytest.raises(ValueError, match="expected one value or more"):
         bootstrap_mean([])
 
 

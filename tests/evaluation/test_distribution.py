@@ -63,8 +63,8 @@ def test_baselines_tell_good_sets_from_bad_ones() -> None:
 
 
 def test_few_images_are_left_out_and_said_to_be() -> None:
-    section = measure_distribution(cloud(15), {"drawings": cloud(15, seed=1)}, seed=0)
-    assert section.figures == {"left_out": "too few pictures: 15, wanted 16"}
+    section = measure_distribution(cloud(15), {"generated": cloud(15, seed=1)}, seed=0)
+    assert section.figures == {"left_out": "too few images: 15, expected 16"}
     assert not section.tables
 
 
@@ -75,11 +75,11 @@ def test_features_see_colour_and_contrast_where_they_are(size: int) -> None:
     space = FeatureSpace(pixels)
     features = space(pixels)
     parts = features - features.mean(dim=0)
-    # Every part (colours, and each band) varies as much as every other.
+    # Every part (colors, and each band) varies as much as every other.
     energies = parts.reshape(6, -1, 192).square().sum(dim=2).mean(dim=0)
     assert energies.tolist() == pytest.approx([1.0] * len(energies), rel=1e-3)
     flat = torch.full((1, 3, size, size), 200, dtype=torch.uint8)
-    assert (space(flat)[:, 192:].abs() < 1e-4).all(), "a flat picture has no contrast"
+    assert (space(flat)[:, 192:].abs() < 1e-4).all(), "a flat image has no contrast"
     redder = flat.clone()
     redder[:, 0, : size // 2, : size // 2] += 50
     changed = (space(redder) - space(flat))[0, :192].reshape(3, 8, 8).abs() > 1e-3

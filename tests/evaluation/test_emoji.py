@@ -1,4 +1,4 @@
-"""The emoji's section: full marks for the true pictures, chance for shuffled ones."""
+"""The emoji's section: full marks for the true images, chance for shuffled ones."""
 
 from pathlib import Path
 
@@ -24,9 +24,9 @@ def test_reference_images_score_full_and_shuffled_do_not(tmp_path: Path) -> None
     for prompt, image in zip(prompts, to_floats(expected.pixels), strict=True):
         assert torch.equal(prompt.reference, image)
     black = torch.zeros_like(expected.pixels)
-    generated = {"one picture": expected.pixels, "best of 2": black}
+    generated = {"one image": expected.pixels, "best of 2": black}
     section = measure_emoji(prompts, expected.captions, generated, expected.pixels, seed=0)
-    for way in ("one picture", CEILING):
+    for way in ("one image", CEILING):
         for style in ("twemoji", "noto", "all styles"):
             found = section.figures[way][style]
             assert set(found) == {"cell", "gender", "tone", "style", "clock"}
@@ -37,8 +37,8 @@ def test_reference_images_score_full_and_shuffled_do_not(tmp_path: Path) -> None
     assert section.figures["best of 2"]["twemoji"]["cell"].value < 0.5
     cells, clocks = section.tables
     assert (len(cells.rows), len(clocks.rows)) == (12, 12)
-    assert cells.rows[0][:3] == ("one picture, twemoji", "40", "100.0 % (100.0 to 100.0)")
-    assert clocks.rows[2][:2] == ("one picture, all styles", "2")
+    assert cells.rows[0][:3] == ("one image, twemoji", "40", "100.0 % (100.0 to 100.0)")
+    assert clocks.rows[2][:2] == ("one image, all styles", "2")
     assert set(section.images) == {"held_out_cells", "held_out_clocks", "wrong"}
 
 
@@ -49,7 +49,7 @@ def test_some_cells_of_one_style_in_korean(tmp_path: Path) -> None:
     assert {prompt.row["style"] for prompt in prompts} == {"noto"}
     assert len(prompts) == 2 + 1
     assert expected.captions[0].endswith("이모지")
-    with pytest.raises(UserError, match="style: got 'apple', wanted one of twemoji, noto"):
+    with pytest.raises(UserError, match="style: got 'apple', expected one of twemoji, noto"):
         read_data(str(folder), tiny.build_vqvae(), styles=("apple",))
 
 

@@ -1,4 +1,4 @@
-"""The grid's judge: right about the true pictures, at chance about shuffled ones."""
+"""The grid's judge: right about the true images, at chance about shuffled ones."""
 
 import json
 from collections.abc import Hashable
@@ -63,7 +63,7 @@ def test_the_right_gender_in_the_wrong_tone_counts_as_that() -> None:
 def test_shuffled_images_are_at_chance() -> None:
     prompts = prompts_of(24)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
-    # Pictures of other roles: their nearest cell among the role's own fifteen is anyone's guess.
+    # Images of other roles: their nearest cell among the role's own fifteen is anyone's guess.
     cell, gender, tone = fractions(prompts, [prompts[index].reference for index in order])
     assert cell == pytest.approx(1 / 15, abs=0.045)
     assert gender == pytest.approx(1 / 3, abs=0.08)
@@ -115,12 +115,12 @@ def test_a_model_is_judged_on_the_held_out_cells_alone(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_grid_is_named(tmp_path: Path) -> None:
     pipeline = tiny.build_pipeline()
-    with pytest.raises(UserError, match=r"data: no .*metadata.jsonl; wanted the folder"):
+    with pytest.raises(UserError, match=r"data: no .*metadata.jsonl; expected the folder"):
         evaluate_grid(pipeline, tmp_path)
     data = write_grid_data(tmp_path / "data", held_out=False)
     with pytest.raises(UserError, match="no held-out grid cells"):
         evaluate_grid(pipeline, data)
     for line in ("{", '{"style": "twemoji", "role": "cook", "gender": "man"}'):
         (data / "metadata.jsonl").write_text(line)
-        with pytest.raises(UserError, match=r"data: .*; wanted the folder that prepare_emoji.py"):
+        with pytest.raises(UserError, match=r"data: .*; expected the folder that prepare_emoji.py"):
             evaluate_grid(pipeline, data)

@@ -1,4 +1,4 @@
-"""The loss on true pictures: position by position, and lower with the right caption."""
+"""The loss on true images: position by position, and lower with the right caption."""
 
 import math
 
@@ -29,7 +29,7 @@ def test_nats_equal_single_image_evaluation() -> None:
     generator = torch.Generator().manual_seed(0)
     length, codes = pipeline.dalle.config.image_length, pipeline.dalle.config.codebook_size
     image = torch.randint(codes, (20, length), generator=generator)
-    text = pipeline.captions.encode([tiny.CAPTIONS[i % 12] for i in range(20)])
+    text = pipeline.text_tokenizer.encode([tiny.CAPTIONS[i % 12] for i in range(20)])
     found = image_token_nats(pipeline.dalle, text, image)
     for row in range(20):
         with torch.no_grad():
@@ -45,7 +45,7 @@ def test_the_section_says_what_each_caption_is_worth(tmp_path: object) -> None:
     splits = {"train": data.train, **data.held_out}
     section = measure_likelihood(pipeline, splits, max_samples=10, seed=0)
     chosen: Samples = data.train.spread(10)
-    text = pipeline.captions.encode(chosen.captions)
+    text = pipeline.text_tokenizer.encode(chosen.captions)
     given = (text, torch.full_like(text, PAD_TOKEN_ID), text[shuffled(10, seed=0)])
     means = []
     for what, captions in zip(CAPTIONS, given, strict=True):

@@ -21,7 +21,7 @@ def cloud(count: int, seed: int) -> torch.Tensor:
 
 
 def samples(token_ids: torch.Tensor) -> Samples:
-    pairs = [Pair(str(i), (f"picture {i}",), {}) for i in range(len(token_ids))]
+    pairs = [Pair(str(i), (f"image {i}",), {}) for i in range(len(token_ids))]
     return Samples(pairs, torch.zeros(len(token_ids), 3, 16, 16, dtype=torch.uint8), token_ids)
 
 
@@ -34,9 +34,9 @@ def test_memorized_images_are_counted_above_threshold() -> None:
     rows = [[0] * 20, [1] * 19 + [7], [1] * 18 + [7] * 2, [7] * 20]
     held_out = torch.tensor([[0] * 10 + [7] * 10, [7] * 20])
     features = {
-        "drawn": cloud(4, 0),
+        "generated": cloud(4, 0),
         "held_out": cloud(2, 1),
-        "rebuilt": cloud(2, 2),
+        "reconstructed": cloud(2, 2),
         "copies": cloud(2, 3),
         "train": cloud(3, 4),
     }
@@ -44,10 +44,10 @@ def test_memorized_images_are_counted_above_threshold() -> None:
         samples(torch.tensor(rows)), samples(held_out), samples(TRAIN), features, seed=0
     )
     found = section.figures["tokens"]
-    assert found["drawings"]["agreement"].value == pytest.approx((1 + 0.95 + 0.9 + 0) / 4)
-    assert found["held-out pictures"]["agreement"].value == pytest.approx(0.25)
-    assert found["drawings"]["copies"].value == 0.5
-    assert found["held-out pictures"]["copies"].value == 0.0
+    assert found["generated"]["agreement"].value == pytest.approx((1 + 0.95 + 0.9 + 0) / 4)
+    assert found["held-out images"]["agreement"].value == pytest.approx(0.25)
+    assert found["generated"]["copies"].value == 0.5
+    assert found["held-out images"]["copies"].value == 0.0
     assert "nearest" in section.images
 
 

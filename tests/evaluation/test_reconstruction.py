@@ -15,7 +15,7 @@ from tests.reference import tiny
 
 
 def plain_ssim(left: np.ndarray, right: np.ndarray) -> float:
-    """Equation 13 of Wang et al. 2004 on grey pictures, window by window where whole ones fit."""
+    """Equation 13 of Wang et al. 2004 on gray images, window by window where whole ones fit."""
     offsets = np.arange(-5, 6)
     weights = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / (2 * 1.5**2))
     weights /= weights.sum()

@@ -21,7 +21,7 @@ SECTION = Section(
     "What it means.",
     FIGURES,
     [Table("t", ("name", "value"), [("a | b", "1"), ("c", "2")])],
-    {"a_picture": Image.new("RGB", (4, 4), "red")},
+    {"an_image": Image.new("RGB", (4, 4), "red")},
 )
 
 
@@ -42,8 +42,8 @@ def test_figures_tables_and_images_are_written(tmp_path: Path) -> None:
     assert "| data | kind emoji |\n| seed" not in text
     assert "| seed | 3 |\n| data | kind emoji |" in text
     assert "## A part\n\nWhat it means.\n\n| name | value |\n|---|--:|\n| a / b | 1 |" in text
-    assert "![a picture](a_picture.png)" in text
-    with Image.open(tmp_path / "a_picture.png") as image:
+    assert "![an image](an_image.png)" in text
+    with Image.open(tmp_path / "an_image.png") as image:
         assert image.size == (4, 4)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="out: cannot write to"):

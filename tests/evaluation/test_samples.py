@@ -15,7 +15,7 @@ def test_all_splits_are_read_once_with_their_tokens(tmp_path: Path) -> None:
     vqvae = tiny.build_vqvae()
     folder = tiny.write_data(tmp_path / "data")
     data = read_data(str(folder), vqvae)
-    assert data.kind == "pictures"
+    assert data.kind == "images"
     assert (len(data.train), list(data.held_out), len(data.held_out["val"])) == (25, ["val"], 5)
     assert data.held_out["val"].rows[0]["color"] == "blue"
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_evaluation_needs_held_out_images(tmp_path: Path) -> None:
     folder = tiny.write_data(tmp_path / "data")
     text = (folder / "metadata.jsonl").read_text().replace('"val"', '"train"')
     (folder / "metadata.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"data: .* has training pictures alone"):
+    with pytest.raises(UserError, match=r"data: .* has training images alone"):
         read_data(str(folder), tiny.build_vqvae())
     with pytest.raises(UserError, match="data: no folder or file"):
         read_data(str(tmp_path / "nothing"), tiny.build_vqvae())

@@ -1,4 +1,4 @@
-"""CandidateTokens for an evaluation are the pictures that a user would get."""
+"""CandidateTokens for an evaluation are the images that a user would get."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_candidates_equal_pipeline_images(guidance_scale: float) -> None:
     for index, caption in enumerate(captions):
         image = pipeline(caption, seed=7 + index, guidance_scale=guidance_scale).images[0]
         assert np.array_equal(np.asarray(to_images(pixels[index : index + 1])[0]), image)
-    text = pipeline.captions.encode(captions)
+    text = pipeline.text_tokenizer.encode(captions)
     log_likelihood_ratios = torch.stack(
         [
             log_likelihood_ratio(pipeline.dalle, text, generated.image_token_ids[:, k])
@@ -31,7 +31,7 @@ def test_candidates_equal_pipeline_images(guidance_scale: float) -> None:
         ],
         dim=1,
     )
-    # Guided drawing sums the same terms one step at a time.
+    # Guided generation sums the same terms one step at a time.
     torch.testing.assert_close(
         generated.log_likelihood_ratios, log_likelihood_ratios, rtol=1e-3, atol=1e-3
     )

@@ -1,4 +1,4 @@
-"""The benchmark's figures: right about true pictures, at chance about shuffled ones."""
+"""The benchmark's figures: right about true images, at chance about shuffled ones."""
 
 import dataclasses
 from pathlib import Path
@@ -87,18 +87,18 @@ def test_the_section_has_both_splits_with_ceiling_and_floor(tmp_path: Path) -> N
     assert set(pairs) <= HELD_OUT_PAIRS
     expected = join([data.held_out["test"], data.held_out["test_compose"]])
     white = torch.full_like(expected.pixels, 255)
-    ways = {"one picture": expected.pixels, "best of 4": white}
+    ways = {"one image": expected.pixels, "best of 4": white}
     section = measure_shapes(expected, ways, expected.pixels, seed=0)
     for split in ("test", "test_compose"):
         found = section.figures[split]
-        assert list(found) == ["one picture", "best of 4", CEILING, FLOOR]
-        assert found["one picture"][WHOLE].value >= 0.98
-        assert found[CEILING] == found["one picture"]
+        assert list(found) == ["one image", "best of 4", CEILING, FLOOR]
+        assert found["one image"][WHOLE].value >= 0.98
+        assert found[CEILING] == found["one image"]
         assert found["best of 4"][WHOLE].value == 0.0
         assert found[FLOOR][WHOLE].value < 0.15
-        assert f"drawings_{split}" in section.images
+        assert f"samples_{split}" in section.images
     assert [row[:2] for row in section.tables[0].rows][:2] == [
-        ("one picture, test", "30"),
+        ("one image, test", "30"),
         ("best of 4, test", "30"),
     ]
 

@@ -28,12 +28,12 @@ def pipeline() -> TextToImagePipeline:
 
 
 def test_predictions_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
-    text = pipeline.captions.encode(tiny.CAPTIONS)
+    text = pipeline.text_tokenizer.encode(tiny.CAPTIONS)
     best = []
     for number in range(4):
         scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.render_image(number)]))
         best.append(int(scores.image_given_text[0].argmax()))
-    # True, shape alone, colour alone, nothing.
+    # True, shape alone, color alone, nothing.
     truths = [best[0], (best[1] + 2) % 12, best[2] ^ 1, ((best[3] ^ 1) + 2) % 12]
     questions = [
         MultipleChoice(tiny.render_image(number), tiny.CAPTIONS, LABELS, truth)
@@ -47,7 +47,7 @@ def test_predictions_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
 
 def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -> None:
     captions = ("a red disc", "a red disc " * 3)  # the longer one is far less probable
-    text = pipeline.captions.encode(captions)
+    text = pipeline.text_tokenizer.encode(captions)
     image = next(
         image
         for image in map(tiny.render_image, range(40))
@@ -63,10 +63,10 @@ def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -
 
 def test_encoder_decoder_predicts_without_prior() -> None:
     pipeline = tiny.build_pipeline(**tiny.WITH_ENCODER)
-    text = pipeline.captions.encode(tiny.CAPTIONS)
+    text = pipeline.text_tokenizer.encode(tiny.CAPTIONS)
     scores = score_pairs(pipeline.dalle, text, pipeline.encode([tiny.render_image(0)]))
     assert scores.text is None
-    with pytest.raises(ValueError, match="use_prior: got True, wanted False"):
+    with pytest.raises(ValueError, match="use_prior: got True, expected False"):
         scores.probabilities(use_prior=True)
     best = int(scores.image_given_text[0].argmax())
     question = MultipleChoice(tiny.render_image(0), tiny.CAPTIONS, LABELS, best)
@@ -104,12 +104,12 @@ def test_held_out_emoji_are_asked_about(pipeline: TextToImagePipeline, tmp_path:
     assert report.chance == pytest.approx({"gender": 1 / 3, "tone": 1 / 5, "both": 1 / 15})
     assert zero_shot_emoji(pipeline, folder, num_images=2, language="ko").num_questions == 2
     for options, message in (
-        ({"num_images": 0}, "num_images: got 0, wanted at least 1"),
+        ({"num_images": 0}, "num_images: got 0, expected at least 1"),
         ({"style": "noto"}, "has no held-out cells (test_compose) in noto"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             zero_shot_emoji(pipeline, folder, **options)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"wanted the folder that prepare_emoji\.py wrote"):
+    with pytest.raises(UserError, match=r"expected the folder that prepare_emoji\.py wrote"):
         zero_shot_emoji(pipeline, tmp_path)
 
 
@@ -118,5 +118,5 @@ def test_shapes_ask_for_one_of_48_captions(pipeline: TextToImagePipeline) -> Non
         report = zero_shot_shapes(pipeline, split=split, num_images=2)
         assert report.num_questions == 2
         assert report.chance == pytest.approx({"colour": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
-    with pytest.raises(UserError, match="num_images: got 0, wanted at least 1"):
+    with pytest.raises(UserError, match="num_images: got 0, expected at least 1"):
         zero_shot_shapes(pipeline, split="test", num_images=0)

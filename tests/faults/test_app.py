@@ -1,4 +1,4 @@
-"""The page of `app.py`: whatever is sent to it, it draws, refuses, and stays on this machine.
+"""The page of `app.py`: whatever is sent to it, it generates, refuses, and stays on this machine.
 
 Fault 25 of the table in `README.md` beside this file. All traffic stays on 127.0.0.1.
 """
@@ -39,15 +39,15 @@ REPOSITORY = Path(__file__).parents[2]
 GOOD = ("a red disc", 1, 0, 2.0, 1.0)
 XSS = "<img src=x onerror=window.__xss=1><script>window.__xss=1</script>"
 BAD: dict[str, tuple[tuple[Any, ...], str]] = {
-    "no prompt": (("", *GOOD[1:]), "prompt: got '', wanted some text"),
+    "no prompt": (("", *GOOD[1:]), "prompt: got '', expected some text"),
     "spaces": (("  \n", *GOOD[1:]), "prompt: got"),
     "too long": (("x" * (MAX_PROMPT_LENGTH + 1), *GOOD[1:]), "prompt: got 501 characters"),
     "far too long": (("x" * 2_000_000, *GOOD[1:]), "prompt: got 2000000 characters"),
     "half a pair": (("\ud800", *GOOD[1:]), "prompt: got"),
-    "no pictures": (("x", 0, *GOOD[2:]), "num_images: got '0', wanted a whole number from 1 to 16"),
-    "too many pictures": (("x", 17, *GOOD[2:]), "num_images: got '17'"),
-    "10^9 pictures": (("x", 10**9, *GOOD[2:]), "num_images: got '1000000000'"),
-    "half a picture": (("x", 1.5, *GOOD[2:]), "num_images: got '1.5'"),
+    "no images": (("x", 0, *GOOD[2:]), "num_images: got '0', expected a whole number from 1 to 16"),
+    "too many images": (("x", 17, *GOOD[2:]), "num_images: got '17'"),
+    "10^9 images": (("x", 10**9, *GOOD[2:]), "num_images: got '1000000000'"),
+    "half an image": (("x", 1.5, *GOOD[2:]), "num_images: got '1.5'"),
     "a seed below": (("x", 1, -1, 2.0, 1.0), "seed: got '-1'"),
     "a seed beyond": (("x", 1, MAX_SEED + 1, 2.0, 1.0), "seed: got '9007199254740992'"),
     "a huge seed": (("x", 1, 10**300, 2.0, 1.0), "seed: got '1000"),
@@ -95,7 +95,7 @@ def test_bad_values_are_refused_whatever_the_page_allows(case: str, backend: Pag
 @pytest.mark.parametrize("case", [case for case in ODD if len(ODD[case]) == len(GOOD)])
 @pytest.mark.usefixtures("unchecked")
 def test_values_of_another_type_are_refused(case: str, backend: PageBackend) -> None:
-    with pytest.raises(UserError, match=r"got .*wanted "):
+    with pytest.raises(UserError, match=r"got .*expected "):
         backend.generate(*ODD[case])
     with pytest.raises(UserError, match="num_images: got 'True'"):
         backend.generate("x", True, *GOOD[2:])
@@ -148,7 +148,7 @@ def test_page_generates_with_a_compiled_pass(
 
 
 def facts_of(file: Any) -> dict[str, Any]:
-    """What a picture says of its making."""
+    """What an image says of its making."""
     with Image.open(file) as image:
         return dict(json.loads(image.text["dalle_mini_impl"]))  # type: ignore[attr-defined]
 
@@ -212,7 +212,7 @@ def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
     if status != http.client.OK:
         return status, "refused", content.decode()
     event = json.loads(content)["event_id"]
-    status, stream = request(port, "GET", f"/gradio_api/call/draw/{event}")
+    status, stream = request(port, "GET", f"/gradio_api/call/generate/{event}")
     kind, data = re.findall(r"event: (\w+)\ndata: (.*)", stream.decode())[-1]
     return status, kind, json.loads(data)
 
@@ -309,7 +309,7 @@ def test_a_client_that_leaves_frees_the_worker(port: int) -> None:
         _, content = request(port, "POST", "/gradio_api/call/draw", values)
         event = json.loads(content)["event_id"]
         gone = socket.create_connection(("127.0.0.1", port))
-        gone.sendall(f"GET /gradio_api/call/draw/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        gone.sendall(f"GET /gradio_api/call/generate/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         gone.recv(10)
         gone.close()
     before = time.monotonic()
@@ -372,7 +372,7 @@ def test_a_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Pa
         # An error, too, shows its text as text.
         page.get_by_label("Prompt").fill(" ")
         page.get_by_role("button", name="Draw").click()
-        page.get_by_text("wanted some text").first.wait_for(timeout=30_000)
+        page.get_by_text("expected some text").first.wait_for(timeout=30_000)
         browser.close()
     hosts = {re.sub(r"^(\w+:(?://[^/]*)?).*", r"\1", url) for url in asked}
     assert f"http://127.0.0.1:{port}" in hosts

@@ -87,7 +87,7 @@ def test_a_setting_that_makes_another_run_is_refused_by_name(folder: Path, name:
 
 def test_another_split_is_refused_for_its_images(folder: Path) -> None:
     config = changed(base(folder), "data.train_split", "val")
-    with pytest.raises(UserError, match="25 of the 25 pictures that this run began with are gone"):
+    with pytest.raises(UserError, match="25 of the 25 images that this run began with are gone"):
         tiny.train(config, resume="latest")
 
 
@@ -96,7 +96,7 @@ def test_all_that_differ_are_listed(folder: Path) -> None:
     for name in ("training.seed", "num_views", "training.learning_rate"):
         config = changed(config, name, (REFUSED | ALLOWED)[name])
     with pytest.raises(
-        UserError, match=r"num_views was 2, is 1; training.seed was 0, is 1; wanted"
+        UserError, match=r"num_views was 2, is 1; training.seed was 0, is 1; expected"
     ):
         tiny.train(config, resume="latest")
 
@@ -118,7 +118,7 @@ def test_run_without_image_list_detects_changes(tmp_path: Path) -> None:
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (data / "0.png").unlink()
-    (tmp_path / "run" / "pictures-train.jsonl").unlink()  # runs of older versions have none
+    (tmp_path / "run" / "images-train.jsonl").unlink()  # runs of older versions have none
     longer = changed(config, "training.max_steps", 6)
     with pytest.raises(UserError, match="was trained on 25 samples, now there are 24"):
         tiny.train(longer, resume="latest")

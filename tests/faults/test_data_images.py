@@ -1,4 +1,4 @@
-"""Fault 16: pictures of every mode, format and damage are decoded right, or refused by name."""
+"""Fault 16: images of every mode, format and damage are decoded right, or refused by name."""
 
 import contextlib
 import functools
@@ -66,13 +66,13 @@ def strange_exif(kind: int, count: int, value: bytes) -> bytes:
     return encoded(red(), "JPEG", quality=95, exif=b"Exif\0\0MM\0*\0\0\0\x08" + entry)
 
 
-# Name -> a file, and the colour that it shows.
+# Name -> a file, and the color that it shows.
 GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
     "png 1 bit": (lambda: encoded(flat("1", 1), "PNG"), WHITE),
-    "png 2 bit grey": (lambda: raw_png(2, 0, b"\x80"), (170, 170, 170)),
-    "png grey": (lambda: encoded(flat("L", 100), "PNG"), (100, 100, 100)),
-    "png grey and alpha": (lambda: encoded(flat("LA", (0, 0)), "PNG"), WHITE),
-    "png grey with a transparent value": (
+    "png 2 bit gray": (lambda: raw_png(2, 0, b"\x80"), (170, 170, 170)),
+    "png gray": (lambda: encoded(flat("L", 100), "PNG"), (100, 100, 100)),
+    "png gray and alpha": (lambda: encoded(flat("LA", (0, 0)), "PNG"), WHITE),
+    "png gray with a transparent value": (
         lambda: encoded(flat("L", 9), "PNG", transparency=9),
         WHITE,
     ),
@@ -82,7 +82,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
         WHITE,
     ),
     "png rgb": (lambda: encoded(red(), "PNG"), RED),
-    "png rgb with a transparent colour": (
+    "png rgb with a transparent color": (
         lambda: encoded(red(), "PNG", transparency=RED),
         WHITE,
     ),
@@ -90,13 +90,13 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
         lambda: encoded(flat("RGBA", (0, 0, 0, 128)), "PNG"),
         (127, 127, 127),
     ),
-    "png 16 bit grey": (
+    "png 16 bit gray": (
         lambda: encoded(Image.fromarray(np.full((12, 16), 32768, np.uint16)), "PNG"),
         (128, 128, 128),
     ),
     "png 16 bit rgb": (lambda: raw_png(16, 2, bytes([200, 0, 30, 0, 60, 0])), RED),
     "png 16 bit rgba": (lambda: raw_png(16, 6, bytes([9, 9, 9, 9, 9, 9, 0, 0])), WHITE),
-    "png 16 bit grey and alpha": (lambda: raw_png(16, 4, bytes([9, 9, 0, 0])), WHITE),
+    "png 16 bit gray and alpha": (lambda: raw_png(16, 4, bytes([9, 9, 0, 0])), WHITE),
     "png interlaced": (lambda: raw_png(8, 2, bytes(RED), interlace=1), RED),
     "png animated": (
         lambda: encoded(red(), "PNG", save_all=True, append_images=second()),
@@ -117,7 +117,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
     ),
     "png with junk behind it": (lambda: encoded(red(), "PNG") + b"junk" * 999, RED),
     "jpeg": (lambda: encoded(red(), "JPEG", quality=95), RED),
-    "jpeg grey": (lambda: encoded(flat("L", 100), "JPEG"), (100, 100, 100)),
+    "jpeg gray": (lambda: encoded(flat("L", 100), "JPEG"), (100, 100, 100)),
     "jpeg cmyk": (lambda: encoded(red().convert("CMYK"), "JPEG", quality=95), RED),
     "jpeg progressive": (lambda: encoded(red(), "JPEG", quality=95, progressive=True), RED),
     "jpeg with junk behind it": (lambda: encoded(red(), "JPEG", quality=95) + b"junk" * 999, RED),
@@ -125,7 +125,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
         lambda: encoded(red(), "JPEG", quality=95, exif=b"Exif\0\0not a tiff header"),
         RED,
     ),
-    "jpeg with a broken colour profile": (
+    "jpeg with a broken color profile": (
         lambda: encoded(red(), "JPEG", quality=95, icc_profile=b"no profile" * 300),
         RED,
     ),
@@ -133,7 +133,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
         lambda: encoded(red(), "JPEG", quality=95, comment=b"x" * 60_000),
         RED,
     ),
-    "jpeg with two pictures (mpo)": (
+    "jpeg with two images (mpo)": (
         lambda: encoded(red(), "MPO", quality=95, save_all=True, append_images=second()),
         RED,
     ),
@@ -211,9 +211,9 @@ def text_bomb(kind: bytes, head: bytes) -> bytes:
     return png_of((4, 4), chunks=bomb)
 
 
-NOT_AN_IMAGE = "not a picture in one of the formats JPEG, PNG, WEBP, BMP"
+NOT_AN_IMAGE = "not an image in one of the formats JPEG, PNG, WEBP, BMP"
 DAMAGED = r"damaged or refused \("
-PIXELS = r"\d+x\d+ pixels, wanted at most"
+PIXELS = r"\d+x\d+ pixels, expected at most"
 SYSTEM = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch sentinel) (w) file\n"
 ENTITY = b'<!DOCTYPE s [<!ENTITY x SYSTEM "file:///etc/passwd">]><svg>&x;</svg>'
 
@@ -275,7 +275,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "png with 80 MB in a zTXt chunk": (lambda: text_bomb(b"zTXt", b"k\0\0"), DAMAGED),
     "png with 80 MB in an iTXt chunk": (lambda: text_bomb(b"iTXt", b"k\0\1\0\0\0"), DAMAGED),
-    "png with 80 MB in its colour profile": (lambda: text_bomb(b"iCCP", b"k\0\0"), DAMAGED),
+    "png with 80 MB in its color profile": (lambda: text_bomb(b"iCCP", b"k\0\0"), DAMAGED),
 }
 
 

@@ -68,7 +68,7 @@ def gzip_bomb(folder: Path) -> None:
 def megapixels(
     bits: int, colour: int, bytes_per_pixel: int, **options: Any
 ) -> Callable[[Path], None]:
-    """A picture of 49 million pixels in a few hundred kilobytes, eight times."""
+    """An image of 49 million pixels in a few hundred kilobytes, eight times."""
 
     def make(folder: Path) -> None:
         width, height = 7000, 7000
@@ -89,19 +89,19 @@ def megapixels(
 CASES: dict[str, tuple[Callable[[Path], None], str, int]] = {
     "metadata in one line of 4 GiB": (metadata, "line 1: longer than 1048576 bytes", SMALL_KIB),
     "caption file of 4 GiB": (beside_good("big.txt"), "1 read; big.txt is longer", SMALL_KIB),
-    "picture file of 4 GiB": (
+    "image file of 4 GiB": (
         beside_good("big.png", png_bytes()),
         "1 read; larger than 268435456 bytes",
         SMALL_KIB,
     ),
-    "tar with a picture of 1 GiB": (
+    "tar with an image of 1 GiB": (
         tar_with(tar_header("b.png", GIB)),
-        "1 read; 1073741824 bytes, wanted at most",
+        "1 read; 1073741824 bytes, expected at most",
         SMALL_KIB,
     ),
     "tar with a caption of 1 GiB": (
         tar_with(tar_header("b.txt", GIB)),
-        "1 read; 1073741824 bytes, wanted at most",
+        "1 read; 1073741824 bytes, expected at most",
         SMALL_KIB,
     ),
     "tar with a name of 1 GiB": (
@@ -131,8 +131,8 @@ CASES: dict[str, tuple[Callable[[Path], None], str, int]] = {
     ),
     "gzip bomb of 4 GiB named tar": (gzip_bomb, "not a tar file, or damaged", SMALL_KIB),
     "49 megapixels in 1 bit": (megapixels(1, 0, 1), "2 read; ", MAX_PEAK_KIB),
-    "49 megapixels in 16 bit grey": (megapixels(16, 0, 1), "2 read; ", MAX_PEAK_KIB),
-    "49 megapixels in colour and alpha": (megapixels(8, 6, 4), "2 read; ", MAX_PEAK_KIB),
+    "49 megapixels in 16 bit gray": (megapixels(16, 0, 1), "2 read; ", MAX_PEAK_KIB),
+    "49 megapixels in color and alpha": (megapixels(8, 6, 4), "2 read; ", MAX_PEAK_KIB),
     "49 megapixels in a palette with transparency": (
         megapixels(8, 3, 1, chunks=png_chunk(b"PLTE", bytes(768)) + png_chunk(b"tRNS", bytes(256))),
         "2 read; ",

@@ -16,10 +16,10 @@ from tests.reference.hostile import nothing_comes_of_it, png_bytes
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A good picture a.png; secrets and ways to them beside the folder."""
+    """A good image a.png; secrets and ways to them beside the folder."""
     (tmp_path / "secret.png").write_bytes(png_bytes())
     (tmp_path / "secret.txt").write_text("secret")
-    inside = tmp_path / "pictures"
+    inside = tmp_path / "images"
     inside.mkdir()
     (inside / "a.png").write_bytes(png_bytes())
     (inside / "b.png").write_bytes(png_bytes(1))
@@ -49,9 +49,9 @@ ERRORS: dict[str, tuple[bytes, str]] = {
     "csv": (b"b.png,a red cup", NOT_JSON),
     "python": (b"{'file_name': 'b.png', 'text': 'x'}", NOT_JSON),
     "two objects in a line": (named("b.png") * 2, NOT_JSON),
-    "list": (b'["b.png", "x"]', "a JSON list, wanted an object"),
-    "number": (b"7", "a JSON int, wanted an object"),
-    "null": (b"null", "a JSON NoneType, wanted an object"),
+    "list": (b'["b.png", "x"]', "a JSON list, expected an object"),
+    "number": (b"7", "a JSON int, expected an object"),
+    "null": (b"null", "a JSON NoneType, expected an object"),
     "latin-1": ('{"file_name": "b.png", "text": "café"}'.encode("latin-1"), NOT_JSON),
     "utf-16": ('{"file_name": "b.png", "text": "x"}'.encode("utf-16"), NOT_JSON),
     "pickle": (b"\x80\x04cos\nsystem\n(S'touch sentinel'\ntR.", NOT_JSON),
@@ -79,7 +79,7 @@ ERRORS: dict[str, tuple[bytes, str]] = {
     "share": (named("\\\\server\\share\\secret.png"), OUT),
     "link to a file outside": (named("link.png"), OUT),
     "link to a folder outside": (named("linked/secret.png"), OUT),
-    "one picture in two splits": (
+    "one image in two splits": (
         row(file_name="a.png", text="x", split="val"),
         r"a\.png is in split 'val', but in None above",
     ),
@@ -97,7 +97,7 @@ def test_a_bad_line_is_an_error_with_its_number(name: str, folder: Path) -> None
 
 
 NO_TEXT = "text is empty, null, too long or not text"
-MISSING = "the picture file is missing"
+MISSING = "the image file is missing"
 
 # Second line -> the reason for which its record is left out.
 SKIPPED: dict[str, tuple[bytes, str]] = {
@@ -110,11 +110,11 @@ SKIPPED: dict[str, tuple[bytes, str]] = {
     "list of nothing": (row(file_name="b.png", text=[None, "", 3]), NO_TEXT),
     "half a surrogate pair": (b'{"file_name": "b.png", "text": "\\ud800"}', NO_TEXT),
     "no caption field": (row(file_name="b.png", label="x"), "none of the fields text, "),
-    "missing picture": (named("gone.png"), MISSING),
-    "picture in a missing folder": (named("gone/b.png"), MISSING),
+    "missing image": (named("gone.png"), MISSING),
+    "image in a missing folder": (named("gone/b.png"), MISSING),
     "the folder itself": (named("."), MISSING),
-    "folder named as a picture": (named("folder.png"), MISSING),
-    "pipe named as a picture": (named("fifo.png"), MISSING),
+    "folder named as an image": (named("folder.png"), MISSING),
+    "pipe named as an image": (named("fifo.png"), MISSING),
     "link to itself": (named("loop.png"), MISSING),
     "name of 5 000 letters": (named("z" * 5000 + ".png"), MISSING),
     "url": (named("https://example.com/b.png"), MISSING),
@@ -139,7 +139,7 @@ ACCEPTED: dict[str, tuple[bytes, list[tuple[str, ...]]]] = {
     "windows line ends": (named("a.png") + b"\r\n" + named("b.png") + b"\r\n", [("x",), ("x",)]),
     "blank lines": (b"\n \n" + named("a.png") + b"\n\n", [("x",)]),
     "no line end": (named("a.png"), [("x",)]),
-    "one picture in two lines": (
+    "one image in two lines": (
         named("a.png") + b"\n" + row(file_name="a.png", text="y"),
         [("x", "y")],
     ),
@@ -179,7 +179,7 @@ def test_an_odd_but_usable_file_is_read(name: str, folder: Path) -> None:
         assert all(pairs.read_image(index) for index in range(len(pairs)))
 
 
-# Bytes of a caption file -> its captions, or the reason for which the picture is left out.
+# Bytes of a caption file -> its captions, or the reason for which the image is left out.
 CAPTION_FILES: dict[str, tuple[bytes, tuple[str, ...] | str]] = {
     "utf-8 with byte order mark": ("\ufeff하트".encode(), ("하트",)),
     "windows line ends": (b"one\r\ntwo\r\n", ("one", "two")),
@@ -231,7 +231,7 @@ def linked_to_itself(folder: Path) -> None:
     (folder / "a.txt").symlink_to(folder / "a.txt")
 
 
-# What lies in a folder of pictures with text files -> the keys left out (the good one is kept).
+# What lies in a folder of images with text files -> the keys left out (the good one is kept).
 FOLDERS: dict[str, tuple[Callable[[Path], object], dict[str, str]]] = {
     "caption that links outside": (
         lambda folder: (folder / "a.txt").symlink_to(folder.parent / "secret.txt"),
@@ -286,7 +286,7 @@ def test_no_depth_of_folders_stops_the_search(tmp_path: Path) -> None:
         [pair] = open_pairs(str(tmp_path))
         assert pair.captions == ("deep",)
         (bottom / "a.txt").unlink()
-        with pytest.raises(UserError, match="no captioned pictures found"):
+        with pytest.raises(UserError, match="no captioned images found"):
             open_pairs(str(tmp_path))
     finally:  # pytest's own tidying recurses
         subprocess.run(["rm", "-rf", str(tmp_path / "d")], check=True)

@@ -44,7 +44,7 @@ def columns(**values: Any) -> Callable[[Path], object]:
 
 
 def zeros(folder: Path) -> None:
-    """20 pictures of 64 MiB of zeros, in a few kilobytes."""
+    """20 images of 64 MiB of zeros, in a few kilobytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -66,19 +66,19 @@ ERRORS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut at the end": (damaged(lambda data: data[:-1]), CANNOT),
     "footer length of 4 GB": (damaged(lambda data: data[:-8] + b"\xff" * 4 + b"PAR1"), CANNOT),
     "footer of zeros": (damaged(lambda data: data[:-60] + bytes(52) + data[-8:]), CANNOT),
-    "no picture column": (columns(text=["x"]), r"no column 'image' for pictures, but \['text'\]"),
+    "no image column": (columns(text=["x"]), r"no column 'image' for images, but \['text'\]"),
     "no caption column": (
         columns(image=[png_bytes()], label=["x"]),
         r"none of the columns text, .* for captions, but \['image', 'label'\]",
     ),
-    "pictures that are numbers": (columns(image=[1, 2], text=["x", "y"]), "column 'image'"),
+    "images that are numbers": (columns(image=[1, 2], text=["x", "y"]), "column 'image'"),
     "captions that are numbers": (
         columns(image=[png_bytes()], text=[3]),
-        "no captioned pictures found.*text is empty, null",
+        "no captioned images found.*text is empty, null",
     ),
     "captions that are bytes": (
         columns(image=[png_bytes()], text=[b"x"]),
-        "no captioned pictures found",
+        "no captioned images found",
     ),
     "no rows": (
         lambda folder: write(folder / "x.parquet", {"image": [png_bytes()][:0], "text": ["x"][:0]}),
@@ -104,19 +104,19 @@ def test_a_few_kilobytes_that_unpack_to_a_gigabyte_are_refused(tmp_path: Path) -
         open_pairs(str(tmp_path / "x.parquet"))
 
 
-# Name -> the picture's value in a row, and the reason for which it is left out.
+# Name -> the image's value in a row, and the reason for which it is left out.
 ROWS: dict[str, tuple[Any, str]] = {
-    "null": (None, "no picture in column image"),
-    "no bytes": ({"bytes": b"", "path": None}, "no picture in column image"),
-    "absolute path": ({"bytes": None, "path": "/etc/passwd"}, "no picture in column image"),
-    "parent folder": ({"bytes": None, "path": "../secret.png"}, "no picture in column image"),
-    "link outside": ({"bytes": None, "path": "link.png"}, "no picture in column image"),
-    "url": ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "no picture in column image"),
-    "missing file": ({"bytes": None, "path": "gone.png"}, "no picture in column image"),
-    "web page": ({"bytes": b"<html>", "path": None}, "not a picture"),
+    "null": (None, "no image in column image"),
+    "no bytes": ({"bytes": b"", "path": None}, "no image in column image"),
+    "absolute path": ({"bytes": None, "path": "/etc/passwd"}, "no image in column image"),
+    "parent folder": ({"bytes": None, "path": "../secret.png"}, "no image in column image"),
+    "link outside": ({"bytes": None, "path": "link.png"}, "no image in column image"),
+    "url": ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "no image in column image"),
+    "missing file": ({"bytes": None, "path": "gone.png"}, "no image in column image"),
+    "web page": ({"bytes": b"<html>", "path": None}, "not an image"),
     "pickle": (
         {"bytes": pickle.dumps(Bomb(Path("sentinel"))), "path": "a.pkl"},
-        "not a picture",
+        "not an image",
     ),
 }
 
@@ -149,7 +149,7 @@ def test_a_bad_row_is_skipped_or_refused(
 def test_a_pipe_among_parquet_files_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").mkdir()
-    with pytest.raises(UserError, match="no captioned pictures found"):
+    with pytest.raises(UserError, match="no captioned images found"):
         open_pairs(str(tmp_path))
     write(tmp_path / "c.parquet", {"image": [png_bytes()], "text": ["x"]})
     assert len(open_pairs(str(tmp_path))) == 1

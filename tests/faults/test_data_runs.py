@@ -1,4 +1,4 @@
-"""Faults 10 and 17: bad or vanishing pictures in a run: counted, listed, replaced, or it stops."""
+"""Faults 10 and 17: bad or vanishing images in a run: counted, listed, replaced, or it stops."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from tests.reference.log_lines import log_lines
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """30 pictures, 25 of them to train on."""
+    """30 images, 25 of them to train on."""
     return tiny.write_data(tmp_path / "data")
 
 
@@ -44,10 +44,10 @@ def test_set_of_bad_images_alone_stops_with_counts(
 ) -> None:
     for image in data.glob("*.png"):
         image.unlink() if content is None else image.write_bytes(content)
-    expected = r"no captioned pictures" if content is None else r"data\.source: \d+ of .* 25\).*: "
+    expected = r"no captioned images" if content is None else r"data\.source: \d+ of .* 25\).*: "
     with pytest.raises(UserError, match=expected):
         load(data, tmp_path / "out", resumes=False, max_bad_fraction=1.0)
-    with pytest.raises(UserError, match=r"no captioned pictures|cannot be read"):
+    with pytest.raises(UserError, match=r"no captioned images|cannot be read"):
         tiny.train(tiny.vqvae_run(data, tmp_path / "run"))
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -145,7 +145,7 @@ def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
     assert weights is not None
     assert torch.equal(again.weights("color"), weights)  # type: ignore[arg-type]
     reasons = {row["path"]: row["reason"] for row in listed(out)}
-    assert "not a picture" in reasons["8.png"] or "replaced by" in reasons["8.png"]
+    assert "not an image" in reasons["8.png"] or "replaced by" in reasons["8.png"]
     assert [row["path"] for row in listed(out)].count("8.png") == 2  # why, and by what
     assert any("gone since the run began, replaced by" in row["reason"] for row in listed(out))
 
@@ -155,10 +155,10 @@ def test_a_resumed_run_stops_when_too_many_are_gone(data: Path, tmp_path: Path) 
     load(data, out, resumes=False)
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[10:]))
-    with pytest.raises(UserError, match=r"9 of the 25 pictures that this run began with are gone"):
+    with pytest.raises(UserError, match=r"9 of the 25 images that this run began with are gone"):
         load(data, out, resumes=True)
-    (out / "pictures-train.jsonl").write_text("{")
-    with pytest.raises(UserError, match=r"resume: .*pictures-train\.jsonl cannot be read"):
+    (out / "images-train.jsonl").write_text("{")
+    with pytest.raises(UserError, match=r"resume: .*images-train\.jsonl cannot be read"):
         load(data, out, resumes=True)
 
 
@@ -177,7 +177,7 @@ def test_lost_image_keeps_sample_order_on_resume(kind: str, data: Path, tmp_path
     lost = data / "1.png"
     lost.unlink()
     _, lines = tiny.train(config(out, max_steps=6), resume="latest")  # type: ignore[arg-type]
-    assert any("1 pictures of this run are gone" in line for line in lines)
+    assert any("1 images of this run are gone" in line for line in lines)
     assert len(tiny.losses(out)) == 6
 
 

@@ -75,7 +75,7 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
     "character device": (special("b.png", tarfile.CHRTYPE), {"b.png": NOT_REGULAR}),
     "block device": (special("b.png", tarfile.BLKTYPE), {"b.png": NOT_REGULAR}),
     "pipe": (special("b.png", tarfile.FIFOTYPE), {"b.png": NOT_REGULAR}),
-    "folder named as a picture": (special("b.png", tarfile.DIRTYPE), {}),
+    "folder named as an image": (special("b.png", tarfile.DIRTYPE), {}),
     **{
         f"pickle as .{suffix}": (file(f"good.{suffix}", PICKLED), {})
         for suffix in (
@@ -109,15 +109,15 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
         sparse(major="1", minor="0", name="b.png", realsize=str(2**30)),
         {"x.tar": "not a tar file, or damaged"},
     ),
-    "picture without caption": (file("b.png", png_bytes()), {"b.png": NO_CAPTION}),
-    "caption without picture": (file("b.txt"), {"b": "no picture for this key"}),
+    "image without caption": (file("b.png", png_bytes()), {"b.png": NO_CAPTION}),
+    "caption without image": (file("b.txt"), {"b": "no image for this key"}),
     "empty caption": (
         both(file("b.png", png_bytes()), file("b.txt", b" \n")),
         {"b.png": NO_CAPTION},
     ),
     "caption longer than 1 MiB": (
         both(file("b.png", png_bytes()), file("b.txt", b"x" * (2**20 + 1))),
-        {"b.txt": "1048577 bytes, wanted at most 1048576", "b.png": NO_CAPTION},
+        {"b.txt": "1048577 bytes, expected at most 1048576", "b.png": NO_CAPTION},
     ),
     "json that is cut": (
         both(file("b.png", png_bytes()), file("b.json", b'{"caption": ')),
@@ -131,11 +131,11 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
         both(file("b.png", png_bytes()), file("b.json", b'{"a":' + b"[" * 500 + b"]" * 500 + b"}")),
         {"b.png": "b.json is nested deeper than 64"},
     ),
-    "two pictures for a key": (
+    "two images for a key": (
         both(file("good.jpg", png_bytes()), file("good.txt", b"first")),
         {"good.png": "a second member for the same key", "good.txt": "a second member"},
     ),
-    "picture of another format": (
+    "image of another format": (
         both(file("b.gif"), file("b.txt")),
         {"b": "b.gif is there, but its format is not one of"},
     ),
@@ -146,11 +146,11 @@ MEMBERS: dict[str, tuple[Build, dict[str, str]]] = {
     "name of 5 000 letters": (file("z" * 5000 + ".png", png_bytes()), {"z" * 5000: NO_CAPTION}),
     "name of 20 000 letters": (
         file("z" * 20_000 + ".png", png_bytes()),
-        {"x.tar": "a header of 20480 bytes, wanted at most 16384"},
+        {"x.tar": "a header of 20480 bytes, expected at most 16384"},
     ),
     "pax header of 100 kB": (
         file("b.png", png_bytes(), pax_headers={"comment": "x" * 100_000}),
-        {"x.tar": "wanted at most 16384"},
+        {"x.tar": "expected at most 16384"},
     ),
     "pax header with a size below zero": (
         file("b.png", png_bytes(), pax_headers={"size": "-1024"}),
@@ -226,20 +226,20 @@ FILES: dict[str, tuple[Callable[[], bytes], list[str], str]] = {
     "xz": (lambda: lzma.compress(good_tar()), [], NO_TAR),
     "zip": (lambda: b"PK\3\4" + bytes(600), [], NO_TAR),
     "cut in a header": (lambda: good_tar()[: 512 * 5 + 100], ["a"], "x.tar"),
-    "cut in a picture": (lambda: good_tar()[: 512 * 6 + 10], ["a"], "cut off by the end"),
+    "cut in an image": (lambda: good_tar()[: 512 * 6 + 10], ["a"], "cut off by the end"),
     "cut in a caption": (lambda: good_tar()[: 512 * 8 + 10], ["a"], "cut off by the end"),
     "flipped bit in the first header": (lambda: flipped(20), [], NO_TAR),
     "flipped bit in a later header": (lambda: flipped(512 * 5 + 20), ["a"], "no valid header at"),
-    "flipped bit in a picture": (lambda: flipped(512 + 20), ["a", "b"], ""),
-    "picture that claims 1 TiB": (
+    "flipped bit in an image": (lambda: flipped(512 + 20), ["a", "b"], ""),
+    "image that claims 1 TiB": (
         lambda: good_tar()[: 512 * 5] + tar_header("c.png", 2**40) + bytes(1024),
         ["a"],
-        "1099511627776 bytes, wanted at most",
+        "1099511627776 bytes, expected at most",
     ),
     "caption that claims 1 TiB": (
         lambda: good_tar()[: 512 * 5] + tar_header("c.txt", 2**40) + bytes(1024),
         ["a"],
-        "1099511627776 bytes, wanted at most",
+        "1099511627776 bytes, expected at most",
     ),
     "long name that claims 1 TiB": (
         lambda: (
@@ -248,17 +248,17 @@ FILES: dict[str, tuple[Callable[[], bytes], list[str], str]] = {
             + bytes(1024)
         ),
         ["a"],
-        "wanted at most 16384",
+        "expected at most 16384",
     ),
     "pax header that claims 1 TiB": (
         lambda: good_tar()[: 512 * 5] + tar_header("x", 2**40, tarfile.XHDTYPE) + bytes(1024),
         ["a"],
-        "wanted at most 16384",
+        "expected at most 16384",
     ),
     "global header that claims 1 TiB": (
         lambda: good_tar()[: 512 * 5] + tar_header("x", 2**40, tarfile.XGLTYPE) + bytes(1024),
         ["a"],
-        "wanted at most 16384",
+        "expected at most 16384",
     ),
 }
 
@@ -270,7 +270,7 @@ def test_a_damaged_tar_gives_what_lies_before_the_damage(name: str, tmp_path: Pa
     (tmp_path / "x.tar").write_bytes(make())
     with nothing_comes_of_it(tmp_path):
         if not expected:
-            with pytest.raises(UserError, match=f"no captioned pictures found.*{said}"):
+            with pytest.raises(UserError, match=f"no captioned images found.*{said}"):
                 open_pairs(str(tmp_path / "x.tar"))
             return
         pairs = open_pairs(str(tmp_path))
@@ -303,7 +303,7 @@ SOURCES = {
     "/dev/zero": "is no folder, .tar or .parquet file",
     "/dev/null": "is no folder, .tar or .parquet file",
     "/etc/passwd": "is no folder, .tar or .parquet file",
-    "": "source is '', wanted a folder",
+    "": "source is '', expected a folder",
     " \n": "source is ' ",
 }
 

@@ -168,7 +168,7 @@ def test_a_folder_without_the_right_to_write_is_refused_before_the_data_are_read
     with without_rights() as folder:
         for out in (folder, folder / "new", folder / "new" / "run"):
             config = tiny.vqvae_run(Path("no data"), out)
-            with pytest.raises(UserError, match=r"output_dir: .*Permission denied; wanted"):
+            with pytest.raises(UserError, match=r"output_dir: .*Permission denied; expected"):
                 tiny.train(config)
 
 
@@ -211,12 +211,12 @@ def test_data_that_may_not_be_read_are_one_line(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with without_rights() as folder:
         config = tiny.vqvae_run(tmp_path / "data" / "below", folder / "run")
-        with pytest.raises(UserError, match=r"data.source: .*Permission denied; wanted data"):
+        with pytest.raises(UserError, match=r"data.source: .*Permission denied; expected data"):
             tiny.train(config)
 
 
 def test_a_read_only_disk_is_refused(tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "size=64k,ro") as disk:
         config = tiny.vqvae_run(tmp_path / "no data", disk / "run")
-        with pytest.raises(UserError, match=r"output_dir: .*Read-only file system; wanted"):
+        with pytest.raises(UserError, match=r"output_dir: .*Read-only file system; expected"):
             tiny.train(config)

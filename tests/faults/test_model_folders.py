@@ -185,7 +185,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "vocab_size negative": (changed(CONFIG, vocab_size=-5), "vocab_size: got -5"),
     "text_length 10^9": (changed(CONFIG, text_length=10**9), "text_length: got 1000000000"),
     "grid 10^9": (changed(CONFIG, image_grid_size=[10**9] * 2), "image_grid_size: got 10000"),
-    "grid of three": (changed(CONFIG, image_grid_size=[2, 2, 2]), "wanted 2 whole numbers"),
+    "grid of three": (changed(CONFIG, image_grid_size=[2, 2, 2]), "expected 2 whole numbers"),
     "one level of 10^9": (
         changed(CONFIG, codebook_levels=[10**9]),
         "asks for 16.* numbers, the file holds",
@@ -202,24 +202,33 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "infinity": (replaced(CONFIG, b'_probability": 0.1', b'_probability": -Infinity'), "-Infin"),
     "1e999": (replaced(CONFIG, b'_probability": 0.1', b'_probability": 1e999'), "number 1e999"),
     "dropout of 2": (decoder(dropout_probability=2), "dropout_probability: got 2"),
-    "unknown key": (changed(CONFIG, colour=1), "unknown or missing fields: colour"),
+    "unknown key": (changed(CONFIG, colour=1), "unknown or missing fields: color"),
     "unknown inner key": (decoder(__class__="os"), "DecoderConfig: .*fields: __class__"),
     "10,000 unknown keys": (changed(CONFIG, **{f"k{n}": n for n in range(10**4)}), "k1, k10"),
-    "a word for a number": (changed(CONFIG, vocab_size="280"), "got '280', wanted a whole number"),
-    "a float for a count": (decoder(num_layers=2.0), "num_layers: got 2.0, wanted a whole"),
-    "true for a count": (decoder(num_layers=True), "num_layers: got True, wanted a whole number"),
+    "a word for a number": (
+        changed(CONFIG, vocab_size="280"),
+        "got '280', expected a whole number",
+    ),
+    "a float for a count": (decoder(num_layers=2.0), "num_layers: got 2.0, expected a whole"),
+    "true for a count": (decoder(num_layers=True), "num_layers: got True, expected a whole number"),
     "null for a count": (changed(CONFIG, text_length=None), "text_length: got None"),
     "an object for a count": (changed(CONFIG, text_length={"a": 1}), "text_length: got .'a'"),
-    "a list for a decoder": (changed(CONFIG, decoder=[1]), "DecoderConfig: got .1., wanted an obj"),
+    "a list for a decoder": (
+        changed(CONFIG, decoder=[1]),
+        "DecoderConfig: got .1., expected an obj",
+    ),
     "odd positions": (decoder(positions="__import__"), "positions: got '__import__'"),
     "positions in a list": (decoder(positions=["rotary"]), "positions: got .'rotary'"),
-    "odd architecture": (decoder(architecture="gan"), "architecture: got 'gan', wanted one of"),
-    "a missing encoder": (decoder(**tiny.WITH_ENCODER), "tensor .*: got none, wanted"),
+    "odd architecture": (decoder(architecture="gan"), "architecture: got 'gan', expected one of"),
+    "a missing encoder": (decoder(**tiny.WITH_ENCODER), "tensor .*: got none, expected"),
     "10^9 encoder layers": (
         decoder(architecture="encoder_decoder", num_encoder_layers=10**9),
         "num_encoder_layers: got 1000000000, the file holds",
     ),
-    "an encoder by half": (decoder(num_encoder_layers=1), "got 1, wanted 0 with architecture dec"),
+    "an encoder by half": (
+        decoder(num_encoder_layers=1),
+        "got 1, expected 0 with architecture dec",
+    ),
     "nested 100,000 deep": (written(CONFIG, b'{"a":' + b"[" * 100_000), "nested too deeply"),
     "2 MB of spaces": (written(CONFIG, b"{" + b" " * 2_000_000 + b"}"), "larger than 1048576 by"),
     "a key twice": (replaced(CONFIG, b"{", b'{"vocab_size": 7,'), "'vocab_size' is there twice"),
@@ -228,8 +237,8 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "empty config": (written(CONFIG, b""), "not JSON"),
     "HTML": (written(CONFIG, b"<!DOCTYPE html><html>404</html>"), "not JSON"),
     "a Git LFS pointer": (written(DALLE, b"version https://git-lfs.github.com/spec/v1"), "header"),
-    "index version 1": (changed(INDEX_NAME, format_version=1), "format_version: got 1, wanted 2"),
-    "index version 3": (changed(INDEX_NAME, format_version=3), "format_version: got 3, wanted 2"),
+    "index version 1": (changed(INDEX_NAME, format_version=1), "format_version: got 1, expected 2"),
+    "index version 3": (changed(INDEX_NAME, format_version=3), "format_version: got 3, expected 2"),
     "index version '2'": (changed(INDEX_NAME, format_version=[2]), "format_version: got .2., want"),
     "unknown key in the index": (changed(INDEX_NAME, auto_map={"a": "b.py"}), "fields: auto_map"),
     "paths in sha256": (changed(INDEX_NAME, sha256={"../../etc/passwd": "0"}), "sha256: got "),
@@ -238,7 +247,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "index of 2 MB": (written(INDEX_NAME, b" " * 2_000_000), "larger than"),
     "sampling NaN": (replaced(INDEX_NAME, b'"top_p": 1.0', b'"top_p": NaN'), "number NaN"),
     "sampling negative": (sampling(temperature=-1.0), "temperature: got -1.0"),
-    "sampling of true": (sampling(top_k=True), "top_k: got True, wanted a whole number"),
+    "sampling of true": (sampling(top_k=True), "top_k: got True, expected a whole number"),
     "vqvae blocks 10^9": (changed(VQVAE_CONFIG, num_decoder_blocks=10**9), "blocks: got 10000000"),
     "vqvae blocks negative": (changed(VQVAE_CONFIG, num_encoder_blocks=-1), "blocks: got -1"),
     "vqvae channels 10^9": (changed(VQVAE_CONFIG, channels=[10**9]), "channels: got 10000000"),
@@ -257,9 +266,15 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     ),
     "vqvae levels 10^9": (changed(VQVAE_CONFIG, fsq_levels=[10**9] * 3), "not "),
     "vqvae 20,000 levels": (changed(VQVAE_CONFIG, fsq_levels=[2] * 20_000), "fsq_levels: got 20"),
-    "vqvae version 2": (changed(VQVAE_CONFIG, format_version=2), "format_version: got 2, wanted 1"),
+    "vqvae version 2": (
+        changed(VQVAE_CONFIG, format_version=2),
+        "format_version: got 2, expected 1",
+    ),
     "vqvae unknown key": (changed(VQVAE_CONFIG, pickle="x"), "fields: pickle"),
-    "vqvae kernel true": (changed(VQVAE_CONFIG, encoder_kernel_size=True), "got True, wanted one"),
+    "vqvae kernel true": (
+        changed(VQVAE_CONFIG, encoder_kernel_size=True),
+        "got True, expected one",
+    ),
 }
 WEIGHTS: dict[str, tuple[Damage, str]] = {
     "empty": (written(DALLE, b""), "not loaded"),
@@ -322,14 +337,14 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
     ),
     "an extra tensor": (
         weights(lambda values: values.update({"zz": torch.zeros(3)})),
-        "tensor zz: got .3,. of float32, wanted none",
+        "tensor zz: got .3,. of float32, expected none",
     ),
     "a name of 5,000 letters": (
         weights(lambda values: values.update({"a" * 5000: torch.zeros(3)})),
         "tensor aaaa",
     ),
     "float64": (one(torch.Tensor.double), "text_head.weight: got .* of another type"),
-    "int64": (one(torch.Tensor.long), "text_head.weight: got .* of int64, wanted .* of float32"),
+    "int64": (one(torch.Tensor.long), "text_head.weight: got .* of int64, expected .* of float32"),
     "bool": (one(torch.Tensor.bool), "text_head.weight: got .* of bool"),
     "float8": (one(lambda value: value.to(torch.float8_e4m3fn)), "got .* of another type"),
     "complex": (one(lambda value: value.to(torch.complex64)), "got .* of another type"),
@@ -390,11 +405,11 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "nested": (written(TOKENIZER, b'{"normalizer":' * 100_000), "cannot read"),
     "a length of 10^9": (
         changed(TOKENIZER_CONFIG, model_max_length=10**9),
-        "is 1000000000, wanted",
+        "is 1000000000, expected",
     ),
     "a length of -1": (changed(TOKENIZER_CONFIG, model_max_length=-1), "text_length is -1"),
-    "a length in words": (changed(TOKENIZER_CONFIG, model_max_length="8"), "is '8', wanted"),
-    "a length of true": (changed(TOKENIZER_CONFIG, model_max_length=True), "is True, wanted"),
+    "a length in words": (changed(TOKENIZER_CONFIG, model_max_length="8"), "is '8', expected"),
+    "a length of true": (changed(TOKENIZER_CONFIG, model_max_length=True), "is True, expected"),
     "another length": (changed(TOKENIZER_CONFIG, model_max_length=9), "text_length is 9, the dec"),
     "settings in a list": (written(TOKENIZER_CONFIG, b"[]"), "cannot read"),
     "settings of 2 MB": (written(TOKENIZER_CONFIG, b" " * 2_000_000), "larger than 1048576"),
@@ -405,10 +420,10 @@ PLACES: dict[str, tuple[Damage, str]] = {
         for name in (INDEX_NAME, CONFIG, DALLE, VQVAE_CONFIG, VQVAE, TOKENIZER, TOKENIZER_CONFIG)
     },
     "link out: dalle": (linked("dalle"), "a link that leads out of the folder"),
-    "link to /dev/zero": (linked(CONFIG, "/dev/zero"), "No such file; wanted a regular file"),
+    "link to /dev/zero": (linked(CONFIG, "/dev/zero"), "No such file; expected a regular file"),
     "link to itself": (linked(DALLE, "model.safetensors"), "No such file|levels of symbolic links"),
-    "a pipe for weights": (fifo(DALLE), "No such file; wanted a regular file"),
-    "a pipe for a config": (fifo(VQVAE_CONFIG), "No such file; wanted a regular file"),
+    "a pipe for weights": (fifo(DALLE), "No such file; expected a regular file"),
+    "a pipe for a config": (fifo(VQVAE_CONFIG), "No such file; expected a regular file"),
     "a folder for a file": (lambda f: ((f / DALLE).unlink(), (f / DALLE).mkdir()), "No such file"),
 }
 SECTIONS = {"config": CONFIGS, "weights": WEIGHTS, "tokenizer": TOKENIZERS, "place": PLACES}
@@ -518,7 +533,7 @@ def test_links_of_the_hub_cache_are_followed(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_every_single_flipped_bit_is_noticed(folder: Path) -> None:
-    """Of a dozen places in every file; what loads draws the same picture."""
+    """Of a dozen places in every file; what loads generates the same image."""
     whole = TextToImagePipeline.from_pretrained(folder)
     before = whole("a red disc").images[0].tobytes()
     refused = 0

@@ -35,7 +35,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def write_config(folder: Path, **training: object) -> Path:
-    """A tokenizer run whose batch of 512 pictures of 64 pixels needs gigabytes."""
+    """A tokenizer run whose batch of 512 images of 64 pixels needs gigabytes."""
     data = tiny.write_data(folder / "data")
     config = tiny.vqvae_run(
         data,

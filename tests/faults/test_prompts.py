@@ -1,6 +1,6 @@
 """Prompts and messages: no text of a user becomes a path, a control code or a leaked secret.
 
-Faults 24, and 22 as far as drawing goes, of the table in `README.md` beside this file.
+Faults 24, and 22 as far as generation goes, of the table in `README.md` beside this file.
 """
 
 import json
@@ -38,13 +38,13 @@ HOSTILE = {
     "HTML": "<img src=x onerror=window.__xss=1>",
     "a script": "</pre><script>window.__xss=1</script>",
     "markdown": "[x](javascript:window.__xss=1) ![y](http://example.com/y.png)",
-    "SQL": "'; DROP TABLE pictures; --",
+    "SQL": "'; DROP TABLE images; --",
     "two lines": "one\r\ntwo",
-    "settings of another picture": "cat\nseed: 7, guidance_scale: 9\nSteps: 3",
+    "settings of another image": "cat\nseed: 7, guidance_scale: 9\nSteps: 3",
     "JSON": '", "seed": 9, "x": "',
     "NUL": "a\x00b",
     "control codes": "".join(map(chr, range(1, 32))) + "\x7f\x85\x9b",
-    "colours of a terminal": "\x1b[31m\x1b]0;title\x07red",
+    "colors of a terminal": "\x1b[31m\x1b]0;title\x07red",
     "from right to left": "\u202egnp.exe\u2066abc",
     "nothing to be seen": "\u200b\u200d\ufeff",
     "marks alone": "\u0301\u0302" * 40,
@@ -83,7 +83,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(model_dir: Path, out: Path, *prompts: str, **options: Any) -> list[Path]:
-    """Draw with `generate.py`'s function; returns the pictures in the order of their numbers."""
+    """Generate with `generate.py`'s function; returns the images in the order of their numbers."""
     known = {"num_images": 1, "num_candidates": 1, "seed": 0, "overrides": {}}
     before = set(out.glob("*")) if out.is_dir() else set()
     generate_to_folder(str(model_dir), prompts=prompts, out=out, **(known | options))
@@ -168,7 +168,7 @@ def test_a_later_call_never_overwrites(model_dir: Path, tmp_path: Path) -> None:
 
 
 def test_many_images_of_a_prompt_are_those_of_single_calls(model_dir: Path, tmp_path: Path) -> None:
-    """More than are drawn at a time, with candidates."""
+    """More than are generated at a time, with candidates."""
     options = {"num_candidates": 2, "seed": 10}
     many = generate(model_dir, tmp_path / "many", "a red disc", num_images=70, **options)
     assert len(many) == 70
@@ -266,13 +266,15 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(model_dir: Path, tmp_
     arguments = ["--model", str(model_dir), "--prompt", "a red disc", *options]
     result = run_apart(script(arguments, before=limit))
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(b"error: memory: not enough to draw; lower --num-candidates")
+    assert result.stderr.startswith(
+        b"error: memory: not enough to generate; lower --num-candidates"
+    )
     assert result.stderr.count(b"\n") == 1
     assert not list(tmp_path.glob("*.png"))
 
 
 def test_full_disk_is_one_line_and_earlier_images_stay(model_dir: Path, tmp_path: Path) -> None:
-    """The limit on the size of files stands for the disk; the grid is larger than a picture."""
+    """The limit on the size of files stands for the disk; the grid is larger than an image."""
     limit = (
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"

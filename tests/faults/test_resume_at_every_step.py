@@ -26,7 +26,7 @@ from tests.reference.log_lines import log_lines
 from tests.reference.processes import Script, run_script
 from vqvae.losses.adversarial import DiscriminatorConfig
 
-STEPS = 8  # 25 training pictures in batches of 8: the epoch ends within the fourth
+STEPS = 8  # 25 training images in batches of 8: the epoch ends within the fourth
 RANDOM = {
     "caption_dropout_probability": 0.3,
     "token_noise_probability": 0.2,
@@ -67,7 +67,7 @@ def stop_after_every_step(config: Any) -> None:
 
 
 def everything(out: Path) -> dict[str, Any]:
-    """All tensors, pictures and figures of a finished run."""
+    """All tensors, images and figures of a finished run."""
     checkpoint = out / "checkpoints" / f"step-{STEPS:08d}"
     state = json.loads((checkpoint / "state.json").read_text())["state"]
     for name in ("elapsed_seconds", "config", "optimizer_0", "optimizer_1"):
@@ -239,7 +239,7 @@ def test_indivisible_batch_is_refused(tmp_path: Path) -> None:
     script = Script("scripts/train_vqvae.py", "--config", tmp_path / "run.yaml", processes=2)
     code, _ = script.finish()
     assert code != 0
-    assert "training.global_batch_size: got 9, wanted a multiple of 2 (2 processes x 1" in (
+    assert "training.global_batch_size: got 9, expected a multiple of 2 (2 processes x 1" in (
         script.all_output()
     )
     assert not (tmp_path / "run" / "checkpoints").exists()

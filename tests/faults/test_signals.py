@@ -259,7 +259,7 @@ def test_generation_stops_with_whole_images(tmp_path: Path, name: str) -> None:
         "--out",
         out,
     )
-    script.wait_for(r"\d+ of 12000 drawn")
+    script.wait_for(r"\d+ of 12000 generated")
     number = signal.Signals[name]
     script.send(number)
     code, seconds = script.finish()

@@ -184,9 +184,9 @@ def test_both_losses_start_as_in_their_papers() -> None:
 
 @pytest.mark.parametrize("name", ["hidden_size", "num_layers", "num_heads", "intermediate_size"])
 def test_sizes_that_no_tower_has_are_named(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"model.text.{name}: got 0, wanted at least 1"):
+    with pytest.raises(ValueError, match=rf"model.text.{name}: got 0, expected at least 1"):
         TextTowerConfig(**{name: 0})
-    with pytest.raises(ValueError, match=r"model.text.hidden_size: got 10, wanted a multiple"):
+    with pytest.raises(ValueError, match=r"model.text.hidden_size: got 10, expected a multiple"):
         TextTowerConfig(hidden_size=10)
-    with pytest.raises(ValueError, match=r"model.embedding_size: got 0, wanted at least 1"):
+    with pytest.raises(ValueError, match=r"model.embedding_size: got 0, expected at least 1"):
         TowersConfig(embedding_size=0)

@@ -1,4 +1,4 @@
-"""The decoder: against a plain re-implementation, causal, cached, and free to draw in any order."""
+"""The decoder: against a plain re-implementation, causal, cached, and free to generate in any order."""
 
 import math
 from collections.abc import Callable
@@ -18,7 +18,7 @@ BATCH = 3  # rows of inputs()
 
 
 def inputs(model: Dalle, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random captions, one with pads at its end and one of pads alone, and random pictures."""
+    """Random captions, one with pads at its end and one of pads alone, and random images."""
     generator = torch.Generator().manual_seed(seed)
     sizes = model.config
     text = torch.randint(1, sizes.vocab_size, (BATCH, sizes.text_length), generator=generator)
@@ -286,11 +286,11 @@ def test_names_of_weights_are_the_ones_in_saved_models(build_dalle: BuildDalle) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden_size": 0}, "hidden_size: got 0, wanted at least 1"),
+        ({"hidden_size": 0}, "hidden_size: got 0, expected at least 1"),
         ({"num_layers": 0}, "num_layers: got 0"),
         ({"num_heads": -1}, "num_heads: got -1"),
-        ({"hidden_size": 20, "num_heads": 2}, "hidden_size: got 20, wanted a multiple of .* 8"),
-        ({"dropout_probability": 1.0}, r"dropout_probability: got 1\.0, wanted 0 to below 1"),
+        ({"hidden_size": 20, "num_heads": 2}, "hidden_size: got 20, expected a multiple of .* 8"),
+        ({"dropout_probability": 1.0}, r"dropout_probability: got 1\.0, expected 0 to below 1"),
         ({"dropout_probability": math.nan}, "dropout_probability: got nan"),
         ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"text_length": 0}, "text_length: got 0"),
@@ -308,7 +308,7 @@ def test_bad_sizes_are_refused(
 
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_positions_are_refused() -> None:
-    with pytest.raises(ValueError, match="positions: got 'none', wanted one of rotary, learned"):
+    with pytest.raises(ValueError, match="positions: got 'none', expected one of rotary, learned"):
         DecoderConfig(positions="none")  # type: ignore[arg-type]
 
 

@@ -163,9 +163,9 @@ def test_a_fresh_decoder_has_biases_of_zero() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"attention": "sparse"}, "decoder.attention: got 'sparse', wanted one of dense, dalle"),
-        ({"block": "relu"}, "decoder.block: got 'relu', wanted one of swiglu, gelu"),
-        ({"kernel_size": 4}, "decoder.kernel_size: got 4, wanted an odd number from 1 on"),
+        ({"attention": "sparse"}, "decoder.attention: got 'sparse', expected one of dense, dalle"),
+        ({"block": "relu"}, "decoder.block: got 'relu', expected one of swiglu, gelu"),
+        ({"kernel_size": 4}, "decoder.kernel_size: got 4, expected an odd number from 1 on"),
         ({"kernel_size": -1}, "decoder.kernel_size: got -1"),
     ],
 )
@@ -175,7 +175,7 @@ def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
 
 
 def test_sequences_that_no_mask_can_hold_are_refused(build_dalle: BuildDalle) -> None:
-    with pytest.raises(ValueError, match=r"image_grid_size: .* wanted at most 8192"):
+    with pytest.raises(ValueError, match=r"image_grid_size: .* expected at most 8192"):
         build_dalle(**PUBLISHED, image_grid_size=(100, 100))
 
 
@@ -185,7 +185,7 @@ def test_an_older_file_means_the_defaults() -> None:
     for name in ("attention", "kernel_size", "block", "has_target_positions"):
         del values[name]
     assert build_config(DecoderConfig, values) == DecoderConfig()
-    with pytest.raises(ValueError, match="has_target_positions: got 1, wanted true or false"):
+    with pytest.raises(ValueError, match="has_target_positions: got 1, expected true or false"):
         build_config(DecoderConfig, values | {"has_target_positions": 1})
     del values["positions"]
     with pytest.raises(ValueError, match=r"DecoderConfig: unknown or missing fields: positions$"):
@@ -197,7 +197,7 @@ def test_a_model_folder_cannot_claim_other_orders() -> None:
     decoder = dataclasses.replace(parts.dalle.config.decoder, attention="dalle")
     dalle = Dalle(dataclasses.replace(parts.dalle.config, decoder=decoder))
     with pytest.raises(
-        ValueError, match="generates_any_order: got true, but the decoder draws raster"
+        ValueError, match="generates_any_order: got true, but the decoder generates raster"
     ):
         TextToImagePipeline(
             dalle=dalle, vqvae=parts.vqvae, captions=parts.captions, generates_any_order=True

@@ -1,4 +1,4 @@
-"""The caption encoder and picture decoder: against a plain one, causal, cached, in any order."""
+"""The caption encoder and image decoder: against a plain one, causal, cached, in any order."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def build(build_dalle: Callable[..., Any]) -> Build:
 
 
 def inputs(model: DalleEncoderDecoder, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Random captions, one with pads at its end and one of pads alone, and random pictures."""
+    """Random captions, one with pads at its end and one of pads alone, and random images."""
     generator = torch.Generator().manual_seed(seed)
     sizes = model.config
     text = torch.randint(1, sizes.vocab_size, (BATCH, sizes.text_length), generator=generator)
@@ -248,24 +248,26 @@ def test_a_fresh_model_starts_at_the_uniform_distribution() -> None:
 
 def test_the_config_decides_the_architecture() -> None:
     assert isinstance(build_text_to_image(config_of()), Dalle)
-    with pytest.raises(ValueError, match="architecture: got decoder_only, wanted encoder_decoder"):
+    with pytest.raises(
+        ValueError, match="architecture: got decoder_only, expected encoder_decoder"
+    ):
         DalleEncoderDecoder(config_of())
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_encoder_layers": 0}, "num_encoder_layers: got 0, wanted at least 1 with archi"),
-        ({"num_encoder_layers": -1}, "num_encoder_layers: got -1, wanted at least 1 with"),
+        ({"num_encoder_layers": 0}, "num_encoder_layers: got 0, expected at least 1 with archi"),
+        ({"num_encoder_layers": -1}, "num_encoder_layers: got -1, expected at least 1 with"),
         (
             {"architecture": "decoder_only"},
-            "num_encoder_layers: got 2, wanted 0 with architecture decoder_only",
+            "num_encoder_layers: got 2, expected 0 with architecture decoder_only",
         ),
         (
             {"architecture": "decoder_only", "num_encoder_layers": -1},
-            "num_encoder_layers: got -1, wanted 0",
+            "num_encoder_layers: got -1, expected 0",
         ),
-        ({"positions": "axial"}, "decoder.positions: got 'axial', wanted 'rotary' with archi"),
+        ({"positions": "axial"}, "decoder.positions: got 'axial', expected 'rotary' with archi"),
     ],
 )
 def test_what_does_not_go_together_is_refused(
@@ -277,7 +279,9 @@ def test_what_does_not_go_together_is_refused(
 
 @pytest.mark.usefixtures("unchecked")
 def test_an_unknown_architecture_is_refused() -> None:
-    with pytest.raises(ValueError, match="architecture: got 'x', wanted one of decoder_only, enc"):
+    with pytest.raises(
+        ValueError, match="architecture: got 'x', expected one of decoder_only, enc"
+    ):
         DecoderConfig(architecture="x")  # type: ignore[arg-type]
 
 

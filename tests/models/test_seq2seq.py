@@ -138,9 +138,9 @@ def test_fresh_embeddings_and_logits_have_a_variance_of_about_one() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_heads": 0}, "model.num_heads: got 0, wanted at least 1"),
-        ({"num_heads": 3}, "model.hidden_size: got 16, wanted an even multiple of num_heads 3"),
-        ({"dropout_probability": 1.0}, "model.dropout_probability: got 1.0, wanted 0 to below 1"),
+        ({"num_heads": 0}, "model.num_heads: got 0, expected at least 1"),
+        ({"num_heads": 3}, "model.hidden_size: got 16, expected an even multiple of num_heads 3"),
+        ({"dropout_probability": 1.0}, "model.dropout_probability: got 1.0, expected 0 to below 1"),
     ],
 )
 def test_bad_sizes_are_named(change: dict[str, Any], message: str) -> None:

@@ -114,10 +114,10 @@ def test_a_fresh_model_knows_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"patch_size": 0}, "patch_size: got 0, wanted at least 1"),
-        ({"patch_size": 5}, "model.patch_size: got 5, wanted a divisor of the picture's side 12"),
-        ({"num_heads": 5}, "hidden_size: got 24, wanted a multiple of num_heads 5"),
-        ({"dropout_probability": -1.0}, "dropout_probability: got -1.0, wanted 0 to below"),
+        ({"patch_size": 0}, "patch_size: got 0, expected at least 1"),
+        ({"patch_size": 5}, "model.patch_size: got 5, expected a divisor of the image's side 12"),
+        ({"num_heads": 5}, "hidden_size: got 24, expected a multiple of num_heads 5"),
+        ({"dropout_probability": -1.0}, "dropout_probability: got -1.0, expected 0 to below"),
     ],
 )
 def test_bad_sizes_are_named(change: dict[str, Any], message: str) -> None:

@@ -64,7 +64,7 @@ def test_without_compiler_torch_generates_and_warns(
     with caplog.at_level(logging.WARNING):
         assert not pipeline.use_native("float32")
     assert [record.message for record in caplog.records] == [
-        "drawing with plain torch: no C++ compiler (c++, g++, clang++) is on the PATH"
+        "generating with plain torch: no C++ compiler (c++, g++, clang++) is on the PATH"
     ]
     assert pipeline("a cat").images[0].size == (64, 64)
 

@@ -1,4 +1,4 @@
-"""The compiled pass beside torch: the same logits, the same pictures, whatever stands beside it."""
+"""The compiled pass beside torch: the same logits, the same images, whatever stands beside it."""
 
 import dataclasses
 import shutil
@@ -36,7 +36,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pairs(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
-    """Captions, the last two of them null, and pictures."""
+    """Captions, the last two of them null, and images."""
     config, generator = model.config, torch.Generator().manual_seed(count)
     text = torch.randint(0, config.vocab_size, (count, config.text_length), generator=generator)
     text[-2:] = 0

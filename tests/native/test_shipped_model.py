@@ -1,4 +1,4 @@
-"""What int8 costs the model that comes with the repository, on pictures that training never saw."""
+"""What int8 costs the model that comes with the repository, on images that training never saw."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def test_int8_keeps_the_likelihood_of_held_out_images(tmp_path: Path) -> None:
     pipeline = TextToImagePipeline.from_pretrained(FOLDER)
     model, native = pipeline.dalle.eval(), NativeDecoder(pipeline.dalle, "int8")
     images = pipeline.encode([Image.open(tmp_path / record["file_name"]) for record in held_out])
-    text = pipeline.captions.encode([record["text"] for record in held_out])
+    text = pipeline.text_tokenizer.encode([record["text"] for record in held_out])
     losses = []
     for start in range(0, NUM_IMAGES, 10):
         image, captions = images[start : start + 10], text[start : start + 10]
@@ -46,5 +46,5 @@ def test_int8_keeps_the_likelihood_of_held_out_images(tmp_path: Path) -> None:
             ]
         )
     plain, int8 = torch.tensor(losses).mean(dim=0).tolist()
-    assert 0.5 < plain < 1  # nats per token: it knows these pictures
+    assert 0.5 < plain < 1  # nats per token: it knows these images
     assert abs(int8 / plain - 1) < 0.005

@@ -1,4 +1,4 @@
-"""Emoji data in small: roles of 15 cells, and clocks, as pictures of noise."""
+"""Emoji data in small: roles of 15 cells, and clocks, as images of noise."""
 
 import json
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ CELLS = [(gender, tone) for gender in GENDERS for tone in TONES]
 
 
 def noise(count: int, *, seed: int) -> list[Image.Image]:
-    """Pictures that all differ."""
+    """Images that all differ."""
     generator = torch.Generator().manual_seed(seed)
     return pixels_to_images(torch.rand(count, 3, tiny.SIZE, tiny.SIZE, generator=generator) * 2 - 1)
 
 
 def reference_images(num_roles: int) -> dict[str, dict[tuple[str, str], Image.Image]]:
-    """One picture for every cell of every role."""
+    """One image for every cell of every role."""
     roles = (f"role {number}" for number in range(num_roles))
     return {
         role: dict(zip(CELLS, noise(15, seed=seed), strict=True)) for seed, role in enumerate(roles)
@@ -39,7 +39,7 @@ def write_grid_data(
 ) -> Path:
     """Roles of 15 cells, the last two held out, and clocks, the last held out, in some styles.
 
-    Pictures of a second style are the inverted ones of the first.
+    Images of a second style are the inverted ones of the first.
     """
     folder.mkdir()
     rows = []

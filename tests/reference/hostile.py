@@ -13,7 +13,7 @@ from PIL import Image
 
 
 def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
-    """A picture as a file."""
+    """An image as a file."""
     buffer = io.BytesIO()
     image.save(buffer, format, **options)
     return buffer.getvalue()

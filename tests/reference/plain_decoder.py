@@ -18,7 +18,7 @@ def plain_logits(
     image: list[int],
     order: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Text and image logits of one caption and one picture, drawn cell by cell in ``order``."""
+    """Text and image logits of one caption and one image, generated cell by cell in ``order``."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     vectors = [weights["text_start"]]
     cells: list[int | None] = [None]

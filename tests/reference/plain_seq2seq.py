@@ -1,4 +1,4 @@
-"""The caption encoder and picture decoder once more: one row, one head, one query at a time.
+"""The caption encoder and image decoder once more: one row, one head, one query at a time.
 
 In float64 and without a cache, like the decoder beside it, of which it takes the parts that are
 the same.
@@ -22,7 +22,7 @@ def plain_image_logits(
     image: list[int],
     order: list[int],
 ) -> Tensor:
-    """Image logits of one caption and one picture, drawn cell by cell in ``order``."""
+    """Image logits of one caption and one image, generated cell by cell in ``order``."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     words = []
     for place, token in enumerate(text):

@@ -72,7 +72,7 @@ TRAINING = TrainingConfig(
 
 
 def render_image(number: int) -> Image.Image:
-    """A coloured shape on white; numbers give all twelve captions in turn, at several places."""
+    """A colored shape on white; numbers give all twelve captions in turn, at several places."""
     color, shape = COLORS[number // 2 % 6], SHAPES[number % 2]
     image = Image.new("RGB", (SIZE, SIZE), "white")
     left, top = 1 + number % 5, 1 + number % 3
@@ -83,7 +83,7 @@ def render_image(number: int) -> Image.Image:
 
 
 def write_data(folder: Path, *, count: int = 30) -> Path:
-    """Writes an image folder with `metadata.jsonl`; every sixth picture is held out."""
+    """Writes an image folder with `metadata.jsonl`; every sixth image is held out."""
     folder.mkdir(parents=True)
     lines = []
     for number in range(count):
@@ -178,7 +178,7 @@ def translation_run(table: Path, out: Path, **training: Any) -> TranslationRunCo
 def vit_run(
     data: Path, out: Path, *, implementation: str = "ours", **training: Any
 ) -> ViTRunConfig:
-    """A classifier run of six steps, unless told otherwise: which colour is it?"""
+    """A classifier run of six steps, unless told otherwise: which color is it?"""
     return ViTRunConfig(
         data=LabelledDataConfig(
             source=str(data), label="color", families=(), image_size=SIZE, held_out_percent=30
@@ -210,12 +210,12 @@ def clip_run(
 
 def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
     """A CLIP with random weights and the tokenizer of the twelve captions."""
-    captions = build_text_tokenizer()
+    text_tokenizer = build_text_tokenizer()
     config = ClipConfig(
         towers=dataclasses.replace(TOWERS, **towers),
         image_size=SIZE,
-        vocab_size=captions.vocab_size,
-        text_length=captions.text_length,
+        vocab_size=text_tokenizer.vocab_size,
+        text_length=text_tokenizer.text_length,
     )
     model = Clip(config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -224,7 +224,7 @@ def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
             if parameter.ndim:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
-    return ClipRanker(model, captions)
+    return ClipRanker(model, text_tokenizer)
 
 
 def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
@@ -268,12 +268,12 @@ def build_text_tokenizer(*, text_length: int = 8) -> TextTokenizer:
 
 
 def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
-    """A pipeline whose decoder has random weights: its pictures mean nothing, but all differ."""
-    vqvae, captions = build_vqvae(), build_text_tokenizer()
+    """A pipeline whose decoder has random weights: its images mean nothing, but all differ."""
+    vqvae, text_tokenizer = build_vqvae(), build_text_tokenizer()
     config = DalleConfig(
         decoder=dataclasses.replace(DECODER_SIZES, **decoder),
-        vocab_size=captions.vocab_size,
-        text_length=captions.text_length,
+        vocab_size=text_tokenizer.vocab_size,
+        text_length=text_tokenizer.text_length,
         codebook_levels=vqvae.codebook_levels,
         image_grid_size=vqvae.image_grid_size,
     )
@@ -286,7 +286,7 @@ def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
     return TextToImagePipeline(
         dalle=dalle,
         vqvae=vqvae,
-        captions=captions,
+        text_tokenizer=text_tokenizer,
         sampling_config=SamplingConfig(guidance_scale=2.0),
     )
 

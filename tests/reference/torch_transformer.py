@@ -9,7 +9,7 @@ from dalle_mini_impl.transformer.blocks import TransformerBlock
 
 @torch.no_grad()
 def randomize(model: nn.Module, *, seed: int = 0, scale: float = 0.3) -> None:
-    """Draw every weight so widely that a mistake anywhere moves the results; biases too."""
+    """Generate every weight so widely that a mistake anywhere moves the results; biases too."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -21,7 +21,7 @@ def randomize(model: nn.Module, *, seed: int = 0, scale: float = 0.3) -> None:
 def copy_block(
     mine: TransformerBlock, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 ) -> None:
-    """Draw new weights for our block and give torch's layer the same."""
+    """Generate new weights for our block and give torch's layer the same."""
     randomize(mine)
     give_block(mine, theirs)
 

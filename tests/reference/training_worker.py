@@ -1,4 +1,4 @@
-"""One process of the two-process tests, started by torchrun: trains, draws, and tells what it saw.
+"""One process of the two-process tests, started by torchrun: trains, generates, and tells what it saw.
 
 Argument: a folder with `vqvae.yaml` and `dalle.yaml`, and `model/` beside it; results go there.
 """
@@ -34,7 +34,7 @@ def fit_a_line(folder: Path) -> LineTask:
 
 
 def generate(model: Path, out: Path) -> None:
-    """Draws three prompts."""
+    """Generates three prompts."""
     generate_to_folder(
         str(model),
         prompts=PROMPTS,
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str]) -> None:
     (folder / f"seen-{rank}.json").write_text(json.dumps({"world": world_size, "ids": task.seen}))
     tiny.train(read_config(VQVAERunConfig, folder / "vqvae.yaml"))
     tiny.train(read_config(DalleRunConfig, folder / "dalle.yaml"))
-    generate(folder.parent / "model", folder / "pictures")
+    generate(folder.parent / "model", folder / "images")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ class WandbFile(TypedDict):
     """What a run recorded."""
 
     history: dict[str, list[Any]]
-    """Key -> the values logged, in order; parts of a picture set are `key.captions` and so on."""
+    """Key -> the values logged, in order; parts of an image set are `key.captions` and so on."""
     config: dict[str, Any]
     """The run's config."""
     files: list[str]

@@ -105,9 +105,9 @@ def test_the_length_divisor_is_that_of_the_paper() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"num_beams": 0}, "beam.num_beams: got 0, wanted at least 1"),
-        ({"length_penalty": -0.1}, "beam.length_penalty: got -0.1, wanted at least 0"),
-        ({"length_penalty": float("nan")}, "beam.length_penalty: got nan, wanted at least 0"),
+        ({"num_beams": 0}, "beam.num_beams: got 0, expected at least 1"),
+        ({"length_penalty": -0.1}, "beam.length_penalty: got -0.1, expected at least 0"),
+        ({"length_penalty": float("nan")}, "beam.length_penalty: got nan, expected at least 0"),
     ],
 )
 def test_bad_config_are_named(change: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Which caption fits a picture: Bayes over an enumerated world, and captions from the text head."""
+"""Which caption fits an image: Bayes over an enumerated world, and captions from the text head."""
 
 import itertools
 from collections.abc import Callable

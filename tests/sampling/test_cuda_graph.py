@@ -1,4 +1,4 @@
-"""Drawing on a GPU by a replayed recording: the same pictures as on the CPU."""
+"""Generation on a GPU by a replayed recording: the same images as on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "sampling_config",
     [
         SamplingConfig(guidance_scale=1.0),
         SamplingConfig(guidance_scale=3.0, guidance_schedule="cosine", top_k=5),

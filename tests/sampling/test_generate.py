@@ -1,4 +1,4 @@
-"""Drawing tokens: against a slow loop without cache, and alone or beside others."""
+"""Generation tokens: against a slow loop without cache, and alone or beside others."""
 
 import math
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def captions(model: Dalle, count: int) -> Tensor:
 def slow_generate(
     model: Dalle, text: Tensor, seed: int, sampling_config: SamplingConfig
 ) -> tuple[list[int], Tensor, Tensor, float]:
-    """Draw one picture by whole passes over all that is known.
+    """Generate one image by whole passes over all that is known.
 
     Returns the tokens, the logits given the caption and given nothing, and the caption's gain.
     """
@@ -85,7 +85,7 @@ SAMPLING_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("settings", SAMPLING_CONFIGS)
+@pytest.mark.parametrize("sampling_config", SAMPLING_CONFIGS)
 def test_tokens_and_logits_equal_a_slow_loop_without_cache(
     build_dalle: BuildDalle, sampling_config: SamplingConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +202,7 @@ def test_low_temperature_takes_the_likeliest_token(build_dalle: BuildDalle) -> N
 @pytest.mark.usefixtures("unchecked")
 def test_one_seed_per_caption(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    with pytest.raises(ValueError, match="seeds: got 2, wanted one per caption, 3"):
+    with pytest.raises(ValueError, match="seeds: got 2, expected one per caption, 3"):
         generate_image_token_ids(
             model, captions(model, 3), seeds=torch.arange(2), sampling_config=SamplingConfig()
         )
@@ -231,5 +231,7 @@ def test_values_that_define_no_distribution_are_refused(field: str, value: Any) 
 
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_schedules_are_refused() -> None:
-    with pytest.raises(ValueError, match="guidance_schedule: got 'linear', wanted one of constant"):
+    with pytest.raises(
+        ValueError, match="guidance_schedule: got 'linear', expected one of constant"
+    ):
         SamplingConfig(guidance_schedule="linear")  # type: ignore[arg-type]

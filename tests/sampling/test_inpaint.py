@@ -1,4 +1,4 @@
-"""Completion: what stays stays, and what is drawn depends on all of it."""
+"""Completion: what stays stays, and what is generated depends on all of it."""
 
 from collections.abc import Callable
 
@@ -26,7 +26,7 @@ SAMPLING_CONFIGS = [
 
 
 def rows(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
-    """Captions and pictures."""
+    """Captions and images."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(1, model.config.vocab_size, (count, 5), generator=generator)
     return text, torch.randint(0, 12, (count, 12), generator=generator)
@@ -41,7 +41,7 @@ def slow_inpaint(
     seed: int,
     sampling_config: SamplingConfig,
 ) -> tuple[list[int], float]:
-    """Fill one picture's hole by whole passes over all that is known; returns its tokens, gain."""
+    """Fill one image's hole by whole passes over all that is known; returns its tokens, gain."""
     order = [cell for cell in range(12) if not hole[cell]] + [c for c in range(12) if hole[c]]
     tokens, log_likelihood_ratio = image.clone(), 0.0
     for step in range(12):
@@ -63,7 +63,7 @@ def slow_inpaint(
     return tokens.tolist(), log_likelihood_ratio
 
 
-@pytest.mark.parametrize("settings", SAMPLING_CONFIGS)
+@pytest.mark.parametrize("sampling_config", SAMPLING_CONFIGS)
 def test_holes_are_filled_as_by_a_slow_loop_without_cache(
     build_dalle: BuildDalle, sampling_config: SamplingConfig
 ) -> None:
@@ -171,7 +171,9 @@ def test_orders() -> None:
 def test_holes_that_cannot_be_filled_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
     model = build_dalle()
     text, image = rows(model, 2)
-    with pytest.raises(ValueError, match=r"^is_masked: got .* tokens, wanted as many in each row"):
+    with pytest.raises(
+        ValueError, match=r"^is_masked: got .* tokens, expected as many in each row"
+    ):
         inpaint_image_token_ids(
             model, text, image, holes, seeds=torch.arange(2), sampling_config=SAMPLING_CONFIGS[0]
         )

@@ -27,7 +27,7 @@ def tiny(build_dalle: BuildDalle) -> Dalle:
 
 
 def build_tiny(build_dalle: BuildDalle, **decoder: Any) -> Dalle:
-    """Three codes on six cells: 729 pictures, each token leaning on all the ones before it."""
+    """Three codes on six cells: 729 images, each token leaning on all the ones before it."""
     model = build_dalle(codebook_levels=(3,), image_grid_size=(2, 3), hidden_size=16, **decoder)
     with torch.no_grad():
         model.image_head.rows.mul_(3)
@@ -50,7 +50,7 @@ def slow_filter(logits: Tensor, sampling_config: SamplingConfig) -> Tensor:
 
 @torch.inference_mode()
 def exact_probabilities(model: Any, images: Tensor, sampling_config: SamplingConfig) -> Tensor:
-    """How often sequential sampling draws each picture, by whole passes without a cache."""
+    """How often sequential sampling generates each image, by whole passes without a cache."""
     num_steps = model.config.image_length
     given = model(CAPTION.expand(len(images), -1), images).image.double()
     null = model(torch.zeros_like(CAPTION).expand(len(images), -1), images).image.double()
@@ -287,7 +287,7 @@ def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
 @pytest.mark.parametrize("window", [0, -3])
 def test_an_empty_window_is_refused(build_dalle: BuildDalle, window: int) -> None:
     model = build_dalle()
-    with pytest.raises(ValueError, match=f"^window: got {window}, wanted at least 1 token$"):
+    with pytest.raises(ValueError, match=f"^window: got {window}, expected at least 1 token$"):
         jacobi_decode(
             model,
             captions(model, 1),

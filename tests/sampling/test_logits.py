@@ -1,4 +1,4 @@
-"""Filters and noise: what stays, what is left alone, and that the draws follow the softmax."""
+"""Filters and noise: what stays, what is left alone, and that the random numbers follow the softmax."""
 
 import math
 
@@ -74,7 +74,7 @@ def test_negative_counts_are_refused() -> None:
 
 
 def noise_of(*seeds: int, num_steps: int = 4, vocab_size: int = 5) -> Tensor:
-    """(steps, pictures, tokens)."""
+    """(steps, images, tokens)."""
     return torch.stack(
         [
             gumbel_noise(torch.tensor(seeds), steps=step, vocab_size=vocab_size)
@@ -138,10 +138,10 @@ def test_samples_follow_the_softmax() -> None:
     observed = generated.flatten().bincount(minlength=5)
     # 23.5 is passed by chance once in 10,000 times (4 degrees of freedom).
     assert ((observed - expected) ** 2 / expected).sum() < 23.5
-    # Pairs of successive steps, and of pictures with successive seeds, must be independent.
+    # Pairs of successive steps, and of images with successive seeds, must be independent.
     for pairs in (generated[1:] * 5 + generated[:-1], generated[:, 1:] * 5 + generated[:, :-1]):
         fraction = torch.outer(logits.double().softmax(-1), logits.double().softmax(-1)).flatten()
         expected_pairs = pairs.numel() * fraction
         observed_pairs = pairs.flatten().bincount(minlength=25)
-        # 24 degrees of freedom; neighbouring pairs overlap, hence the wide limit.
+        # 24 degrees of freedom; neighboring pairs overlap, hence the wide limit.
         assert ((observed_pairs - expected_pairs) ** 2 / expected_pairs).sum() < 60

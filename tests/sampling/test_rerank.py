@@ -1,4 +1,4 @@
-"""Ranking pictures by the decoder's own likelihoods."""
+"""Ranking images by the decoder's own likelihoods."""
 
 import itertools
 from collections.abc import Callable
@@ -89,5 +89,7 @@ def test_best_of_picks_the_largest_of_each_group(groups: list[list[float]]) -> N
 
 def test_groups_must_be_even() -> None:
     for count in (0, -1, 2):
-        with pytest.raises(ValueError, match=f"num_candidates: got {count}, wanted a divisor of 3"):
+        with pytest.raises(
+            ValueError, match=f"num_candidates: got {count}, expected a divisor of 3"
+        ):
             best_of(torch.zeros(3), num_candidates=count)

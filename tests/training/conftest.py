@@ -1,4 +1,4 @@
-"""A tiny set of pictures and a tiny tokenizer, for whole runs."""
+"""A tiny set of images and a tiny tokenizer, for whole runs."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tests.reference import tiny
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_data(tmp_path_factory.mktemp("data") / "pictures")
+    return tiny.write_data(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")

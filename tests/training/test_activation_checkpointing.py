@@ -77,7 +77,7 @@ def test_runs_are_the_same_bit_for_bit(
 
 
 def test_models_without_our_blocks_refuse_it(data: Path, tmp_path: Path) -> None:
-    message = r"^training.activation_checkpointing: got true, wanted false: "
+    message = r"^training.activation_checkpointing: got true, expected false: "
     with pytest.raises(ValueError, match=message + "the image tokenizer"):
         tiny.vqvae_run(data, tmp_path / "vqvae", activation_checkpointing=True)
     theirs = tiny.vit_run(

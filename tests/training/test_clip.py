@@ -1,4 +1,4 @@
-"""CLIP's batches, its retrieval scores, and a CLIP that learns colours and shapes."""
+"""CLIP's batches, its retrieval scores, and a CLIP that learns colors and shapes."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def test_uniforms_choose_caption_and_shift() -> None:
     ids = torch.tensor([0, 0, 1, 3])
     uniforms = torch.tensor([[0.1, 0.5, 0.5], [0.9, 0.99, 0.5], [0.99, 0.5, 0.5], [0.6, 0.5, 0.0]])
     batch = task.make_batch(ids, uniforms)
-    texts = task.ranker.captions.decode(batch["text_token_ids"])
+    texts = task.ranker.text_tokenizer.decode(batch["text_token_ids"])
     assert texts == ["a red disc", "red disc, big", "a blue box", "a blue box"]
     pixels = (batch["pixels"] + 1) * 127.5
     true = loaded(PAIRS).pixels.float()
@@ -72,7 +72,7 @@ def test_the_loss_is_that_of_the_kind(loss: str) -> None:
     got, metrics = task.loss(model, batch, progress=0.0, generator=torch.Generator())
     logits = model(batch["text_token_ids"], batch["pixels"])
     is_match = matches(batch["text_token_ids"], torch.arange(4))
-    assert int(is_match.sum()) == 6  # pictures 1 and 3 are both "a blue box" now
+    assert int(is_match.sum()) == 6  # images 1 and 3 are both "a blue box" now
     both = {"softmax": softmax_loss, "sigmoid": sigmoid_loss}
     torch.testing.assert_close(got, both[loss](logits, is_match))
     assert 0 <= float(metrics["batch_r1"]) <= 1
@@ -80,7 +80,7 @@ def test_the_loss_is_that_of_the_kind(loss: str) -> None:
 
 def test_retrieval_counts_every_right_answer() -> None:
     ranker = tiny.build_ranker()
-    retrieval = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.captions)
+    retrieval = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.text_tokenizer)
     assert retrieval.captions == ["a red disc", "a blue box", "a green box"]
     assert retrieval.is_right.tolist() == [
         [True, False, False],
@@ -129,11 +129,11 @@ def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int)
     assert report["chance_r1"] == pytest.approx(1 / 12)
     assert report["image_to_text_r1"] > 0.4
     assert report["text_to_image_r1"] > 0.4
-    assert any("R@1 picture to caption" in line for line in lines)
+    assert any("R@1 image to caption" in line for line in lines)
     rows = tiny.read_metrics(tmp_path / "run")
     measured = [row for row in rows if "validation/chance_r1" in row][-1]
     assert measured["validation/image_to_text_r1"] == report["image_to_text_r1"]
-    # What it is for: of several pictures, the one that was asked for.
+    # What it is for: of several images, the one that was asked for.
     ranker = ClipRanker.from_pretrained(folder)
     images = [tiny.render_image(number) for number in range(12)]
     found = [int(ranker.score(images, [text] * 12).argmax()) for text in tiny.CAPTIONS]
@@ -144,9 +144,9 @@ def test_what_no_run_can_use_is_refused(tmp_path: Path) -> None:
     config = tiny.clip_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
     image = dataclasses.replace(config.model.image, patch_size=5)
     towers = dataclasses.replace(config.model, image=image)
-    with pytest.raises(UserError, match=r"patch_size: got 5, wanted a divisor"):
+    with pytest.raises(UserError, match=r"patch_size: got 5, expected a divisor"):
         tiny.train(dataclasses.replace(config, model=towers))
-    with pytest.raises(ValueError, match=r"training.find_batch_size: got true, wanted false"):
+    with pytest.raises(ValueError, match=r"training.find_batch_size: got true, expected false"):
         tiny.clip_run(tmp_path, tmp_path, find_batch_size=True)
     with pytest.raises(ValueError, match=r"task.max_shift: got -1"):
         ClipTaskConfig(max_shift=-1)

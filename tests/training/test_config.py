@@ -1,4 +1,4 @@
-"""Settings that no run can use are refused by name, value and what is wanted."""
+"""Settings that no run can use are refused by name, value and what is expected."""
 
 import math
 from typing import Any
@@ -24,12 +24,12 @@ from dalle_mini_impl.training.vqvae import VQVAETaskConfig
         *(("decay_fraction", value) for value in (0.0, 1.1)),
         *(("betas", value) for value in ((0.9, 1.0), (-0.1, 0.9))),
         *(("seed", value) for value in (-1, 2**63)),
-        ("evaluate_every_steps", 300),  # the pictures' interval, 1000, is no multiple
+        ("evaluate_every_steps", 300),  # the images' interval, 1000, is no multiple
     ],
 )
 def test_training(name: str, value: Any) -> None:
     blamed = "sample_every_steps" if name == "evaluate_every_steps" else name
-    with pytest.raises(ValueError, match=f"^training.{blamed}: got .*, wanted "):
+    with pytest.raises(ValueError, match=f"^training.{blamed}: got .*, expected "):
         TrainingConfig(**{name: value})
 
 

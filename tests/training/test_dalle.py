@@ -77,7 +77,7 @@ def test_a_uniform_model_scores_the_uniform_baselines(pipeline: TextToImagePipel
     _, _, (loss, metrics) = run(task)
     assert float(metrics["image_nats"]) == pytest.approx(math.log(36), abs=1e-5)
     assert float(metrics["text_nats"]) == pytest.approx(
-        math.log(pipeline.captions.vocab_size), abs=1e-5
+        math.log(pipeline.text_tokenizer.vocab_size), abs=1e-5
     )
     assert task.baselines["baseline/image_uniform_nats"] == pytest.approx(math.log(36))
     expected = metrics["image_nats"] + 0.25 * metrics["text_nats"]
@@ -121,7 +121,7 @@ def test_a_dropped_caption_is_hidden_and_not_counted(pipeline: TextToImagePipeli
     assert torch.equal(text[~hidden], batch["text_token_ids"][~hidden])
     fraction = float((~hidden).float().mean())
     assert float(metrics["text_nats"]) == pytest.approx(
-        fraction / 0.75 * math.log(pipeline.captions.vocab_size), rel=1e-5
+        fraction / 0.75 * math.log(pipeline.text_tokenizer.vocab_size), rel=1e-5
     )
 
 
@@ -157,11 +157,11 @@ def test_token_noise_changes_inputs_and_never_targets(pipeline: TextToImagePipel
     task = build_task(pipeline, token_noise_probability=0.5)
     batch, (_, image, _), _ = run(task)
     changed = image != batch["image_token_ids"]
-    # Each sample draws its share below a half; a stranger may have the same token.
+    # Each sample generates its share below a half; a stranger may have the same token.
     assert float(changed.float().mean()) == pytest.approx(0.25 * 35 / 36, abs=0.06)
     counts = Counter(changed.sum(dim=1).tolist())
     assert counts[0] > BATCH * 0.75**LENGTH  # more than if all samples had the same share
-    for cell in range(LENGTH):  # a replacement is another picture's token of the same cell
+    for cell in range(LENGTH):  # a replacement is another image's token of the same cell
         known = set(task.train.image_token_ids[:, 0, cell].tolist())
         assert set(image[changed[:, cell], cell].tolist()) <= known
 
@@ -236,7 +236,7 @@ def test_encoder_decoder_reports_image_loss_only() -> None:
     uniforms = torch.rand(BATCH, task.num_uniforms, generator=torch.Generator().manual_seed(1))
     batch = task.make_batch(torch.arange(BATCH) % 50, uniforms)
     loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0, generator=torch.Generator())
-    hidden = batch["draws"][:, 0] < 0.3
+    hidden = batch["uniforms"][:, 0] < 0.3
     text = batch["text_token_ids"].masked_fill(hidden[:, None], PAD_TOKEN_ID)
     image = batch["image_token_ids"]
     logs = pipeline.dalle(text, image).image.log_softmax(-1)

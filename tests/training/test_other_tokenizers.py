@@ -1,4 +1,4 @@
-"""A decoder trained on another library's tokenizer: the road from its folder to a picture."""
+"""A decoder trained on another library's tokenizer: the road from its folder to an image."""
 
 import dataclasses
 from pathlib import Path
@@ -38,5 +38,5 @@ def test_a_missing_or_wrong_size_is_told_before_any_work(tmp_path: Path) -> None
     config = tiny.dalle_run(tiny.write_data(tmp_path / "data"), source, tmp_path / "out")
     with pytest.raises(UserError, match="vqvae_dir: image_size: got none"):
         tiny.train(config)
-    with pytest.raises(ValueError, match="vqvae_image_size: got 0, wanted at least 1"):
+    with pytest.raises(ValueError, match="vqvae_image_size: got 0, expected at least 1"):
         dataclasses.replace(config, vqvae_image_size=0)

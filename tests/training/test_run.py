@@ -47,7 +47,7 @@ def results(out: Path) -> dict[str, Any]:
         "state": timeless,
         "model": files_of(out / "model"),
         "figures": figures,
-        "pictures": {path.name: path.read_bytes() for path in (out / "samples").glob("*.png")},
+        "images": {path.name: path.read_bytes() for path in (out / "samples").glob("*.png")},
     }
 
 
@@ -260,7 +260,7 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
 
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=r"output_dir: .*wanted a folder"):
+        with pytest.raises(UserError, match=r"output_dir: .*expected a folder"):
             tiny.train(tiny.vqvae_run(data, bad))
 
 
@@ -268,7 +268,7 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
     ("change", "message"),
     [
         ({"source": "/nowhere/at/all"}, "data.source: no folder or file /nowhere/at/all"),
-        ({"balance_by": "size"}, "^data.balance_by: .* 'size'; wanted null .*, color"),
+        ({"balance_by": "size"}, "^data.balance_by: .* 'size'; expected null .*, color"),
         ({"validation_split": "later"}, "data.source: .* no split 'later', it has train, val"),
     ],
 )
@@ -282,14 +282,16 @@ def test_data_that_does_not_serve_is_named(
 
 
 def test_a_decoder_needs_a_tokenizer(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vqvae_dir: .*wanted a folder that train_vqvae.py wrote"):
+    with pytest.raises(
+        UserError, match=r"vqvae_dir: .*expected a folder that train_vqvae.py wrote"
+    ):
         tiny.train(tiny.dalle_run(data, tmp_path / "nothing", tmp_path / "run"))
 
 
 def test_the_batch_must_divide(data: Path, tmp_path: Path) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", gradient_accumulation_steps=3)
     with pytest.raises(
-        UserError, match=r"training.global_batch_size: got 8, wanted a multiple of 3"
+        UserError, match=r"training.global_batch_size: got 8, expected a multiple of 3"
     ):
         tiny.train(config)
 
@@ -316,7 +318,7 @@ def test_the_token_data_set_is_read_and_not_made_again(
 ) -> None:
     config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=1)
     _, lines = tiny.train(config)
-    assert sum("encoding" in line for line in lines) == 2  # training and held-out pictures
+    assert sum("encoding" in line for line in lines) == 2  # training and held-out images
     _, lines = tiny.train(config, resume="latest")
     assert sum("encoding" in line for line in lines) == 0
     assert sum("reading" in line for line in lines) == 2

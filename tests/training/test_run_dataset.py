@@ -1,4 +1,4 @@
-"""A run's pictures: what it says about those that it leaves out, and how far it is."""
+"""A run's images: what it says about those that it leaves out, and how far it is."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,12 @@ from tests.reference.log_lines import log_lines
 
 
 def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path) -> None:
-    folder, file = tmp_path / "pictures", tmp_path / "skipped.jsonl"
+    folder, file = tmp_path / "images", tmp_path / "skipped.jsonl"
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     folder.mkdir()
     for number in range(20):
         tiny.render_image(number).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("" if number < 7 else "a picture")
+        (folder / f"{number}.txt").write_text("" if number < 7 else "an image")
 
     def load(split: str) -> None:
         config = DataConfig(source=str(folder), max_bad_fraction=0.4)
@@ -37,7 +37,7 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
     load("val")
     assert len(file.read_text(encoding="utf-8").splitlines()) == 7
     for number in range(7):
-        (folder / f"{number}.txt").write_text("a picture")
+        (folder / f"{number}.txt").write_text("an image")
     load("train")
     assert not file.exists()
 
@@ -46,11 +46,11 @@ def test_long_reading_and_encoding_say_how_far_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
         tiny.render_image(number).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("a picture")
+        (folder / f"{number}.txt").write_text("an image")
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
     size = pipeline.vqvae.config.image_size
@@ -60,14 +60,14 @@ def test_long_reading_and_encoding_say_how_far_they_are(
             loaded.pairs,
             loaded.pixels,
             vqvae=pipeline.vqvae,
-            captions=pipeline.captions,
+            text_tokenizer=pipeline.text_tokenizer,
             variation=Variation(num_views=2, max_shift=1),
             cache_dir=tmp_path,
         )
-    assert shown[:2] == ["train: pictures read: 1 of 3", "train: pictures read: 2 of 3"]
+    assert shown[:2] == ["train: images read: 1 of 3", "train: images read: 2 of 3"]
     assert "image tokens: encoded: 3 of 6" in shown
     assert "image tokens: encoded: 6 of 6" not in shown
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     with log_lines() as shown:
         load_pairs(config, "train", image_size=size, records=silent)
-    assert shown == [f"train: 3 pictures from {folder}, 0 skipped"]
+    assert shown == [f"train: 3 images from {folder}, 0 skipped"]

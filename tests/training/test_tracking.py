@@ -441,4 +441,4 @@ def test_a_full_disk_costs_metrics_and_not_the_run(
     tracker.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     (warning,) = our_warnings(caplog)
-    assert "cannot write metrics or pictures" in warning
+    assert "cannot write metrics or images" in warning

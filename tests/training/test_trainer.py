@@ -215,7 +215,7 @@ def test_a_run_says_what_its_checkpoints_cost(tmp_path: Path) -> None:
     trainer = build_trainer(
         LineTask(max_steps=6), tmp_path, log_every_steps=2, checkpoint_every_steps=2
     )
-    save, lines = trainer.save, list[str]()
+    save = trainer.save
 
     def slow_save() -> bool:
         time.sleep(0.2)

@@ -26,7 +26,7 @@ def build_task(**changes: float) -> TranslationTask:
     captions = TextTokenizer(train_text_tokenizer(texts, vocab_size=300), 20)
     torch.manual_seed(0)
     config = EncoderDecoderConfig(hidden_size=16, num_heads=2, intermediate_size=24)
-    model = EncoderDecoder(config, vocab_size=captions.vocab_size).eval()
+    model = EncoderDecoder(config, vocab_size=text_tokenizer.vocab_size).eval()
     return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig(**changes))
 
 
@@ -71,7 +71,7 @@ def test_batches_hold_no_column_of_pads_alone() -> None:
 def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_ones() -> None:
     task = build_task(bpe_dropout_probability=0.5)
     plain = build_task()
-    decode = task.translator.captions.decode
+    decode = task.translator.text_tokenizer.decode
     one = torch.tensor([0])
     usual = task.make_batch(one, torch.zeros(1, 2))
     seen = set()
@@ -85,7 +85,7 @@ def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_o
         assert torch.equal(tokens, usual[name])
     assert all(map(torch.equal, task.held_out, plain.held_out))
     with pytest.raises(
-        ValueError, match=r"task.bpe_dropout_probability: got 1.0, wanted 0 to below"
+        ValueError, match=r"task.bpe_dropout_probability: got 1.0, expected 0 to below"
     ):
         TranslationTaskConfig(bpe_dropout_probability=1.0)
 
@@ -118,7 +118,7 @@ def test_a_folder_gives_the_same_translations(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="model: nowhere: no such folder"):
         Translator.from_pretrained("nowhere")
     for texts in ("a red box", ["a red box", " "]):
-        with pytest.raises(UserError, match=r"texts: got .*, wanted"):
+        with pytest.raises(UserError, match=r"texts: got .*, expected"):
             translator(texts)
 
 

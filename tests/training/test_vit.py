@@ -1,4 +1,4 @@
-"""The classifier's loss, scores and baseline, and a classifier that learns colours."""
+"""The classifier's loss, scores and baseline, and a classifier that learns colors."""
 
 import json
 from pathlib import Path
@@ -97,7 +97,7 @@ def test_it_learns_colours_better_than_chance(tmp_path: Path) -> None:
     folder, _ = tiny.train(config)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["model"]["accuracy"] > 0.9
-    assert report.keys() == {"model", "nearest neighbours"}
+    assert report.keys() == {"model", "nearest neighbors"}
     assert json.loads((folder / "config.json").read_text())["class_names"] == sorted(tiny.COLORS)
     assert (folder / "model.safetensors").is_file()
 
@@ -107,5 +107,5 @@ def test_patches_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
     config = tiny.vit_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
     model = dataclasses.replace(config.model, patch_size=5)
-    with pytest.raises(UserError, match=r"model.patch_size: got 5, wanted a divisor"):
+    with pytest.raises(UserError, match=r"model.patch_size: got 5, expected a divisor"):
         tiny.train(dataclasses.replace(config, model=model))

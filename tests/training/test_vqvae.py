@@ -1,4 +1,4 @@
-"""The tokenizer's task: batches, schedules of the quantizers, and figures on held-out pictures."""
+"""The tokenizer's task: batches, schedules of the quantizers, and figures on held-out images."""
 
 import dataclasses
 import math
@@ -320,19 +320,21 @@ def test_options_that_fit_nothing_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in (("perturbed_image_fraction", 1.5), ("perturbed_token_fraction", 2.0)):
-        with pytest.raises(ValueError, match=f"^task.{name}: got {value}, wanted at most 1$"):
+        with pytest.raises(ValueError, match=f"^task.{name}: got {value}, expected at most 1$"):
             VQVAETaskConfig(**{name: value})
-    with pytest.raises(ValueError, match=r"^task.perturbed_neighbours: got 0, wanted at least 1$"):
+    with pytest.raises(
+        ValueError, match=r"^task.perturbed_neighbours: got 0, expected at least 1$"
+    ):
         VQVAETaskConfig(perturbed_neighbours=0)
     config = tiny.vqvae_run(tmp_path, tmp_path / "run")
     large = dataclasses.replace(GAN, num_layers=3)
-    with pytest.raises(ValueError, match=r"^vqvae.image_size: got 16, wanted at least 24"):
+    with pytest.raises(ValueError, match=r"^vqvae.image_size: got 16, expected at least 24"):
         dataclasses.replace(config, discriminator=large)
     compiled = dataclasses.replace(config.training, compile=True)
-    with pytest.raises(ValueError, match=r"^discriminator.adaptive: got true, wanted false with"):
+    with pytest.raises(ValueError, match=r"^discriminator.adaptive: got true, expected false with"):
         dataclasses.replace(config, discriminator=GAN, training=compiled)
     one_token = dataclasses.replace(config.vqvae, channels=(4, 4, 4))
-    with pytest.raises(ValueError, match=r"^task.next_feature_weight: got 0.1, wanted 0 for"):
+    with pytest.raises(ValueError, match=r"^task.next_feature_weight: got 0.1, expected 0 for"):
         dataclasses.replace(config, vqvae=one_token, task=VQVAETaskConfig(next_feature_weight=0.1))
     monkeypatch.setattr(perceptual, "PACKAGE", "no_such_package")
     task = VQVAETaskConfig(perceptual_weight=1.0)
@@ -385,7 +387,7 @@ def test_dalles_loss_and_schedules_equal_a_plain_float64_reading(progress: float
 @pytest.mark.parametrize("name", ["gumbel_kl_ends_at", "gumbel_temperature_ends_at"])
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_schedules_end_within_the_run(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"task.{name}: got {value}, wanted above 0 and up to 1"):
+    with pytest.raises(ValueError, match=f"task.{name}: got {value}, expected above 0 and up to 1"):
         VQVAETaskConfig(**{name: value})
 
 
@@ -416,7 +418,7 @@ def test_dalles_tokenizer_follows_its_schedule_and_resumes_exactly(tmp_path: Pat
 
 @pytest.mark.slow
 def test_dalles_tokenizer_learns_and_reports_its_gap(tmp_path: Path) -> None:
-    """On fields of eight colours, one per token. Flat white pictures are hard for a likelihood."""
+    """On fields of eight colors, one per token. Flat white images are hard for a likelihood."""
     data = tiny.write_data(tmp_path / "data")
     random = np.random.default_rng(1)
     colors = np.array(
@@ -431,7 +433,7 @@ def test_dalles_tokenizer_learns_and_reports_its_gap(tmp_path: Path) -> None:
     tiny.train(run)
     measured = [row for row in tiny.read_metrics(tmp_path / "out") if "validation/psnr_db" in row]
     found = [round(row["validation/psnr_db"], 1) for row in measured]
-    # No picture of one colour is nearer than that: the rest of the way is what the tokens say.
+    # No image of one color is nearer than that: the rest of the way is what the tokens say.
     one_color = 10 * math.log10(4 / float((colors / 127.5).var(axis=0).mean()))
     assert found[-1] > max(found[0], one_color) + 1, found
     assert abs(measured[-1]["validation/hard_soft_gap_db"]) < 2

@@ -1,4 +1,4 @@
-"""What two real runs leave in W&B's own file: every figure, picture and file that is promised."""
+"""What two real runs leave in W&B's own file: every figure, image and file that is promised."""
 
 import os
 from collections.abc import Iterator

@@ -208,5 +208,5 @@ def test_attention_dropout_is_for_training_only() -> None:
 
 
 def test_heads_must_divide_the_width() -> None:
-    with pytest.raises(ValueError, match="num_heads: got 3, wanted a divisor of hidden_size 8"):
+    with pytest.raises(ValueError, match="num_heads: got 3, expected a divisor of hidden_size 8"):
         MultiHeadAttention(hidden_size=8, num_heads=3)

@@ -142,9 +142,9 @@ def test_a_block_wants_a_context_exactly_if_it_has_cross_attention() -> None:
     options = BlockOptions(has_cross_attention=True)
     reads = TransformerBlock(hidden_size=8, num_heads=2, intermediate_size=12, options=options)
     x = torch.randn(1, 3, 8)
-    with pytest.raises(ValueError, match="context: got none, wanted one"):
+    with pytest.raises(ValueError, match="context: got none, expected one"):
         reads(x)
-    with pytest.raises(ValueError, match="context: got one, wanted none"):
+    with pytest.raises(ValueError, match="context: got one, expected none"):
         block()(x, context=x)
 
 

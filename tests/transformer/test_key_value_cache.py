@@ -29,7 +29,7 @@ def test_too_many_positions_are_refused() -> None:
     store = cache(max_length=4)
     part = torch.zeros(3, 2, 3, 4)
     store.append(0, part, part)
-    with pytest.raises(ValueError, match="cache: got 6 positions, wanted at most 4"):
+    with pytest.raises(ValueError, match="cache: got 6 positions, expected at most 4"):
         store.append(0, part, part)
 
 

@@ -75,7 +75,7 @@ def test_sinusoidal_table_by_hand() -> None:
 
 
 def test_widths_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="head_dim: got 6, wanted a multiple of 4"):
+    with pytest.raises(ValueError, match="head_dim: got 6, expected a multiple of 4"):
         rotary_angles(torch.tensor([[1, 2]]), head_dim=6)
-    with pytest.raises(ValueError, match="hidden_size: got 6, wanted a multiple of 4"):
+    with pytest.raises(ValueError, match="hidden_size: got 6, expected a multiple of 4"):
         sinusoidal_positions(torch.tensor([[1, 2]]), hidden_size=6)

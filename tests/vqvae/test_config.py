@@ -22,7 +22,7 @@ def test_sizes_follow() -> None:
     [
         (
             {"image_size": 60},
-            r"image_size: got 60, wanted a multiple of 8 \(patch_size 4, halved 1",
+            r"image_size: got 60, expected a multiple of 8 \(patch_size 4, halved 1",
         ),
         ({"image_size": 0}, "image_size: got 0"),
         ({"patch_size": 0}, "patch_size: got 0"),
@@ -34,8 +34,8 @@ def test_sizes_follow() -> None:
         ({"fsq_levels": (5, 1)}, r"fsq_levels: got \(5, 1\)"),
         ({"vq_codebook_size": 1}, "vq_codebook_size and vq_code_dim: got 1 and 8"),
         ({"vq_code_dim": 0}, "vq_codebook_size and vq_code_dim: got 1024 and 0"),
-        ({"encoder_kernel_size": 2}, "encoder_kernel_size: got 2, wanted 1 or 3"),
-        ({"quantizer": "lfq"}, "quantizer: got 'lfq', wanted one of fsq, vq, gumbel"),
+        ({"encoder_kernel_size": 2}, "encoder_kernel_size: got 2, expected 1 or 3"),
+        ({"quantizer": "lfq"}, "quantizer: got 'lfq', expected one of fsq, vq, gumbel"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

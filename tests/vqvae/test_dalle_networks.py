@@ -136,11 +136,11 @@ def test_logits_are_float32_whatever_the_precision_around_them() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"patch_size": 2}, "patch_size: got 2, wanted 1 for dalle"),
-        ({"channels": (8, 10)}, r"channels: got \(8, 10\), wanted multiples of 4"),
-        ({"architecture": "unet"}, "architecture: got 'unet', wanted one of patches, dalle"),
-        ({"decoder_output": "l2"}, "decoder_output: got 'l2', wanted one of pixels, logit_l"),
-        ({"image_size": 30}, "image_size: got 30, wanted a multiple of 4"),
+        ({"patch_size": 2}, "patch_size: got 2, expected 1 for dalle"),
+        ({"channels": (8, 10)}, r"channels: got \(8, 10\), expected multiples of 4"),
+        ({"architecture": "unet"}, "architecture: got 'unet', expected one of patches, dalle"),
+        ({"decoder_output": "l2"}, "decoder_output: got 'l2', expected one of pixels, logit_l"),
+        ({"image_size": 30}, "image_size: got 30, expected a multiple of 4"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")

@@ -86,7 +86,7 @@ def test_a_wider_kernel_sees_neighbours(build_vqvae: BuildVQVAE) -> None:
 
 
 def test_images_of_another_size_are_refused(build_vqvae: BuildVQVAE) -> None:
-    with pytest.raises(ValueError, match=r"pixels: got \(16, 24\), wanted 16 x 16"):
+    with pytest.raises(ValueError, match=r"pixels: got \(16, 24\), expected 16 x 16"):
         build_vqvae().encode_to_token_ids(torch.zeros(1, 3, 16, 24))
 
 
@@ -96,7 +96,7 @@ def test_ids_outside_the_codebook_are_refused(build_vqvae: BuildVQVAE, bad: int)
     assert model.codebook_size == 36
     token_ids = torch.zeros(1, 4, 4, dtype=torch.long)
     token_ids[0, 2, 1] = bad
-    with pytest.raises(ValueError, match=r"token_ids: got .*wanted 0 to 35"):
+    with pytest.raises(ValueError, match=r"token_ids: got .*expected 0 to 35"):
         model.decode_from_token_ids(token_ids)
     assert model.decode_from_token_ids(token_ids[:0]).shape == (0, 3, 16, 16)
 
@@ -170,9 +170,9 @@ def damage_config(folder: Path, **changes: object) -> None:
 
 
 DAMAGED_CONFIGS = [
-    ({"format_version": 2}, "format_version: got 2, wanted 1"),
-    ({"format_version": None}, "format_version: got None, wanted 1"),
-    ({"colour": "red"}, "unknown or missing fields: colour"),
+    ({"format_version": 2}, "format_version: got 2, expected 1"),
+    ({"format_version": None}, "format_version: got None, expected 1"),
+    ({"colour": "red"}, "unknown or missing fields: color"),
     ({"patch_size": None}, "unknown or missing fields: patch_size"),
     ({"image_size": 17}, "image_size: got 17"),
     ({"image_size": "16"}, ".+"),
@@ -199,7 +199,7 @@ def test_a_wrong_config_is_refused_by_name(
         ({"num_decoder_blocks": 10_000_000}, "num_decoder_blocks: got 10000000, the file holds"),
         ({"channels": [8, 10_000_000]}, "channels: got 10000000, the file's tensors end at"),
         ({"channels": [8, 10**30]}, "channels: got 1000000000000"),
-        ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,. of float32, wanted .9,"),
+        ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,. of float32, expected .9,"),
     ],
 )
 def test_sizes_that_the_weights_cannot_have_are_refused_unbuilt(
@@ -217,7 +217,9 @@ def test_a_config_that_is_no_object_is_refused_by_name(
 ) -> None:
     build_vqvae().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ValueError, match=r"config\.json: (not JSON|got (list|int), wanted an obj)"):
+    with pytest.raises(
+        ValueError, match=r"config\.json: (not JSON|got (list|int), expected an obj)"
+    ):
         VQVAE.from_pretrained(tmp_path)
 
 

@@ -42,7 +42,7 @@ def test_shapes(num_blocks: int) -> None:
 
 @torch.no_grad()
 def test_with_kernel_one_a_latent_sees_its_own_patch_alone() -> None:
-    """Kernel 3 is the counter-proof: there the same change reaches the neighbours."""
+    """Kernel 3 is the counter-proof: there the same change reaches the neighbors."""
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     reach = {}
     for kernel_size in (1, 3):

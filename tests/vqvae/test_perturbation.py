@@ -32,7 +32,7 @@ def test_tokens_become_one_of_the_nearest_others() -> None:
         num_changed += new != old
         taken.add(order.index(new))
     assert taken == {0, 1, 2}
-    # The share of each picture is uniform, so half of all; 640 tokens in 40 pictures.
+    # The fraction of each image is uniform, so half of all; 640 tokens in 40 images.
     assert 0.35 < num_changed / 640 < 0.65
 
 
@@ -43,7 +43,7 @@ def test_perturbation_hits_the_given_fraction() -> None:
     few = Perturbation(image_fraction=0.25, token_fraction=0.5, num_neighbours=100)
     found = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
     changed = (found != output.quantized_latents).any(dim=1).flatten(1).float().mean(dim=1)
-    # 16 tokens a picture: a quarter of the pictures, less those whose own share is near 0.
+    # 16 tokens an image: a quarter of the images, less those whose own share is near 0.
     assert 0.15 < (changed > 0).float().mean() < 0.27
     assert changed.max() < 0.8
     again = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))

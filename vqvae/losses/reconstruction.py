@@ -71,7 +71,7 @@ def haar_wavelet_loss(
     height, width = pixels.shape[-2:]
     if levels < 1 or height % 2**levels or width % 2**levels:
         raise ValueError(
-            f"levels is {levels} for images of {height} x {width} px; wanted levels >= 1 and "
+            f"levels is {levels} for images of {height} x {width} px; expected levels >= 1 and "
             f"sides that are multiples of 2 ** levels"
         )
     # The transform is linear, so one transform of the difference is enough.
@@ -109,7 +109,7 @@ def _require_same_shape(reconstruction: Tensor, pixels: Tensor) -> None:
     if reconstruction.shape != pixels.shape:
         raise ValueError(
             f"reconstruction has shape {tuple(reconstruction.shape)}; "
-            f"wanted that of pixels, {tuple(pixels.shape)}"
+            f"expected that of pixels, {tuple(pixels.shape)}"
         )
 
 
@@ -136,7 +136,7 @@ def ms_ssim(
     _require_same_shape(reconstruction, pixels)
     shortest_side = min(pixels.shape[-2:])
     if shortest_side < SSIM_WINDOW:
-        raise ValueError(f"shortest image side is {shortest_side} px; wanted >= {SSIM_WINDOW}")
+        raise ValueError(f"shortest image side is {shortest_side} px; expected >= {SSIM_WINDOW}")
     scales = min(len(SSIM_SCALE_WEIGHTS), int(math.log2(shortest_side / SSIM_WINDOW)) + 1)
     weights = [weight / sum(SSIM_SCALE_WEIGHTS[:scales]) for weight in SSIM_SCALE_WEIGHTS[:scales]]
     # Both as values in [0, 1], the range that the constants of SSIM are meant for.

@@ -189,12 +189,12 @@ class DiffusersSizes:
             got = getattr(self, name)
             if len(got) != len(self.block_out_channels) or set(got) - set(expected):
                 raise ValueError(
-                    f"{name}: got {shown(got)}, wanted {len(self.block_out_channels)} of "
+                    f"{name}: got {shown(got)}, expected {len(self.block_out_channels)} of "
                     f"{', '.join(expected)}"
                 )
         if self.act_fn not in ACTIVATIONS:
             raise ValueError(
-                f"act_fn: got {shown(self.act_fn)}, wanted one of {', '.join(ACTIVATIONS)}"
+                f"act_fn: got {shown(self.act_fn)}, expected one of {', '.join(ACTIVATIONS)}"
             )
 
     @classmethod
@@ -289,7 +289,7 @@ def read_sizes(kind: str, values: Mapping[str, Any]) -> tuple[Sizes, int | None]
     known = sizes_class.defaults() | dict(values)
     for name, expected in (("in_channels", 3), ("out_channels", 3), ("double_latent", False)):
         if known.get(name, expected) != expected:
-            raise ValueError(f"{name}: got {shown(known[name])}, wanted {expected}")
+            raise ValueError(f"{name}: got {shown(known[name])}, expected {expected}")
     if kind == "diffusers" and known["vq_embed_dim"] is None:
         known["vq_embed_dim"] = known["latent_channels"]
     chosen = {each.name: known[each.name] for each in dataclasses.fields(sizes_class)}
@@ -314,4 +314,4 @@ def _require_positive(sizes: Sizes, *, except_for: tuple[str, ...] = ()) -> None
         numbers = value if isinstance(value, tuple) else (value,)
         whole = [number for number in numbers if type(number) is int]
         if (not numbers or any(number < 1 for number in whole)) and name not in except_for:
-            raise ValueError(f"{name}: got {shown(value)}, wanted at least 1")
+            raise ValueError(f"{name}: got {shown(value)}, expected at least 1")

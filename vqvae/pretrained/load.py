@@ -51,7 +51,7 @@ class PretrainedConfig:
         """Refuse an image that does not divide into tokens."""
         side = self.sizes.downsampling
         if self.image_size < side or self.image_size % side:
-            raise ValueError(f"image_size: got {self.image_size}, wanted a multiple of {side}")
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {side}")
 
 
 class PretrainedTokenizer(nn.Module):
@@ -106,7 +106,7 @@ class PretrainedTokenizer(nn.Module):
         if token_ids.shape[1:] != self.image_grid_size:
             raise ValueError(
                 f"token_ids: got a grid of {tuple(token_ids.shape[1:])}, "
-                f"wanted {self.image_grid_size}"
+                f"expected {self.image_grid_size}"
             )
         require_token_ids(token_ids, self.codebook_size)
         if not len(token_ids):
@@ -207,11 +207,11 @@ def _own_config(values: dict[str, Any]) -> PretrainedConfig:
     if kind is None:
         raise ValueError("no image tokenizer's config: it has no kind")
     if version != FORMAT_VERSION:
-        raise ValueError(f"format_version: got {shown(version)}, wanted {FORMAT_VERSION}")
+        raise ValueError(f"format_version: got {shown(version)}, expected {FORMAT_VERSION}")
     if not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"kind: got {shown(kind)}, wanted one of {', '.join(KINDS)}")
+        raise ValueError(f"kind: got {shown(kind)}, expected one of {', '.join(KINDS)}")
     if type(image_size) is not int:
-        raise ValueError(f"image_size: got {shown(image_size)}, wanted a whole number")
+        raise ValueError(f"image_size: got {shown(image_size)}, expected a whole number")
     odd = sorted(values.keys() - {"format_version", "kind", "image_size", "sizes"})
     if odd:
         raise ValueError(f"unknown fields: {shown(', '.join(odd))}")
@@ -240,5 +240,7 @@ def _of_that_size(tokenizer: ImageTokenizer, image_size: int | None) -> ImageTok
 
 def _required(image_size: int | None, what: str) -> int:
     if image_size is None:
-        raise ValueError(f"image_size: got none, wanted pixels a side: {what} takes several sizes")
+        raise ValueError(
+            f"image_size: got none, expected pixels a side: {what} takes several sizes"
+        )
     return image_size

@@ -43,7 +43,7 @@ class FiniteScalarQuantizer(nn.Module):
         """
         super().__init__()
         if len(levels) == 0 or min(levels) < 2:
-            raise ValueError(f"levels is {list(levels)}; wanted one or more integers >= 2")
+            raise ValueError(f"levels is {list(levels)}; expected one or more integers >= 2")
         self.levels = tuple(levels)
         self.latent_dim = len(levels)
         self.code_dim = len(levels)
@@ -62,7 +62,7 @@ class FiniteScalarQuantizer(nn.Module):
 
         Args:
             encoder_latents: Unbounded encoder output.
-            generator: Not used: rounding draws nothing.
+            generator: Not used: rounding generates nothing.
 
         Returns:
             Values in [-1, 1], their token ids, a loss of 0 and no metrics.

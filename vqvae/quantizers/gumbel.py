@@ -54,9 +54,9 @@ class GumbelQuantizer(nn.Module):
         super().__init__()
         for name, size in (("codebook_size", codebook_size), ("code_dim", code_dim)):
             if size < 1:
-                raise ValueError(f"{name} is {size}; wanted a positive integer")
+                raise ValueError(f"{name} is {size}; expected a positive integer")
         if kl_weight < 0:
-            raise ValueError(f"kl_weight is {kl_weight}; wanted a value >= 0")
+            raise ValueError(f"kl_weight is {kl_weight}; expected a value >= 0")
         self.codebook_size = codebook_size
         self.latent_dim = codebook_size
         self.code_dim = code_dim
@@ -75,7 +75,7 @@ class GumbelQuantizer(nn.Module):
 
         Args:
             encoder_latents: Logits over the codebook.
-            generator: Draws the Gumbel noise.
+            generator: Generates the Gumbel noise.
 
         Returns:
             Mixed codes (in training mode) or single codes, the most likely token ids (without
@@ -106,7 +106,7 @@ class GumbelQuantizer(nn.Module):
 
         Args:
             encoder_latents: Logits over the codebook.
-            generator: Draws the Gumbel noise.
+            generator: Generates the Gumbel noise.
 
         Returns:
             Weighted means of codebook rows.
@@ -152,7 +152,7 @@ class GumbelQuantizer(nn.Module):
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Draw from [0, 1) in float32; on a CPU by numpy, in half of torch's time."""
+    """Generate from [0, 1) in float32; on a CPU by numpy, in half of torch's time."""
     device = like.device if generator is None else generator.device
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(like.shape, generator=generator, device=device)

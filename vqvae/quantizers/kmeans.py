@@ -56,19 +56,19 @@ def sample_by_error(
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "sample_count code_dim"]:
-    """Draw vectors, with replacement, as often as they are badly served by their code.
+    """Generate vectors, with replacement, as often as they are badly served by their code.
 
-    Most cells of a typical image are background that some code fits already; drawing evenly would
+    Most cells of a typical image are background that some code fits already; generation evenly would
     place nearly every new code there.
 
     Args:
-        vectors: Rows of length 1, or of zeros, which are drawn only if nothing else is there.
+        vectors: Rows of length 1, or of zeros, which are generated only if nothing else is there.
         codes: The code that each vector has now.
-        sample_count: Number of rows to draw.
+        sample_count: Number of rows to generate.
         generator: Source of randomness, on any device.
 
     Returns:
-        The drawn rows.
+        The generated rows.
     """
     present = vectors.any(dim=1).double()
     error = ((vectors - codes).square().sum(dim=1).double() + 1e-6) * present

@@ -5,7 +5,7 @@ averages); Yu et al. 2021, arXiv:2110.04627 (ViT-VQGAN: l2-normalised codes of l
 Against collapse: k-means start, and restart of codes that almost no vector chooses.
 
 All processes hold the same codebook: counts and sums are added up over processes, and everything
-that is drawn at random is broadcast from process 0.
+that is sampled at random is broadcast from process 0.
 """
 
 import torch
@@ -23,7 +23,7 @@ from vqvae.quantizers.kmeans import (
 )
 from vqvae.quantizers.output import QuantizerOutput
 
-# A restarted code starts with the mean count, so it needs time to fall below this share of it:
+# A restarted code starts with the mean count, so it needs time to fall below this fraction of it:
 # with small batches, where the mean count is near 1, a plain threshold would restart half of all.
 LARGEST_DEAD_FRACTION_OF_MEAN = 0.1
 
@@ -59,7 +59,7 @@ class VectorQuantizer(nn.Module):
             codebook_size: Number of codes.
             code_dim: Channels of a code; small (8 to 32) works best with cosine codes.
             commitment_weight: Weight of the loss that pulls latents towards their codes.
-            ema_decay: Share of the old moving average that a training step keeps, in [0, 1).
+            ema_decay: Fraction of the old moving average that a training step keeps, in [0, 1).
             dead_code_threshold: A code is restarted when the moving average of its count, in
                 vectors per batch of all processes, falls below this (or below a tenth of the
                 mean over codes, if that is less).
@@ -70,15 +70,15 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         for name, size in (("codebook_size", codebook_size), ("code_dim", code_dim)):
             if size < 1:
-                raise ValueError(f"{name} is {size}; wanted a positive integer")
+                raise ValueError(f"{name} is {size}; expected a positive integer")
         if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay is {ema_decay}; wanted 0 <= ema_decay < 1")
+            raise ValueError(f"ema_decay is {ema_decay}; expected 0 <= ema_decay < 1")
         for name, weight in (
             ("commitment_weight", commitment_weight),
             ("dead_code_threshold", dead_code_threshold),
         ):
             if weight < 0:
-                raise ValueError(f"{name} is {weight}; wanted a value >= 0")
+                raise ValueError(f"{name} is {weight}; expected a value >= 0")
         self.codebook_size = codebook_size
         self.latent_dim = code_dim
         self.code_dim = code_dim
@@ -103,7 +103,7 @@ class VectorQuantizer(nn.Module):
 
         Args:
             encoder_latents: Encoder output of any length; only its direction counts.
-            generator: Draws the k-means start and the restarts.
+            generator: Generates the k-means start and the restarts.
 
         Returns:
             Codes of length 1, their token ids, the weighted commitment loss, and the metrics

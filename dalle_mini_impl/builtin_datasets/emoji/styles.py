@@ -121,7 +121,7 @@ def on_white(image: Image.Image, size: int) -> Image.Image:
     """Lay a transparent picture on white, then resize: so no colour bleeds from clear pixels.
 
     Args:
-        picture: RGBA image.
+        image: RGBA image.
         size: side length in pixels.
 
     Returns:

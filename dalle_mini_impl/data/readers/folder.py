@@ -1,4 +1,4 @@
-"""Folders of picture files, with captions in `metadata.jsonl` or in a text file beside each."""
+"""Folders of image files, with captions in `metadata.jsonl` or in a text file beside each."""
 
 import os
 from collections.abc import Sequence
@@ -30,18 +30,18 @@ METADATA_NAME = "metadata.jsonl"
 def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
     """Lists a folder with `metadata.jsonl`: a JSON object per line, with `file_name` and captions.
 
-    Lines with the same `file_name` are one picture with the captions of all of them.
+    Lines with the same `file_name` are one image with the captions of all of them.
 
     Args:
         folder: The folder; file names are relative to it.
         text_columns: Fields that hold captions.
 
     Returns:
-        Pictures in the order of the file. Missing ones and those without captions are skipped.
+        Images in the order of the file. Missing ones and those without captions are skipped.
 
     Raises:
         UserError: A line is not a JSON object with a `file_name`, a name leads out of the folder,
-            or one picture is put in two splits. The message names file and line.
+            or one image is put in two splits. The message names file and line.
     """
     root = folder.resolve()
     listing = Listing()
@@ -62,7 +62,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
             if not captions:
                 listing.skip(name, no_caption_reason(fields, text_columns))
             elif not os.path.isfile(root / name):  # unlike Path.is_file, never raises
-                listing.skip(name, "the picture file is missing")
+                listing.skip(name, "the image file is missing")
             else:
                 pair = _pair_of(name, captions, fields, text_columns, root)
                 known[name] = _merge(known[name], pair, place) if name in known else pair
@@ -73,7 +73,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
 def _image_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
-        raise UserError(f"{place}: file_name is {name!r}, wanted the name of a picture file")
+        raise UserError(f"{place}: file_name is {name!r}, expected the name of an image file")
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -104,7 +104,7 @@ def _pair_of(
 
 def _merge(first: RawPair, second: RawPair, place: str) -> RawPair:
     if first.split != second.split:
-        # The same picture to train on and to measure with would be a leak.
+        # The same image to train on and to measure with would be a leak.
         raise UserError(
             f"{place}: {second.path} is in split {second.split!r}, but in {first.split!r} above"
         )
@@ -127,7 +127,7 @@ def read_sidecar_folder(folder: Path) -> Listing:
             stay apart.
 
     Returns:
-        Pictures by path. Those without a readable caption file, and links out of the folder, are
+        Images by path. Those without a readable caption file, and links out of the folder, are
         skipped.
     """
     root = folder.resolve()
@@ -159,7 +159,7 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
         if stem not in stems:
             key = (parent / name).relative_to(root).as_posix()
             other = others.get(stem)
-            reason = "no picture of the same name beside this text"
+            reason = "no image of the same name beside this text"
             listing.skip(key, reason if other is None else other_format_reason(other))
 
 

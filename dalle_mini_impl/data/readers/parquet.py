@@ -1,4 +1,4 @@
-"""Parquet files and Hub data sets, through Hugging Face `datasets`; pictures stay encoded bytes."""
+"""Parquet files and Hub data sets, through Hugging Face `datasets`; images stay encoded bytes."""
 
 import glob
 import re
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
 
 _HUB_SECONDS = 10
-# Pictures are compressed already. What unpacks to much more was made to fill a disk.
+# Images are compressed already. What unpacks to much more was made to fill a disk.
 _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**30
 
@@ -39,10 +39,10 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
     Args:
         path: The file or folder.
         text_columns: Columns that hold captions (strings or lists of strings).
-        image_column: Column of encoded pictures (bytes, or a struct of bytes and path).
+        image_column: Column of encoded images (bytes, or a struct of bytes and path).
 
     Returns:
-        Rows in the order of the files. Rows without picture or caption are skipped.
+        Rows in the order of the files. Rows without image or caption are skipped.
 
     Raises:
         UserError: Not readable as parquet, or no such columns.
@@ -98,7 +98,7 @@ def _check_expansion(file: Path) -> None:
     limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * packed)
     if unpacked > limit or num_rows > limit:
         raise UserError(
-            f"{file}: {packed} bytes that unpack to {unpacked} in {num_rows} rows, wanted at most "
+            f"{file}: {packed} bytes that unpack to {unpacked} in {num_rows} rows, expected at most "
             f"{limit} of both"
         )
 
@@ -109,10 +109,10 @@ def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Li
     Args:
         name: `user/name`.
         text_columns: Columns that hold captions.
-        image_column: Column of encoded pictures.
+        image_column: Column of encoded images.
 
     Returns:
-        Rows of all splits. Rows without picture or caption are skipped.
+        Rows of all splits. Rows without image or caption are skipped.
 
     Raises:
         UserError: Not there, not reachable, or no such columns.
@@ -126,7 +126,7 @@ def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Li
         tables = load_dataset(name)
     except Exception as error:
         raise UserError(f"{taken}, which the Hub did not give: {_last_cause(error)}") from error
-    # Pictures that are files in the download cache are allowed, files elsewhere are not.
+    # Images that are files in the download cache are allowed, files elsewhere are not.
     root = Path(config.HF_CACHE_HOME).resolve()
     return _list_tables(
         tables, source=name, root=root, text_columns=text_columns, image_column=image_column
@@ -174,7 +174,7 @@ def _list_tables(
         except Exception as error:  # pyarrow has a type for each way in which it cannot be done
             raise UserError(
                 f"{source}: column {image_column!r} holds {column.features[image_column]}, "
-                "wanted encoded pictures (bytes)"
+                "expected encoded images (bytes)"
             ) from error
         num_bytes = _num_bytes(column, image_column)
         plain = table.select_columns(_plain_columns(table, image_column))
@@ -183,9 +183,9 @@ def _list_tables(
             file = "" if num_bytes[row] else _image_file(column[row][image_column], root)
             captions = collect_captions(fields, text_columns)
             if file is None:
-                listing.skip(path, f"no picture in column {image_column}")
+                listing.skip(path, f"no image in column {image_column}")
             elif num_bytes[row] > MAX_IMAGE_BYTES:
-                listing.skip(path, f"{num_bytes[row]} bytes, wanted at most {MAX_IMAGE_BYTES}")
+                listing.skip(path, f"{num_bytes[row]} bytes, expected at most {MAX_IMAGE_BYTES}")
             elif not captions:
                 listing.skip(path, no_caption_reason(fields, text_columns))
             else:
@@ -212,7 +212,7 @@ def _check_columns(
 ) -> None:
     names = table.column_names
     if image_column not in names:
-        raise UserError(f"{source} has no column {image_column!r} for pictures, but {names}")
+        raise UserError(f"{source} has no column {image_column!r} for images, but {names}")
     if not set(text_columns) & set(names):
         expected = ", ".join(text_columns)
         raise UserError(f"{source} has none of the columns {expected} for captions, but {names}")
@@ -234,7 +234,7 @@ def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
 
 
 def _num_bytes(column: "Dataset", image_column: str) -> list[int]:
-    """Counts the encoded bytes of each row's picture, without reading them."""
+    """Counts the encoded bytes of each row's image, without reading them."""
     import pyarrow.compute as pc
 
     lengths = pc.binary_length(pc.struct_field(column.data.column(image_column), "bytes"))

@@ -1,7 +1,7 @@
-"""What all readers of captioned pictures share: their records, captions and path rules.
+"""What all readers of captioned images share: their records, captions and path rules.
 
-The readers (`folder_reader`, `tar_reader`, `table_reader`) return a `Listing`: where each picture's
-bytes lie, and its captions. No picture is opened at that point.
+The readers (`folder_reader`, `tar_reader`, `table_reader`) return a `Listing`: where each image's
+bytes lie, and its captions. No image is opened at that point.
 """
 
 import json
@@ -35,18 +35,18 @@ class SkippedRecord:
 
 @dataclass(frozen=True)
 class RawPair:
-    """A captioned picture, and where its bytes lie."""
+    """A captioned image, and where its bytes lie."""
 
     path: str
     """Key shown in messages, unique within the source."""
     captions: tuple[str, ...]
     """At least one caption, none empty."""
     attributes: dict[str, Any]
-    """Whatever else the source says about the picture."""
+    """Whatever else the source says about the image."""
     split: str | None
     """Name of the split the source puts it in, if it does."""
     file: str = ""
-    """File that holds the bytes; empty if they lie in row `offset` of `Listing.pictures`."""
+    """File that holds the bytes; empty if they lie in row `offset` of `Listing.images`."""
     offset: int = 0
     """First byte in the file, or row number."""
     size: int = WHOLE_FILE
@@ -90,7 +90,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"a JSON {type(fields).__name__}, wanted an object {{...}}")
+        raise ValueError(f"a JSON {type(fields).__name__}, expected an object {{...}}")
     if _nesting(fields) > MAX_NESTING:
         raise ValueError(f"nested deeper than {MAX_NESTING}")
     return fields
@@ -206,7 +206,7 @@ def lines_of_captions(data: bytes) -> tuple[str, ...]:
 
 
 def other_format_reason(name: str) -> str:
-    """Says why a picture file of another format is left out.
+    """Says why an image file of another format is left out.
 
     Args:
         name: Its name.

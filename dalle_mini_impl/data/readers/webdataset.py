@@ -1,7 +1,7 @@
 """WebDataset tars as img2dataset writes them: `key.jpg`, `key.txt` and `key.json` side by side.
 
 Nothing is ever unpacked or unpickled. Only the member table is read; regular members with one of
-seven extensions count, everything else is passed over, and pictures are later read in place.
+seven extensions count, everything else is passed over, and images are later read in place.
 """
 
 import tarfile
@@ -48,7 +48,7 @@ class _HeaderReader:
 
     def read(self, size: int) -> bytes:
         if not 0 <= size <= _MAX_HEADER_BYTES:
-            raise ValueError(f"a header of {size} bytes, wanted at most {_MAX_HEADER_BYTES}")
+            raise ValueError(f"a header of {size} bytes, expected at most {_MAX_HEADER_BYTES}")
         return self._file.read(size)
 
 
@@ -60,7 +60,7 @@ class _Sample:
 
 
 def read_tar(tar_path: Path, *, shown_name: str, text_columns: Sequence[str]) -> Listing:
-    """Lists the captioned pictures of one uncompressed tar.
+    """Lists the captioned images of one uncompressed tar.
 
     Captions come from the text columns of `key.json` and the lines of `key.txt`. The key is the
     member's path without its last extension.
@@ -71,7 +71,7 @@ def read_tar(tar_path: Path, *, shown_name: str, text_columns: Sequence[str]) ->
         text_columns: Fields of the JSON members that hold captions.
 
     Returns:
-        Pictures in the order of the tar. Links, devices, sparse or oversized members, names that
+        Images in the order of the tar. Links, devices, sparse or oversized members, names that
         lead outside and incomplete samples are skipped; so is what lies behind a damaged header.
     """
     listing = Listing()
@@ -142,7 +142,7 @@ def _refusal(member: tarfile.TarInfo, suffix: str, file_size: int) -> str:
     if not is_unicode(member.name):
         return "its name is not valid Unicode"
     if member.size > limit:
-        return f"{member.size} bytes, wanted at most {limit}"
+        return f"{member.size} bytes, expected at most {limit}"
     return "cut off by the end of the tar" if member.offset_data + member.size > file_size else ""
 
 
@@ -157,7 +157,7 @@ def _add_sample(
 ) -> None:
     if sample.image is None:
         other = sample.other_image
-        reason = "no picture for this key" if other is None else other_format_reason(other)
+        reason = "no image for this key" if other is None else other_format_reason(other)
         listing.skip(f"{shown_name}!{key}", reason)
         return
     path = f"{shown_name}!{sample.image.name}"

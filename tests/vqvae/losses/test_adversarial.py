@@ -120,13 +120,13 @@ def test_images_do_not_see_each_other() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"weight": -0.1}, r"discriminator.weight: got -0.1, wanted at least 0"),
-        ({"weight": float("nan")}, r"discriminator.weight: got nan, wanted at least 0"),
+        ({"weight": -0.1}, r"discriminator.weight: got -0.1, expected at least 0"),
+        ({"weight": float("nan")}, r"discriminator.weight: got nan, expected at least 0"),
         ({"feature_matching_weight": float("inf")}, r"feature_matching_weight: got inf"),
-        ({"starts_at": 1.0}, r"discriminator.starts_at: got 1.0, wanted 0 to below 1"),
-        ({"channels": 0}, r"discriminator.channels: got 0, wanted at least 1"),
-        ({"num_layers": 0}, r"discriminator.num_layers: got 0, wanted at least 1"),
-        ({"adaptive": True}, r"discriminator.adaptive: got True, wanted false without a weight"),
+        ({"starts_at": 1.0}, r"discriminator.starts_at: got 1.0, expected 0 to below 1"),
+        ({"channels": 0}, r"discriminator.channels: got 0, expected at least 1"),
+        ({"num_layers": 0}, r"discriminator.num_layers: got 0, expected at least 1"),
+        ({"adaptive": True}, r"discriminator.adaptive: got True, expected false without a weight"),
     ],
 )
 def test_bad_values_are_named(options: dict[str, float], message: str) -> None:

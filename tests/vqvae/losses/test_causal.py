@@ -33,7 +33,7 @@ def build_predictor(code_dim: int = 3, num_cells: int = 6) -> NextFeaturePredict
 
 
 def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tensor:
-    """One picture, one cell after the other, in float64: pre-norm blocks, heads by slices."""
+    """One image, one cell after the other, in float64: pre-norm blocks, heads by slices."""
     weights = {name: value.double() for name, value in predictor.state_dict().items()}
 
     def linear(name: str, x: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
@@ -168,7 +168,7 @@ WEIGHT = 0.1  # the guide's
 
 
 def make_image_grids(count: int, generator: torch.Generator) -> Tensor:
-    """Red flows over the whole picture; green and blue are drawn anew for each cell of 4 x 4."""
+    """Red flows over the whole image; green and blue are generated anew for each cell of 4 x 4."""
     flowing = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
     sudden = torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1
     sizes: dict[str, Any] = {"size": (16, 16)}
@@ -185,7 +185,7 @@ def descend(model: nn.Module, loss: Callable[[], Tensor], *, rate: float, steps:
 
 
 def learned(weight: float) -> tuple[float, float]:
-    """Trains a tokenizer; what a fresh predictor cannot foretell, and the share of codes in use."""
+    """Trains a tokenizer; what a fresh predictor cannot foretell, and the fraction of codes in use."""
     torch.manual_seed(0)
     uniforms = torch.Generator().manual_seed(0)
     config = VQVAEConfig(image_size=16, patch_size=4, channels=(16,), num_encoder_blocks=1,

@@ -56,9 +56,11 @@ def test_perceptual_distance_orders_and_trains(distance: PerceptualDistance) -> 
 def test_another_file_is_refused_and_never_loaded(tmp_path: Path) -> None:
     sentinel = tmp_path / "sentinel"
     (tmp_path / "weights.pth").write_bytes(hostile.pickled(sentinel))
-    with pytest.raises(ValueError, match=r"weights.pth: got SHA-256 \w+, wanted 579344248a93e230$"):
+    with pytest.raises(
+        ValueError, match=r"weights.pth: got SHA-256 \w+, expected 579344248a93e230$"
+    ):
         perceptual._read_weights(tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"no.pth: No such file or directory, wanted"):
+    with pytest.raises(ValueError, match=r"no.pth: No such file or directory, expected"):
         perceptual._read_weights(tmp_path / "no.pth")
     assert not sentinel.exists()
 

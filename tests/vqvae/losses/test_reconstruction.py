@@ -158,7 +158,7 @@ def test_logit_laplace_loss_is_least_at_the_pixels_and_bounded() -> None:
 
 
 def test_logit_laplace_needs_two_parameters_for_each_channel() -> None:
-    with pytest.raises(ValueError, match=r"wanted \(2, 6, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"expected \(2, 6, 32, 32\)"):
         logit_laplace_loss(torch.zeros(2, 3, 32, 32), images())
 
 

@@ -38,7 +38,7 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ImageToken
 
 
 def images(count: int = 5, size: int = SIZE) -> Tensor:
-    """Four coloured fields each, of colours at the ends of their range."""
+    """Four colored fields each, of colors at the ends of their range."""
     fields = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
     return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
 
@@ -75,10 +75,10 @@ def test_every_tokenizer_keeps_the_contract(
         torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-4)
     assert tokenizer.decode_from_token_ids(every_id[:0]).shape == (0, 3, SIZE, SIZE)
 
-    with pytest.raises(ValueError, match=r"pixels: got \(16, 20\), wanted 16 x 16"):
+    with pytest.raises(ValueError, match=r"pixels: got \(16, 20\), expected 16 x 16"):
         tokenizer.encode_to_token_ids(torch.zeros(1, 3, SIZE, SIZE + 4))
     for bad in (-1, codes):
-        with pytest.raises(ValueError, match=f"token_ids: got .*wanted 0 to {codes - 1}"):
+        with pytest.raises(ValueError, match=f"token_ids: got .*expected 0 to {codes - 1}"):
             tokenizer.decode_from_token_ids(torch.full((1, *grid), bad))
 
     before = tokenizer.fingerprint()
@@ -180,9 +180,9 @@ def change_config(folder: Path, **changes: object) -> None:
     [
         ("janus", {"num_res_blocks": 10**7}, "num_res_blocks: got 10000000, the file holds"),
         ("janus", {"num_embeddings": 10**9}, "num_embeddings: got 1000000000, the file's tensors"),
-        ("janus", {"base_channels": "32"}, "base_channels: got '32', wanted a whole number"),
-        ("janus", {"base_channels": 0}, "base_channels: got 0, wanted at least 1"),
-        ("janus", {"out_channels": 1}, "out_channels: got 1, wanted 3"),
+        ("janus", {"base_channels": "32"}, "base_channels: got '32', expected a whole number"),
+        ("janus", {"base_channels": 0}, "base_channels: got 0, expected at least 1"),
+        ("janus", {"out_channels": 1}, "out_channels: got 1, expected 3"),
         ("janus", {"latent_channels": 5}, "tensor decoder.conv_in.weight: got"),
         ("emu3", {"temporal_downsample_factor": 2**60}, "tensor decoder.time_conv.1"),
         ("emu3", {"hidden_size": 10**9}, "hidden_size: got 1000000000, the file's tensors"),
@@ -226,9 +226,9 @@ def test_pickled_weights_are_not_looked_at(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["openai", "emu3", "diffusers"])
 def test_the_size_of_images_is_asked_for(kind: str, tmp_path: Path) -> None:
     folder = source_folder(kind, tmp_path / kind)
-    with pytest.raises(ValueError, match="image_size: got none, wanted pixels a side"):
+    with pytest.raises(ValueError, match="image_size: got none, expected pixels a side"):
         load_tokenizer(folder)
-    with pytest.raises(ValueError, match="image_size: got 18, wanted a multiple of"):
+    with pytest.raises(ValueError, match="image_size: got 18, expected a multiple of"):
         load_tokenizer(folder, image_size=18)
 
 
@@ -246,11 +246,11 @@ def test_janus_knows_its_size_and_ours_keep_theirs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"kind": "llama"}, "kind: got llama, wanted one of janus, emu3, diffusers"),
+        ({"kind": "llama"}, "kind: got llama, expected one of janus, emu3, diffusers"),
         ({"kind": ["janus"]}, "kind: got"),
         ({"format_version": 7}, "format_version: got 7"),
-        ({"image_size": "16"}, "image_size: got 16, wanted a whole number"),
-        ({"colour": 1}, "unknown fields: colour"),
+        ({"image_size": "16"}, "image_size: got 16, expected a whole number"),
+        ({"colour": 1}, "unknown fields: color"),
         ({"sizes": {}}, "JanusSizes: unknown or missing fields"),
     ],
 )
@@ -287,5 +287,5 @@ def test_tokenizer_that_loads_but_takes_no_image_is_refused(
     require_working(tokenizer)
     broken = copy.deepcopy(tokenizer)
     broken.model.quant_conv = torch.nn.Conv2d(1, 4, 1)  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"loads but takes no picture: .*channels"):
+    with pytest.raises(ValueError, match=r"loads but takes no image: .*channels"):
         require_working(broken)
