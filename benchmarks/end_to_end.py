@@ -20,8 +20,8 @@ from benchmarks import ours, ours_pictures, peers
 from benchmarks.ceilings import attention_flops, count_flops
 from benchmarks.config import BenchmarkConfig
 from benchmarks.data import DallePytorchFolder
+from benchmarks.images import write_images
 from benchmarks.timing import Job, Result, Variant, interleave, require_falling
-from benchmarks.training_images import write_images
 from dalle_mini_impl.hardware import has_fast_bf16
 
 EPOCHS = 20  # DALLE-pytorch's default

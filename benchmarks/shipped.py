@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks import ours, peers
+from benchmarks.config import BenchmarkConfig
 from benchmarks.sampling import NATIVE, llama_job
-from benchmarks.settings import BenchmarkConfig
 from benchmarks.sizes import Size
 from benchmarks.timing import Job, Result, Variant, interleave
 from dalle_mini_impl.models.text_to_image import TextToImageModel

@@ -37,6 +37,43 @@ GRID = 8  # cells along each side
 Describe = Callable[[Float[Tensor, "batch 3 height width"]], list[Tensor]]
 
 
+class FeatureSpace:
+    """Features whose parts weigh the same in a set of reference images."""
+
+    def __init__(self, reference: Pixels, *, describe: Describe | None = None) -> None:
+        """Measure how much each part varies.
+
+        Args:
+            reference: True images, at least two different ones.
+            describe: What makes parts, each (batch, features), of images with pixels in [-1, 1];
+                colors and contrasts when None.
+        """
+        self._describe = describe or colours_and_contrasts
+        parts = self._parts(reference)
+        self._scales = [
+            (part - part.mean(dim=0)).square().sum(dim=1).mean().sqrt().clamp(min=1e-6)
+            for part in parts
+        ]
+
+    def __call__(self, pixels: Pixels) -> Float[Tensor, "samples features"]:
+        """Describe images.
+
+        Args:
+            pixels: Bytes, at least 8 x 8.
+
+        Returns:
+            Features; their squared distances add up over the parts.
+        """
+        parts = self._parts(pixels)
+        scaled = [part / scale for part, scale in zip(parts, self._scales, strict=True)]
+        return torch.cat(scaled, dim=1)
+
+    @torch.inference_mode()
+    def _parts(self, pixels: Pixels) -> list[Tensor]:
+        batches = [self._describe(to_floats(part)) for part in pixels.split(BATCH_SIZE)]
+        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
+
+
 def random_directions(num_features: int, *, seed: int) -> Float[Tensor, "features directions"]:
     """Generate unit vectors.
 
@@ -161,43 +198,6 @@ def measure_distribution(
     ]
     columns = ("set", "sliced Wasserstein", "precision", "recall")
     return Section(title, text, figures, [Table("distribution", columns, rows)])
-
-
-class FeatureSpace:
-    """Features whose parts weigh the same in a set of reference images."""
-
-    def __init__(self, reference: Pixels, *, describe: Describe | None = None) -> None:
-        """Measure how much each part varies.
-
-        Args:
-            reference: True images, at least two different ones.
-            describe: What makes parts, each (batch, features), of images with pixels in [-1, 1];
-                colors and contrasts when None.
-        """
-        self._describe = describe or colours_and_contrasts
-        parts = self._parts(reference)
-        self._scales = [
-            (part - part.mean(dim=0)).square().sum(dim=1).mean().sqrt().clamp(min=1e-6)
-            for part in parts
-        ]
-
-    def __call__(self, pixels: Pixels) -> Float[Tensor, "samples features"]:
-        """Describe images.
-
-        Args:
-            pixels: Bytes, at least 8 x 8.
-
-        Returns:
-            Features; their squared distances add up over the parts.
-        """
-        parts = self._parts(pixels)
-        scaled = [part / scale for part, scale in zip(parts, self._scales, strict=True)]
-        return torch.cat(scaled, dim=1)
-
-    @torch.inference_mode()
-    def _parts(self, pixels: Pixels) -> list[Tensor]:
-        batches = [self._describe(to_floats(part)) for part in pixels.split(BATCH_SIZE)]
-        return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def colours_and_contrasts(pixels: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:

@@ -42,6 +42,58 @@ Key = TypeVar("Key", bound=Hashable)
 Read = Callable[[Row], Tensor]
 
 
+@dataclass(frozen=True)
+class HeldOutPrompt:
+    """A held-out image to be generated, and the true images that its generation is compared with."""
+
+    row: Row
+    """What the metadata say of the held-out image."""
+    choices: Mapping[str, Mapping[Hashable, Tensor]]
+    """By what is asked (``cell``, ``style``, ``clock``): name -> true image, [-1, 1]."""
+    right: Mapping[str, Hashable]
+    """The right name for each."""
+
+    def check(self, image: ImageTensor) -> dict[str, bool]:
+        """Judge a generation.
+
+        Args:
+            image: As large as the true ones, [-1, 1].
+
+        Returns:
+            What is asked -> whether the generation is right; for a cell its two parts as well.
+        """
+        checks = {}
+        for what, choices in self.choices.items():
+            found = nearest(image, choices)
+            checks[what] = found == self.right[what]
+            expected = self.right[what]
+            if isinstance(found, tuple) and isinstance(expected, tuple):
+                checks["gender"], checks["tone"] = found[0] == expected[0], found[1] == expected[1]
+        return checks
+
+    @property
+    def reference(self) -> Tensor:
+        """The true image."""
+        [what, *_] = self.choices
+        return self.choices[what][self.right[what]]
+
+
+@dataclass(frozen=True)
+class GridReport:
+    """How many held-out cells of one style were generated right."""
+
+    num_cells: int
+    grid_accuracy: float
+    """Fraction of images nearest to their own cell, in [0, 1]; chance 1/15."""
+    gender_accuracy: float
+    """Share whose nearest cell has the right gender; chance 1/3."""
+    tone_accuracy: float
+    """Share whose nearest cell has the right skin tone; chance 1/5."""
+    captions: list[str]
+    generated: list[Image.Image]
+    reference: list[Image.Image]
+
+
 def held_out_prompts(
     data: EvaluationData, styles: Sequence[str], *, max_samples: int
 ) -> tuple[list[HeldOutPrompt], Samples]:
@@ -207,42 +259,6 @@ def _sheets(
     return sheets
 
 
-@dataclass(frozen=True)
-class HeldOutPrompt:
-    """A held-out image to be generated, and the true images that its generation is compared with."""
-
-    row: Row
-    """What the metadata say of the held-out image."""
-    choices: Mapping[str, Mapping[Hashable, Tensor]]
-    """By what is asked (``cell``, ``style``, ``clock``): name -> true image, [-1, 1]."""
-    right: Mapping[str, Hashable]
-    """The right name for each."""
-
-    def check(self, image: ImageTensor) -> dict[str, bool]:
-        """Judge a generation.
-
-        Args:
-            image: As large as the true ones, [-1, 1].
-
-        Returns:
-            What is asked -> whether the generation is right; for a cell its two parts as well.
-        """
-        checks = {}
-        for what, choices in self.choices.items():
-            found = nearest(image, choices)
-            checks[what] = found == self.right[what]
-            expected = self.right[what]
-            if isinstance(found, tuple) and isinstance(expected, tuple):
-                checks["gender"], checks["tone"] = found[0] == expected[0], found[1] == expected[1]
-        return checks
-
-    @property
-    def reference(self) -> Tensor:
-        """The true image."""
-        [what, *_] = self.choices
-        return self.choices[what][self.right[what]]
-
-
 def nearest(image: ImageTensor, choices: Mapping[Key, Tensor]) -> Key:
     """Find the true image with the smallest squared error.
 
@@ -302,22 +318,6 @@ def clock_prompts(rows: Sequence[Row], *, style: str, read: Read) -> list[HeldOu
         for row in clocks
         if row["split"] == "test_clock"
     ]
-
-
-@dataclass(frozen=True)
-class GridReport:
-    """How many held-out cells of one style were generated right."""
-
-    num_cells: int
-    grid_accuracy: float
-    """Fraction of images nearest to their own cell, in [0, 1]; chance 1/15."""
-    gender_accuracy: float
-    """Share whose nearest cell has the right gender; chance 1/3."""
-    tone_accuracy: float
-    """Share whose nearest cell has the right skin tone; chance 1/5."""
-    captions: list[str]
-    generated: list[Image.Image]
-    reference: list[Image.Image]
 
 
 def evaluate_grid(

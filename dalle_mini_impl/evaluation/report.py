@@ -22,6 +22,30 @@ CEILING, FLOOR = "ceiling: true images, reconstructed", "floor: captions shuffle
 CELL_SIDE = 12  # pixels per token in a map
 
 
+@dataclass(frozen=True)
+class Table:
+    """Some figures side by side."""
+
+    name: str
+    """A word or two, unique in the report."""
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report."""
+
+    title: str
+    text: str
+    """What the figures mean, and where they come from."""
+    figures: dict[str, Any]
+    """Numbers, estimates, and dictionaries of such."""
+    tables: list[Table] = field(default_factory=list)
+    images: dict[str, Image.Image] = field(default_factory=dict)
+    """By the name of their file, without its ending."""
+
+
 def write_report(
     out: Path, title: str, protocol: Mapping[str, Any], sections: Sequence[Section]
 ) -> None:
@@ -111,30 +135,6 @@ def _table(table: Table) -> list[str]:
     right = "|".join(["---", *["--:"] * (len(table.columns) - 1)])
     rows = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows)
     return [f"| {' | '.join(table.columns)} |", f"|{right}|", *rows, ""]
-
-
-@dataclass(frozen=True)
-class Table:
-    """Some figures side by side."""
-
-    name: str
-    """A word or two, unique in the report."""
-    columns: tuple[str, ...]
-    rows: Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a report."""
-
-    title: str
-    text: str
-    """What the figures mean, and where they come from."""
-    figures: dict[str, Any]
-    """Numbers, estimates, and dictionaries of such."""
-    tables: list[Table] = field(default_factory=list)
-    images: dict[str, Image.Image] = field(default_factory=dict)
-    """By the name of their file, without its ending."""
 
 
 def percent(estimate: Estimate) -> str:

@@ -92,6 +92,27 @@ class EvaluationData:
         return join(list(self.held_out.values()))
 
 
+@dataclass(frozen=True)
+class CandidateTokens:
+    """Tokens that a model generated, several candidates per caption."""
+
+    image_token_ids: Int[Tensor, "captions candidates image_length"]
+    log_likelihood_ratios: Float[Tensor, "captions candidates"]
+    """Caption gain of each candidate in nats; zeros where there is one only."""
+
+    @property
+    def first(self) -> Int[Tensor, "captions image_length"]:
+        """The first candidates: images that nobody chose."""
+        return self.image_token_ids[:, 0]
+
+    @property
+    def best(self) -> Int[Tensor, "captions image_length"]:
+        """The candidates with the largest gain."""
+        return self.image_token_ids[
+            torch.arange(len(self.log_likelihood_ratios)), self.log_likelihood_ratios.argmax(dim=1)
+        ]
+
+
 def spread_indices(count: int, expected: int) -> list[int]:
     """Choose places at equal distances.
 
@@ -252,27 +273,6 @@ def to_images(pixels: Pixels) -> list[Image.Image]:
         One image each.
     """
     return pixels_to_images(to_floats(pixels))
-
-
-@dataclass(frozen=True)
-class CandidateTokens:
-    """Tokens that a model generated, several candidates per caption."""
-
-    image_token_ids: Int[Tensor, "captions candidates image_length"]
-    log_likelihood_ratios: Float[Tensor, "captions candidates"]
-    """Caption gain of each candidate in nats; zeros where there is one only."""
-
-    @property
-    def first(self) -> Int[Tensor, "captions image_length"]:
-        """The first candidates: images that nobody chose."""
-        return self.image_token_ids[:, 0]
-
-    @property
-    def best(self) -> Int[Tensor, "captions image_length"]:
-        """The candidates with the largest gain."""
-        return self.image_token_ids[
-            torch.arange(len(self.log_likelihood_ratios)), self.log_likelihood_ratios.argmax(dim=1)
-        ]
 
 
 @torch.inference_mode()

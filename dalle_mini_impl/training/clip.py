@@ -29,6 +29,23 @@ MAX_MEASURED = 2_000  # held-out images; retrieval gets harder with their number
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipTaskConfig:
+    """How the images are varied.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    max_shift: int = 2
+    """Largest shift of a training image, in pixels, in both directions."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can use."""
+        if self.max_shift < 0:
+            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipRunConfig:
     """Options of ``train_clip.py``.
 
@@ -63,6 +80,112 @@ class ClipRunConfig:
                 "training.find_batch_size: got true, expected false: the images of a micro-batch "
                 "are each other's contrast, so that its size is part of the loss"
             )
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Images and captions among which the right ones are to be found."""
+
+    pixels: UInt8[Tensor, "images 3 height width"]
+    captions: list[str]
+    """Different ones."""
+    is_right: Bool[Tensor, "images captions"]
+    """True where a caption is one of the image's own: there may be several in a row or column."""
+
+    @property
+    def chance(self) -> float:
+        """Fraction of right answers of one who guesses, the same in both directions."""
+        return float(self.is_right.double().mean())
+
+
+class ClipTask:
+    """Images with their captions, and the loss of telling which belong together."""
+
+    num_uniforms = 3
+
+    def __init__(
+        self,
+        train: LoadedPairs,
+        held_out: LoadedPairs,
+        config: ClipTaskConfig,
+        *,
+        ranker: ClipRanker,
+        sample_weights: Tensor | None,
+    ) -> None:
+        """Collect what training needs.
+
+        Args:
+            train: What is learned.
+            held_out: What is measured.
+            config: Augmentation.
+            ranker: Holds the model in training, and the caption tokenizer.
+            sample_weights: How often each image is expected, or None.
+        """
+        self.pixels, self.config, self.ranker = train.pixels, config, ranker
+        self.sample_weights = sample_weights
+        self.num_samples = len(train.pairs)
+        text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config
+        self.text_token_ids = text_tokenizer.encode(
+            [text for pair in train.pairs for text in pair.captions]
+        )
+        counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
+        self.caption_offsets = counts.cumsum(0)
+        num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
+        self.tokens_per_sample = sizes.text_length + num_patches
+        self.identity = text_tokenizer.fingerprint()
+        self.held_out = build_retrieval(held_out.pairs, held_out.pixels, text_tokenizer)
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
+    ) -> dict[str, Tensor]:
+        """Look up images, shift them, and choose one caption of each."""
+        start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
+        chosen = start + (uniforms[:, 0] * (end - start)).long()
+        largest = self.config.max_shift
+        images = self.pixels[sample_ids]
+        if largest:
+            offsets = (uniforms[:, 1:] * (2 * largest + 1)).long() - largest
+            images = shift_images(images, offsets)
+        return {
+            "pixels": images.float() / 127.5 - 1,
+            "text_token_ids": self.text_token_ids[chosen],
+            "sample_ids": sample_ids,
+        }
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the contrastive loss, and how many images find a caption of their own."""
+        del progress, generator
+        text_token_ids, ids = batch["text_token_ids"], batch["sample_ids"]
+        logits = model(text_token_ids, batch["pixels"])
+        is_match = matches(text_token_ids, ids)
+        towers = self.ranker.model.config.towers
+        loss = (softmax_loss if towers.loss == "softmax" else sigmoid_loss)(logits, is_match)
+        best = logits.detach().argmax(dim=1, keepdim=True)
+        return loss, {
+            "batch_r1": is_match.gather(1, best).float().mean(),
+            "logit_scale": self.ranker.model.log_scale.detach().exp(),
+        }
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure retrieval on held-out pairs."""
+        del model  # the ranker holds the same module
+        return {
+            f"validation/{name}": x
+            for name, x in score_retrieval(self.ranker, self.held_out).items()
+        }
+
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
+        """Generate nothing."""
+        del model
+        return []
 
 
 def train_clip(
@@ -163,113 +286,6 @@ def _write_report(task: ClipTask, output_dir: Path) -> None:
     (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClipTaskConfig:
-    """How the images are varied.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    max_shift: int = 2
-    """Largest shift of a training image, in pixels, in both directions."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run can use."""
-        if self.max_shift < 0:
-            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
-
-
-class ClipTask:
-    """Images with their captions, and the loss of telling which belong together."""
-
-    num_uniforms = 3
-
-    def __init__(
-        self,
-        train: LoadedPairs,
-        held_out: LoadedPairs,
-        config: ClipTaskConfig,
-        *,
-        ranker: ClipRanker,
-        sample_weights: Tensor | None,
-    ) -> None:
-        """Collect what training needs.
-
-        Args:
-            train: What is learned.
-            held_out: What is measured.
-            config: Augmentation.
-            ranker: Holds the model in training, and the caption tokenizer.
-            sample_weights: How often each image is expected, or None.
-        """
-        self.pixels, self.config, self.ranker = train.pixels, config, ranker
-        self.sample_weights = sample_weights
-        self.num_samples = len(train.pairs)
-        text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config
-        self.text_token_ids = text_tokenizer.encode(
-            [text for pair in train.pairs for text in pair.captions]
-        )
-        counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
-        self.caption_offsets = counts.cumsum(0)
-        num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
-        self.tokens_per_sample = sizes.text_length + num_patches
-        self.identity = text_tokenizer.fingerprint()
-        self.held_out = build_retrieval(held_out.pairs, held_out.pixels, text_tokenizer)
-
-    def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
-    ) -> dict[str, Tensor]:
-        """Look up images, shift them, and choose one caption of each."""
-        start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
-        chosen = start + (uniforms[:, 0] * (end - start)).long()
-        largest = self.config.max_shift
-        images = self.pixels[sample_ids]
-        if largest:
-            offsets = (uniforms[:, 1:] * (2 * largest + 1)).long() - largest
-            images = shift_images(images, offsets)
-        return {
-            "pixels": images.float() / 127.5 - 1,
-            "text_token_ids": self.text_token_ids[chosen],
-            "sample_ids": sample_ids,
-        }
-
-    def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Tensor],
-        *,
-        progress: float,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the contrastive loss, and how many images find a caption of their own."""
-        del progress, generator
-        text_token_ids, ids = batch["text_token_ids"], batch["sample_ids"]
-        logits = model(text_token_ids, batch["pixels"])
-        is_match = matches(text_token_ids, ids)
-        towers = self.ranker.model.config.towers
-        loss = (softmax_loss if towers.loss == "softmax" else sigmoid_loss)(logits, is_match)
-        best = logits.detach().argmax(dim=1, keepdim=True)
-        return loss, {
-            "batch_r1": is_match.gather(1, best).float().mean(),
-            "logit_scale": self.ranker.model.log_scale.detach().exp(),
-        }
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure retrieval on held-out pairs."""
-        del model  # the ranker holds the same module
-        return {
-            f"validation/{name}": x
-            for name, x in score_retrieval(self.ranker, self.held_out).items()
-        }
-
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Generate nothing."""
-        del model
-        return []
-
-
 def matches(
     text_token_ids: Int[Tensor, "batch text_length"], sample_ids: Int[Tensor, " batch"]
 ) -> Bool[Tensor, "batch batch"]:
@@ -285,22 +301,6 @@ def matches(
     """
     same_text = (text_token_ids[:, None] == text_token_ids[None]).all(dim=2)
     return same_text | (sample_ids[:, None] == sample_ids[None])
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Images and captions among which the right ones are to be found."""
-
-    pixels: UInt8[Tensor, "images 3 height width"]
-    captions: list[str]
-    """Different ones."""
-    is_right: Bool[Tensor, "images captions"]
-    """True where a caption is one of the image's own: there may be several in a row or column."""
-
-    @property
-    def chance(self) -> float:
-        """Fraction of right answers of one who guesses, the same in both directions."""
-        return float(self.is_right.double().mean())
 
 
 def build_retrieval(

@@ -31,6 +31,44 @@ EVALUATION_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
+class DalleTaskConfig:
+    """What the decoder's loss is made of, and how its data is varied.
+
+    Raises:
+        ValueError: If a share is not in [0, 1].
+    """
+
+    text_loss_weight: float = 0.1
+    """Weight of the caption's loss beside the image's, in models that write captions."""
+    caption_dropout_probability: float = 0.1
+    """Fraction of samples trained without their caption, for guidance."""
+    token_noise_probability: float = 0.0
+    """Largest fraction of a sample's input image tokens that come from other images, while it
+    lasts; each sample generates its own share below it, and its targets stay. Keeps the decoder from
+    following a remembered image instead of the caption."""
+    random_order_probability: float = 0.0
+    """Fraction of samples sampled in random order instead of raster order, while it lasts."""
+    shifted_view_probability: float = 0.0
+    """Fraction of samples taken from a shifted or enlarged view, while it lasts."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
+    DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
+    augmentation_ends_at: float = 0.75
+    """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1]."""
+        for name, value in vars(self).items():
+            if not 0 <= value <= 1:
+                raise ValueError(f"task.{name}: got {value}, expected 0 to 1")
+
+    @property
+    def ends_in_random_order(self) -> bool:
+        """Whether the decoder can generate in any order when training has ended."""
+        return self.random_order_probability > 0 and self.augmentation_ends_at == 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class DalleRunConfig:
     """Options of ``train_dalle.py``.
 
@@ -86,161 +124,6 @@ class DalleRunConfig:
             )
         if any(not prompt.strip() for prompt in self.fixed_prompts):
             raise ValueError("fixed_prompts: got an empty prompt, expected some text in each")
-
-
-def train_dalle(
-    config: DalleRunConfig,
-    *,
-    resume: str | None = None,
-) -> Path:
-    """Train a decoder on the tokens of captioned images.
-
-    Args:
-        config: The run.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Returns:
-        The model folder.
-
-    Raises:
-        UserError: If the data or the folders do not serve.
-    """
-    with begin_run(config, resume) as accelerator:
-        return _train(config, resume, accelerator)
-
-
-def _train(
-    config: DalleRunConfig,
-    resume: str | None,
-    accelerator: Accelerator,
-) -> Path:
-    """Do it, in a folder that is this run's own."""
-    records = RunRecords(
-        folder=Path(config.output_dir),
-        writes=accelerator.is_main_process,
-        resumes=resume is not None,
-    )
-    try:
-        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
-        require_working(vqvae)
-    except ValueError as error:
-        raise UserError(
-            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
-            "tokenizer and perhaps vqvae_image_size"
-        ) from None
-    with accelerator.main_process_first():  # the others find the main process's tokens
-        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records)
-    return run_task(
-        dalle,
-        task,
-        config,
-        accelerator=accelerator,
-        resume=resume,
-        save_pretrained=pipeline.save_pretrained,
-    )
-
-
-def _prepare(
-    config: DalleRunConfig,
-    vqvae: ImageTokenizer,
-    records: RunRecords,
-) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:
-    """Read and tokenize the data; build the decoder and the pipeline around it."""
-    size = vqvae.config.image_size
-    train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
-    text_tokenizer = TextTokenizer.learn(
-        (text for pair in train.listed for text in pair.captions),
-        vocab_size=config.text.vocab_size,
-        text_length=config.text.text_length,
-    )
-    cache_dir = Path(config.output_dir) / "tokens"
-    held_out_variation = Variation(max_shift=config.max_shift)  # none; older data sets have it so
-    variation = replace(
-        held_out_variation,
-        num_views=config.num_views,
-        max_zoom=config.max_zoom,
-        bpe_dropout=config.task.bpe_dropout_probability,
-    )
-    tokens = {
-        name: build_token_dataset(
-            loaded.pairs,
-            loaded.pixels,
-            vqvae=vqvae,
-            text_tokenizer=text_tokenizer,
-            variation=variation if name == "train" else held_out_variation,
-            cache_dir=cache_dir,
-        )
-        for name, loaded in (("train", train), ("held_out", held_out))
-    }
-    torch.manual_seed(config.training.seed)
-    dalle = build_text_to_image(
-        DalleConfig(
-            decoder=config.decoder,
-            vocab_size=text_tokenizer.vocab_size,
-            text_length=text_tokenizer.text_length,
-            codebook_levels=vqvae.codebook_levels,
-            image_grid_size=vqvae.image_grid_size,
-        )
-    )
-    pipeline = TextToImagePipeline(
-        dalle=dalle,
-        vqvae=vqvae,
-        text_tokenizer=text_tokenizer,
-        sampling_config=config.sampling,
-        generates_any_order=config.task.ends_in_random_order,
-    )
-    prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
-    task = DalleTask(
-        tokens["train"],
-        tokens["held_out"],
-        config.task,
-        sample_weights=train.weights(config.data.balance_by),
-        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
-        pipeline=pipeline,
-        fixed_prompts=prompts,
-    )
-    return task, dalle, pipeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class DalleTaskConfig:
-    """What the decoder's loss is made of, and how its data is varied.
-
-    Raises:
-        ValueError: If a share is not in [0, 1].
-    """
-
-    text_loss_weight: float = 0.1
-    """Weight of the caption's loss beside the image's, in models that write captions."""
-    caption_dropout_probability: float = 0.1
-    """Fraction of samples trained without their caption, for guidance."""
-    token_noise_probability: float = 0.0
-    """Largest fraction of a sample's input image tokens that come from other images, while it
-    lasts; each sample generates its own share below it, and its targets stay. Keeps the decoder from
-    following a remembered image instead of the caption."""
-    random_order_probability: float = 0.0
-    """Fraction of samples sampled in random order instead of raster order, while it lasts."""
-    shifted_view_probability: float = 0.0
-    """Fraction of samples taken from a shifted or enlarged view, while it lasts."""
-    bpe_dropout_probability: float = 0.0
-    """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
-    DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
-    augmentation_ends_at: float = 0.75
-    """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1]."""
-        for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"task.{name}: got {value}, expected 0 to 1")
-
-    @property
-    def ends_in_random_order(self) -> bool:
-        """Whether the decoder can generate in any order when training has ended."""
-        return self.random_order_probability > 0 and self.augmentation_ends_at == 1
 
 
 class DalleTask:
@@ -393,6 +276,123 @@ class DalleTask:
         del model  # the pipeline holds the same module
         generated = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
         return [ImageGrid("samples", generated.images, list(self.fixed_prompts))]
+
+
+def train_dalle(
+    config: DalleRunConfig,
+    *,
+    resume: str | None = None,
+) -> Path:
+    """Train a decoder on the tokens of captioned images.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+
+    Returns:
+        The model folder.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    with begin_run(config, resume) as accelerator:
+        return _train(config, resume, accelerator)
+
+
+def _train(
+    config: DalleRunConfig,
+    resume: str | None,
+    accelerator: Accelerator,
+) -> Path:
+    """Do it, in a folder that is this run's own."""
+    records = RunRecords(
+        folder=Path(config.output_dir),
+        writes=accelerator.is_main_process,
+        resumes=resume is not None,
+    )
+    try:
+        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+        require_working(vqvae)
+    except ValueError as error:
+        raise UserError(
+            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
+            "tokenizer and perhaps vqvae_image_size"
+        ) from None
+    with accelerator.main_process_first():  # the others find the main process's tokens
+        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records)
+    return run_task(
+        dalle,
+        task,
+        config,
+        accelerator=accelerator,
+        resume=resume,
+        save_pretrained=pipeline.save_pretrained,
+    )
+
+
+def _prepare(
+    config: DalleRunConfig,
+    vqvae: ImageTokenizer,
+    records: RunRecords,
+) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:
+    """Read and tokenize the data; build the decoder and the pipeline around it."""
+    size = vqvae.config.image_size
+    train, held_out = (
+        load_pairs(config.data, split, image_size=size, records=records)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
+    text_tokenizer = TextTokenizer.learn(
+        (text for pair in train.listed for text in pair.captions),
+        vocab_size=config.text.vocab_size,
+        text_length=config.text.text_length,
+    )
+    cache_dir = Path(config.output_dir) / "tokens"
+    held_out_variation = Variation(max_shift=config.max_shift)  # none; older data sets have it so
+    variation = replace(
+        held_out_variation,
+        num_views=config.num_views,
+        max_zoom=config.max_zoom,
+        bpe_dropout=config.task.bpe_dropout_probability,
+    )
+    tokens = {
+        name: build_token_dataset(
+            loaded.pairs,
+            loaded.pixels,
+            vqvae=vqvae,
+            text_tokenizer=text_tokenizer,
+            variation=variation if name == "train" else held_out_variation,
+            cache_dir=cache_dir,
+        )
+        for name, loaded in (("train", train), ("held_out", held_out))
+    }
+    torch.manual_seed(config.training.seed)
+    dalle = build_text_to_image(
+        DalleConfig(
+            decoder=config.decoder,
+            vocab_size=text_tokenizer.vocab_size,
+            text_length=text_tokenizer.text_length,
+            codebook_levels=vqvae.codebook_levels,
+            image_grid_size=vqvae.image_grid_size,
+        )
+    )
+    pipeline = TextToImagePipeline(
+        dalle=dalle,
+        vqvae=vqvae,
+        text_tokenizer=text_tokenizer,
+        sampling_config=config.sampling,
+        generates_any_order=config.task.ends_in_random_order,
+    )
+    prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
+    task = DalleTask(
+        tokens["train"],
+        tokens["held_out"],
+        config.task,
+        sample_weights=train.weights(config.data.balance_by),
+        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
+        pipeline=pipeline,
+        fixed_prompts=prompts,
+    )
+    return task, dalle, pipeline
 
 
 def text_loss(

@@ -34,6 +34,28 @@ EVALUATION_BATCH_SIZE = 128
 
 
 @dataclass(frozen=True, kw_only=True)
+class TranslationTaskConfig:
+    """What the loss is made of.
+
+    Raises:
+        ValueError: If a share is not in [0, 1).
+    """
+
+    label_smoothing: float = 0.1
+    """Fraction of the target's probability spread over all tokens (Szegedy et al. 2016,
+    arXiv:1512.00567; Vaswani et al. 2017, section 5.4)."""
+    bpe_dropout_probability: float = 0.0
+    """Probability that a merge is left out when a training text is split into tokens (Provilkov et
+    al. 2020, arXiv:1910.13267)."""
+
+    def __post_init__(self) -> None:
+        """Refuse shares outside [0, 1)."""
+        for name, value in vars(self).items():
+            if not 0 <= value < 1:
+                raise ValueError(f"task.{name}: got {value}, expected 0 to below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TextPairsConfig:
     """Which pairs of texts a run uses.
 
@@ -76,122 +98,6 @@ class TranslationRunConfig:
     """Budget and optimizer."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
-
-
-def train_translation(
-    config: TranslationRunConfig,
-    *,
-    resume: str | None = None,
-) -> Path:
-    """Train a translator and compare it with answers that need no model.
-
-    Args:
-        config: The run.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Returns:
-        The translator's folder; ``report.json`` and ``translations.tsv`` lie beside it.
-
-    Raises:
-        UserError: If the data or the folders do not serve.
-    """
-    with begin_run(config, resume) as accelerator:
-        task = _prepare(config)
-        translator = task.translator
-        folder = run_task(
-            translator.model,
-            task,
-            config,
-            accelerator=accelerator,
-            resume=resume,
-            save_pretrained=translator.save_pretrained,
-        )
-        if accelerator.is_main_process:
-            _write_report(task, Path(config.output_dir))
-        accelerator.wait_for_everyone()
-    return folder
-
-
-def _prepare(config: TranslationRunConfig) -> TranslationTask:
-    """Read the pairs, learn their tokens, build the model."""
-    score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
-    pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
-    logger.info(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
-    text_tokenizer = TextTokenizer.learn(
-        (text for pair in pairs.train for text in (pair.source, pair.target)),
-        vocab_size=config.text.vocab_size,
-        text_length=config.text.text_length,
-    )
-    torch.manual_seed(config.training.seed)
-    model = EncoderDecoder(config.model, vocab_size=text_tokenizer.vocab_size)
-    task = TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
-    if text_tokenizer.num_truncated:
-        logger.info(text_tokenizer.truncation_report())
-    return task
-
-
-def _write_report(task: TranslationTask, output_dir: Path) -> None:
-    """Translate what was held out, and score that beside two answers without a model."""
-    task.translator.model.eval()
-    held_out, references = task.pairs.held_out, task.references
-    sources = [pair.source for pair in held_out]
-    nearest = nearest_targets(sources, task.pairs.train)
-    predictions = {
-        "model": task.translator(sources),
-        "nearest source": [task.normalize(text) for text in nearest],
-        "copy": [task.normalize(text) for text in sources],
-    }
-    is_new = task.pairs.is_new_family()
-    everything = range(len(held_out))
-    parts = {
-        "all": list(everything),
-        "new combinations": [number for number in everything if not is_new[number]],
-        "new families": [number for number in everything if is_new[number]],
-        "new families, without skin tones": [
-            number for number in everything if is_new[number] and held_out[number].is_plain
-        ],
-    }
-    report: dict[str, dict[str, dict[str, float]]] = {}
-    for part, numbers in parts.items():
-        if not numbers:
-            continue
-        chosen = [references[number] for number in numbers]
-        report[part] = {
-            name: score_translations([texts[number] for number in numbers], chosen)
-            for name, texts in predictions.items()
-        }
-        logger.info(f"held out, {part} ({len(numbers)}):")
-        for name, scores in report[part].items():
-            figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
-            logger.info(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
-    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    rows = zip(
-        sources, references, predictions["model"], predictions["nearest source"], strict=True
-    )
-    lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]
-    (output_dir / "translations.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TranslationTaskConfig:
-    """What the loss is made of.
-
-    Raises:
-        ValueError: If a share is not in [0, 1).
-    """
-
-    label_smoothing: float = 0.1
-    """Fraction of the target's probability spread over all tokens (Szegedy et al. 2016,
-    arXiv:1512.00567; Vaswani et al. 2017, section 5.4)."""
-    bpe_dropout_probability: float = 0.0
-    """Probability that a merge is left out when a training text is split into tokens (Provilkov et
-    al. 2020, arXiv:1910.13267)."""
-
-    def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1)."""
-        for name, value in vars(self).items():
-            if not 0 <= value < 1:
-                raise ValueError(f"task.{name}: got {value}, expected 0 to below 1")
 
 
 class TranslationTask:
@@ -301,6 +207,100 @@ class TranslationTask:
             nats = target_nats(logits, prediction, end_token_id=self.translator.model.end_token_id)
             total += float(nats) * len(rows) / len(source)
         return total
+
+
+def train_translation(
+    config: TranslationRunConfig,
+    *,
+    resume: str | None = None,
+) -> Path:
+    """Train a translator and compare it with answers that need no model.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+
+    Returns:
+        The translator's folder; ``report.json`` and ``translations.tsv`` lie beside it.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    with begin_run(config, resume) as accelerator:
+        task = _prepare(config)
+        translator = task.translator
+        folder = run_task(
+            translator.model,
+            task,
+            config,
+            accelerator=accelerator,
+            resume=resume,
+            save_pretrained=translator.save_pretrained,
+        )
+        if accelerator.is_main_process:
+            _write_report(task, Path(config.output_dir))
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def _prepare(config: TranslationRunConfig) -> TranslationTask:
+    """Read the pairs, learn their tokens, build the model."""
+    score_translations(["-"], ["-"])  # complains now, not at the end, if sacrebleu is missing
+    pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
+    logger.info(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
+    text_tokenizer = TextTokenizer.learn(
+        (text for pair in pairs.train for text in (pair.source, pair.target)),
+        vocab_size=config.text.vocab_size,
+        text_length=config.text.text_length,
+    )
+    torch.manual_seed(config.training.seed)
+    model = EncoderDecoder(config.model, vocab_size=text_tokenizer.vocab_size)
+    task = TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
+    if text_tokenizer.num_truncated:
+        logger.info(text_tokenizer.truncation_report())
+    return task
+
+
+def _write_report(task: TranslationTask, output_dir: Path) -> None:
+    """Translate what was held out, and score that beside two answers without a model."""
+    task.translator.model.eval()
+    held_out, references = task.pairs.held_out, task.references
+    sources = [pair.source for pair in held_out]
+    nearest = nearest_targets(sources, task.pairs.train)
+    predictions = {
+        "model": task.translator(sources),
+        "nearest source": [task.normalize(text) for text in nearest],
+        "copy": [task.normalize(text) for text in sources],
+    }
+    is_new = task.pairs.is_new_family()
+    everything = range(len(held_out))
+    parts = {
+        "all": list(everything),
+        "new combinations": [number for number in everything if not is_new[number]],
+        "new families": [number for number in everything if is_new[number]],
+        "new families, without skin tones": [
+            number for number in everything if is_new[number] and held_out[number].is_plain
+        ],
+    }
+    report: dict[str, dict[str, dict[str, float]]] = {}
+    for part, numbers in parts.items():
+        if not numbers:
+            continue
+        chosen = [references[number] for number in numbers]
+        report[part] = {
+            name: score_translations([texts[number] for number in numbers], chosen)
+            for name, texts in predictions.items()
+        }
+        logger.info(f"held out, {part} ({len(numbers)}):")
+        for name, scores in report[part].items():
+            figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
+            logger.info(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
+    (output_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    rows = zip(
+        sources, references, predictions["model"], predictions["nearest source"], strict=True
+    )
+    lines = ["source\treference\tmodel\tnearest source", *("\t".join(row) for row in rows)]
+    (output_dir / "translations.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def target_nats(

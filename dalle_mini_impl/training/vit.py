@@ -37,6 +37,30 @@ NEIGHBOURS = (1, 3, 5)
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViTTaskConfig:
+    """What the loss is made of, and how the images are varied.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    label_smoothing: float = 0.1
+    """Fraction of the probability spread over all classes (Szegedy et al. 2016,
+    arXiv:1512.00567)."""
+    max_shift: int = 1
+    """Largest shift of a training image, in pixels, in both directions."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can use."""
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(
+                f"task.label_smoothing: got {self.label_smoothing}, expected 0 to below 1"
+            )
+        if self.max_shift < 0:
+            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class LabelledDataConfig:
     """Which images a run classifies.
 
@@ -85,6 +109,111 @@ class ViTRunConfig:
     """Budget and optimizer."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """Where metrics go."""
+
+
+class TransformersViT(nn.Module):
+    """The Vision Transformer of ``transformers`` at the sizes of ours."""
+
+    def __init__(self, ours: VisionTransformer) -> None:
+        """Build it with its own fresh weights.
+
+        Args:
+            ours: Gives the sizes.
+        """
+        super().__init__()
+        from transformers import ViTConfig as TheirConfig
+        from transformers import ViTModel
+
+        config = ours.config
+        self.model = ViTModel(
+            TheirConfig(
+                hidden_size=config.hidden_size,
+                num_hidden_layers=config.num_layers,
+                num_attention_heads=config.num_heads,
+                intermediate_size=config.intermediate_size,
+                hidden_dropout_prob=config.dropout_probability,
+                layer_norm_eps=1e-6,
+                image_size=ours.image_size,
+                patch_size=config.patch_size,
+                num_channels=ours.num_channels,
+            ),
+            add_pooling_layer=False,
+        )
+        self.head = nn.Linear(config.hidden_size, ours.num_classes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Score the classes of images with pixels in [-1, 1]."""
+        return self.head(self.model(pixels).last_hidden_state[:, 0])
+
+
+class ViTTask:
+    """Images, their classes, and the loss of telling them."""
+
+    num_uniforms = 2
+    tokens_per_sample = 1  # an image
+
+    def __init__(self, splits: LabelledSplits, config: ViTTaskConfig) -> None:
+        """Collect what training needs.
+
+        Args:
+            splits: What is learned and what is measured.
+            config: Loss and augmentation.
+        """
+        self.splits, self.config = splits, config
+        self.num_samples = len(splits.train.labels)
+        sizes = Counter(splits.train.families)  # many alike of one thing: 1 / sqrt(how many)
+        self.sample_weights: Tensor | None = torch.tensor(
+            [sizes[family] ** -0.5 for family in splits.train.families]
+        )
+        digest = hashlib.sha256(repr(splits.class_names).encode())
+        for part in (splits.train, splits.held_out):
+            digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
+        self.identity = digest.hexdigest()[:16]
+
+    def make_batch(
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
+    ) -> dict[str, Tensor]:
+        """Look up the images and shift them."""
+        train, largest = self.splits.train, self.config.max_shift
+        images = train.pixels[sample_ids]
+        if largest:
+            images = shift_images(images, (uniforms * (2 * largest + 1)).long() - largest)
+        return {"pixels": images.float() / 127.5 - 1, "labels": train.labels[sample_ids]}
+
+    def loss(
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the smoothed cross-entropy in nats, and the fraction of right answers."""
+        del progress, generator
+        logits = model(batch["pixels"])
+        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing)
+        is_right = logits.detach().argmax(dim=-1) == batch["labels"]
+        return loss, {"accuracy": is_right.float().mean()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Measure held-out accuracy."""
+        device = next(model.parameters()).device
+        logits = torch.cat(
+            [
+                model(part.to(device).float() / 127.5 - 1).float().cpu()
+                for part in self.splits.held_out.pixels.split(EVALUATION_BATCH_SIZE)
+            ]
+        )
+        labels = self.splits.held_out.labels
+        scores = score_classes(logits.argmax(dim=-1), self.splits.held_out)
+        scores["nats"] = float(F.cross_entropy(logits, labels))
+        return {f"validation/{name}": value for name, value in scores.items()}
+
+    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
+        """Generate nothing."""
+        del model
+        return []
 
 
 def train_vit(
@@ -175,41 +304,6 @@ def build_classifier(config: ViTRunConfig, splits: LabelledSplits) -> nn.Module:
     return ours if config.implementation == "ours" else TransformersViT(ours)
 
 
-class TransformersViT(nn.Module):
-    """The Vision Transformer of ``transformers`` at the sizes of ours."""
-
-    def __init__(self, ours: VisionTransformer) -> None:
-        """Build it with its own fresh weights.
-
-        Args:
-            ours: Gives the sizes.
-        """
-        super().__init__()
-        from transformers import ViTConfig as TheirConfig
-        from transformers import ViTModel
-
-        config = ours.config
-        self.model = ViTModel(
-            TheirConfig(
-                hidden_size=config.hidden_size,
-                num_hidden_layers=config.num_layers,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.intermediate_size,
-                hidden_dropout_prob=config.dropout_probability,
-                layer_norm_eps=1e-6,
-                image_size=ours.image_size,
-                patch_size=config.patch_size,
-                num_channels=ours.num_channels,
-            ),
-            add_pooling_layer=False,
-        )
-        self.head = nn.Linear(config.hidden_size, ours.num_classes)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Score the classes of images with pixels in [-1, 1]."""
-        return self.head(self.model(pixels).last_hidden_state[:, 0])
-
-
 def save_classifier(
     model: nn.Module, config: ViTRunConfig, splits: LabelledSplits, folder: Path
 ) -> None:
@@ -232,100 +326,6 @@ def save_classifier(
     }
     text = json.dumps(values, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViTTaskConfig:
-    """What the loss is made of, and how the images are varied.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
-
-    label_smoothing: float = 0.1
-    """Fraction of the probability spread over all classes (Szegedy et al. 2016,
-    arXiv:1512.00567)."""
-    max_shift: int = 1
-    """Largest shift of a training image, in pixels, in both directions."""
-
-    def __post_init__(self) -> None:
-        """Refuse values that no run can use."""
-        if not 0 <= self.label_smoothing < 1:
-            raise ValueError(
-                f"task.label_smoothing: got {self.label_smoothing}, expected 0 to below 1"
-            )
-        if self.max_shift < 0:
-            raise ValueError(f"task.max_shift: got {self.max_shift}, expected at least 0")
-
-
-class ViTTask:
-    """Images, their classes, and the loss of telling them."""
-
-    num_uniforms = 2
-    tokens_per_sample = 1  # an image
-
-    def __init__(self, splits: LabelledSplits, config: ViTTaskConfig) -> None:
-        """Collect what training needs.
-
-        Args:
-            splits: What is learned and what is measured.
-            config: Loss and augmentation.
-        """
-        self.splits, self.config = splits, config
-        self.num_samples = len(splits.train.labels)
-        sizes = Counter(splits.train.families)  # many alike of one thing: 1 / sqrt(how many)
-        self.sample_weights: Tensor | None = torch.tensor(
-            [sizes[family] ** -0.5 for family in splits.train.families]
-        )
-        digest = hashlib.sha256(repr(splits.class_names).encode())
-        for part in (splits.train, splits.held_out):
-            digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
-        self.identity = digest.hexdigest()[:16]
-
-    def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
-    ) -> dict[str, Tensor]:
-        """Look up the images and shift them."""
-        train, largest = self.splits.train, self.config.max_shift
-        images = train.pixels[sample_ids]
-        if largest:
-            images = shift_images(images, (uniforms * (2 * largest + 1)).long() - largest)
-        return {"pixels": images.float() / 127.5 - 1, "labels": train.labels[sample_ids]}
-
-    def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Tensor],
-        *,
-        progress: float,
-        generator: torch.Generator,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the smoothed cross-entropy in nats, and the fraction of right answers."""
-        del progress, generator
-        logits = model(batch["pixels"])
-        loss = F.cross_entropy(logits, batch["labels"], label_smoothing=self.config.label_smoothing)
-        is_right = logits.detach().argmax(dim=-1) == batch["labels"]
-        return loss, {"accuracy": is_right.float().mean()}
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure held-out accuracy."""
-        device = next(model.parameters()).device
-        logits = torch.cat(
-            [
-                model(part.to(device).float() / 127.5 - 1).float().cpu()
-                for part in self.splits.held_out.pixels.split(EVALUATION_BATCH_SIZE)
-            ]
-        )
-        labels = self.splits.held_out.labels
-        scores = score_classes(logits.argmax(dim=-1), self.splits.held_out)
-        scores["nats"] = float(F.cross_entropy(logits, labels))
-        return {f"validation/{name}": value for name, value in scores.items()}
-
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Generate nothing."""
-        del model
-        return []
 
 
 def score_classes(predicted: Int64[Tensor, " samples"], images: LabelledImages) -> dict[str, float]:

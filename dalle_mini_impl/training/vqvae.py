@@ -51,6 +51,64 @@ DISCRIMINATOR_SCALE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
+class VQVAETaskConfig:
+    """What the tokenizer's loss is made of, and how its data is varied.
+
+    Raises:
+        ValueError: If a weight is negative or a fraction of the run not in (0, 1].
+    """
+
+    wavelet_weight: float = 0.5
+    """Weight of the wavelet loss beside the absolute error. Not read where the decoder gives
+    logit-Laplace distributions (``vqvae.decoder_output``): their likelihood is the loss."""
+    ms_ssim_weight: float = 0.0
+    """Weight of 1 - MS-SSIM beside the absolute error; not read there either."""
+    max_shift: int = 0
+    """Largest random shift of a training image, in pixels."""
+    gumbel_kl_weight: float = 1e-3
+    """Final weight of the KL to the uniform prior, per token, from 0 at the start. DALL-E's beta of
+    6.6 is divided by the pixel values of a token, 3 times downsampling squared: 6.6 / 192 at 8.
+    Read by ``gumbel`` only."""
+    gumbel_kl_ends_at: float = 0.5
+    """Progress in (0, 1] at which that weight is reached, along half a cosine."""
+    gumbel_final_temperature: float = 1 / 16
+    """Temperature at the end, from 1 at the start. Read by ``gumbel`` only."""
+    gumbel_temperature_ends_at: float = 0.8
+    """Progress in (0, 1] at which that temperature is reached, along half a cosine."""
+    perceptual_weight: float = 0.0
+    """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
+    ``perceptual``."""
+    perturbed_image_fraction: float = 0.0
+    """Fraction of the training images in which some tokens are replaced before they are decoded
+    (arXiv:2503.08354)."""
+    perturbed_token_fraction: float = 0.3
+    """Largest fraction of such an image's tokens that is replaced."""
+    perturbed_neighbours: int = 8
+    """Nearest codes of which one takes the token's place."""
+    next_feature_weight: float = 0.0
+    """Weight of the error of a small Transformer that is trained along and predicts each cell's
+    feature from those before (arXiv:2412.16326), as a fraction of the features' variance."""
+
+    def __post_init__(self) -> None:
+        """Refuse negative weights."""
+        for name, value in vars(self).items():
+            if value < 0:
+                raise ValueError(f"task.{name}: got {value}, expected at least 0")
+        if self.gumbel_final_temperature == 0:
+            raise ValueError("task.gumbel_final_temperature: got 0, expected above 0")
+        for name in ("perturbed_image_fraction", "perturbed_token_fraction"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"task.{name}: got {getattr(self, name)}, expected at most 1")
+        if self.perturbed_neighbours < 1:
+            raise ValueError("task.perturbed_neighbours: got 0, expected at least 1")
+        for name in ("gumbel_kl_ends_at", "gumbel_temperature_ends_at"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(
+                    f"task.{name}: got {getattr(self, name)}, expected above 0 and up to 1"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class VQVAERunConfig:
     """Options of ``train_vqvae.py``.
 
@@ -109,136 +167,6 @@ class VQVAERunConfig:
                 "discriminator.adaptive: got true, expected false with training.compile, which keeps "
                 "no gradients for a second look"
             )
-
-
-def train_vqvae(
-    config: VQVAERunConfig,
-    *,
-    resume: str | None = None,
-) -> Path:
-    """Train an image tokenizer.
-
-    Args:
-        config: The run.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Returns:
-        The folder of the trained tokenizer.
-
-    Raises:
-        UserError: If the data or the folders do not serve.
-    """
-    with begin_run(config, resume) as accelerator:
-        return _train(config, resume, accelerator)
-
-
-def _train(
-    config: VQVAERunConfig,
-    resume: str | None,
-    accelerator: Accelerator,
-) -> Path:
-    """Do it, in a folder that is this run's own."""
-    records = RunRecords(
-        folder=Path(config.output_dir),
-        writes=accelerator.is_main_process,
-        resumes=resume is not None,
-    )
-    size = config.vqvae.image_size
-    train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
-    torch.manual_seed(config.training.seed)
-    vqvae = VQVAE(config.vqvae)
-    with_predictor = NextFeatureVQVAE(vqvae) if config.task.next_feature_weight else vqvae
-    model = _beside_discriminator(with_predictor, config.discriminator)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sample_weights = train.weights(config.data.balance_by)
-    try:
-        task = VQVAETask(
-            train.pixels,
-            held_out.pixels,
-            config.task,
-            sample_weights=sample_weights,
-            vqvae=vqvae,
-            discriminator=config.discriminator,
-        )
-    except ValueError as error:
-        raise UserError(f"task.perceptual_weight: {error}") from None
-    return run_task(
-        model,
-        task,
-        config,
-        accelerator=accelerator,
-        resume=resume,
-        save_pretrained=vqvae.save_pretrained,
-    )
-
-
-def _beside_discriminator(vqvae: nn.Module, config: DiscriminatorConfig) -> nn.Module:
-    """Return what is trained: the tokenizer, with a discriminator beside it if there is one."""
-    if not config.is_on:
-        return vqvae
-    critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers)
-    return AdversarialVQVAE(vqvae, critic)
-
-
-@dataclass(frozen=True, kw_only=True)
-class VQVAETaskConfig:
-    """What the tokenizer's loss is made of, and how its data is varied.
-
-    Raises:
-        ValueError: If a weight is negative or a fraction of the run not in (0, 1].
-    """
-
-    wavelet_weight: float = 0.5
-    """Weight of the wavelet loss beside the absolute error. Not read where the decoder gives
-    logit-Laplace distributions (``vqvae.decoder_output``): their likelihood is the loss."""
-    ms_ssim_weight: float = 0.0
-    """Weight of 1 - MS-SSIM beside the absolute error; not read there either."""
-    max_shift: int = 0
-    """Largest random shift of a training image, in pixels."""
-    gumbel_kl_weight: float = 1e-3
-    """Final weight of the KL to the uniform prior, per token, from 0 at the start. DALL-E's beta of
-    6.6 is divided by the pixel values of a token, 3 times downsampling squared: 6.6 / 192 at 8.
-    Read by ``gumbel`` only."""
-    gumbel_kl_ends_at: float = 0.5
-    """Progress in (0, 1] at which that weight is reached, along half a cosine."""
-    gumbel_final_temperature: float = 1 / 16
-    """Temperature at the end, from 1 at the start. Read by ``gumbel`` only."""
-    gumbel_temperature_ends_at: float = 0.8
-    """Progress in (0, 1] at which that temperature is reached, along half a cosine."""
-    perceptual_weight: float = 0.0
-    """Weight of a distance in features of EfficientNet-Lite0 (arXiv:1801.03924); needs the extra
-    ``perceptual``."""
-    perturbed_image_fraction: float = 0.0
-    """Fraction of the training images in which some tokens are replaced before they are decoded
-    (arXiv:2503.08354)."""
-    perturbed_token_fraction: float = 0.3
-    """Largest fraction of such an image's tokens that is replaced."""
-    perturbed_neighbours: int = 8
-    """Nearest codes of which one takes the token's place."""
-    next_feature_weight: float = 0.0
-    """Weight of the error of a small Transformer that is trained along and predicts each cell's
-    feature from those before (arXiv:2412.16326), as a fraction of the features' variance."""
-
-    def __post_init__(self) -> None:
-        """Refuse negative weights."""
-        for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"task.{name}: got {value}, expected at least 0")
-        if self.gumbel_final_temperature == 0:
-            raise ValueError("task.gumbel_final_temperature: got 0, expected above 0")
-        for name in ("perturbed_image_fraction", "perturbed_token_fraction"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"task.{name}: got {getattr(self, name)}, expected at most 1")
-        if self.perturbed_neighbours < 1:
-            raise ValueError("task.perturbed_neighbours: got 0, expected at least 1")
-        for name in ("gumbel_kl_ends_at", "gumbel_temperature_ends_at"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"task.{name}: got {getattr(self, name)}, expected above 0 and up to 1"
-                )
 
 
 class VQVAETask:
@@ -414,3 +342,75 @@ class VQVAETask:
             images += [original, copy]
             captions += ["original", "reconstruction"]
         return [ImageGrid("reconstructions", images, captions)]
+
+
+def train_vqvae(
+    config: VQVAERunConfig,
+    *,
+    resume: str | None = None,
+) -> Path:
+    """Train an image tokenizer.
+
+    Args:
+        config: The run.
+        resume: None, ``latest`` or a checkpoint folder.
+
+    Returns:
+        The folder of the trained tokenizer.
+
+    Raises:
+        UserError: If the data or the folders do not serve.
+    """
+    with begin_run(config, resume) as accelerator:
+        return _train(config, resume, accelerator)
+
+
+def _train(
+    config: VQVAERunConfig,
+    resume: str | None,
+    accelerator: Accelerator,
+) -> Path:
+    """Do it, in a folder that is this run's own."""
+    records = RunRecords(
+        folder=Path(config.output_dir),
+        writes=accelerator.is_main_process,
+        resumes=resume is not None,
+    )
+    size = config.vqvae.image_size
+    train, held_out = (
+        load_pairs(config.data, split, image_size=size, records=records)
+        for split in (config.data.train_split, config.data.validation_split)
+    )
+    torch.manual_seed(config.training.seed)
+    vqvae = VQVAE(config.vqvae)
+    with_predictor = NextFeatureVQVAE(vqvae) if config.task.next_feature_weight else vqvae
+    model = _beside_discriminator(with_predictor, config.discriminator)
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    sample_weights = train.weights(config.data.balance_by)
+    try:
+        task = VQVAETask(
+            train.pixels,
+            held_out.pixels,
+            config.task,
+            sample_weights=sample_weights,
+            vqvae=vqvae,
+            discriminator=config.discriminator,
+        )
+    except ValueError as error:
+        raise UserError(f"task.perceptual_weight: {error}") from None
+    return run_task(
+        model,
+        task,
+        config,
+        accelerator=accelerator,
+        resume=resume,
+        save_pretrained=vqvae.save_pretrained,
+    )
+
+
+def _beside_discriminator(vqvae: nn.Module, config: DiscriminatorConfig) -> nn.Module:
+    """Return what is trained: the tokenizer, with a discriminator beside it if there is one."""
+    if not config.is_on:
+        return vqvae
+    critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers)
+    return AdversarialVQVAE(vqvae, critic)

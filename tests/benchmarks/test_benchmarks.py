@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.random_images import write_images
+from benchmarks.settings import BenchmarkConfig
 from torch import nn
 
 import benchmarks.__main__
 from benchmarks import ours, ours_pictures, peers, quality, shipped, timing
 from benchmarks.ceilings import attention_flops, count_flops, fraction_of_ceiling, measure_ceilings
 from benchmarks.data import DallePytorchFolder, decode_only, read_as_peer
+from benchmarks.images import write_images
 from benchmarks.parts import PARTS, choose_parts
 from benchmarks.report import number, render
-from benchmarks.settings import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, TOY, random_pairs
 from benchmarks.startup import process_job
 from benchmarks.timing import Job, NotMeasuredError, Result, Variant, interleave

@@ -149,7 +149,7 @@ def test_cells_of_a_role_differ_by_the_words_of_gender_and_tone_only(
 
 
 @pytest.mark.parametrize(
-    ("phrase", "wanted"),
+    ("phrase", "expected"),
     [
         ("red heart", "a red heart"),
         ("umbrella", "an umbrella"),

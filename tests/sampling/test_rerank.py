@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import sampling_config as hypothesis_settings
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from dalle_mini_impl.models.dalle import Dalle
