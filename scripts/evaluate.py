@@ -23,6 +23,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--num-candidates", type=int, default=1, help="generate this many, judge the best as well"
     )
+    parser.add_argument(
+        "--rank",
+        choices=("likelihood", "clip", "none"),
+        default="likelihood",
+        help="ranker of the candidates; clip needs --clip, none generates one image",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of everything random")
     parser.add_argument(
         "--max-samples", type=int, default=512, help="images per style or split (default: 512)"
@@ -34,7 +40,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         choices=("float32", "int8"),
         help="generate as compiled here, not torch; see guide",
     )
-    parser.add_argument("--clip", help="folder or name of a CLIP, for the CLIP score")
+    parser.add_argument("--clip", help="folder or name of a CLIP, for the CLIP score and --rank")
     parser.add_argument(
         "--wandb",
         choices=("auto", "online", "offline", "disabled"),
@@ -57,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
             styles=tuple(options.style),
             language=options.language,
             num_candidates=options.num_candidates,
+            rank=options.rank,
             seed=options.seed,
             max_samples=options.max_samples,
             overrides={name: value for name, value in overrides.items() if value is not None},

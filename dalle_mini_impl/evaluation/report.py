@@ -17,17 +17,18 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
-DIGITS = 6  # significant ones
-CEILING, FLOOR = "ceiling: true images, reconstructed", "floor: captions shuffled"
-CELL_SIDE = 12  # pixels per token in a map
+DIGITS = 6  # significant ones: the last bits of a float are not part of a result
+REFERENCE = "reference images"
+RECONSTRUCTED = f"{REFERENCE}, reconstructed"
+CEILING, FLOOR = f"ceiling: {RECONSTRUCTED}", "floor: shuffled captions"
+CELL_SIDE = 12  # pixels per token in a heatmap
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some figures side by side."""
+    """Rows of text; the name, a word or two, is unique in the report."""
 
     name: str
-    """A word or two, unique in the report."""
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
@@ -43,16 +44,16 @@ class Section:
     """Numbers, estimates, and dictionaries of such."""
     tables: list[Table] = field(default_factory=list)
     images: dict[str, Image.Image] = field(default_factory=dict)
-    """By the name of their file, without its ending."""
+    """By file name, without the suffix."""
 
 
 def write_report(
     out: Path, title: str, protocol: Mapping[str, Any], sections: Sequence[Section]
 ) -> None:
-    """Write a report; nothing in it depends on the time or on the place.
+    """Write a report that depends neither on the time nor on the place.
 
     Args:
-        out: Folder that can be written to.
+        out: Existing folder.
         title: Headline.
         protocol: How the figures were made.
         sections: The figures.
@@ -71,20 +72,14 @@ def write_report(
             for name, image in section.images.items():
                 image.save(out / f"{name}.png")
         (out / MARKDOWN_NAME).write_text("\n".join(lines), encoding="utf-8")
+        # last: programs take a report.json as a sign that the report is complete
         (out / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out: cannot write to {out}: {error.strerror}") from None
 
 
 def plain(value: Any) -> Any:
-    """Turn figures into what JSON holds.
-
-    Args:
-        value: Numbers, texts, dataclasses, and lists and dictionaries of such.
-
-    Returns:
-        The same with plain dictionaries and floats of six digits.
-    """
+    """Turn nested figures into JSON values, with floats of six significant digits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -97,14 +92,14 @@ def plain(value: Any) -> Any:
 
 
 def numbers_in(value: Any, name: str) -> dict[str, float]:
-    """List the numbers of nested figures by their path, for a tracker.
+    """List the numbers of nested figures by path, for a tracker; lists are left out.
 
     Args:
-        value: Figures; lists are passed over.
+        value: Figures.
         name: Path of the value itself.
 
     Returns:
-        Path -> number; of an estimate its value alone.
+        Path -> number; of an estimate the value alone.
     """
     if isinstance(value, Estimate):
         return {name: value.value}
@@ -132,34 +127,20 @@ def _section(section: Section) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-    right = "|".join(["---", *["--:"] * (len(table.columns) - 1)])
+    alignment = "|".join(["---", *["--:"] * (len(table.columns) - 1)])
+    # a caption or a path may hold the character that separates cells
     rows = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows)
-    return [f"| {' | '.join(table.columns)} |", f"|{right}|", *rows, ""]
+    return [f"| {' | '.join(table.columns)} |", f"|{alignment}|", *rows, ""]
 
 
 def percent(estimate: Estimate) -> str:
-    """Write a share for a table.
-
-    Args:
-        estimate: In [0, 1].
-
-    Returns:
-        Such as "97.6 % (95.2 to 99.4)".
-    """
+    """Format a fraction in [0, 1], such as "97.6 % (95.2 to 99.4)"."""
     low, high = 100 * estimate.low, 100 * estimate.high
     return f"{100 * estimate.value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def number(estimate: Estimate, digits: int = 3) -> str:
-    """Write a figure for a table.
-
-    Args:
-        estimate: Of any unit.
-        digits: Behind the point.
-
-    Returns:
-        Such as "0.583 (0.551 to 0.617)".
-    """
+    """Format a figure of any unit, such as "0.583 (0.551 to 0.617)"."""
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
@@ -169,16 +150,13 @@ def fraction_table(
     fractions: Mapping[str, Mapping[str, Estimate]],
     counts: Mapping[str, int],
 ) -> Table:
-    """Lay shares out, a row for each set of images.
+    """Tabulate fractions, a row for each set of images.
 
     Args:
         name: Of the table.
-        first: What the rows are.
-        fractions: Row -> column -> share; rows may lack columns.
+        first: Heading of the first column, which has the names of the rows.
+        fractions: Row -> column -> fraction; rows may lack columns.
         counts: Images of each row.
-
-    Returns:
-        The table.
     """
     columns = list(dict.fromkeys(column for row in fractions.values() for column in row))
     rows = [
@@ -191,16 +169,7 @@ def fraction_table(
 def render_heatmap(
     values: Float[Tensor, "rows columns"], *, low: float, high: float
 ) -> Image.Image:
-    """Paint one value per token of the grid.
-
-    Args:
-        values: Of the tokens.
-        low: Painted black.
-        high: Painted white.
-
-    Returns:
-        An image with a square for each token.
-    """
+    """Render a gray square for each token of the grid, from black (low) to white (high)."""
     scaled = ((values - low) / max(high - low, 1e-9)).clamp(0, 1) * 255
     image = Image.fromarray(scaled.round().to(torch.uint8).numpy())
     size = (image.width * CELL_SIDE, image.height * CELL_SIDE)
