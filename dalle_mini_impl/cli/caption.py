@@ -1,4 +1,4 @@
-"""What ``caption.py`` does: captions for images, from a list or from the decoder's own words."""
+"""``caption.py``: rank captions for images, given ones or ones that the decoder writes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,14 +17,15 @@ from dalle_mini_impl.sampling.likelihood import score_pairs
 def complete_captions(
     pipeline: TextToImagePipeline, start: str, *, num_samples: int, num_tokens: int, seed: int = 0
 ) -> list[str]:
-    """Go on with a caption from its beginning, in the words of the training captions.
+    """Continue a caption in the words of the training captions.
 
     Args:
         pipeline: The model.
         start: The beginning; may be empty.
-        num_samples: Captions: the first takes the likeliest token each time, the others are generated.
-        num_tokens: Tokens that each grows by; a caption has no end of its own.
-        seed: Of the first generated one.
+        num_samples: The first caption is greedy (the likeliest token each time), the others are
+            sampled.
+        num_tokens: Tokens to add to each; the model has no token for the end of a caption.
+        seed: Of the first sampled caption.
 
     Returns:
         Different captions, in that order.
@@ -47,10 +48,10 @@ def complete_captions(
     rows = [complete_text(dalle, prefix, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
-        generated = prefix.expand(len(seeds), -1)
-        rows.append(complete_text(dalle, generated, num_tokens=num_tokens, seeds=seeds))
+        sampled = prefix.expand(len(seeds), -1)  # (samples, text_length)
+        rows.append(complete_text(dalle, sampled, num_tokens=num_tokens, seeds=seeds))
     written = text_tokenizer.decode(torch.cat(rows))
-    # Tokens may be parts of a letter, and a caption may begin or end within one.
+    # Byte-level tokens may split a character at either end of a caption.
     return list(dict.fromkeys(text.strip("\N{REPLACEMENT CHARACTER}") for text in written))
 
 
@@ -65,15 +66,7 @@ def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
 
 
 def prefixes(captions: Sequence[str], start: str) -> list[str]:
-    """List all beginnings of captions that end with a word.
-
-    Args:
-        captions: Longer than ``start``.
-        start: What each of them has at least.
-
-    Returns:
-        Different ones, ``start`` first, each caption itself among them.
-    """
+    """List all different word prefixes of captions, from ``start`` to each whole caption."""
     least = max(len(start.split()), 1)
     every = [
         " ".join(words[:count])
@@ -96,14 +89,14 @@ def caption_images(
     Args:
         pipeline: The model.
         images: Image files.
-        captions: Candidates; the same one twice counts once.
-        use_prior: Weigh them by p(caption).
-        top: How many are named per image.
+        captions: Candidates; repeated ones count once.
+        use_prior: Weight them by p(caption).
+        top: Captions per image.
 
     Yields:
-        Path of an image and its best captions, each with its fraction of the probability of all
-        candidates, log p(image | caption), log p(image | caption) - log p(image), which compares
-        images, and log p(caption), None of a model that writes no captions; in nats.
+        The path of an image and its best captions. Each has its probability among the candidates
+        and, in nats, log p(image | caption), the ratio log p(image | caption) - log p(image), which
+        compares images, and log p(caption): None for a model that writes no captions.
 
     Raises:
         UserError: If there is no image or no caption, one is empty, or an image cannot be read.
@@ -121,6 +114,7 @@ def caption_images(
     text_token_ids = pipeline.text_tokenizer.encode(unique).to(
         pipeline.dalle.image_head.rows.device
     )
+    # One image at a time: a pass of the decoder has a row for each candidate.
     for path, image in zip(images, loaded_images, strict=True):
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([image]))
         probabilities = scores.probabilities(use_prior=use_prior)[0]

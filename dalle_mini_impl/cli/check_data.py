@@ -1,4 +1,4 @@
-"""What a run will need, in memory and in time: a few steps of it, measured on this machine."""
+"""Estimates of the memory and the time of a run, from a few steps on this machine."""
 
 import time
 from pathlib import Path
@@ -30,15 +30,12 @@ def estimate_lines(
     vqvae: ImageTokenizer,
     report: DataReport,
 ) -> list[str]:
-    """Say what a run needs.
+    """Estimate what a run needs; memory is for each process.
 
     Args:
-        config: The run.
+        config: Of the run.
         vqvae: Its image tokenizer, trained or not.
         report: On its images.
-
-    Returns:
-        Plain lines; sizes are for each process.
     """
     num_train = report.split_sizes.get(config.data.train_split, 0)
     splits = {config.data.train_split, config.data.validation_split}
@@ -53,6 +50,7 @@ def estimate_lines(
         f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {size} x {size})",
         f"reading the images: {num_images * report.seconds_per_image:.0f} s",
     ]
+    # A tokenizer is trained on pixels; a decoder on tokens, which are computed once before.
     if isinstance(config, VQVAERunConfig):
         model: nn.Module = vqvae.to(device).train()
     else:
@@ -90,7 +88,7 @@ def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> TextToImageMo
 def _encoding_seconds(vqvae: ImageTokenizer) -> float:
     size, device = vqvae.config.image_size, next(vqvae.parameters()).device
     pixels = torch.zeros(16, 3, size, size, device=device)
-    vqvae.encode_to_token_ids(pixels)
+    vqvae.encode_to_token_ids(pixels)  # the first call also sets up kernels and memory
     started = time.perf_counter()
     vqvae.encode_to_token_ids(pixels).cpu()
     return (time.perf_counter() - started) / len(pixels)
@@ -146,17 +144,17 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
 def tokenizer_of(
     config: VQVAERunConfig | DalleRunConfig, beside: VQVAERunConfig | None
 ) -> ImageTokenizer | None:
-    """Find the image tokenizer that a run would use, trained or as it would be built.
+    """Load the image tokenizer of a run, or build it untrained.
 
     Args:
-        config: The run.
+        config: Of the run.
         beside: The tokenizer's own run, for a decoder whose tokenizer is not trained yet.
 
     Returns:
-        The tokenizer, or None where nothing tells.
+        The tokenizer; None if neither its folder nor its run is there.
 
     Raises:
-        UserError: If the folder of the tokenizer does not hold one.
+        UserError: If the folder holds no tokenizer.
     """
     if isinstance(config, VQVAERunConfig):
         return VQVAE(config.vqvae)

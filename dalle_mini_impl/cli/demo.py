@@ -14,12 +14,7 @@ README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two id
 
 
 def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Generate the demo's grids with a trained model.
-
-    Args:
-        model_dir: Model folder.
-        data_dir: Folder that ``prepare_emoji.py`` wrote.
-        out: Folder for ``prompts.png``, ``prompts_ko.png`` and ``held_out.png``.
+    """Generate the demo's grids: ``prompts.png``, ``prompts_ko.png`` and ``held_out.png`` in ``out``.
 
     Returns:
         Lines that say where the images are and how well the model composes.
@@ -37,20 +32,13 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         f"{report.tone_accuracy:.0%} (chance 20%), right gender {report.gender_accuracy:.0%}",
         f"fixed prompts: {out / 'prompts.png'}",
         f"the same in Korean: {out / 'prompts_ko.png'}",
-        f"unseen combinations beside the true images: {out / 'held_out.png'}",
+        f"unseen combinations beside the reference images: {out / 'held_out.png'}",
         *steps_report(model_dir.parent),
     ]
 
 
 def steps_report(run_dir: Path) -> list[str]:
-    """Say so if the decoder trained for far fewer steps than the one behind the README's images.
-
-    Args:
-        run_dir: Folder of the decoder's run.
-
-    Returns:
-        One line, or none.
-    """
+    """Return a line if the run made far fewer steps than that of the README's images, else none."""
     names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     steps = int(max(names, default="step-0").removeprefix("step-"))
     if not 0 < steps < 0.8 * README_STEPS:
@@ -62,17 +50,10 @@ def steps_report(run_dir: Path) -> list[str]:
 
 
 def held_out_sheet(report: GridReport) -> Image.Image:
-    """Lay held-out generated images out beside the true images.
-
-    Args:
-        report: Of ``evaluate_grid``.
-
-    Returns:
-        Pairs of generated and true images.
-    """
+    """Lay generated images of held-out cells out, each beside its reference image."""
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
     for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):
         images += [report.generated[index], report.reference[index]]
-        captions += [report.captions[index], "(true image)"]
+        captions += [report.captions[index], "(reference image)"]
     return make_grid(images, columns=8, captions=captions)

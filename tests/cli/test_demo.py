@@ -1,4 +1,4 @@
-"""The demo's last lines: a run that was short of time says so."""
+"""The demo's last lines: a run that was cut short says so."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from dalle_mini_impl.cli.demo import README_STEPS, steps_report
 
 
 @pytest.mark.parametrize(("steps", "is_short"), [(753, True), (README_STEPS, False), (0, False)])
-def test_a_run_with_few_steps_is_compared_with_the_readmes(
+def test_short_runs_are_compared_with_the_readme(
     tmp_path: Path, steps: int, is_short: bool
 ) -> None:
     for step in (steps // 2, steps) if steps else ():
