@@ -36,16 +36,10 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def trained(random_order_probability: float) -> Dalle:
     pipeline = tiny.build_pipeline()
     torch.manual_seed(0)
+    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0)
+    sizes = {"vocab_size": pipeline.text_tokenizer.vocab_size, "text_length": 1}
     dalle = Dalle(
-        DalleConfig(
-            decoder=DecoderConfig(
-                hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0
-            ),
-            vocab_size=pipeline.text_tokenizer.vocab_size,
-            text_length=1,
-            codebook_levels=(NUM_CODES,),
-            image_grid_size=(1, 4),
-        )
+        DalleConfig(decoder=decoder, codebook_levels=(NUM_CODES,), image_grid_size=(1, 4), **sizes)
     )
     with torch.no_grad():  # the usual start is for longer training
         for name, parameter in dalle.named_parameters():

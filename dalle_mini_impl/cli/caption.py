@@ -45,6 +45,7 @@ def complete_captions(
     text_tokenizer, device = pipeline.text_tokenizer, pipeline.dalle.image_head.rows.device
     null = text_tokenizer.null_text_token_ids().unsqueeze(0)
     prefix = (text_tokenizer.encode([start]) if start.strip() else null).to(device)
+    # The greedy caption first: it is the same for every seed.
     rows = [complete_text(dalle, prefix, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
@@ -67,6 +68,7 @@ def _writer_of_captions(pipeline: TextToImagePipeline, option: str) -> Dalle:
 
 def prefixes(captions: Sequence[str], start: str) -> list[str]:
     """List all different word prefixes of captions, from ``start`` to each whole caption."""
+    # The decoder has no end-of-caption token, so each beginning is a candidate and ranking decides.
     least = max(len(start.split()), 1)
     every = [
         " ".join(words[:count])
@@ -110,6 +112,7 @@ def caption_images(
         raise UserError(f"top: got {top}, expected at least 1")
     if use_prior:
         _writer_of_captions(pipeline, "use_prior")
+    # All images first: a bad one is reported before any is captioned.
     loaded_images = [read_image_file(path, field="images") for path in images]
     text_token_ids = pipeline.text_tokenizer.encode(unique).to(
         pipeline.dalle.image_head.rows.device

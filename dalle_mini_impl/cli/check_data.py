@@ -41,6 +41,7 @@ def estimate_lines(
     splits = {config.data.train_split, config.data.validation_split}
     num_images = sum(report.split_sizes.get(split, 0) for split in splits)
     num_captions = sum(report.num_captions.get(split, 0) for split in splits)
+    # As training sets them: both change the time of a step.
     use_fast_float32()
     keep_freed_memory()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -108,6 +109,7 @@ def _step_seconds(
         float(loss.detach())  # waits for a GPU
         model.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
+    # The fastest: the first step also warms up, and other programs only ever slow one down.
     return min(seconds) * parts
 
 
@@ -116,6 +118,7 @@ def _some_loss(
 ) -> torch.Tensor:
     if isinstance(model, TextToImageModel):
         config = model.config
+        # Any tokens will do: the time does not depend on them.
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
         image = torch.zeros(batch, config.image_length, dtype=torch.long, device=device)
         logits = model(text, image)
@@ -131,6 +134,7 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
     if steps is None and minutes is None:
         steps = DEFAULT_MAX_STEPS
     if minutes is not None:
+        # The budget that ends first decides, as in training.
         affordable = max(1, int(minutes * 60 / seconds))
         steps = affordable if steps is None else min(steps, affordable)
     assert steps is not None

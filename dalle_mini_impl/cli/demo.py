@@ -14,7 +14,7 @@ README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two id
 
 
 def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Generate the demo's grids: ``prompts.png``, ``prompts_ko.png`` and ``held_out.png`` in ``out``.
+    """Generate ``prompts.png``, ``prompts_ko.png`` and ``held_out.png`` in ``out``.
 
     Returns:
         Lines that say where the images are and how well the model composes.
@@ -22,6 +22,7 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
     pipeline = TextToImagePipeline.from_pretrained(model_dir)
     for name, prompts in (("prompts.png", FIXED_PROMPTS), ("prompts_ko.png", FIXED_PROMPTS_KO)):
         images = pipeline(list(prompts), num_images=2, num_candidates=2).images
+        # English captions under both grids: readers compare them image by image.
         captions = [prompt for prompt in FIXED_PROMPTS for _ in range(2)]
         make_grid(images, columns=8, captions=captions).save(out / name)
     report = evaluate_grid(pipeline, data_dir)
@@ -41,6 +42,7 @@ def steps_report(run_dir: Path) -> list[str]:
     """Return a line if the run made far fewer steps than that of the README's images, else none."""
     names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     steps = int(max(names, default="step-0").removeprefix("step-"))
+    # 0 steps: no checkpoint is left, which says nothing about the run.
     if not 0 < steps < 0.8 * README_STEPS:
         return []
     return [
@@ -51,6 +53,7 @@ def steps_report(run_dir: Path) -> list[str]:
 
 def held_out_sheet(report: GridReport) -> Image.Image:
     """Lay generated images of held-out cells out, each beside its reference image."""
+    # Every nth cell: the first ones are all of the same role.
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
     for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):

@@ -107,6 +107,7 @@ def evaluate(config: EvaluationConfig) -> Path:
             "rank: got clip without --clip; expected --clip with a folder that train_clip.py "
             "wrote, or the name of a CLIP of transformers"
         )
+    # Refuse bad options before the images are read, which takes minutes.
     use_fast_float32()
     make_folder(config.out, field="out")
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +170,7 @@ def _measure(
         rank=rank,
     )
     clock.lap(f"{candidates.scores.numel()} images generated")
+    # Never the best of many alone: selection hides what a single image looks like.
     ways = {ONE: decode(vqvae, candidates.first)}
     if candidates.scores.shape[1] > 1:
         ways[f"best of {config.num_candidates}"] = decode(vqvae, candidates.best)
@@ -214,9 +216,11 @@ def _compare(
     # A model that memorizes would generate the training images nearest to the held-out ones.
     nearest = torch.cdist(features["held_out"], features["train"]).argmin(dim=1)
     features["copied"] = plain(decode(pipeline.vqvae, data.train.image_token_ids[nearest]))
+    # Baselines: what the tokenizer alone costs, and what perfect memorization would score.
     others = {"generated": generated.pixels, RECONSTRUCTED: reconstructions}
     if len(data.train) >= len(reference):
         others["training images"] = data.train.subsample(len(reference)).pixels
+    # Plain features always, those of a network where its weights are installed.
     spaces = [plain]
     if network := network_or_none():
         spaces.append(FeatureSpace(reference.pixels, describe=network))
@@ -239,6 +243,7 @@ def _protocol(
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     """Everything that decides the figures."""
+    # Hashes in place of paths: the same model and data elsewhere give the same report.
     digests = {Path(name).parent.name: digest for name, digest in file_hashes(config.model).items()}
     return {
         "model": {
@@ -275,7 +280,7 @@ def _protocol(
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in LIBRARIES:
+    for name in LIBRARIES:  # the source tree without an installation has no version of its own
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -290,6 +295,7 @@ def _track(
     run_dir = Path(config.model).resolve().parent
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     run_id = checkpoint.state.get("run_id") if checkpoint else None
+    # A model that was copied to another folder has no run: then only an option tracks.
     if config.tracking is None and run_id is None:
         return
     tracking = _tracking_of(run_dir)

@@ -29,8 +29,9 @@ def bootstrap_mean(values: Sequence[float] | np.ndarray, *, seed: int = 0) -> Es
     sample = np.asarray(values, dtype=np.float64)
     if sample.ndim != 1 or not len(sample):
         raise ValueError(f"values: got shape {sample.shape}, expected one value or more in a row")
+    # (resamples, values): each row is another sample of the same size, with replacement.
     chosen = np.random.default_rng(seed).integers(len(sample), size=(NUM_RESAMPLES, len(sample)))
-    low, high = np.percentile(sample[chosen].mean(axis=1), PERCENTILES)  # (resamples, values)
+    low, high = np.percentile(sample[chosen].mean(axis=1), PERCENTILES)
     return Estimate(float(sample.mean()), float(low), float(high))
 
 

@@ -22,25 +22,19 @@ def measure_clip_score(
     *,
     seed: int,
 ) -> Section:
-    """Average the CLIP scores of generated images, reference images and shuffled captions.
+    """Average the CLIP scores of generated images (by way of generation) and reference images.
 
-    Args:
-        ranker: Its scores are cosines.
-        generated: Way of generation -> one image per caption.
-        reference: The held-out images of the captions.
-        captions: One per image.
-        seed: Of the shuffling and the intervals.
-
-    Source: Hessel et al. 2021, arXiv:2104.08718, equation 1; weight 100, as is usual since, in
-        place of their 2.5.
+    Source: Hessel et al. 2021, arXiv:2104.08718, equation 1.
     """
 
     def score(pixels: Pixels, texts: Sequence[str]) -> Estimate:
+        # Their weight is 2.5; 100 is usual since.
         cosines = ranker.score(to_images(pixels), texts)
         return bootstrap_mean((100 * cosines.clamp(min=0)).tolist(), seed=seed)
 
     sets = {**generated, REFERENCE: reference}
     found = {name: score(pixels, captions) for name, pixels in sets.items()}
+    # The score of wrong captions: what any image of the kind gets.
     others = [captions[index] for index in derangement(len(captions), seed=seed).tolist()]
     found[FLOOR] = score(next(iter(generated.values())), others)
     rows = [(name, number(estimate, 2)) for name, estimate in found.items()]

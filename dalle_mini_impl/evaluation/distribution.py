@@ -72,16 +72,9 @@ class FeatureSpace:
 def measure_distribution(
     reference: Features, others: Mapping[str, Features], *, seed: int, by_network: bool = False
 ) -> Section:
-    """Compare generated images as a set with reference images, beside baselines.
+    """Compare generated images, and baselines, with reference images of the same captions.
 
-    Args:
-        reference: Features of the reference images of the captions.
-        others: Features of sets of the same size: the generated images, then the baselines.
-        seed: Of all random choices.
-        by_network: Whether the features are those of a network.
-
-    Returns:
-        The section; without figures where there are too few images.
+    All sets have the same size; with too few images the section has no figures.
     """
     title = "Distribution by a network" if by_network else "Distribution"
     text = f"{NETWORK_FEATURES if by_network else PLAIN_FEATURES} {TEXT}"
@@ -101,17 +94,9 @@ def measure_distribution(
 def compare_sets(
     reference: Features, others: Mapping[str, Features], *, seed: int
 ) -> dict[str, dict[str, Estimate]]:
-    """Compare sets of images with a reference set of the same size.
-
-    Args:
-        reference: Features of the reference images.
-        others: Features by name of the set.
-        seed: Of directions and halvings.
-
-    Returns:
-        Name of the set -> distance, precision and recall.
-    """
+    """Compute distance, precision and recall of sets against a reference set of the same size."""
     count = len(reference)
+    # All sets share directions and halvings, so that their figures differ by the images alone.
     directions = random_directions(reference.shape[1], seed=seed)
     generator = torch.Generator().manual_seed(seed)
     orders = [torch.randperm(count, generator=generator) for _ in range(NUM_HALVINGS)]
@@ -126,6 +111,7 @@ def compare_sets(
             # the reference image of its own caption.
             a, b = order[: count // 2], order[count // 2 : 2 * (count // 2)]
             found["distance"].append(sliced_distance(projected[a], projected_reference[b]))
+            # Recall swaps the roles: reference images in the manifold of the set.
             between = across[a][:, b]
             found["precision"].append(fraction_inside(between, own_reference[b][:, b]))
             found["recall"].append(fraction_inside(between.T, own[a][:, a]))
@@ -147,6 +133,7 @@ def sliced_distance(
 
     Source: Rabin et al. 2011, the sliced Wasserstein distance.
     """
+    # In one dimension the optimal transport pairs the values by rank.
     return float((left.sort(dim=0).values - right.sort(dim=0).values).abs().mean())
 
 
@@ -165,6 +152,7 @@ def fraction_inside(
 
     Source: Kynkaanniemi et al. 2019, arXiv:1904.06991, equation 1, with k = 3.
     """
+    # The manifold: a ball around each reference image, as far as its third neighbor.
     radii = own.kthvalue(NUM_NEIGHBORS + 1, dim=1).values  # the first is the image itself
     inside: Bool[Tensor, " samples"] = (distances <= radii).any(dim=1)
     return float(inside.float().mean())
@@ -176,14 +164,12 @@ def _distances(left: Features, right: Features) -> Float[Tensor, "left right"]:
 
 
 def colors_and_contrasts(pixels: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-    """Describe images by their Laplacian pyramids.
-
-    Args:
-        pixels: In [-1, 1], at least 8 x 8.
+    """Describe pixels in [-1, 1], at least 8 x 8, by their Laplacian pyramids.
 
     Returns:
         The colors, and the contrasts of each finer band: each (batch, 3 * 8 * 8).
     """
+    # The finest level has the largest side GRID * 2 ** n that the image has pixels for.
     side = GRID
     while 2 * side <= min(pixels.shape[2:]):
         side *= 2
@@ -199,18 +185,17 @@ def colors_and_contrasts(pixels: Float[Tensor, "batch 3 height width"]) -> list[
 
 
 def network_or_none() -> Describe | None:
-    """Load EfficientNet-Lite0, if the package of its weights is installed (extra ``eval``).
-
-    Returns:
-        The function that describes images by means and deviations of channels at four sizes.
-    """
+    """Load EfficientNet-Lite0, if the package of its weights is installed (extra ``eval``)."""
     try:
         network = PerceptualDistance()
     except ValueError:
         return None
 
     def describe(pixels: Float[Tensor, "batch 3 height width"]) -> list[Tensor]:
-        stages = [stage.flatten(2) for stage in network.features(pixels)]
+        # Mean and deviation of each channel: what is in the image, not where it is.
+        stages = [
+            stage.flatten(2) for stage in network.features(pixels)
+        ]  # (batch, channels, cells)
         return [torch.cat([each.mean(2), each.std(2, unbiased=False)], dim=1) for each in stages]
 
     return describe

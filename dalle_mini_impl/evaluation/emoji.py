@@ -57,14 +57,12 @@ class HeldOutPrompt:
     """The correct name by attribute."""
 
     def check(self, image: ImageTensor) -> dict[str, bool]:
-        """Tell which attributes of a generated image, [-1, 1], are right.
-
-        A cell is a pair, so its ``gender`` and ``tone`` are told as well.
-        """
+        """Tell which attributes of a generated image, [-1, 1], are right."""
         checks = {}
         for attribute, choices in self.choices.items():
             found, label = nearest(image, choices), self.labels[attribute]
             checks[attribute] = found == label
+            # A cell is a pair: its gender may be right and its tone wrong.
             if isinstance(found, tuple) and isinstance(label, tuple):
                 checks["gender"], checks["tone"] = found[0] == label[0], found[1] == label[1]
         return checks
@@ -78,15 +76,12 @@ class HeldOutPrompt:
 
 @dataclass(frozen=True)
 class GridReport:
-    """How many held-out cells of one style were generated right, as fractions in [0, 1]."""
+    """Fractions of held-out cells generated right; chance is 1/15, 1/3 and 1/5."""
 
     num_cells: int
     grid_accuracy: float
-    """Chance 1/15."""
     gender_accuracy: float
-    """Chance 1/3."""
     tone_accuracy: float
-    """Chance 1/5."""
     captions: list[str]
     generated: list[Image.Image]
     reference: list[Image.Image]
@@ -95,18 +90,9 @@ class GridReport:
 def held_out_prompts(
     data: EvaluationData, styles: Sequence[str], *, max_samples: int
 ) -> tuple[list[HeldOutPrompt], Samples]:
-    """List the held-out emoji, with their images and captions in the same order.
+    """List the held-out emoji of some styles (all when empty), with images in the same order.
 
-    Args:
-        data: Emoji.
-        styles: Styles to generate; all when empty.
-        max_samples: Cells per style, and clocks per style, at equal distances.
-
-    Returns:
-        The prompts and their images.
-
-    Raises:
-        UserError: If no cell was held out.
+    Of each style, at most ``max_samples`` cells and as many clocks. UserError without any cell.
     """
     samples = join([data.train, data.held_out_samples])
     rows = samples.rows
@@ -122,10 +108,8 @@ def held_out_prompts(
     chosen_styles = styles or list(dict.fromkeys(str(row["style"]) for row in rows))
     prompts: list[HeldOutPrompt] = []
     for style in chosen_styles:
-        for found in (
-            grid_prompts(rows, style=style, read=read),
-            clock_prompts(rows, style=style, read=read),
-        ):
+        for list_prompts in (grid_prompts, clock_prompts):
+            found = list_prompts(rows, style=style, read=read)
             prompts += [found[index] for index in evenly_spaced(len(found), max_samples)]
     if not any("cell" in prompt.labels for prompt in prompts):
         raise UserError(
@@ -148,17 +132,19 @@ def measure_emoji(
         prompts: What was to be generated.
         captions: Their captions.
         generated: Way of generation -> one image per prompt.
-        reconstructions: Of the held-out images, by the image tokenizer: the ceiling.
-        seed: Of the shuffling of the first way's images: the floor.
+        reconstructions: Of the held-out images, by the image tokenizer.
+        seed: Of the shuffling.
     """
     checks = {way: _check_images(prompts, pixels) for way, pixels in generated.items()}
+    # No model can exceed its tokenizer; images of other prompts show what chance gives.
     checks[CEILING] = _check_images(prompts, reconstructions)
     checks[FLOOR] = _check_shuffled_images(prompts, next(iter(generated.values())), seed=seed)
-    by_style: dict[str, list[int]] = {}
+    by_style: dict[str, list[int]] = {}  # indices of prompts
     for index, prompt in enumerate(prompts):
         by_style.setdefault(str(prompt.row["style"]), []).append(index)
     if len(by_style) > 1:
         by_style[ALL_STYLES] = list(range(len(prompts)))
+    # way -> style -> attribute -> estimate
     figures = {
         way: {style: _fractions(found[i] for i in indices) for style, indices in by_style.items()}
         for way, found in checks.items()
@@ -179,20 +165,12 @@ def measure_emoji(
 def evaluate_grid(
     pipeline: TextToImagePipeline, data_dir: Path, *, seed: int = 0, **overrides: Any
 ) -> GridReport:
-    """Generate every held-out cell of Twemoji once, without tokenizing the whole data set.
-
-    Args:
-        pipeline: The model.
-        data_dir: Folder that ``prepare_emoji.py`` wrote.
-        seed: Of each image.
-        **overrides: Fields of ``SamplingConfig``.
-
-    Returns:
-        Accuracies and the images.
+    """Generate every held-out cell of Twemoji once, ``overrides`` being fields of SamplingConfig.
 
     Raises:
-        UserError: If the folder holds no emoji, or no cell was held out.
+        UserError: If ``prepare_emoji.py`` did not write the folder, or no cell was held out.
     """
+    # Only the roles with held-out cells are read: `read_data` would tokenize the whole data set.
     listed = list_data(str(data_dir))
     listed.require_emoji(str(data_dir))
     rows = [pair.attributes for pair in listed.pairs]
@@ -228,11 +206,9 @@ def evaluate_grid(
 def grid_prompts(rows: Sequence[Row], *, style: str, read: ReadPixels) -> list[HeldOutPrompt]:
     """List the held-out grid cells of a style: which cell of its role is it, in which style?
 
-    Args:
-        rows: Metadata of all images of the data set.
-        style: Of the cells.
-        read: Gives the pixels of a row, [-1, 1].
+    ``rows`` are the metadata of all images; ``read`` gives the pixels of a row, [-1, 1].
     """
+    # The same emoji in every style: which of these is nearest says which style was generated.
     by_emoji: dict[str, dict[Hashable, Row]] = {}
     for row in rows:
         by_emoji.setdefault(row["hexcode"], {})[row["style"]] = row
@@ -240,7 +216,8 @@ def grid_prompts(rows: Sequence[Row], *, style: str, read: ReadPixels) -> list[H
     for grid in grid_roles(rows, style=style).values():
         held_out = {cell: row for cell, row in grid.items() if row["split"] == "test_compose"}
         if not held_out:
-            continue  # reads no image of a role that is not asked about
+            continue  # without reading the images of the role
+        # All 15 cells are choices: a model that cannot compose generates one it was trained on.
         cells: dict[Hashable, Tensor] = {cell: read(row) for cell, row in grid.items()}
         for cell, row in held_out.items():
             styles = {name: read(other) for name, other in by_emoji[row["hexcode"]].items()}
@@ -285,6 +262,7 @@ def _check_shuffled_images(
     checks: list[dict[str, bool]] = [{} for _ in prompts]
     for kind in ("cell", "clock"):
         indices = [index for index, prompt in enumerate(prompts) if kind in prompt.labels]
+        # A derangement within the kind: no image meets its own prompt, no clock meets a cell.
         others = derangement(len(indices), seed=seed).tolist()
         for index, other in zip(indices, others, strict=True):
             checks[index] = prompts[index].check(to_floats(pixels[indices[other]][None])[0])
@@ -315,6 +293,7 @@ def _table(
     fractions, counts = {}, {}
     for way, found in figures.items():
         for style, estimates in found.items():
+            # Cells and clocks have different attributes, and a style may have none of one kind.
             if attributes[0] in estimates:
                 row = f"{way}, {style}"
                 fractions[row] = {f"right {each}": estimates[each] for each in attributes}

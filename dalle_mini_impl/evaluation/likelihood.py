@@ -33,11 +33,7 @@ def measure_likelihood(
 ) -> Section:
     """Measure the loss on the tokens of reference images, by split and by position.
 
-    Args:
-        pipeline: The model.
-        splits: Images by split, ``train`` among them.
-        max_samples: Images per split, at equal distances.
-        seed: Of the pairing with another caption.
+    ``splits`` has ``train`` and at least one other; ``seed`` pairs images with other captions.
     """
     progress = log_now_and_then("likelihoods: passes done")
     model, device = pipeline.dalle, next(pipeline.dalle.parameters()).device
@@ -53,6 +49,8 @@ def measure_likelihood(
         )
         figures[split], by_cell[split], counts[split] = {}, {}, len(chosen)
         image = chosen.image_token_ids.to(device)
+        # The first two differ by the log-likelihood ratio of image and caption; the third tells
+        # whether it is the words that help, or the presence of any caption.
         for what, captions in texts.items():
             nats = -image_token_log_likelihoods(model, captions.to(device), image).cpu()
             by_cell[split][what] = nats.mean(dim=0).reshape(pipeline.vqvae.image_grid_size)
@@ -65,6 +63,7 @@ def measure_likelihood(
                 ),
             }
             progress(len(CAPTIONS) * (len(figures) - 1) + len(figures[split]), 3 * len(splits))
+    # Maps of one split are enough: the one with the least noise.
     largest = max((split for split in splits if split != "train"), key=lambda s: len(splits[s]))
     return _section(figures, counts, by_cell[largest], largest)
 

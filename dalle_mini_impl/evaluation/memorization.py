@@ -82,6 +82,7 @@ def measure_memorization(
     Raises:
         UserError: If scipy is not installed.
     """
+    # Held-out images are not in the training set: their agreement is what similar images have.
     agreement = {
         "generated": nearest_agreement(generated.image_token_ids, train.image_token_ids),
         "held-out images": nearest_agreement(held_out.image_token_ids, train.image_token_ids),
@@ -93,11 +94,13 @@ def measure_memorization(
         }
         for name, values in agreement.items()
     }
+    # The last pair bounds the score from below: a model that only copies.
     compared = {
         "generated images against held-out images": ("generated", "held_out"),
         "generated images against reconstructed held-out images": ("generated", "reconstructed"),
         "copied images against reconstructed held-out images": ("copied", "reconstructed"),
     }
+    # Features see what tokens miss: a copy that is shifted by a pixel has other tokens.
     tests = {
         name: data_copying_test(features[made], features[seen], features["train"], seed=seed)
         for name, (made, seen) in compared.items()
@@ -120,6 +123,7 @@ def nearest_agreement(
     token_ids: Int[Tensor, "batch image_length"], train: Int[Tensor, "train image_length"]
 ) -> Float[Tensor, " batch"]:
     """Compute the fraction of equal tokens of each image and its nearest training image."""
+    # Cell by cell: (train, image_length) == (image_length,), for one image at a time.
     return torch.stack([(train == row).float().mean(dim=1).max() for row in token_ids])
 
 
@@ -132,17 +136,8 @@ def data_copying_test(
 ) -> DataCopyingTest:
     """Test whether generated images are nearer to the training set than held-out images are.
 
-    Args:
-        generated: Features of generated images.
-        held_out: Features of images outside the training set.
-        train: Features of the training set.
-        seed: Of the k-means that finds the cells.
-
-    Returns:
-        The score: the z of each cell, weighted by its fraction of held-out images.
-
-    Raises:
-        UserError: If scipy is not installed.
+    The score is the mean z of the cells, weighted by their numbers of held-out images. UserError if
+    scipy is not installed.
 
     Source: Meehan, Chaudhuri and Dasgupta 2020, arXiv:2004.05675, section 3.
     """
@@ -162,10 +157,11 @@ def data_copying_test(
     for cell in range(count):
         own = train[train_cells == cell]
         seen, made = held_out[held_out_cells == cell], generated[generated_cells == cell]
+        # The normal approximation of U needs some images: 20, or all where there are fewer.
         if len(made) >= min(MIN_GENERATED_PER_CELL, len(generated)) and len(seen) and len(own):
             z = _z(_nearest(made, own)[0], _nearest(seen, own)[0])
             cells.append(DataCopyingCell(len(own), len(seen), len(made), z))
-    # 3. The score weighs cells as the data do.
+    # 3. Weigh the cells by the data.
     total = sum(cell.num_held_out for cell in cells)
     if not total:
         return DataCopyingTest(None, [])

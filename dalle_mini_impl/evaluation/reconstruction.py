@@ -35,6 +35,7 @@ def measure_reconstruction(vqvae: ImageTokenizer, held_out: Samples) -> Section:
     decibels = np.array(
         [float(psnr(reconstructed[i : i + 1], reference[i : i + 1])) for i in range(len(held_out))]
     )
+    # Codes that only training images use do not count.
     counts = token_counts(held_out.image_token_ids, vqvae.codebook_size)
     entropy = position_entropy(held_out.image_token_ids).reshape(vqvae.image_grid_size)
     figures = {
@@ -50,6 +51,7 @@ def measure_reconstruction(vqvae: ImageTokenizer, held_out: Samples) -> Section:
             "by_cell": [[float(value) for value in row] for row in entropy],
         },
     }
+    # Images and codes both bound an entropy; + 1 keeps the bound of a single image above 0.
     highest = math.log2(min(len(held_out), vqvae.codebook_size) + 1)
     sheets = {
         "worst_reconstructions": _worst_reconstructions(held_out, reconstructions, decibels),
@@ -117,6 +119,7 @@ def _table(figures: Mapping[str, Any], entropy: Float[Tensor, "rows columns"]) -
 def _worst_reconstructions(
     held_out: Samples, reconstructions: Pixels, decibels: np.ndarray
 ) -> Image.Image:
+    # A stable sort: images of the same PSNR come in the same order in every report.
     images, captions = [], []
     for index in np.argsort(decibels, kind="stable")[:NUM_WORST].tolist():
         images += to_images(torch.stack([held_out.pixels[index], reconstructions[index]]))

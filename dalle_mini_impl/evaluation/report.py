@@ -50,16 +50,9 @@ class Section:
 def write_report(
     out: Path, title: str, protocol: Mapping[str, Any], sections: Sequence[Section]
 ) -> None:
-    """Write a report that depends neither on the time nor on the place.
+    """Write a report into a folder; UserError if that fails.
 
-    Args:
-        out: Existing folder.
-        title: Headline.
-        protocol: How the figures were made.
-        sections: The figures.
-
-    Raises:
-        UserError: If it cannot be written.
+    Nothing in it depends on the time or on the folder: the same figures give the same files.
     """
     content: dict[str, Any] = {"protocol": plain(protocol)}
     content |= {section.title.lower(): plain(section.figures) for section in sections}
@@ -86,21 +79,14 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    # JSON has no NaN and no infinity: both become null.
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
 
 
 def numbers_in(value: Any, name: str) -> dict[str, float]:
-    """List the numbers of nested figures by path, for a tracker; lists are left out.
-
-    Args:
-        value: Figures.
-        name: Path of the value itself.
-
-    Returns:
-        Path -> number; of an estimate the value alone.
-    """
+    """List the numbers of nested figures by path, for a tracker; lists are left out."""
     if isinstance(value, Estimate):
         return {name: value.value}
     if isinstance(value, Mapping):
@@ -150,14 +136,11 @@ def fraction_table(
     fractions: Mapping[str, Mapping[str, Estimate]],
     counts: Mapping[str, int],
 ) -> Table:
-    """Tabulate fractions, a row for each set of images.
+    """Tabulate fractions (row -> column -> fraction), with the number of images of each row.
 
-    Args:
-        name: Of the table.
-        first: Heading of the first column, which has the names of the rows.
-        fractions: Row -> column -> fraction; rows may lack columns.
-        counts: Images of each row.
+    ``first`` is the heading of the rows' names.
     """
+    # Rows may lack columns: a shapes split need not have every kind of fact.
     columns = list(dict.fromkeys(column for row in fractions.values() for column in row))
     rows = [
         (row, str(counts[row]), *(percent(found[c]) if c in found else "" for c in columns))
@@ -171,6 +154,7 @@ def render_heatmap(
 ) -> Image.Image:
     """Render a gray square for each token of the grid, from black (low) to white (high)."""
     scaled = ((values - low) / max(high - low, 1e-9)).clamp(0, 1) * 255
+    # Nearest neighbor keeps one flat square per token.
     image = Image.fromarray(scaled.round().to(torch.uint8).numpy())
     size = (image.width * CELL_SIDE, image.height * CELL_SIDE)
     return image.resize(size, Image.Resampling.NEAREST)

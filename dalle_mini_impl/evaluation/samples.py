@@ -135,21 +135,18 @@ class CandidateTokens:
 
 
 def list_data(source: str, *, language: str = "en") -> ListedData:
-    """List all splits of a source that ``open_pairs`` takes, without reading an image.
+    """List all splits of a source that ``open_pairs`` takes; UserError if there is nothing.
 
-    Args:
-        source: A folder, a file or a Hub name.
-        language: ``ko`` makes the Korean caption, where there is one, the main caption.
-
-    Raises:
-        UserError: If there is nothing to read.
+    ``ko`` makes the Korean caption, where there is one, the main caption.
     """
+    # The first caption of a pair is its main caption; the other columns stay as paraphrases.
     first = ("text_ko",) if language == "ko" else ()
     columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
     try:
         pairs, splits = open_all_splits(source, text_columns=columns)
     except UserError as error:
         raise UserError(f"data: {error}") from None
+    # All rows, not the first: a mixture of emoji and other images has no grid to check.
     rows = [pair.attributes for pair in pairs]
     for kind, fields in KIND_FIELDS.items():
         if all(fields <= row.keys() for row in rows):
@@ -180,18 +177,19 @@ def read_data(
         raise UserError(f"data: {error}") from None
     # The hash goes split by split: reordering the splits of a file does not change it.
     digest = hashlib.sha256()
-    read = {}
+    by_split = {}
+    # Unreadable images are left out, as in training; a split without any image ends it here.
     for split in dict.fromkeys([TRAIN, *listed.splits]):
         chosen = [index for index in kept if listed.splits[index] == split]
         if not chosen:
             raise UserError(f"data: {source}: no image of split {split!r} can be read")
         part = pixels[torch.tensor([listed.splits[index] == split for index in kept])]
         pairs = [listed.pairs[index] for index in chosen]
-        read[split] = Samples(pairs, part, encode(vqvae, part))
+        by_split[split] = Samples(pairs, part, encode(vqvae, part))
         digest.update(part.numpy().tobytes())
         texts = [dataclasses.astuple(pair) for pair in pairs]
         digest.update(json.dumps(texts, sort_keys=True).encode())
-    return EvaluationData(listed.kind, read.pop(TRAIN), read, digest.hexdigest()[:16])
+    return EvaluationData(listed.kind, by_split.pop(TRAIN), by_split, digest.hexdigest()[:16])
 
 
 def _require_styles(styles: Sequence[str], listed: ListedData) -> None:
@@ -244,19 +242,8 @@ def generate_candidates(
     The first candidate of caption i has seed ``seed + i`` for any number of candidates, so
     ``pipeline(caption, seed=seed + i)`` generates the same image.
 
-    Args:
-        pipeline: The model.
-        captions: One or more.
-        sampling_config: Of every candidate.
-        num_candidates: Images per caption.
-        seed: Of the first image.
-        rank: Scores the candidates; ``none`` generates the first one alone.
-
-    Returns:
-        The tokens, on the CPU.
-
-    Raises:
-        UserError: If a number is out of range.
+    ``rank`` scores the candidates; ``none`` generates the first one alone. UserError if a number
+    is out of range.
     """
     count = len(captions)
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
@@ -271,6 +258,8 @@ def generate_candidates(
     )
     progress = log_now_and_then("images generated")
     candidates, scores = [], []
+    # Candidates outside, captions inside: candidate k of caption i has seed + i + k * count, and
+    # more candidates leave the first ones as they are.
     for candidate in range(num_candidates):
         token_parts, score_parts = [], []
         for indices in torch.arange(count).split(ROWS_PER_BATCH):
@@ -290,6 +279,7 @@ def generate_candidates(
         candidates.append(torch.cat(token_parts))
         scores.append(torch.cat(score_parts))
     if not isinstance(rank, str):
+        # Candidate by candidate: the pixels of all at once could exceed the memory.
         scores = [
             rank.score(to_images(decode(pipeline.vqvae, token_ids)), captions).float()
             for token_ids in candidates
@@ -313,6 +303,7 @@ def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_le
     """Turn tokens in raster order into images, on the CPU."""
     device = next(vqvae.parameters()).device
     parts = []
+    # Rounded to bytes as a PNG is: metrics see the pixels that a user gets.
     for part in image_token_ids.split(BATCH_SIZE):
         grid = part.reshape(len(part), *vqvae.image_grid_size).to(device)  # (batch, rows, columns)
         pixels = vqvae.decode_from_token_ids(grid).float().clamp(-1, 1)

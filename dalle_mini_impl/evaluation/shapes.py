@@ -61,6 +61,7 @@ def measure_shapes(
     fractions: dict[str, dict[str, Estimate]] = {}
     counts: dict[str, int] = {}
     sheets: dict[str, Image.Image] = {}
+    # Split by split: the difference between the splits is what composition costs.
     for split, indices in by_split.items():
         own = [facts[index] for index in indices]
         images = {way: to_images(pixels[indices]) for way, pixels in generated.items()}
@@ -99,6 +100,7 @@ def check_images(images: Sequence[Image.Image], facts: Sequence[Sequence[Fact]])
     is_right: list[bool] = []
     by_kind: dict[str, list[bool]] = {}
     for image, stated in zip(images, facts, strict=True):
+        # The checker reads the objects from the pixels alone; it knows nothing of the caption.
         held = facts_hold(stated, read_objects(image))
         is_right.append(all(held))
         for fact, holds in zip(stated, held, strict=True):

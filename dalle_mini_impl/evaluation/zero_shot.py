@@ -64,27 +64,19 @@ def zero_shot_emoji(
     style: str = "twemoji",
     num_images: int | None = None,
 ) -> ZeroShotReport:
-    """Classify gender and skin tone of the held-out emoji (split ``test_compose``).
-
-    Args:
-        pipeline: The model.
-        data_dir: Folder that ``prepare_emoji.py`` wrote.
-        language: Of the captions: ``en`` or ``ko``.
-        style: Of the images.
-        num_images: At most this many, at equal distances; None is all.
-
-    Returns:
-        The accuracy.
+    """Classify gender and skin tone of the held-out emoji (split ``test_compose``) of a style.
 
     Raises:
-        UserError: If the folder holds no such images, or the number is below 1.
+        UserError: If the folder holds no such images, or ``num_images`` (None is all) is below 1.
     """
     if num_images is not None:
         _require_some(num_images)
     listed = list_data(str(data_dir), language=language)
     listed.require_emoji(str(data_dir))
     pairs = list(listed.pairs)
+    # grid_roles hands rows back: the index finds the image and the caption of each.
     rows = [{**pair.attributes, "index": index} for index, pair in enumerate(pairs)]
+    # Only grids with all 15 cells: chance must be the same for every image.
     held_out = [
         (grid, position, row["index"])
         for grid in grid_roles(rows, style=style).values()
@@ -107,26 +99,19 @@ def zero_shot_shapes(
 ) -> ZeroShotReport:
     """Classify color and shape of single objects in images that no data set holds.
 
-    Args:
-        pipeline: The model.
-        split: ``test`` (as in training) or ``test_compose`` (color and shape never met together).
-        num_images: At least 1.
-        seed: Of the scenes.
-
-    Returns:
-        The accuracy.
-
-    Raises:
-        UserError: If the split is unknown, or the number below 1.
+    In split ``test`` color and shape are paired as in training, in ``test_compose`` as never there.
+    UserError if ``num_images`` is below 1.
     """
     _require_some(num_images)
     labels = tuple((color, shape) for color in COLOURS for shape in SHAPES)
     questions = []
     for index in range(num_images):
+        # Different seeds give different scenes.
         scene_seed = FIRST_SCENE_SEED + seed * num_images + index
         scene = make_scene(scene_seed, split=split, kinds=("single",))
         [item] = scene.objects
         captions = []
+        # Only the object changes: every other word of the 48 captions is the same.
         for color, shape in labels:
             other = dataclasses.replace(item, colour=color, shape=shape)
             captions.append(describe_scene(dataclasses.replace(scene, objects=(other,))).text)
@@ -142,9 +127,11 @@ def classify(
     """Choose the likeliest caption of each image; ``parts`` names the two words of a label."""
     names = (*parts, "both")
     priors = (False, True) if isinstance(pipeline.dalle, Dalle) else (False,)
+    # (first part, second part, both)
     num_right = {use_prior: torch.zeros(3) for use_prior in priors}
     chance = torch.zeros(3)
     device = next(pipeline.dalle.parameters()).device
+    # One image at a time: its pass has a row for each caption and one for the null caption.
     for question in questions:
         text_token_ids = pipeline.text_tokenizer.encode(question.captions).to(device)
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([question.image]))
