@@ -54,7 +54,7 @@ def trained(random_order_probability: float) -> Dalle:
     )
     task = DalleTask(
         data, data, config, sample_weights=None, identity="", pipeline=pipeline, fixed_prompts=()
-    )  # fmt: skip
+    )
     optimizer = torch.optim.Adam(dalle.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
     generator = torch.Generator().manual_seed(2)
@@ -101,9 +101,12 @@ def test_a_run_says_in_its_model_folder_how_it_ended(
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     task = {"random_order_probability": probability, "augmentation_ends_at": ends_at}
     run = tiny.dalle_run(
-        tiny.write_data(tmp_path / "data"), tmp_path / "vqvae", tmp_path / "out", task=task,
+        tiny.write_data(tmp_path / "data"),
+        tmp_path / "vqvae",
+        tmp_path / "out",
+        task=task,
         max_steps=1,
-    )  # fmt: skip
+    )
     folder, _ = tiny.train(run)
     expected = probability > 0 and ends_at == 1
     assert json.loads((folder / "model_index.json").read_text())["generates_any_order"] is expected

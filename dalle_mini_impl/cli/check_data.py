@@ -146,13 +146,13 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
 
 
 def tokenizer_of(
-    config: VQVAERunConfig | DalleRunConfig, beside: VQVAERunConfig | None
+    config: VQVAERunConfig | DalleRunConfig, tokenizer_run: VQVAERunConfig | None
 ) -> ImageTokenizer | None:
     """Load the image tokenizer of a run, or build it untrained.
 
     Args:
         config: Of the run.
-        beside: The tokenizer's own run, for a decoder whose tokenizer is not trained yet.
+        tokenizer_run: The tokenizer's own run, for a decoder whose tokenizer is not trained yet.
 
     Returns:
         The tokenizer; None if neither its folder nor its run is there.
@@ -167,7 +167,7 @@ def tokenizer_of(
             return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         except ValueError as error:
             raise UserError(f"vqvae_dir: {error}") from None
-    return None if beside is None else VQVAE(beside.vqvae)
+    return None if tokenizer_run is None else VQVAE(tokenizer_run.vqvae)
 
 
 def _readable(num_bytes: int | float) -> str:

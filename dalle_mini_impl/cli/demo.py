@@ -33,7 +33,7 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         f"{report.tone_accuracy:.0%} (chance 20%), right gender {report.gender_accuracy:.0%}",
         f"fixed prompts: {out / 'prompts.png'}",
         f"the same in Korean: {out / 'prompts_ko.png'}",
-        f"unseen combinations beside the reference images: {out / 'held_out.png'}",
+        f"unseen combinations and reference images: {out / 'held_out.png'}",
         *steps_report(model_dir.parent),
     ]
 
@@ -52,7 +52,7 @@ def steps_report(run_dir: Path) -> list[str]:
 
 
 def held_out_sheet(report: GridReport) -> Image.Image:
-    """Lay generated images of held-out cells out, each beside its reference image."""
+    """Lay generated images of held-out cells out, each next to its reference image."""
     # Every nth cell: the first ones are all of the same role.
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []

@@ -304,7 +304,7 @@ def _table(
 def _sheets(
     prompts: Sequence[HeldOutPrompt], captions: Sequence[str], generated: Pixels
 ) -> dict[str, Image.Image]:
-    """Lay generated images out beside the reference images: cells, clocks, and errors."""
+    """Lay out pairs of generated and reference images: cells, clocks, and errors."""
     checks = _check_images(prompts, generated)
     shown = {
         "held_out_cells": [i for i, check in enumerate(checks) if "cell" in check],

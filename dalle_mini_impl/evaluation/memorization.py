@@ -208,7 +208,7 @@ def _test_table(tests: Mapping[str, DataCopyingTest]) -> Table:
 def _sheet(
     generated: Samples, train: Samples, features: Mapping[str, Features], agreement: Tensor
 ) -> Image.Image:
-    """Lay generated images out, each beside the training image with the nearest features."""
+    """Lay out generated images, each next to the training image with the nearest features."""
     chosen = evenly_spaced(len(generated), NUM_SHOWN)
     nearest = _nearest(features["generated"][chosen], features["train"])[1].tolist()
     images, captions = [], []

@@ -165,7 +165,7 @@ def test_bad_options_are_refused(
 
 
 def write_run(run_dir: Path, *, mode: str) -> None:
-    """What a training run leaves beside its model."""
+    """The files of a training run next to its model."""
     save_checkpoint(run_dir / "checkpoints", step=12, tensors={}, state={"run_id": "abc123"})
     (run_dir / "config.yaml").write_text(f"tracking:\n  mode: {mode}\n  project: a-project\n")
 
