@@ -8,7 +8,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -463,39 +463,10 @@ class TextToImagePipeline:
         )  # fmt: skip
 
     def resolve_sampling_config(self, overrides: Mapping[str, Any]) -> SamplingConfig:
-        """Put the settings of a call in place of the model's own.
-
-        Args:
-            overrides: Fields of ``SamplingConfig``.
-
-        Returns:
-            All settings of the call.
-
-        Raises:
-            UserError: If a field is unknown or its value out of range.
-        """
-        known = {field.name for field in dataclasses.fields(SamplingConfig)}
-        unknown = sorted(overrides.keys() - known)
-        if unknown:
-            raise UserError(
-                f"{unknown[0]}: unknown setting, expected one of {', '.join(sorted(known))}"
-            )
-        _require_numbers(overrides)
-        try:
-            return dataclasses.replace(self.sampling_config, **overrides)
-        except ValueError as error:
-            raise UserError(str(error)) from None
+        """Apply the overrides of a call; see ``SamplingConfig.override``."""
+        return self.sampling_config.override(overrides)
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[Any]:
     is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
     return [prompt] if is_one else list(prompt)
-
-
-def _require_numbers(sampling_config: Mapping[str, Any]) -> None:
-    """Refuse sampling settings that cannot be compared with their limits."""
-    for field in dataclasses.fields(SamplingConfig):
-        value = sampling_config.get(field.name, field.default)
-        kind, required = (Real, "a number") if field.type is float else (Integral, "a whole number")
-        if field.type in (float, int) and not isinstance(value, kind):
-            raise UserError(f"{field.name}: got {value!r}, expected {required}")

@@ -67,9 +67,11 @@ def position_vector(weights: dict[str, Tensor], config: DalleConfig, cell: int) 
     y, x = divmod(cell, config.image_grid_size[1])
     width = config.decoder.hidden_size
     if config.decoder.positions == "learned":
-        return weights["image_positions.weight"][cell]
+        return weights["image_positions.cells.weight"][cell]
     if config.decoder.positions == "axial":
-        return weights["row_positions.weight"][y] + weights["column_positions.weight"][x]
+        return (
+            weights["image_positions.rows.weight"][y] + weights["image_positions.columns.weight"][x]
+        )
     if config.decoder.positions == "sinusoidal":
         angles = pair_angles(y, x, width)
         values = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
