@@ -27,13 +27,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Print the report; problems end the script with exit code 1."""
     options = parse(arguments)
-    from dalle_mini_impl.cli.check_data import estimate_lines, tokenizer_of
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.errors import UserError
     from dalle_mini_impl.progress import show_now_and_then
     from dalle_mini_impl.training.config import DataConfig, TextConfig
     from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.estimate import estimate_lines, tokenizer_of
     from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
     config: VQVAERunConfig | DalleRunConfig | None = None

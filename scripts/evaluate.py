@@ -46,7 +46,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the report and say where it is."""
     options = parse(arguments)
-    from dalle_mini_impl.cli.evaluate import EvaluationConfig, evaluate
+    from dalle_mini_impl.cli.evaluation import EvaluationConfig, evaluate
 
     overrides = {name: getattr(options, name) for name in ("guidance_scale", "temperature")}
     report = evaluate(
