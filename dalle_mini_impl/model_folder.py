@@ -1,28 +1,56 @@
-"""The folder of a trained model: index, hashes, card; written whole, read strictly."""
+"""The folder of a trained model: index, hashes, card; written whole, read strictly.
 
+model_index.json    sampling config, fingerprint of the image tokenizer, hashes; written last
+README.md           the model card
+vqvae/              the image tokenizer
+dalle/              the decoder: config.json, model.safetensors
+text_tokenizer/     the caption tokenizer
+"""
+
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dalle_mini_impl.errors import UserError
+import torch
+from torch import nn
+
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
+from dalle_mini_impl.errors import UserError, one_line
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+from dalle_mini_impl.sampling.sampler import SamplingConfig
+from vqvae.image_tokenizer import ImageTokenizer
+from vqvae.pretrained.load import load_tokenizer
 from vqvae.serialization import (
     build_checked,
     build_config,
     load_weights,
     own_file,
     read_json,
+    save_weights,
     shown,
 )
 
-INDEX_NAME = "model_index.json"
-INDEX_FIELDS = ("format_version", "pipeline", "sampling", "sha256", "vqvae_fingerprint")
+INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME = "model_index.json", "config.json", "model.safetensors"
+TOKENIZER_FOLDER = "text_tokenizer"
 FORMAT_VERSION = 2
+INDEX_FIELDS = {
+    "format_version",
+    "pipeline",
+    "sampling",
+    "generates_any_order",
+    "vqvae_fingerprint",
+    "sha256",
+}
 HASHED_FILES = ("dalle/model.safetensors", "text_tokenizer/tokenizer.json")
-OTHER_FILES = ("dalle/config.json", "text_tokenizer/tokenizer_config.json", "vqvae/config.json",
-               "vqvae/model.safetensors")  # fmt: skip
+OTHER_FILES = (
+    "dalle/config.json",
+    "text_tokenizer/tokenizer_config.json",
+    "vqvae/config.json",
+    "vqvae/model.safetensors",
+)
 MODEL_CARD = """\
 ---
 library_name: dalle_mini_impl
@@ -30,30 +58,113 @@ pipeline_tag: text-to-image
 ---
 # A text-to-image model
 
-Generates images of {size} x {size} pixels. A discrete VAE (`vqvae/`) makes an image of
-{rows} x {columns} tokens out of {codes} codes; a causal Transformer (`dalle/`, {millions:.1f} M
-parameters) writes them after a caption of up to {length} tokens (`text_tokenizer/`, {vocab}
-different ones).
+Generates images of {size} x {size} pixels. A discrete VAE (`vqvae/`) turns an image into
+{rows} x {columns} tokens of a codebook of {codes}; a causal Transformer (`dalle/`, {millions:.1f} M
+parameters) samples them after a caption of up to {length} tokens (`text_tokenizer/`, vocabulary of
+{vocab}).
 
     from dalle_mini_impl.pipeline import TextToImagePipeline
 
     pipeline = TextToImagePipeline.from_pretrained("path/of/this/folder")
-    pipeline("a prompt like the captions it learned", num_images=4, seed=0).images[0].show()
+    pipeline("a prompt like its training captions", num_images=4, seed=0).images[0].show()
 
-It knows what its training images showed, and their licenses and biases are its own: name them
-here before you share the model.
+It knows what its training images showed. Name their licenses and biases here before you share the
+model.
 """
 
 
-def file_hashes(folder: str | Path) -> dict[str, str]:
-    """Hash the files of a model folder whose damage would not show.
+class PipelineParts(NamedTuple):
+    """The arguments of ``TextToImagePipeline``."""
 
-    Args:
-        folder: A model folder.
+    dalle: TextToImageModel
+    vqvae: ImageTokenizer
+    text_tokenizer: TextTokenizer
+    sampling_config: SamplingConfig
+    generates_any_order: bool
 
-    Returns:
-        What ``sha256`` in its ``model_index.json`` holds: digests by file.
+
+def save_parts(folder: Path, parts: PipelineParts, *, dtype: torch.dtype) -> None:
+    """Write a model folder, its weights as ``dtype``."""
+    parts.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
+    save_model(
+        folder,
+        parts.dalle,
+        dataclasses.asdict(parts.dalle.config),
+        parts.text_tokenizer,
+        subfolder="dalle",
+        dtype=dtype,
+    )
+    index = {
+        "format_version": FORMAT_VERSION,
+        "pipeline": "TextToImagePipeline",
+        "sampling": dataclasses.asdict(parts.sampling_config),
+        "generates_any_order": parts.generates_any_order,
+        # Of the stored weights: in another type than the model's they are other weights.
+        "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
+        "sha256": file_hashes(folder),
+    }
+    (folder / "README.md").write_text(_model_card(parts), encoding="utf-8")
+    # Last: a folder without its index is not finished.
+    write_json(folder / INDEX_NAME, index)
+
+
+def load_parts(folder: Path) -> PipelineParts:
+    """Load a model folder, strictly; models are in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: If the folder is no model folder, or its parts are damaged or do not fit.
     """
+    if not (folder / INDEX_NAME).is_file():
+        raise UserError(
+            f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
+            "expected the folder that train_dalle.py wrote, for example out/demo/dalle/model"
+        )
+    try:
+        index = _read_index(folder)
+        # Links that lead out of the folder are refused before anything is read through them.
+        for name in (*HASHED_FILES, *OTHER_FILES):
+            own_file(folder, name)
+        vqvae = load_tokenizer(folder / "vqvae")
+        if vqvae.fingerprint() != index["vqvae_fingerprint"]:
+            raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
+        sampling_config = build_config(SamplingConfig, index["sampling"])
+        dalle = _load_dalle(folder, index["sha256"])
+        text_tokenizer = TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        raise does_not_load(folder, error) from error
+    return PipelineParts(
+        dalle, vqvae, text_tokenizer, sampling_config, index["generates_any_order"]
+    )
+
+
+def does_not_load(folder: Path, error: Exception) -> UserError:
+    """Say in one line why a model folder does not load."""
+    return UserError(f"model: {folder} does not load: {one_line(error)}")
+
+
+def save_model(
+    folder: Path,
+    model: nn.Module,
+    config: dict[str, Any],
+    text_tokenizer: TextTokenizer,
+    *,
+    subfolder: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write a model and its config into a folder, or below it, and a text tokenizer beside them."""
+    (folder / subfolder).mkdir(parents=True, exist_ok=True)
+    save_weights(model, folder / subfolder / WEIGHTS_NAME, dtype=dtype)
+    write_json(folder / subfolder / CONFIG_NAME, config)
+    text_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write an object as JSON in UTF-8."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def file_hashes(folder: str | Path) -> dict[str, str]:
+    """Return the SHA-256 of the files whose damage would not show otherwise, by file."""
     digests = {name: hashlib.sha256() for name in HASHED_FILES}
     for name, digest in digests.items():
         with (Path(folder) / name).open("rb") as file:
@@ -66,19 +177,15 @@ def _read_index(folder: Path) -> dict[str, Any]:
     index = read_json(own_file(folder, INDEX_NAME))
     version = index.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(
-            f"format_version: got {shown(version)}, expected {FORMAT_VERSION}, "
-            "with the field sha256; train_dalle.py --resume latest writes the folder anew"
-        )
-    any_order = index.get("generates_any_order", False)  # older folders do not say
+        raise UserError(f"format_version: got {shown(version)}, expected {FORMAT_VERSION}")
+    odd = sorted(index.keys() ^ INDEX_FIELDS)
+    if odd:
+        raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
+    any_order, digests = index["generates_any_order"], index["sha256"]
     if not isinstance(any_order, bool):
         raise UserError(
             f"generates_any_order: got {shown(repr(any_order))}, expected true or false"
         )
-    odd = sorted((index.keys() - {"generates_any_order"}) ^ set(INDEX_FIELDS))
-    if odd:
-        raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
-    digests = index["sha256"]
     if not isinstance(digests, dict) or digests.keys() != set(HASHED_FILES):
         got = shown(repr(digests))
         raise UserError(f"sha256: got {got}, expected digests of {', '.join(HASHED_FILES)}")
@@ -86,28 +193,26 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
-    config = build_config(DalleConfig, read_json(folder / "dalle" / "config.json"))
-    path = folder / "dalle" / "model.safetensors"
-    counts = {
-        "decoder.num_layers": config.decoder.num_layers,
-        "decoder.num_encoder_layers": config.decoder.num_encoder_layers,
-        "codebook_levels": len(config.codebook_levels),
-    }
-    sizes = {
-        "decoder.hidden_size": config.decoder.hidden_size,
-        "vocab_size": config.vocab_size,
-        "text_length": config.text_length,
-        "image_grid_size": max(config.image_grid_size),
-    }
-    width, num_tokens = config.decoder.hidden_size, config.vocab_size + config.codebook_size
-    num_cells = config.image_length if config.decoder.has_target_positions else 0
-    # Before the hashes: a file of terabytes takes hours to read.
+    config = build_config(DalleConfig, read_json(folder / "dalle" / CONFIG_NAME))
+    decoder, path = config.decoder, folder / "dalle" / WEIGHTS_NAME
+    width, num_tokens = decoder.hidden_size, config.vocab_size + config.codebook_size
+    num_cells = config.image_length if decoder.has_target_positions else 0
+    # Against the file's header, and before the hashes: a file of terabytes takes hours to read.
     dalle = build_checked(
         lambda: build_text_to_image(config),
         path,
-        counts=counts,
-        sizes=sizes,
-        num_elements=config.decoder.num_layers * width**2
+        counts={
+            "decoder.num_layers": decoder.num_layers,
+            "decoder.num_encoder_layers": decoder.num_encoder_layers,
+            "codebook_levels": len(config.codebook_levels),
+        },
+        sizes={
+            "decoder.hidden_size": width,
+            "vocab_size": config.vocab_size,
+            "text_length": config.text_length,
+            "image_grid_size": max(config.image_grid_size),
+        },
+        num_elements=decoder.num_layers * width**2
         + width * (num_tokens + config.text_length + num_cells),
     )
     for name, digest in file_hashes(folder).items():
@@ -116,5 +221,14 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
     return load_weights(dalle, path)
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _model_card(parts: PipelineParts) -> str:
+    rows, columns = parts.vqvae.image_grid_size
+    return MODEL_CARD.format(
+        size=parts.vqvae.config.image_size,
+        rows=rows,
+        columns=columns,
+        codes=parts.vqvae.codebook_size,
+        millions=sum(weight.numel() for weight in parts.dalle.parameters()) / 1e6,
+        vocab=parts.text_tokenizer.vocab_size,
+        length=parts.text_tokenizer.text_length,
+    )

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from dalle_mini_impl.cli.pipelines import open_pipeline
 from dalle_mini_impl.clip_ranker import load_clip_ranker
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.clip_score import measure_clip_score
@@ -37,7 +38,6 @@ from dalle_mini_impl.evaluation.samples import (
     read_data,
 )
 from dalle_mini_impl.evaluation.shapes import measure_shapes
-from dalle_mini_impl.hardware import use_fast_float32
 from dalle_mini_impl.model_folder import file_hashes
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.output_dirs import make_folder
@@ -98,14 +98,10 @@ def evaluate(config: EvaluationConfig) -> Path:
     """
     if config.max_samples < 1:
         raise UserError(f"max_samples: got {config.max_samples}, expected at least 1")
-    use_fast_float32()
     make_folder(config.out, field="out")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipeline = TextToImagePipeline.from_pretrained(config.model).to(device)
+    pipeline = open_pipeline(config.model, native=config.native)
     sampling_config = pipeline.resolve_sampling_config(config.overrides)
-    if config.native is not None:
-        pipeline.use_native(config.native)
-    ranker = load_clip_ranker(config.clip).to(device) if config.clip else None
+    ranker = load_clip_ranker(config.clip).to(pipeline.device) if config.clip else None
     clock = _Clock()
     data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
     clock.lap("images read and tokenized")
@@ -255,7 +251,7 @@ def _protocol(
             **({"clip": Path(config.clip).name} if config.clip else {}),
         },
         "machine": {
-            "device": next(pipeline.dalle.parameters()).device.type,
+            "device": pipeline.device.type,
             "threads": torch.get_num_threads(),
             "float32_matmul": torch.get_float32_matmul_precision(),
         },

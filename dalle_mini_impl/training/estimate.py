@@ -1,4 +1,4 @@
-"""What a run will need, in memory and in time: a few steps of it, measured on this machine."""
+"""Memory and time of a run, estimated from a few steps on this machine."""
 
 import time
 from pathlib import Path
@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from dalle_mini_impl.config import read_config
 from dalle_mini_impl.data.check import DataReport
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import keep_freed_memory, use_fast_float32
@@ -25,25 +26,52 @@ _STATE_COPIES = 4  # weights, gradients, and two moments of the optimizer
 _TIMED_STEPS = 3
 
 
+def read_run(
+    preset: Path,
+) -> tuple[VQVAERunConfig | DalleRunConfig, ImageTokenizer | None]:
+    """Read a preset of either kind and find its image tokenizer.
+
+    For a decoder whose tokenizer is not trained yet, that is the one of ``vqvae.yaml`` in the same
+    folder; None where there is no such file.
+    """
+    if not preset.is_file() or "vqvae_dir:" not in preset.read_text("utf-8"):
+        config = read_config(VQVAERunConfig, preset)
+        return config, tokenizer_of(config, None)
+    neighbor = preset.with_name("vqvae.yaml")
+    tokenizer_run = read_config(VQVAERunConfig, neighbor) if neighbor.is_file() else None
+    run = read_config(DalleRunConfig, preset)
+    return run, tokenizer_of(run, tokenizer_run)
+
+
+def tokenizer_of(
+    config: VQVAERunConfig | DalleRunConfig, tokenizer_run: VQVAERunConfig | None
+) -> ImageTokenizer | None:
+    """Load the image tokenizer of a run, or build it with fresh weights where it is not trained.
+
+    Raises:
+        UserError: If the folder of the tokenizer does not hold one.
+    """
+    if isinstance(config, VQVAERunConfig):
+        return VQVAE(config.vqvae)
+    if Path(config.vqvae_dir).is_dir():
+        try:
+            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+        except ValueError as error:
+            raise UserError(f"vqvae_dir: {error}") from None
+    return None if tokenizer_run is None else VQVAE(tokenizer_run.vqvae)
+
+
 def estimate_lines(
     config: VQVAERunConfig | DalleRunConfig,
     vqvae: ImageTokenizer,
     report: DataReport,
 ) -> list[str]:
-    """Say what a run needs.
-
-    Args:
-        config: The run.
-        vqvae: Its image tokenizer, trained or not.
-        report: On its images.
-
-    Returns:
-        Plain lines; sizes are for each process.
-    """
+    """Estimate memory and time of a run on the images of a report; sizes are per process."""
     num_train = report.split_sizes.get(config.data.train_split, 0)
     splits = {config.data.train_split, config.data.validation_split}
     num_images = sum(report.split_sizes.get(split, 0) for split in splits)
     num_captions = sum(report.num_captions.get(split, 0) for split in splits)
+    # As in a run: both change the speed of a step.
     use_fast_float32()
     keep_freed_memory()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
@@ -90,7 +118,7 @@ def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> TextToImageMo
 def _encoding_seconds(vqvae: ImageTokenizer) -> float:
     size, device = vqvae.config.image_size, next(vqvae.parameters()).device
     pixels = torch.zeros(16, 3, size, size, device=device)
-    vqvae.encode_to_token_ids(pixels)
+    vqvae.encode_to_token_ids(pixels)  # the first call allocates
     started = time.perf_counter()
     vqvae.encode_to_token_ids(pixels).cpu()
     return (time.perf_counter() - started) / len(pixels)
@@ -141,31 +169,6 @@ def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
         f"training: a step takes about {seconds:.3f} s on one process; {steps} steps take about "
         f"{steps * seconds / 60:.1f} minutes and show each image {epochs:.1f} times"
     )
-
-
-def tokenizer_of(
-    config: VQVAERunConfig | DalleRunConfig, beside: VQVAERunConfig | None
-) -> ImageTokenizer | None:
-    """Find the image tokenizer that a run would use, trained or as it would be built.
-
-    Args:
-        config: The run.
-        beside: The tokenizer's own run, for a decoder whose tokenizer is not trained yet.
-
-    Returns:
-        The tokenizer, or None where nothing tells.
-
-    Raises:
-        UserError: If the folder of the tokenizer does not hold one.
-    """
-    if isinstance(config, VQVAERunConfig):
-        return VQVAE(config.vqvae)
-    if Path(config.vqvae_dir).is_dir():
-        try:
-            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
-        except ValueError as error:
-            raise UserError(f"vqvae_dir: {error}") from None
-    return None if beside is None else VQVAE(beside.vqvae)
 
 
 def _readable(num_bytes: int | float) -> str:

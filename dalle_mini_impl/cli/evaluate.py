@@ -1,0 +1,59 @@
+"""Measure a model on held-out images."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from dalle_mini_impl.cli.arguments import OneLineParser, add_native, user_path, user_text
+from dalle_mini_impl.cli.generate import sampling_overrides
+from dalle_mini_impl.cli.main import COMMANDS
+
+logger = logging.getLogger(__name__)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(description=COMMANDS["evaluate"])
+    add = parser.add_argument
+    add("--model", type=user_text, required=True, help="model folder that train_dalle.py wrote")
+    add("--data", type=user_text, default="out/demo/data", help="its data: emoji, shapes, any")
+    add("--out", type=user_path, default="out/evaluation", help="report's folder")
+    add("--style", nargs="+", default=[], help="of emoji to generate (default: all)")
+    add("--language", choices=("en", "ko"), default="en", help="of the captions")
+    add("--num-candidates", type=int, default=1, help="generate this many, judge the best as well")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--max-samples", type=int, default=512, help="images per style or split (default: 512)")
+    add("--guidance-scale", type=float, help="strength of the caption; 1 = off")
+    add("--temperature", type=float, help="below 1 plays safe")
+    add_native(parser)
+    add("--clip", type=user_text, help="folder or name of a CLIP, for the CLIP score")
+    add(
+        "--wandb",
+        choices=("auto", "online", "offline", "disabled"),
+        help="show the report in W&B (default: as the model's run, where it has one)",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the report and say where it is."""
+    options = parse(arguments)
+    from dalle_mini_impl.cli.evaluation import EvaluationConfig, evaluate
+
+    report = evaluate(
+        EvaluationConfig(
+            model=options.model,
+            data=options.data,
+            out=options.out,
+            styles=tuple(options.style),
+            language=options.language,
+            num_candidates=options.num_candidates,
+            seed=options.seed,
+            max_samples=options.max_samples,
+            overrides=sampling_overrides(options),
+            native=options.native,
+            clip=options.clip,
+            tracking=options.wandb,
+        ),
+    )
+    logger.info(f"report: {report}, and {report.with_suffix('.json').name} next to it")
