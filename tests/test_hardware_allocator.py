@@ -11,7 +11,7 @@ import torch
 
 COUNT_FAULTS = """
 import resource, torch
-from dalle_mini_impl.training.allocator import keep_freed_memory
+from dalle_mini_impl.hardware import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3))
@@ -59,7 +59,7 @@ def test_freed_memory_is_taken_again_without_the_kernel() -> None:
 def test_a_limit_or_a_choice_of_ones_own_comes_first(choice: str) -> None:
     code = f"""
 import os, resource
-from dalle_mini_impl.training.allocator import keep_freed_memory
+from dalle_mini_impl.hardware import keep_freed_memory
 assert keep_freed_memory()
 {choice}
 assert not keep_freed_memory()

@@ -68,7 +68,7 @@ def test_any_prompt_gives_a_plain_name(prompt: str, number: int, seed: int) -> N
 def test_names_can_be_read() -> None:
     assert image_name(7, "A red heart, on Snow!", 5) == "0007-a-red-heart-on-snow_5.png"
     assert image_name(0, "빨간 하트", 1) == "0000-빨간-하트_1.png"
-    assert image_name(0, "🙂", 1) == "0000-picture_1.png"
+    assert image_name(0, "🙂", 1) == "0000-image_1.png"
     assert image_name(12345, "cat", 0) == "12345-cat_0.png"
     assert image_name(0, "가" * 300, 1) == f"0000-{'가' * 60}_1.png"
 
@@ -77,7 +77,7 @@ def test_names_can_be_read() -> None:
 def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 3), (200, 30, 90))
     metadata = {"guidance_scale": 3.5, "model": "emoji64", "top_k": 0, "note": "가, b: c"}
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     save_image(image, path, prompt=prompt, seed=2**63 - 1, metadata=metadata)
     with Image.open(path) as opened:
         opened.load()
@@ -94,7 +94,7 @@ def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
 def test_write_that_is_cut_short_leaves_no_half_of_an_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     save_image(Image.new("RGB", (4, 3), "red"), path, prompt="red", seed=0, metadata={})
     before = path.read_bytes()
 

@@ -72,6 +72,30 @@ def changed(name: str, **changes: Any) -> Damage:
     return lambda folder: hostile.change_json(folder / name, **changes)
 
 
+def without(name: str, *keys: str) -> Damage:
+    """Leave out one value, by its keys."""
+
+    def damage(folder: Path) -> None:
+        values = section = json.loads((folder / name).read_text())
+        for key in keys[:-1]:
+            section = section[key]
+        del section[keys[-1]]
+        (folder / name).write_text(json.dumps(values))
+
+    return damage
+
+
+def flipped(name: str) -> Damage:
+    """Flip the bits of the last byte; hashes stay."""
+
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 255
+        (folder / name).write_bytes(data)
+
+    return damage
+
+
 def written(name: str, content: bytes) -> Damage:
     def damage(folder: Path) -> None:
         (folder / name).write_bytes(content)
@@ -202,7 +226,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "infinity": (replaced(CONFIG, b'_probability": 0.1', b'_probability": -Infinity'), "-Infin"),
     "1e999": (replaced(CONFIG, b'_probability": 0.1', b'_probability": 1e999'), "number 1e999"),
     "dropout of 2": (decoder(dropout_probability=2), "dropout_probability: got 2"),
-    "unknown key": (changed(CONFIG, colour=1), "unknown or missing fields: color"),
+    "unknown key": (changed(CONFIG, colour=1), "unknown or missing fields: colour"),
     "unknown inner key": (decoder(__class__="os"), "DecoderConfig: .*fields: __class__"),
     "10,000 unknown keys": (changed(CONFIG, **{f"k{n}": n for n in range(10**4)}), "k1, k10"),
     "a word for a number": (
@@ -239,13 +263,33 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "a Git LFS pointer": (written(DALLE, b"version https://git-lfs.github.com/spec/v1"), "header"),
     "index version 1": (changed(INDEX_NAME, format_version=1), "format_version: got 1, expected 2"),
     "index version 3": (changed(INDEX_NAME, format_version=3), "format_version: got 3, expected 2"),
-    "index version '2'": (changed(INDEX_NAME, format_version=[2]), "format_version: got .2., want"),
+    "index version '2'": (changed(INDEX_NAME, format_version=[2]), "format_version: got .2., exp"),
+    "index that is no JSON": (written(INDEX_NAME, b"{"), "not JSON"),
+    "index in a list": (written(INDEX_NAME, b"[]"), "expected an object"),
+    "any order in a number": (
+        changed(INDEX_NAME, generates_any_order=1),
+        "generates_any_order: got 1, expected true or false",
+    ),
+    **{
+        f"no {name} in the index": (without(INDEX_NAME, name), f"missing fields: {name}")
+        for name in ("pipeline", "sampling", "generates_any_order", "vqvae_fingerprint", "sha256")
+    },
+    **{
+        f"no {name} in a config": (without(CONFIG, "decoder", name), f"missing fields: {name}")
+        for name in ("positions", "architecture", "num_encoder_layers", "has_target_positions")
+    },
     "unknown key in the index": (changed(INDEX_NAME, auto_map={"a": "b.py"}), "fields: auto_map"),
     "paths in sha256": (changed(INDEX_NAME, sha256={"../../etc/passwd": "0"}), "sha256: got "),
     "a number as digest": (changed(INDEX_NAME, sha256={DALLE: 1, TOKENIZER: 2}), "not what was"),
+    "a missing digest": (without(INDEX_NAME, "sha256", DALLE), "sha256: got {"),
+    "null for digests": (changed(INDEX_NAME, sha256=None), "sha256: got None"),
     "index nested": (written(INDEX_NAME, b'{"a":' * 100_000), "nested too deeply"),
     "index of 2 MB": (written(INDEX_NAME, b" " * 2_000_000), "larger than"),
     "sampling NaN": (replaced(INDEX_NAME, b'"top_p": 1.0', b'"top_p": NaN'), "number NaN"),
+    "sampling of null": (changed(INDEX_NAME, sampling=None), "SamplingConfig: got None"),
+    "sampling without top_k": (without(INDEX_NAME, "sampling", "top_k"), "missing fields: top_k"),
+    "sampling of a word": (sampling(temperature="hot"), "temperature: got 'hot', expected a num"),
+    "sampling of another field": (sampling(top_q=1), "fields: top_q"),
     "sampling negative": (sampling(temperature=-1.0), "temperature: got -1.0"),
     "sampling of true": (sampling(top_k=True), "top_k: got True, expected a whole number"),
     "vqvae blocks 10^9": (changed(VQVAE_CONFIG, num_decoder_blocks=10**9), "blocks: got 10000000"),
@@ -331,6 +375,8 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
         lambda f: written(DALLE, b"PK\3\4" + (f / DALLE).read_bytes())(f),
         "header: got",
     ),
+    "one flipped byte": (flipped(DALLE), "dalle/model.safetensors: not what was written"),
+    "one flipped byte in the tokenizer": (flipped(VQVAE), "vqvae: not the image tokenizer"),
     "a missing tensor": (
         weights(lambda values: values.pop("output_norm.weight")),
         "tensor output_norm.weight: got none",
@@ -365,6 +411,7 @@ TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "garbage": (written(TOKENIZER, bytes(range(256)) * 4), "cannot read the text tokenizer"),
     "cut": (lambda f: written(TOKENIZER, (f / TOKENIZER).read_bytes()[:900])(f), "cannot read"),
     "another vocabulary": (other_vocabulary, "vocab_size is 257, the decoder wants"),
+    "one flipped byte": (flipped(TOKENIZER), "text_tokenizer/tokenizer.json: not what"),
     "a gap in the ids": (vocabulary_with_a_gap, "token ids are not 0, 1, 2"),
     "a regex bomb that splits": (tokenizer(pre_tokenizer=SPLIT), "by other patterns"),
     "a regex bomb in place of spaces": (
@@ -420,6 +467,11 @@ PLACES: dict[str, tuple[Damage, str]] = {
         for name in (INDEX_NAME, CONFIG, DALLE, VQVAE_CONFIG, VQVAE, TOKENIZER, TOKENIZER_CONFIG)
     },
     "link out: dalle": (linked("dalle"), "a link that leads out of the folder"),
+    **{
+        f"no {name}": (lambda f, name=name: (f / name).unlink(), f"{name}: No such file|no {name}")
+        for name in (CONFIG, VQVAE, TOKENIZER)
+    },
+    "no index": (lambda f: (f / INDEX_NAME).unlink(), "is no model folder"),
     "link to /dev/zero": (linked(CONFIG, "/dev/zero"), "No such file; expected a regular file"),
     "link to itself": (linked(DALLE, "model.safetensors"), "No such file|levels of symbolic links"),
     "a pipe for weights": (fifo(DALLE), "No such file; expected a regular file"),
