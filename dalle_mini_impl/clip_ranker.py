@@ -22,13 +22,7 @@ from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError, one_line
 from dalle_mini_impl.model_folder import CONFIG_NAME, TOKENIZER_FOLDER, WEIGHTS_NAME, save_model
 from dalle_mini_impl.models.clip import Clip, ClipConfig
-from vqvae.serialization import (
-    build_checked,
-    build_config,
-    load_weights,
-    own_file,
-    read_json,
-)
+from vqvae import serialization
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 BATCH_SIZE = 32
@@ -111,10 +105,12 @@ class ClipRanker:
         """
         folder = Path(folder)
         try:
-            config = build_config(ClipConfig, read_json(own_file(folder, CONFIG_NAME)))
+            config = serialization.build_config(
+                ClipConfig, serialization.read_json(serialization.own_file(folder, CONFIG_NAME))
+            )
             for name in TOKENIZER_FILES:
-                own_file(folder, f"{TOKENIZER_FOLDER}/{name}")
-            model = _load_model(config, own_file(folder, WEIGHTS_NAME))
+                serialization.own_file(folder, f"{TOKENIZER_FOLDER}/{name}")
+            model = _load_model(config, serialization.own_file(folder, WEIGHTS_NAME))
             return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
             raise UserError(
@@ -130,7 +126,7 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
         each.num_layers * each.hidden_size * (4 * each.hidden_size + 2 * each.intermediate_size)
         for each in (image, text)
     )
-    model = build_checked(
+    model = serialization.build_checked(
         lambda: Clip(config),
         weights,
         counts={
@@ -151,7 +147,7 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
         + text.hidden_size * (config.vocab_size + config.text_length)
         + image.hidden_size * (config.image_size // image.patch_size) ** 2,
     )
-    return load_weights(model, weights)
+    return serialization.load_weights(model, weights)
 
 
 def _in_equal_batches(embed: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -246,6 +242,6 @@ def load_clip_ranker(name: str | Path) -> ClipRanker | TransformersClipRanker:
 def _is_of_transformers(folder: Path) -> bool:
     """Tell whether a folder holds a model of ``transformers``: its config names a model type."""
     try:
-        return "model_type" in read_json(own_file(folder, CONFIG_NAME))
+        return "model_type" in serialization.read_json(serialization.own_file(folder, CONFIG_NAME))
     except (ValueError, OSError):
         return False

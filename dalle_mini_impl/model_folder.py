@@ -21,17 +21,9 @@ from dalle_mini_impl.errors import UserError, one_line
 from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.sampling.sampler import SamplingConfig
+from vqvae import serialization
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.pretrained.load import load_tokenizer
-from vqvae.serialization import (
-    build_checked,
-    build_config,
-    load_weights,
-    own_file,
-    read_json,
-    save_weights,
-    shown,
-)
 
 INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME = "model_index.json", "config.json", "model.safetensors"
 TOKENIZER_FOLDER = "text_tokenizer"
@@ -123,11 +115,11 @@ def load_parts(folder: Path) -> PipelineParts:
         index = _read_index(folder)
         # Links that lead out of the folder are refused before anything is read through them.
         for name in (*HASHED_FILES, *OTHER_FILES):
-            own_file(folder, name)
+            serialization.own_file(folder, name)
         vqvae = load_tokenizer(folder / "vqvae")
         if vqvae.fingerprint() != index["vqvae_fingerprint"]:
             raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
-        sampling_config = build_config(SamplingConfig, index["sampling"])
+        sampling_config = serialization.build_config(SamplingConfig, index["sampling"])
         dalle = _load_dalle(folder, index["sha256"])
         text_tokenizer = TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -151,9 +143,9 @@ def save_model(
     subfolder: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a model and its config into a folder, or below it, and a text tokenizer beside them."""
+    """Write a model and its config into a folder, or below it, and its text tokenizer."""
     (folder / subfolder).mkdir(parents=True, exist_ok=True)
-    save_weights(model, folder / subfolder / WEIGHTS_NAME, dtype=dtype)
+    serialization.save_weights(model, folder / subfolder / WEIGHTS_NAME, dtype=dtype)
     write_json(folder / subfolder / CONFIG_NAME, config)
     text_tokenizer.save_pretrained(folder / TOKENIZER_FOLDER)
 
@@ -174,31 +166,36 @@ def file_hashes(folder: str | Path) -> dict[str, str]:
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    index = read_json(own_file(folder, INDEX_NAME))
+    index = serialization.read_json(serialization.own_file(folder, INDEX_NAME))
     version = index.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"format_version: got {shown(version)}, expected {FORMAT_VERSION}")
+        raise UserError(
+            f"format_version: got {serialization.shown(version)}, expected {FORMAT_VERSION}"
+        )
     odd = sorted(index.keys() ^ INDEX_FIELDS)
     if odd:
-        raise UserError(f"{INDEX_NAME}: unknown or missing fields: {shown(', '.join(odd))}")
+        raise UserError(
+            f"{INDEX_NAME}: unknown or missing fields: {serialization.shown(', '.join(odd))}"
+        )
     any_order, digests = index["generates_any_order"], index["sha256"]
     if not isinstance(any_order, bool):
-        raise UserError(
-            f"generates_any_order: got {shown(repr(any_order))}, expected true or false"
-        )
+        got = serialization.shown(repr(any_order))
+        raise UserError(f"generates_any_order: got {got}, expected true or false")
     if not isinstance(digests, dict) or digests.keys() != set(HASHED_FILES):
-        got = shown(repr(digests))
+        got = serialization.shown(repr(digests))
         raise UserError(f"sha256: got {got}, expected digests of {', '.join(HASHED_FILES)}")
     return index
 
 
 def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
-    config = build_config(DalleConfig, read_json(folder / "dalle" / CONFIG_NAME))
+    config = serialization.build_config(
+        DalleConfig, serialization.read_json(folder / "dalle" / CONFIG_NAME)
+    )
     decoder, path = config.decoder, folder / "dalle" / WEIGHTS_NAME
     width, num_tokens = decoder.hidden_size, config.vocab_size + config.codebook_size
     num_cells = config.image_length if decoder.has_target_positions else 0
     # Against the file's header, and before the hashes: a file of terabytes takes hours to read.
-    dalle = build_checked(
+    dalle = serialization.build_checked(
         lambda: build_text_to_image(config),
         path,
         counts={
@@ -218,7 +215,7 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
     for name, digest in file_hashes(folder).items():
         if digests[name] != digest:
             raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
-    return load_weights(dalle, path)
+    return serialization.load_weights(dalle, path)
 
 
 def _model_card(parts: PipelineParts) -> str:

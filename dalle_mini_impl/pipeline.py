@@ -180,16 +180,12 @@ class TextToImagePipeline:
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
         """
-        return self.generate(
-            self.check(
-                prompt,
-                num_images=num_images,
-                num_candidates=num_candidates,
-                seed=seed,
-                rank=rank,
-                **overrides,
-            )
-        )
+        counts: dict[str, Any] = {
+            "num_images": num_images,
+            "num_candidates": num_candidates,
+            "seed": seed,
+        }
+        return self.generate(self.check(prompt, rank=rank, **counts, **overrides))
 
     def inpaint(
         self,
@@ -199,16 +195,13 @@ class TextToImagePipeline:
         mask: Image.Image | None = None,
         keep_rows: int | None = None,
         keep_fraction: float | None = None,
-        num_images: int = 1,
-        seed: int = 0,
-        num_candidates: int = 1,
-        **overrides: Any,
+        **options: Any,
     ) -> PipelineOutput:
         """Inpaint a part of an image; give exactly one of mask, keep_rows and keep_fraction.
 
-        Prompts, seeds and candidates are as in a plain call. The image is scaled and cropped to
-        the model's square. With a mask or rows, every pixel outside of them is the image's own; a
-        variation by fraction is decoded as a whole, from old and new tokens.
+        The image is scaled and cropped to the model's square. With a mask or rows, every pixel
+        outside of them is the image's own; a variation by fraction is decoded as a whole, from old
+        and new tokens.
 
         Args:
             prompt: Prompts for the whole image, not for its new part alone.
@@ -217,10 +210,7 @@ class TextToImagePipeline:
                 some white is sampled anew.
             keep_rows: Rows of tokens at the top that stay.
             keep_fraction: Fraction of the tokens that stay, in (0, 1); each seed keeps others.
-            num_images: Images per prompt.
-            seed: Of the first image of each prompt.
-            num_candidates: Images generated for each one that is kept.
-            **overrides: Fields of ``SamplingConfig`` for this call.
+            **options: As in a plain call.
 
         Returns:
             ``num_images`` images per prompt, in order. Scores count the inpainted tokens alone.
@@ -228,16 +218,8 @@ class TextToImagePipeline:
         Raises:
             UserError: If a value is out of range, or the decoder cannot inpaint this part.
         """
-        return self.generate(
-            self.check(
-                prompt,
-                num_images=num_images,
-                num_candidates=num_candidates,
-                seed=seed,
-                inpainting=Inpainting(image, mask, keep_rows, keep_fraction),
-                **overrides,
-            )
-        )
+        part = Inpainting(image, mask, keep_rows, keep_fraction)
+        return self.generate(self.check(prompt, inpainting=part, **options))
 
     def check(
         self,

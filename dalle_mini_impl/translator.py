@@ -13,13 +13,7 @@ from dalle_mini_impl.models.seq2seq import (
     EncoderDecoderConfig,
 )
 from dalle_mini_impl.sampling.beam_search import BeamConfig, beam_search
-from vqvae.serialization import (
-    build_checked,
-    build_config,
-    load_weights,
-    own_file,
-    read_json,
-)
+from vqvae import serialization
 
 BATCH_SIZE = 64
 
@@ -87,13 +81,13 @@ class Translator:
         if not folder.is_dir():
             raise UserError(f"model: {folder}: no such folder")
         try:
-            values = read_json(own_file(folder, CONFIG_NAME))
-            config = build_config(EncoderDecoderConfig, values["model"])
+            values = serialization.read_json(serialization.own_file(folder, CONFIG_NAME))
+            config = serialization.build_config(EncoderDecoderConfig, values["model"])
             vocab_size = values["vocab_size"]
-            weights = own_file(folder, WEIGHTS_NAME)
+            weights = serialization.own_file(folder, WEIGHTS_NAME)
             num_layers = config.num_encoder_layers + config.num_decoder_layers
             # Sizes are compared with the file's header before memory is spent on them.
-            model = build_checked(
+            model = serialization.build_checked(
                 lambda: EncoderDecoder(config, vocab_size=vocab_size),
                 weights,
                 counts={
@@ -104,8 +98,8 @@ class Translator:
                 num_elements=config.hidden_size
                 * (vocab_size + num_layers * (config.hidden_size + config.intermediate_size)),
             )
-            load_weights(model, weights)
-            beam = build_config(BeamConfig, values["beam"])
+            serialization.load_weights(model, weights)
+            beam = serialization.build_config(BeamConfig, values["beam"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             raise UserError(
                 f"model: {folder} is no translator that loads: {one_line(error)}; expected a "

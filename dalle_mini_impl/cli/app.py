@@ -71,13 +71,10 @@ class PageBackend:
     def generate(
         self, prompt: Any, num_images: Any, seed: Any, guidance_scale: Any, temperature: Any
     ) -> list[tuple[str, str]]:
-        """Generate images of one prompt into files.
+        """Generate images of one prompt into files; values may be of any type.
 
         Returns:
             The path of each image, and a caption with prompt and seed.
-
-        Raises:
-            UserError: If a value is of another type or outside of ``LIMITS``.
         """
         from dalle_mini_impl.cli.image_files import describe_generation, save_images
 
@@ -166,11 +163,7 @@ def build_page(backend: PageBackend) -> Any:
 def serve(
     model: str, *, host: str, port: int, native: Literal["float32", "int8"] | None = None
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
-
-    Raises:
-        UserError: If the model does not load, Gradio is missing or the port is taken.
-    """
+    """Serve the page until Ctrl-C or SIGTERM."""
     from dalle_mini_impl.cli.pipelines import open_pipeline
 
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:

@@ -12,11 +12,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse the command line."""
         raise UserError(f"{message}; {self.prog} --help lists all options")
 
 
@@ -39,11 +35,7 @@ def add_native(parser: argparse.ArgumentParser) -> None:
 
 
 def read_lines(path: Path, *, field: str) -> list[str]:
-    """Read the lines of a UTF-8 text file that are not empty.
-
-    Raises:
-        UserError: If it cannot be read.
-    """
+    """Read the lines of a UTF-8 text file that are not empty."""
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark
     except (OSError, UnicodeDecodeError) as error:

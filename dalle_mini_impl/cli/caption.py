@@ -98,12 +98,6 @@ def complete_captions(
         num_samples: Captions; the first takes the likeliest tokens, the others are sampled.
         num_tokens: Tokens that each grows by; a caption has no end of its own.
         seed: Of the first sampled one.
-
-    Returns:
-        Different captions, in that order.
-
-    Raises:
-        UserError: If a number is out of range, or the model does not predict captions.
     """
     import torch
 
@@ -162,22 +156,12 @@ def caption_images(
     use_prior: bool = False,
     top: int = 5,
 ) -> Iterator[dict[str, Any]]:
-    """Rank captions for each image.
-
-    Args:
-        pipeline: The model.
-        images: Image files.
-        captions: Candidates; the same one twice counts once.
-        use_prior: Weigh them by p(caption).
-        top: Captions named per image.
+    """Rank captions for each image file, weighed by p(caption) with ``use_prior``.
 
     Yields:
-        Path of an image and its best captions, each with its fraction of the probability of all
-        candidates, log p(image | caption), log p(image | caption) - log p(image), which compares
-        images, and log p(caption), None of a model that predicts no captions; in nats.
-
-    Raises:
-        UserError: If there is no image or no caption, one is empty, or an image cannot be read.
+        Path of an image and its ``top`` best captions, each with its fraction of the probability
+        of all candidates, log p(image | caption), log p(image | caption) - log p(image), which
+        compares images, and log p(caption), None of a model that predicts no captions; in nats.
     """
     from dalle_mini_impl.data.images import read_image_file
     from dalle_mini_impl.sampling.likelihood import score_pairs

@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
 
     out, presets = options.out, find_preset(options.configs)
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
+    # Each step's last file says that it is done.
     if not (data / "metadata.jsonl").is_file():
         logger.info("writing the Twemoji data set")
         prepare_emoji(data, size=64)
@@ -66,11 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Write the demo's grids ``prompts.png``, ``prompts_ko.png`` and ``held_out.png``.
-
-    Returns:
-        Lines that say where the images are and how well the model composes.
-    """
+    """Write three grids of images; return lines on where they are and how well they are right."""
     from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
     from dalle_mini_impl.cli.pipelines import open_pipeline
     from dalle_mini_impl.data.image_grid import make_grid
@@ -96,11 +93,7 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
 
 
 def steps_report(run_dir: Path) -> list[str]:
-    """Warn of a decoder that trained for far fewer steps than the one behind the README's images.
-
-    Returns:
-        One line, or none.
-    """
+    """Warn, in one line, of far fewer steps than the decoder behind the README's images had."""
     names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     steps = int(max(names, default="step-0").removeprefix("step-"))
     if not 0 < steps < 0.8 * README_STEPS:

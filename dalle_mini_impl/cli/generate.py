@@ -104,11 +104,7 @@ class Ranking:
     """The CLIP: a folder, or a name on the Hub. The folder ``clip`` of the model when None."""
 
     def check(self, model: str) -> None:
-        """Refuse a missing CLIP, or one that is not used, before anything is loaded.
-
-        Raises:
-            UserError: If either is so.
-        """
+        """Refuse a missing CLIP, or one that is not used, before anything is loaded."""
         if self.by != "clip" and self.clip is not None:
             raise UserError(f"clip: got {self.clip} with --rank {self.by}, expected --rank clip")
         if self.by == "clip" and self.clip is None and not (Path(model) / CLIP_FOLDER).is_dir():
@@ -118,11 +114,7 @@ class Ranking:
             )
 
     def load(self, model: str, device: "torch.device") -> "Rank":
-        """Load the ranker that the pipeline takes.
-
-        Raises:
-            UserError: If the CLIP does not load.
-        """
+        """Load the ranker that the pipeline takes."""
         if self.by != "clip":
             return self.by
         from dalle_mini_impl.clip_ranker import load_clip_ranker
@@ -143,11 +135,7 @@ class InpaintingFiles:
     keep_fraction: float | None = None
 
     def load(self, ranking: Ranking) -> "Inpainting":
-        """Read the image and its mask.
-
-        Raises:
-            UserError: If there is no image, one does not load, or a CLIP shall rank.
-        """
+        """Read the image and its mask."""
         if self.image is None:
             raise UserError(
                 "image: none given; expected --image with --mask, --keep-rows or --keep-fraction"

@@ -74,12 +74,8 @@ def run_script(
 ) -> None:
     """Call a main function; bad input ends it with one line and exit code 2.
 
-    A signal ends it with one line that says how to resume, and exit code 128 + its number.
-
-    Args:
-        main: Takes the command line without the program.
-        arguments: That command line.
-        takes_resume: Whether ``--resume latest`` continues a stopped run.
+    A signal ends it with one line that says how to resume, and exit code 128 + its number. With
+    ``takes_resume``, that is ``--resume latest``.
 
     Raises:
         SystemExit: The exit code is not 0.

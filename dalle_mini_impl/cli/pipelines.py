@@ -13,12 +13,9 @@ from dalle_mini_impl.pipeline import TextToImagePipeline
 def open_pipeline(
     model: str, *, native: NativeWeights | None = None, device: torch.device | None = None
 ) -> TextToImagePipeline:
-    """Load a model folder onto the GPU, where there is one, or onto ``device``.
+    """Load a model folder onto ``device``, by default the GPU if there is one.
 
     ``native`` asks for the compiled forward pass, which is used where it is possible.
-
-    Raises:
-        UserError: If the folder does not load.
     """
     use_fast_float32()
     pipeline = TextToImagePipeline.from_pretrained(model).to(device or find_device())
