@@ -178,6 +178,7 @@ class TransformersClipRanker:
         """Return the cosine of each image with its prompt, which is cut to the model's length."""
         scores = []
         for image, prompt in zip(images, prompts, strict=True):  # no score depends on another
+            # Truncated: theirs read 77 tokens at most, and a prompt may be longer.
             inputs = self.processor(
                 text=[prompt], images=[to_rgb(image)], return_tensors="pt", truncation=True
             )

@@ -50,6 +50,7 @@ def load_config(
         raise UserError(
             f"{_file_of(reason, arguments)}{reason}; --help lists all options"
         ) from None
+    # What is left are the fields of the dataclass, its sections already built.
     values: dict[str, Any] = vars(parsed)
     resume = values.pop("resume")
     values.pop("config", None)
@@ -103,6 +104,8 @@ def _with_home_expanded(config: Any) -> Any:
 def _in_our_words(reason: str) -> str:
     """Rewrite jsonargparse's errors in the form "field: got X, expected Y"."""
     reason = re.sub(r"Group '(\S+)' does not accept option '(\S+)'", r"\1.\2: unknown key", reason)
+    # Of a union: 'Parser key "a.b": ... Subtypes: [<types>] Errors: ... Given value: x';
+    # of one type: 'Parser key "a.b": Expected a <type>. Got value: x'.
     match = re.fullmatch(
         r'Parser key "(\S+)": (?:.* Subtypes: \[(.*?)\] Errors: .* Given value|'
         r"Expected an? (.*)\. Got value): (.*)",
@@ -137,6 +140,7 @@ def _is_section(kind: Any) -> bool:
 def _file_of(reason: str, arguments: Sequence[str]) -> str:
     """Name the preset if the field at fault stands in it and not on the command line."""
     field = re.split(r"[:\s]", reason, maxsplit=1)[0]
+    # ``--config=x`` and ``--config x`` alike.
     given = [part for argument in arguments for part in argument.split("=", 1)]
     if "--config" not in given[:-1] or f"--{field}" in given:
         return ""

@@ -80,6 +80,7 @@ def _is_made_by_amd() -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that a GPU or the machine is out of memory."""
+    # On a CPU torch raises a plain RuntimeError, known by its message alone.
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):

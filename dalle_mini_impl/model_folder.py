@@ -10,8 +10,9 @@ text_tokenizer/     the caption tokenizer
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from vqvae import serialization
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.pretrained.load import load_tokenizer
 
+Pipeline = TypeVar("Pipeline")
 INDEX_NAME, CONFIG_NAME, WEIGHTS_NAME = "model_index.json", "config.json", "model.safetensors"
 TOKENIZER_FOLDER = "text_tokenizer"
 FORMAT_VERSION = 2
@@ -65,43 +67,46 @@ model.
 """
 
 
-class PipelineParts(NamedTuple):
-    """The arguments of ``TextToImagePipeline``."""
-
-    dalle: TextToImageModel
-    vqvae: ImageTokenizer
-    text_tokenizer: TextTokenizer
-    sampling_config: SamplingConfig
-    generates_any_order: bool
-
-
-def save_parts(folder: Path, parts: PipelineParts, *, dtype: torch.dtype) -> None:
-    """Write a model folder, its weights as ``dtype``."""
-    parts.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
-    save_model(
-        folder,
-        parts.dalle,
-        dataclasses.asdict(parts.dalle.config),
-        parts.text_tokenizer,
-        subfolder="dalle",
-        dtype=dtype,
-    )
+def save_parts(
+    folder: Path,
+    *,
+    dalle: TextToImageModel,
+    vqvae: ImageTokenizer,
+    text_tokenizer: TextTokenizer,
+    sampling_config: SamplingConfig,
+    generates_any_order: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Write the parts of a pipeline as a model folder, its weights as ``dtype``."""
+    vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
+    config = dataclasses.asdict(dalle.config)
+    save_model(folder, dalle, config, text_tokenizer, subfolder="dalle", dtype=dtype)
     index = {
         "format_version": FORMAT_VERSION,
         "pipeline": "TextToImagePipeline",
-        "sampling": dataclasses.asdict(parts.sampling_config),
-        "generates_any_order": parts.generates_any_order,
-        # Of the stored weights: in another type than the model's they are other weights.
+        "sampling": dataclasses.asdict(sampling_config),
+        "generates_any_order": generates_any_order,
+        # Of the stored weights, which are others than the model's when they are rounded.
         "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
         "sha256": file_hashes(folder),
     }
-    (folder / "README.md").write_text(_model_card(parts), encoding="utf-8")
+    rows, columns = vqvae.image_grid_size
+    card = MODEL_CARD.format(
+        size=vqvae.config.image_size,
+        rows=rows,
+        columns=columns,
+        codes=vqvae.codebook_size,
+        millions=sum(weight.numel() for weight in dalle.parameters()) / 1e6,
+        vocab=text_tokenizer.vocab_size,
+        length=text_tokenizer.text_length,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
     # Last: a folder without its index is not finished.
     write_json(folder / INDEX_NAME, index)
 
 
-def load_parts(folder: Path) -> PipelineParts:
-    """Load a model folder, strictly; models are in evaluation mode, on the CPU.
+def load_parts(folder: Path, *, build: Callable[..., Pipeline]) -> Pipeline:
+    """Build a pipeline from a model folder, strictly; in evaluation mode, on the CPU.
 
     Raises:
         UserError: If the folder is no model folder, or its parts are damaged or do not fit.
@@ -119,19 +124,15 @@ def load_parts(folder: Path) -> PipelineParts:
         vqvae = load_tokenizer(folder / "vqvae")
         if vqvae.fingerprint() != index["vqvae_fingerprint"]:
             raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
-        sampling_config = serialization.build_config(SamplingConfig, index["sampling"])
-        dalle = _load_dalle(folder, index["sha256"])
-        text_tokenizer = TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER)
+        return build(
+            dalle=_load_dalle(folder, index["sha256"]),
+            vqvae=vqvae,
+            text_tokenizer=TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER),
+            sampling_config=serialization.build_config(SamplingConfig, index["sampling"]),
+            generates_any_order=index["generates_any_order"],
+        )
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        raise does_not_load(folder, error) from error
-    return PipelineParts(
-        dalle, vqvae, text_tokenizer, sampling_config, index["generates_any_order"]
-    )
-
-
-def does_not_load(folder: Path, error: Exception) -> UserError:
-    """Say in one line why a model folder does not load."""
-    return UserError(f"model: {folder} does not load: {one_line(error)}")
+        raise UserError(f"model: {folder} does not load: {one_line(error)}") from error
 
 
 def save_model(
@@ -216,16 +217,3 @@ def _load_dalle(folder: Path, digests: dict[str, Any]) -> TextToImageModel:
         if digests[name] != digest:
             raise UserError(f"{name}: not what was written: its sha256 differs from {INDEX_NAME}")
     return serialization.load_weights(dalle, path)
-
-
-def _model_card(parts: PipelineParts) -> str:
-    rows, columns = parts.vqvae.image_grid_size
-    return MODEL_CARD.format(
-        size=parts.vqvae.config.image_size,
-        rows=rows,
-        columns=columns,
-        codes=parts.vqvae.codebook_size,
-        millions=sum(weight.numel() for weight in parts.dalle.parameters()) / 1e6,
-        vocab=parts.text_tokenizer.vocab_size,
-        length=parts.text_tokenizer.text_length,
-    )

@@ -66,6 +66,8 @@ class TextToImagePipeline:
         sampling_config: SamplingConfig | None = None,
         generates_any_order: bool = False,
     ) -> None:
+        # Token ids mean nothing to another tokenizer, even one of the same sizes: the model folder
+        # compares fingerprints as well.
         expected = (dalle.config.codebook_levels, dalle.config.image_grid_size)
         got = (vqvae.codebook_levels, vqvae.image_grid_size)
         if got != expected:
@@ -92,27 +94,24 @@ class TextToImagePipeline:
         Raises:
             UserError: If the folder is no model folder, or its parts are damaged or do not fit.
         """
-        parts = model_folder.load_parts(Path(folder))
-        try:
-            return cls(**parts._asdict())
-        except ValueError as error:
-            raise model_folder.does_not_load(Path(folder), error) from error
+        return model_folder.load_parts(Path(folder), build=cls)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write a model folder; weights stored as bfloat16 halve it and are read as float32."""
-        parts = model_folder.PipelineParts(
-            self.dalle,
-            self.vqvae,
-            self.text_tokenizer,
-            self.sampling_config,
-            self.generates_any_order,
+        model_folder.save_parts(
+            Path(folder),
+            dalle=self.dalle,
+            vqvae=self.vqvae,
+            text_tokenizer=self.text_tokenizer,
+            sampling_config=self.sampling_config,
+            generates_any_order=self.generates_any_order,
+            dtype=dtype,
         )
-        model_folder.save_parts(Path(folder), parts, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
         """Where both models are."""
-        return self.dalle.image_head.rows.device
+        return next(self.dalle.parameters()).device
 
     def to(self, device: torch.device | str) -> "TextToImagePipeline":
         """Move both models; the compiled pass is lost on leaving the CPU."""
@@ -283,6 +282,7 @@ class TextToImagePipeline:
         per_prompt = request.num_images * candidates
         seeds = request.seeds().repeat(len(prompts))  # (prompts * per_prompt,)
         text_token_ids = self.text_tokenizer.encode(prompts).to(self.device)
+        # Candidates of a prompt stand together: (prompts * per_prompt, text_length)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
         inpainting = request.inpainting
         mask = None if inpainting is None else self._build_mask(inpainting, seeds)

@@ -56,6 +56,7 @@ class Translator:
             found = beam_search(
                 self.model, source, beam or self.beam, max_length=self.text_tokenizer.text_length
             )
+            # Shorter translations of a batch are padded.
             for row in found.token_ids.tolist():
                 kept = [token for token in row if token != PAD_TOKEN_ID]
                 translations.append(self.text_tokenizer.tokenizer.decode(kept).strip())

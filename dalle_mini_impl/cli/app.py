@@ -98,6 +98,7 @@ class PageBackend:
         return [(file.path, f"{prompt} · seed {file.seed}") for file in files]
 
     def _new_folder(self) -> Path:
+        # A page that is open for days must not fill the disk.
         if len(self._calls) == CALLS_KEPT:
             shutil.rmtree(self._calls.popleft(), ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=self.folder))

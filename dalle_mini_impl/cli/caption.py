@@ -117,6 +117,7 @@ def complete_captions(
     dalle = _caption_decoder(pipeline, "complete")
     null = text_tokenizer.null_text_token_ids().unsqueeze(0)
     prefix = (text_tokenizer.encode([start]) if start.strip() else null).to(device)
+    # The first without seeds: always the likeliest token.
     rows = [complete_text(dalle, prefix, num_tokens=num_tokens)]
     if num_samples > 1:
         seeds = torch.arange(seed, seed + num_samples - 1)
@@ -181,6 +182,7 @@ def caption_images(
     for path, image in zip(images, loaded, strict=True):
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([image]))
         probabilities = scores.probabilities(use_prior=use_prior)[0]
+        # p(image) is the same for every caption, but not for every image.
         ratios = scores.image_given_text[0] - scores.image[0]
         best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
         rows = []

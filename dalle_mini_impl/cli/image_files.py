@@ -40,7 +40,7 @@ def model_name(model: str) -> str:
 def describe_generation(
     model: str, pipeline: TextToImagePipeline, request: GenerationRequest
 ) -> dict[str, Any]:
-    """Collect what decides an image, but for its prompt and seed, as metadata of its file."""
+    """Collect, for the metadata of a file, all that decides an image but its prompt and seed."""
     return {
         "model": model_name(model),
         "vqvae": pipeline.vqvae.fingerprint(),
@@ -68,6 +68,7 @@ def save_grid(path: Path, files: Sequence[ImageFile], *, num_images: int) -> Non
     for file in files:
         with Image.open(file.path) as image:
             images.append(image.convert("RGB"))
+    # A prompt's images stay on one row, unless there is one each.
     columns = num_images if num_images > 1 else math.ceil(math.sqrt(len(files)))
     make_grid(images, columns=columns, captions=[file.prompt for file in files]).save(path)
 
@@ -102,6 +103,7 @@ def save_image(
     as JSON.
     """
     facts = {"prompt": prompt, "seed": seed, **metadata}
+    # International text chunks hold any Unicode; plain ones only Latin-1.
     info = PngInfo()
     line = ", ".join(f"{key}: {value}" for key, value in facts.items() if key != "prompt")
     info.add_itxt("parameters", f"{prompt}\n{line}")

@@ -85,6 +85,7 @@ def estimate_lines(
         model: nn.Module = vqvae.to(device).train()
     else:
         grid = vqvae.image_grid_size[0] * vqvae.image_grid_size[1]
+        # Tokens of images and captions are kept as int32.
         token_bytes = 4 * (
             num_images * config.num_views * grid + num_captions * config.text.text_length
         )
@@ -128,6 +129,7 @@ def _step_seconds(
     model: nn.Module, training: TrainingConfig, vqvae: ImageTokenizer, device: torch.device
 ) -> float:
     """Time forward and backward of one update on one process, without the optimizer."""
+    # One micro-batch is timed; an update takes as many as it accumulates.
     parts = training.gradient_accumulation_steps
     batch = max(1, training.global_batch_size // parts)
     seconds = []
@@ -138,12 +140,14 @@ def _step_seconds(
         float(loss.detach())  # waits for a GPU
         model.zero_grad(set_to_none=True)
         seconds.append(time.perf_counter() - started)
+    # The fastest one: the first allocates, and other programs slow down others.
     return min(seconds) * parts
 
 
 def _some_loss(
     model: nn.Module, batch: int, vqvae: ImageTokenizer, device: torch.device
 ) -> torch.Tensor:
+    # Contents do not change the time of a step.
     if isinstance(model, TextToImageModel):
         config = model.config
         text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
