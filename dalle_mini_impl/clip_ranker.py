@@ -210,7 +210,7 @@ class TransformersClipRanker:
                 output_loading_info=True,
             )
             model, info = loaded
-            # transformers would go on with random weights in their place.
+            # transformers would put random weights in their place.
             missing = sorted(info["missing_keys"])
             if missing:
                 raise ValueError(f"tensor {missing[0]}: missing")

@@ -72,7 +72,7 @@ def find_preset(path: str | Path) -> Path:
     path = Path(path).expanduser()
     if path.exists() or path.parts[:1] != (PRESETS,):
         return path
-    # A wheel holds them inside the package; a checkout beside it, too, where links are not kept.
+    # A wheel has them in the package; a checkout without links has them next to it.
     for folder in (PACKAGE, PACKAGE.parent):
         if (folder / path).exists():
             return folder / path

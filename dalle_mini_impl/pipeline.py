@@ -125,7 +125,7 @@ class TextToImagePipeline:
         """Generate with a compiled forward pass of the decoder from now on, where one is possible.
 
         The first call on a machine compiles it with the system's C++ compiler, in some ten seconds.
-        Without one, a warning says why and torch goes on generating. The decoder's weights are
+        Without one, a warning says why, and torch is used as before. The decoder's weights are
         copied: call this again after they change.
 
         Args:

@@ -1,4 +1,4 @@
-"""Rankers: the same score beside anything, strict folders, and a CLIP of transformers."""
+"""Rankers: scores that do not depend on the batch, strict folders, and a CLIP of transformers."""
 
 import json
 import re
@@ -124,7 +124,7 @@ def other_tokenizer(folder: Path) -> None:
         (truncated, "model.safetensors: not loaded"),
         (with_nan, "tensor text_tower.positions: holds numbers that are not finite"),
         (linked, "a link that leads out of the folder"),
-        (changed(colour=1), "ClipConfig: unknown or missing fields: colour"),
+        (changed(tint=1), "ClipConfig: unknown or missing fields: tint"),
         (changed(vocab_size=True), "vocab_size: got True, expected a whole number"),
         (changed(vocab_size=10**12), "vocab_size: got 1000000000000"),
         (changed(image_size=10**7), "the config asks for"),

@@ -171,7 +171,7 @@ def generate_to_folder(
     native: Literal["float32", "int8"] | None = None,
     **counts: int,
 ) -> Path | None:
-    """Generate every prompt's images and write them beside those of earlier calls.
+    """Generate every prompt's images and write them next to those of earlier calls.
 
     Processes split the prompts; an image is the same whichever process generates it.
 

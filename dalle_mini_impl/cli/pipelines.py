@@ -1,4 +1,4 @@
-"""A pipeline on this machine's best device, and the processes that share the work."""
+"""A pipeline on this machine's best device, and the processes that split the work."""
 
 import os
 from typing import Any

@@ -16,8 +16,8 @@ from tests.reference.commands import REPOSITORY, run_apart, run_here, run_python
 
 # A command line, and parts of its error in order. Capital words are files and folders.
 BAD_INPUT = {
-    "unknown key": ("train_vqvae BASE --vqvae.colour 3", "vqvae.colour ... --help"),
-    "unknown key in a file": ("train_vqvae BASE --config ODD", "vqvae.colour"),
+    "unknown key": ("train_vqvae BASE --vqvae.tint 3", "vqvae.tint ... --help"),
+    "unknown key in a file": ("train_vqvae BASE --config ODD", "vqvae.tint"),
     "no such preset": ("train_vqvae --config NONE", "config ... NONE"),
     "a preset that is no YAML": ("train_dalle --config IMAGE", "config"),
     "nothing at all": ("train_dalle", "data.source"),
@@ -103,7 +103,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare.mkdir()
     for number in range(12):
         tiny.render_image(number).save(bare / f"{number}.png")
-    (folder / "odd.yaml").write_text("vqvae:\n  colour: 3\n")
+    (folder / "odd.yaml").write_text("vqvae:\n  tint: 3\n")
     vqvae, dalle = write_presets(data, folder / "runs")
     return {
         "DATA": str(data),
@@ -220,7 +220,7 @@ def test_console_lists_commands(
     lines = capsys.readouterr().out.splitlines()
     for name, summary in COMMANDS.items():
         assert f"  {name:18} {summary}" in lines
-    for arguments, got in (((), "none"), (("draw",), "draw"), (("../x",), "../x")):
+    for arguments, got in (((), "none"), (("paint",), "paint"), (("../x",), "../x")):
         assert run_console(monkeypatch, *arguments) == 2
         assert_one_line(
             capsys.readouterr().err, f"command: got {got}, expected one of generate", {}

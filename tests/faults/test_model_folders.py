@@ -253,7 +253,7 @@ CONFIGS: dict[str, tuple[Damage, str]] = {
     "infinity": (replaced(CONFIG, b'_probability": 0.1', b'_probability": -Infinity'), "-Infin"),
     "1e999": (replaced(CONFIG, b'_probability": 0.1', b'_probability": 1e999'), "number 1e999"),
     "dropout of 2": (decoder(dropout_probability=2), "dropout_probability: got 2"),
-    "unknown key": (changed(CONFIG, colour=1), "unknown or missing fields: colour"),
+    "unknown key": (changed(CONFIG, tint=1), "unknown or missing fields: tint"),
     "unknown inner key": (decoder(__class__="os"), "DecoderConfig: .*fields: __class__"),
     "10,000 unknown keys": (changed(CONFIG, **{f"k{n}": n for n in range(10**4)}), "k1, k10"),
     "a word for a number": (changed(CONFIG, vocab_size="280"), "got '280', expected a whole num"),
@@ -373,7 +373,7 @@ WEIGHTS: dict[str, tuple[Damage, str]] = {
 TOKENIZERS: dict[str, tuple[Damage, str]] = {
     "garbage": (written(TOKENIZER, bytes(range(256)) * 4), "cannot read the text tokenizer"),
     "cut": (edited(TOKENIZER, lambda old: old[:900]), "cannot read"),
-    "another vocabulary": (other_vocabulary, "vocab_size is 257, the decoder wants"),
+    "another vocabulary": (other_vocabulary, "vocab_size is 257, the decoder exp"),
     "one flipped byte": (flipped(TOKENIZER), "text_tokenizer/tokenizer.json: not what"),
     "a gap in the ids": (vocabulary_with_a_gap, "token ids are not 0, 1, 2"),
     "a regex bomb that splits": (tokenizer(pre_tokenizer=SPLIT), "by other patterns"),
