@@ -268,7 +268,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         else emoji_prompts(options.data, size=size, count=options.num_prompts)
     )
     given = {name: getattr(options, name) for name in ("temperature", "guidance_scale")}
-    sampling_config = pipeline.resolve_sampling_config(
+    sampling_config = pipeline.sampling_config.override(
         {k: v for k, v in given.items() if v is not None}
     )
     facts = {

@@ -121,7 +121,7 @@ def own_job(
     model: TextToImageModel | NativeDecoder = pipeline.dalle
     if weights is not None:
         model = ours.compile_native(pipeline.dalle, weights)
-    settings = pipeline.resolve_sampling_config({} if guided else {"guidance_scale": 1.0})
+    settings = pipeline.sampling_config.override({} if guided else {"guidance_scale": 1.0})
     text = pipeline.text_tokenizer.encode(PROMPTS)
     window = 1 if one_by_one else best_window(model, 1)
 

@@ -61,9 +61,9 @@ def assert_same_end(folder: Path) -> None:
 
 def command_to_go_on(script: Script) -> str:
     """The command that the script printed; the last line of stderr but for a launcher's."""
-    (line,) = [line for line in script.err if "to go on: " in line]
-    assert "Traceback" not in "".join(script.err).split("to go on: ")[0]
-    return line.split("to go on: ")[1].strip()
+    (line,) = [line for line in script.err if "to resume: " in line]
+    assert "Traceback" not in "".join(script.err).split("to resume: ")[0]
+    return line.split("to resume: ")[1].strip()
 
 
 @pytest.mark.slow

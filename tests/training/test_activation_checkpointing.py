@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dalle_mini_impl.cli import check_data as estimate
 from dalle_mini_impl.data.check import check_data
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training import estimate
 from dalle_mini_impl.transformer import blocks
 from tests.reference import tiny
 
