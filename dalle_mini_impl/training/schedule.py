@@ -14,7 +14,7 @@ def learning_rate_factor(
     cosine_ends_at: float = 1.0,
     cosine_floor: float = 0.0,
 ) -> float:
-    """Scale the base learning rate.
+    """Return the factor of the base learning rate, in [0, 1].
 
     Progress, not the step, drives the decay, so that a run with a time budget finishes its
     schedule on a machine of any speed.
@@ -31,9 +31,6 @@ def learning_rate_factor(
         decay_fraction: Fraction of the run in which ``wsd`` decays.
         cosine_ends_at: Progress in (0, 1] from which ``cosine`` stays at its floor.
         cosine_floor: Factor at which ``cosine`` ends.
-
-    Returns:
-        A factor in [0, 1].
     """
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
     if schedule == "cosine":
@@ -44,16 +41,6 @@ def learning_rate_factor(
 
 
 def anneal(progress: float, *, start: float, end: float, over: float = 1.0) -> float:
-    """Go from ``start`` to ``end`` along half a cosine, then stay.
-
-    Args:
-        progress: Fraction of the run that is done, in [0, 1].
-        start: Value at progress 0.
-        end: Value from progress ``over`` on.
-        over: Fraction of the run that the change takes.
-
-    Returns:
-        The value now.
-    """
+    """Go from ``start`` to ``end`` along half a cosine until progress ``over``, then stay."""
     fraction = min(1.0, progress / over)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))

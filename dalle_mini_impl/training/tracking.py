@@ -1,8 +1,8 @@
 """Run tracking that never stops a run: `metrics.jsonl` is the truth, Weights & Biases shows it.
 
-Plain wandb instead of Accelerate's tracker: that one has no way to go offline when the network is
-missing, and what wandb raises ends the training. Here every wandb call may fail; the run then goes
-on with `metrics.jsonl` and the images under `samples/`.
+Plain wandb instead of Accelerate's tracker, which cannot go offline when the network is missing,
+and lets wandb's errors end the training. Here every wandb call may fail; the run then goes on with
+`metrics.jsonl` and the images under `samples/`.
 """
 
 import json
@@ -49,18 +49,17 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Writes metrics and images; made by `open_tracker`."""
+    """Writes metrics and images; `open_tracker` makes one.
+
+    Args:
+        output_dir: Folder of the run; None where nothing is written (not the main process).
+        metrics_file: `metrics.jsonl`, open for appending; closed by `close`.
+    """
 
     run_id: str | None
     """W&B's id of the run, to be kept in checkpoints; None if W&B never started."""
 
     def __init__(self, output_dir: Path | None, metrics_file: TextIO | None) -> None:
-        """Make a tracker that writes files only.
-
-        Args:
-            output_dir: Folder of the run; None where nothing is written (not the main process).
-            metrics_file: `metrics.jsonl`, open for appending; closed by `close`.
-        """
         self.run_id = None
         self._output_dir = output_dir
         self._metrics_file = metrics_file
@@ -69,15 +68,7 @@ class Tracker:
         self._warned_of_files = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers.
-
-        Args:
-            metrics: Name -> value.
-            step: Optimizer updates done.
-
-        Raises:
-            ValueError: A name is `step` or `time`, which every line has already.
-        """
+        """Record numbers; the names `step` and `time`, which every line has, are a ValueError."""
         if self._metrics_file is None:
             return
         if taken := {"step", "time"} & metrics.keys():
@@ -92,13 +83,7 @@ class Tracker:
     def log_images(
         self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
     ) -> None:
-        """Show images: as one PNG (captions in the text file beside it), and in W&B one by one.
-
-        Args:
-            key: Name of the set, e.g. `samples/validation`.
-            images: At least one image.
-            captions: One per image.
-            step: Optimizer updates done.
+        """Record images: as one PNG (captions in the text file beside it), in W&B one by one.
 
         Raises:
             ValueError: There are no images, or not as many captions.
@@ -126,14 +111,7 @@ class Tracker:
     def log_table(
         self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
     ) -> None:
-        """Show a table in W&B; in no file of ours.
-
-        Args:
-            key: Name of the table.
-            columns: Their headings.
-            rows: As many cells each.
-            step: Optimizer updates done.
-        """
+        """Show a table in W&B; in no file of ours."""
 
         def send(run: Any) -> None:
             import wandb
@@ -147,8 +125,8 @@ class Tracker:
         """Keep a folder with the run in W&B.
 
         Args:
-            folder: Its files are uploaded from where they are: leave them be until `close` (or,
-                offline, until `wandb sync`).
+            folder: Uploaded from where it is: must not change until `close` (or, offline, until
+                `wandb sync`).
             name: Name of the artifact; characters that W&B refuses become `_`.
             type: Kind of the artifact, e.g. `model`.
         """
@@ -188,14 +166,15 @@ class Tracker:
                 return
             try:
                 self._run = _init_wandb(config, mode, folder, run_config, run_id)
-            except Exception as error:  # what is recorded offline can still be sent later
+            except Exception as error:
+                # An offline record can still be sent later.
                 if mode != "online":
                     raise
                 logger.warning("W&B: cannot go online (%s); recording offline", _one_line(error))
                 mode = "offline"
                 self._run = _init_wandb(config, mode, folder, run_config, run_id)
-        # wandb talks to a network and to a process of its own; it may fail in any way at any time,
-        # and none is worth a training run.
+        # wandb talks to a network and to a process of its own. It may fail in any way at any time,
+        # and no failure is worth a training run.
         except Exception as error:
             logger.warning("W&B: cannot start (%s); only %s", _one_line(error), METRICS_NAME)
             return
@@ -204,7 +183,7 @@ class Tracker:
         logger.info("W&B: run %s, %s", self.run_id, where)
 
     def _to_wandb(self, what: str, call: Callable[[Any], None]) -> None:
-        """Call with the run; the first failure of any kind is the end of W&B for this run."""
+        """Call with the run; the first failure of any kind ends W&B for this run."""
         if self._run is None:
             return
         try:
@@ -217,7 +196,7 @@ class Tracker:
             self._run, self._broken_run = None, self._run
 
     def _to_files(self, call: Callable[[], None]) -> None:
-        """Write; a full disk costs metrics, not the run (its checkpoints will say so)."""
+        """Write; a full disk costs metrics, not the run (the next checkpoint will fail)."""
         try:
             call()
         except OSError as error:
@@ -246,13 +225,10 @@ def open_tracker(
         config: Mode, project and name.
         output_dir: Folder of the run; made if missing. W&B's files go to its `wandb/`.
         run_config: Settings of the run, shown in W&B.
-        is_main: Whether this is the process that records; elsewhere all methods do nothing.
+        is_main: Whether this process records; on others all methods do nothing.
         resume_step: Step of the checkpoint this run continues; later lines of `metrics.jsonl`
             are dropped. At 0 the run is new, and an older file is renamed to `metrics.jsonl.old`.
         run_id: W&B id from the checkpoint, to continue that run.
-
-    Returns:
-        The tracker.
 
     Raises:
         UserError: If nothing can be written to `output_dir`.
@@ -274,7 +250,7 @@ def open_tracker(
 
 
 def _rewind(path: Path, resume_step: int) -> None:
-    """Drop the lines after a step, and any that a kill left half-written."""
+    """Drop the lines after a step, and half-written ones of a kill."""
     if not path.exists():
         return
     if resume_step == 0:
@@ -293,7 +269,7 @@ def _rewind(path: Path, resume_step: int) -> None:
 
 
 def _choose_mode() -> str:
-    """Decide what `auto` means here, without ever waiting longer than `CONNECT_SECONDS`."""
+    """Resolve `auto`, without ever waiting longer than `CONNECT_SECONDS`."""
     requested = os.environ.get("WANDB_MODE")
     if requested in ("online", "offline", "disabled"):
         return requested
@@ -345,7 +321,7 @@ def _is_reachable(base_url: str) -> bool:
         except (OSError, ValueError):  # no such host, no such port, no answer
             pass
 
-    # In a thread, as the time-out of a socket does not cover the look-up of its name.
+    # In a thread, as the time-out of a socket does not cover the look-up of the host's name.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(CONNECT_SECONDS)
@@ -359,12 +335,11 @@ def _init_wandb(
     run_config: Mapping[str, Any],
     run_id: str | None,
 ) -> Any:
-    """Start a run whose x-axis is our step, which (unlike wandb's own) may go back on resume."""
     import wandb
 
     wandb.setup(wandb.Settings(silent=True))  # for the lines that are not about one run
     settings = wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
-    if hasattr(settings, "finish_timeout"):  # older wandb waits for its uploads without end
+    if hasattr(settings, "finish_timeout"):  # older wandb waits for uploads forever
         settings.finish_timeout = FINISH_SECONDS
     run = wandb.init(
         project=config.project,
@@ -377,13 +352,14 @@ def _init_wandb(
         reinit="create_new",  # leave a run that the caller's own code has open alone
         settings=settings,
     )
+    # The x-axis is our step, which (unlike wandb's own) may go back on resume.
     run.define_metric(GLOBAL_STEP)
     run.define_metric("*", step_metric=GLOBAL_STEP)
     return run
 
 
 def _take_down_wandb(run: Any) -> None:
-    """End what is left of a failed wandb now, so that its exit hook has nothing to complain of."""
+    """Finish a failed wandb now, so that its exit hook raises nothing."""
     import wandb
 
     for call in (run.finish, wandb.teardown):
