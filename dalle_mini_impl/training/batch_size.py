@@ -23,7 +23,7 @@ def choose_batch_size(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
     Raises:
         UserError: If there are several processes, or not even one sample fits.
     """
-    before = checkpoint.state["config"]["training"] if checkpoint else {}
+    before = checkpoint.state["config"].get("training", {}) if checkpoint else {}
     if before.get("find_batch_size"):
         trainer.divide_batch(before["gradient_accumulation_steps"])
     else:

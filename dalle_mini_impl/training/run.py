@@ -128,7 +128,7 @@ def _begin(config: Any, task: Task, accelerator: Accelerator, resume: str | None
         run_config=dataclasses.asdict(config),
         is_main=accelerator.is_main_process,
         resume_step=checkpoint.step if checkpoint else 0,
-        run_id=checkpoint.state["run_id"] if checkpoint else None,
+        run_id=checkpoint.state.get("run_id") if checkpoint else None,
     )
     return trainer
 

@@ -1,7 +1,7 @@
-"""Fault test 11, and hostile checkpoints: each file with each damage is noticed and named.
+"""Fault test 11, and hostile checkpoints: each damage to each file is detected and named.
 
-Every case runs on the checkpoints of a real decoder run (Muon and AdamW, averaged weights), and
-shows that an older checkpoint is taken, that a named one is refused, and that nothing is changed.
+Every case runs on the checkpoints of a real decoder run (Muon and AdamW, averaged weights): an
+older checkpoint is taken, a named one is refused, and nothing is changed.
 """
 
 import hashlib
@@ -120,10 +120,16 @@ def fingerprint(root: Path) -> dict[str, Any]:
     }
 
 
+def assert_resumes_at(root: Path, step: int) -> None:
+    found = newest_checkpoint(root)
+    assert found is not None
+    assert found.step == step
+
+
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(
+def test_a_damaged_file_is_named_and_passed_over(
     root: Path,
     name: str,
     damage: str,
@@ -141,9 +147,7 @@ def test_a_damaged_file_is_named_and_an_older_checkpoint_taken(
     other = name == "manifest.json" and damage == "that of another step"
     assert f"{NEWEST}/" in message if other else name in message
     assert "\n" not in message
-    found = newest_checkpoint(root)
-    assert found is not None
-    assert found.step == 3
+    assert_resumes_at(root, 3)
     assert f"passing over checkpoint {NEWEST}" in caplog.text
     assert fingerprint(root) == before
     assert not Path(SENTINEL).exists()
@@ -219,9 +223,7 @@ def test_a_hostile_manifest_is_refused(root: Path, case: str) -> None:
     with pytest.raises(CheckpointCorruptError) as caught:
         load_checkpoint(root / NEWEST)
     assert NEWEST in str(caught.value)
-    found = newest_checkpoint(root)
-    assert found is not None
-    assert found.step == 3
+    assert_resumes_at(root, 3)
 
 
 def forge(folder: Path, name: str, content: bytes) -> None:
@@ -268,11 +270,6 @@ def drop_first(tensors: dict[str, Any]) -> None:
     del tensors[min(tensors)]
 
 
-def as_integers(tensors: dict[str, Any]) -> None:
-    for name in list(tensors):
-        tensors[name] = tensors[name].to(dtype=__import__("torch").int64)
-
-
 MODEL, ADAMW, MUON = FILES[2], FILES[4], FILES[5]
 HUGE = b'{"w":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
 BEYOND = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000]}}'
@@ -311,6 +308,9 @@ FORGED: dict[str, Callable[[Path], None]] = {
     "other tokens": forge_state(lambda content: content["state"].update(identity="other")),
     "more samples": forge_state(lambda content: content["state"].update(num_samples=10**9)),
     "config as text": forge_state(lambda content: content["state"].update(config="x")),
+    "no config": forge_state(lambda content: content["state"].pop("config")),
+    "no samples": forge_state(lambda content: content["state"].pop("num_samples")),
+    "no evaluation": forge_state(lambda content: content["state"].pop("evaluation_is_due")),
     "a weight missing": forge_tensors(MODEL, drop_first),
     "a weight too short": forge_tensors(MODEL, reshape_first),
     "a weight too many": forge_tensors(
@@ -333,10 +333,10 @@ FORGED: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", FORGED)
-def test_a_forged_checkpoint_with_right_hashes_is_one_line(
+def test_forged_checkpoints_with_valid_hashes(
     run: Path, root: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Named by `--resume`, in a whole run: nothing runs, nothing is written over."""
+    """Named by `--resume`, in a whole run: one line, no code runs, nothing is written over."""
     monkeypatch.chdir(tmp_path)
     FORGED[case](root / NEWEST)
     records = {path: path.read_bytes() for path in (run / "run").glob("*.*")}
@@ -375,11 +375,9 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("case", FOREIGN)
-def test_what_lies_beside_the_checkpoints_does_no_harm(root: Path, case: str) -> None:
+def test_foreign_files_do_no_harm(root: Path, case: str) -> None:
     FOREIGN[case](root)
-    found = newest_checkpoint(root)
-    assert found is not None
-    assert found.step == 6
+    assert_resumes_at(root, 6)
 
 
 def test_all_damaged_starts_anew_and_says_so(root: Path, caplog: pytest.LogCaptureFixture) -> None:

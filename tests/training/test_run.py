@@ -1,4 +1,4 @@
-"""Whole runs: stopped and resumed bit for bit, refused where they would destroy something."""
+"""Whole runs: resumed bit for bit, refused where they would destroy something."""
 
 import dataclasses
 import json
@@ -13,8 +13,13 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.run import claim_output_dir, save_config
+from dalle_mini_impl.training.run import (
+    claim_output_dir,
+    only_main_process_informs,
+    save_config,
+)
 from tests.reference import tiny
+from tests.reference.log_lines import log_lines
 
 EVERYTHING_RANDOM = {
     "caption_dropout_probability": 0.3,
@@ -84,17 +89,20 @@ def test_a_decoder_run_resumes_bit_for_bit(
 
 
 @pytest.mark.parametrize("decoder", [{}, tiny.WITH_ENCODER], ids=["decoder", "encoder_decoder"])
-def test_a_run_that_recomputes_activations_resumes_bit_for_bit(
+def test_activation_checkpointing_resumes_bit_for_bit(
     data: Path, vqvae_dir: Path, tmp_path: Path, decoder: dict[str, Any]
 ) -> None:
-    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "ema_decay": 0.9}
-    out, task = tmp_path / "run", EVERYTHING_RANDOM
-    assert_resumes_exactly(
-        tiny.dalle_run(
-            data, vqvae_dir, out, task=task, decoder=decoder, activation_checkpointing=True,
-            **options,
-        )
-    )  # fmt: skip
+    config = tiny.dalle_run(
+        data,
+        vqvae_dir,
+        tmp_path / "run",
+        task=EVERYTHING_RANDOM,
+        decoder=decoder,
+        activation_checkpointing=True,
+        gradient_accumulation_steps=2,
+        ema_decay=0.9,
+    )
+    assert_resumes_exactly(config)
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
@@ -174,7 +182,7 @@ def test_two_runs_cannot_use_one_folder(
         for resume in (None, "latest"):
             with pytest.raises(UserError, match=r"output_dir: .*run is in use by another run"):
                 tiny.train(config, resume=resume)
-        with monkeypatch.context() as patch:  # other processes of a run share its folder
+        with monkeypatch.context() as patch:  # all processes of a run use one folder
             patch.setenv("RANK", "1")
             with claim_output_dir(config, None):
                 pass
@@ -185,7 +193,19 @@ def test_two_runs_cannot_use_one_folder(
     tiny.train(config, resume="latest")
 
 
-def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
+def test_only_the_main_process_informs(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("dalle_mini_impl.training.run")
+    with log_lines() as lines:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            with only_main_process_informs():
+                logger.info("from %s", rank)
+                assert logger.isEnabledFor(logging.WARNING)
+            logger.info("after %s", rank)
+    assert lines == ["from 0", "after 0", "after 1"]
+
+
+def test_resuming_from_nothing_starts_at_step_0(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", max_steps=1)
@@ -196,7 +216,7 @@ def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
     assert next(row["step"] for row in tiny.read_metrics(tmp_path / "run")) == 1
 
 
-def test_a_resumed_run_takes_the_learning_rate_of_its_config(
+def test_a_resumed_run_takes_its_own_learning_rate(
     data: Path, vqvae_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -214,9 +234,7 @@ def test_a_resumed_run_takes_the_learning_rate_of_its_config(
     assert ends[1e-2] > 1e-3
 
 
-def test_a_decoder_does_not_go_on_with_other_tokens(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_other_tokens_are_refused(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=3))
     kept = {path: path.read_bytes() for path in (out / "config.yaml", out / "metrics.jsonl")}
@@ -235,9 +253,7 @@ def test_a_finished_run_resumes_to_its_end_again(data: Path, tmp_path: Path) -> 
     assert files_of(tmp_path / "run" / "model") == before
 
 
-def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_impossible_resumes_are_refused(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = tiny.vqvae_run(data, out, max_steps=1)
     tiny.train(config)
@@ -272,7 +288,7 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
         ({"validation_split": "later"}, "data.source: .* no split 'later', it has train, val"),
     ],
 )
-def test_data_that_does_not_serve_is_named(
+def test_unusable_data_are_named(
     data: Path, tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run")
@@ -296,7 +312,7 @@ def test_the_batch_must_divide(data: Path, tmp_path: Path) -> None:
         tiny.train(config)
 
 
-def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
+def test_the_saved_config_reads_back_equal(tmp_path: Path) -> None:
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.training.dalle import DalleRunConfig
 
@@ -306,16 +322,14 @@ def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
     assert read_config(DalleRunConfig, tmp_path / "config.yaml") == config
 
 
-def test_the_precision_of_one_run_does_not_bind_the_next(data: Path, tmp_path: Path) -> None:
+def test_precision_is_chosen_for_each_run(data: Path, tmp_path: Path) -> None:
     for name in ("bf16", "no"):
         out = tmp_path / name
         tiny.train(tiny.vqvae_run(data, out, max_steps=1, mixed_precision=name))
         assert len(tiny.losses(out)) == 1
 
 
-def test_the_token_data_set_is_read_and_not_made_again(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_tokens_are_encoded_once(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=1)
     _, lines = tiny.train(config)
     assert sum("encoding" in line for line in lines) == 2  # training and held-out images
