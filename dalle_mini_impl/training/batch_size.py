@@ -52,23 +52,17 @@ def _find_batch_size(trainer: Trainer) -> None:
 
 
 def fewest_parts_that_fit(batch_size: int, attempt: Callable[[int], None]) -> int:
-    """Find the smallest divisor of a batch whose parts fit into memory.
+    """Return the least number of equal micro-batches that fit into memory.
 
-    Accelerate's ``find_executable_batch_size`` takes a tenth off at a time, which divides no batch
-    evenly and so changes it; here only whole parts are tried.
-
-    Args:
-        batch_size: Samples of one process per optimizer update.
-        attempt: Computes a micro-batch of the given size, and leaves nothing behind.
-
-    Returns:
-        The number of micro-batches.
+    ``attempt`` computes a micro-batch of a given size, and leaves nothing behind.
 
     Raises:
         UserError: If not even one sample fits.
     """
     from accelerate.utils.memory import clear_device_cache
 
+    # Accelerate's `find_executable_batch_size` takes a tenth off at a time, which divides no batch
+    # evenly and so changes it.
     for parts in range(1, batch_size + 1):
         if batch_size % parts:
             continue

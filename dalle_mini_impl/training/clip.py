@@ -17,7 +17,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig, sigmoid_loss, softmax_loss
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig, require
 from dalle_mini_impl.training.pixels import shifted_pixels, to_pixels
-from dalle_mini_impl.training.run import RunContext, run_training
+from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.run_dataset import LoadedPairs
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
@@ -81,11 +81,8 @@ def _build_task(config: ClipRunConfig, run: RunContext) -> "ClipTask":
     """Read the pairs, learn their tokens, build the model."""
     with run.accelerator.main_process_first():  # it may write the list of the run's images
         train, held_out = run.load_splits(config.data, image_size=config.image_size)
-    text_tokenizer = TextTokenizer.learn(
-        (text for pair in train.listed for text in pair.captions),
-        vocab_size=config.text.vocab_size,
-        text_length=config.text.text_length,
-    )
+    texts = (text for pair in train.listed for text in pair.captions)
+    text_tokenizer = learn_text_tokenizer(config.text, texts)
     torch.manual_seed(config.training.seed)
     try:
         model = Clip(
@@ -125,12 +122,7 @@ class ClipUniforms(NamedTuple):
 class ClipTask:
     """Images with their captions, and the loss of telling which belong together.
 
-    Args:
-        train: Training pairs.
-        held_out: Pairs for evaluation.
-        config: Augmentation.
-        ranker: Holds the model in training, and the caption tokenizer.
-        sample_weights: How often each image is expected, or None.
+    The ranker holds the model in training, and the caption tokenizer.
     """
 
     num_uniforms = 3
@@ -152,6 +144,7 @@ class ClipTask:
         self.text_token_ids = text_tokenizer.encode(
             [text for pair in train.pairs for text in pair.captions]
         )
+        # Captions of all images in one table; those of image i begin at caption_offsets[i].
         counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
         self.caption_offsets = counts.cumsum(0)
         num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
@@ -238,13 +231,11 @@ def build_retrieval(
 ) -> Retrieval:
     """Take the main caption of each held-out image as a query.
 
-    Args:
-        pairs: Held-out images; at most ``MAX_MEASURED`` are taken, spread over all.
-        pixels: Of each.
-        text_tokenizer: Says which captions are the same to the model but for cut ends.
+    At most ``MAX_MEASURED`` images are taken, spread over all.
     """
     count = min(len(pairs), MAX_MEASURED)
     chosen = [index * len(pairs) // count for index in range(count)]
+    # Captions that differ in case or spaces only are one query to the model.
     normalize = text_tokenizer.tokenizer.normalizer.normalize_str
     own = [{normalize(text) for text in pairs[index].captions} for index in chosen]
     queries = list(dict.fromkeys(normalize(pairs[index].captions[0]) for index in chosen))
@@ -253,10 +244,7 @@ def build_retrieval(
 
 
 def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float]:
-    """Return recall at 1 in both directions, and chance, all in [0, 1].
-
-    The keys are ``image_to_text_r1``, ``text_to_image_r1`` and ``chance_r1``.
-    """
+    """Return recall at 1 in both directions, and chance, all in [0, 1]."""
     batches = retrieval.pixels.split(EVALUATION_BATCH_SIZE)
     parts = [ranker.embed_pixels(to_pixels(batch)) for batch in batches]
     scores = torch.cat(parts) @ ranker.embed_texts(retrieval.captions).T  # (images, captions)
@@ -269,7 +257,7 @@ def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float
     }
 
 
-def _report(task: ClipTask, _: Path) -> dict[str, float]:
+def _report(task: ClipTask, _: Path) -> dict[str, int | float]:
     scores, retrieval = score_retrieval(task.ranker, task.held_out), task.held_out
     chance = scores["chance_r1"]
     num_images, num_captions = len(retrieval.pixels), len(retrieval.captions)

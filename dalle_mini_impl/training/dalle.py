@@ -15,7 +15,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
@@ -25,7 +24,7 @@ from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig, require
 from dalle_mini_impl.training.cross_entropy import token_nats
-from dalle_mini_impl.training.run import RunContext, run_training
+from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.image_tokenizer import require_working
@@ -148,11 +147,8 @@ def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     with run.accelerator.main_process_first():
         train, held_out = run.load_splits(config.data, image_size=vqvae.config.image_size)
         # `listed`: a resumed run must learn the very vocabulary that it began with.
-        text_tokenizer = TextTokenizer.learn(
-            (text for pair in train.listed for text in pair.captions),
-            vocab_size=config.text.vocab_size,
-            text_length=config.text.text_length,
-        )
+        texts = (text for pair in train.listed for text in pair.captions)
+        text_tokenizer = learn_text_tokenizer(config.text, texts)
         tokenize = partial(
             build_token_dataset,
             vqvae=vqvae,
@@ -215,14 +211,7 @@ class SampleUniforms(NamedTuple):
 class DalleTask:
     """Caption and image tokens, and the decoder's loss on them.
 
-    Args:
-        train: Training samples.
-        held_out: Samples for evaluation.
-        config: Loss weights and augmentation.
-        sample_weights: How often each sample is expected, or None.
-        identity: Hash of the tokens that the decoder learns.
-        pipeline: Around the decoder in training; generates the sample grid.
-        fixed_prompts: Prompts of the sample grid.
+    The pipeline holds the decoder in training; it generates the fixed prompts for the sample grid.
     """
 
     def __init__(
@@ -343,6 +332,7 @@ class DalleTask:
         """Nats per image token ``given`` captions and ``null`` ones, and per ``text`` token."""
         device = next(self.model.parameters()).device
         totals = {"given": 0.0, "null": 0.0}
+        # Always view 0 and the first caption, in raster order: comparable over the run.
         for ids in sample_ids.split(EVALUATION_BATCH_SIZE):
             image = data.images_of(ids, torch.zeros(len(ids))).to(device)
             text = data.captions_of(ids, torch.zeros(len(ids))).to(device)

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 class MovingAverage:
     """Exponential moving average of a model's parameters; buffers are copied as they are.
 
-    Args:
-        model: The average starts from its current weights.
-        decay: Fraction of the average kept at each update, in [0, 1).
+    An update keeps the fraction ``decay``, in [0, 1), of the average.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:

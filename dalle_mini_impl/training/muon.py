@@ -47,11 +47,8 @@ def orthogonalize(
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for hidden matrices only.
 
-    Args:
-        parameters: Matrices.
-        lr: Learning rate; updates are scaled to the size of AdamW's.
-        weight_decay: Decoupled decay per unit of learning rate.
-        dtype: Of the products that orthogonalize; weights and momentum keep their own.
+    Updates have the size of AdamW's. ``dtype`` is that of the products that orthogonalize; weights
+    and momentum keep their own.
     """
 
     def __init__(

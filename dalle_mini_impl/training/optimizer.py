@@ -24,17 +24,7 @@ def build_optimizers(
 
     AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101. Muon: Jordan et al. 2024, with the update
     scaled to the size of AdamW's (Liu et al. 2025, arXiv:2502.16982), so that one learning rate
-    serves both.
-
-    Args:
-        model: Its trainable parameters are optimized.
-        kind: ``adamw`` or ``muon``.
-        learning_rate: Base rate, before the schedule.
-        weight_decay: Decoupled decay per unit of learning rate; of matrices only.
-        betas: Decay of AdamW's two moments.
-
-    Returns:
-        One or two optimizers; each group holds its base rate as ``initial_lr``.
+    serves both. Only matrices decay. Each group holds its base rate as ``initial_lr``.
     """
     # id of each weight matrix -> whether it is a hidden one. Muon is for these only: output heads,
     # like token tables, stay with AdamW (Jordan et al.).
@@ -72,13 +62,9 @@ def build_optimizers(
 
 
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the state of any torch optimizer into tensors and a rest that JSON can hold.
+    """Split the state of any torch optimizer into tensors by name and a rest that JSON can hold.
 
-    Returns:
-        The tensors by name, e.g. `state.0.exp_avg` (not copies), and the JSON-able rest.
-
-    Raises:
-        ValueError: The state holds anything else.
+    A name is for example `state.0.exp_avg`; the tensors are no copies.
     """
     tensors: dict[str, Tensor] = {}
     return tensors, _encode(optimizer.state_dict(), "", tensors)
@@ -89,10 +75,7 @@ def restore_optimizer_state(
 ) -> None:
     """Undo `flatten_optimizer_state`, but keep this optimizer's options; the tensors are copied.
 
-    Args:
-        optimizer: A new optimizer over the same parameters in the same order.
-        tensors: The first value `flatten_optimizer_state` returned.
-        meta: The second one.
+    The optimizer is a new one over the same parameters in the same order.
 
     Raises:
         UserError: The state does not belong to these parameters, or a part of it is missing.

@@ -28,14 +28,7 @@ MUST_MATCH = ("ema_decay", "global_batch_size", "optimizer", "seed")
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """Open the checkpoint that ``--resume`` names.
-
-    Args:
-        output_dir: The run's folder.
-        resume: None for a fresh run, ``latest``, or a checkpoint folder.
-
-    Returns:
-        The checkpoint, or None for a fresh start.
+    """Open the checkpoint that ``--resume`` names: ``latest`` or a folder; None for a fresh start.
 
     Raises:
         UserError: If a named checkpoint is missing or damaged, or a fresh run would write over an
@@ -58,11 +51,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
 
 
 def refuse_used_folder(output_dir: Path) -> None:
-    """Keep a fresh run out of a folder with another run's checkpoints.
-
-    Raises:
-        UserError: If there are any.
-    """
+    """Raise a ``UserError`` if a folder holds another run's checkpoints."""
     if any((output_dir / "checkpoints").glob("step-*")):
         raise UserError(
             f"output_dir: {output_dir} already holds a run; pass --resume latest to continue it, "
@@ -71,11 +60,7 @@ def refuse_used_folder(output_dir: Path) -> None:
 
 
 def require_same_data(checkpoint: Checkpoint, identity: str, num_samples: int) -> None:
-    """Refuse a checkpoint that was trained on other tokens or another number of samples.
-
-    Raises:
-        UserError: If it was.
-    """
+    """Raise a ``UserError`` if a checkpoint was trained on other tokens or fewer samples."""
     if checkpoint.state.get("identity") != identity:
         raise UserError(
             f"resume: {checkpoint.path} was trained on other tokens: the image tokenizer, the "
@@ -91,14 +76,7 @@ def require_same_data(checkpoint: Checkpoint, identity: str, num_samples: int) -
 
 
 def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> list[str]:
-    """Compare the settings of a checkpoint's run with this run's.
-
-    Args:
-        checkpoint: Its state holds ``config``.
-        run_config: This run's config as nested dicts and lists.
-
-    Returns:
-        A line for each changed setting that may change.
+    """Return a line for each setting that has changed since a checkpoint, and may.
 
     Raises:
         UserError: If a setting has changed that must not; it lists them all.

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,12 @@ import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import build_accelerator, keep_freed_memory, use_fast_float32
 from dalle_mini_impl.output_dirs import locked_folder, make_folder
 from dalle_mini_impl.training.batch_size import choose_batch_size
-from dalle_mini_impl.training.config import DataConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig
 from dalle_mini_impl.training.resume import (
     compare_configs,
     find_checkpoint,
@@ -51,6 +52,11 @@ class RunContext:
         return train, held_out
 
 
+def learn_text_tokenizer(config: TextConfig, texts: Iterable[str]) -> TextTokenizer:
+    """Train the text tokenizer of a run."""
+    return TextTokenizer.learn(texts, vocab_size=config.vocab_size, text_length=config.text_length)
+
+
 def run_training(
     config: ConfigT,
     build_task: Callable[[ConfigT, RunContext], TaskT],
@@ -58,18 +64,15 @@ def run_training(
     resume: str | None,
     report: Callable[[TaskT, Path], dict[str, Any]] | None = None,
 ) -> Path:
-    """Train a model to the end of its budget and write its folder.
+    """Train a model to the end of its budget; return its folder, ``output_dir / "model"``.
 
     Args:
         config: A dataclass with ``output_dir``, ``data``, ``training`` and ``tracking``; kept as
             ``config.yaml`` of the run.
         build_task: Reads the data and builds the model, once the output folder is claimed.
         resume: None, ``latest`` or a checkpoint folder.
-        report: Measures the trained model, in evaluation mode, on the main process; it is given
-            the output folder, and what it returns is written there as ``report.json``.
-
-    Returns:
-        The folder ``output_dir / "model"``.
+        report: Measures the trained model on the main process; its result is written into the
+            output folder as ``report.json``.
 
     Raises:
         UserError: If data or folders are of no use, or there is nothing to resume from.
@@ -93,7 +96,7 @@ def run_training(
                 trainer.tracker.log_artifact(folder, name="model", type="model")
         finally:
             trainer.tracker.close()
-        accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()  # they may read the folder
         logger.info(f"model folder: {folder}")
         if report is not None and is_main:
             task.model.eval()
@@ -152,6 +155,7 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
             holds checkpoints that a fresh run would write over.
     """
     output_dir, source = Path(config.output_dir), Path(config.data.source)
+    # A source need not be a folder: it may be a file, or a name on the Hub.
     try:
         is_folder = source.is_dir()
     except OSError as error:

@@ -20,10 +20,7 @@ class ImageGrid:
 
 @runtime_checkable
 class Task(Protocol):
-    """A model in training: its data, its loss, its evaluation.
-
-    Whoever trains another model writes a class with these members; the trainer does the rest.
-    """
+    """A model in training: its data, its loss, its evaluation."""
 
     model: nn.Module
     """What is trained. The trainer moves it to its device in place."""

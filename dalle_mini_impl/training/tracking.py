@@ -83,11 +83,7 @@ class Tracker:
     def log_images(
         self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
     ) -> None:
-        """Record images: as one PNG (captions in the text file beside it), in W&B one by one.
-
-        Raises:
-            ValueError: There are no images, or not as many captions.
-        """
+        """Record images: as one PNG (captions in the text file beside it), in W&B one by one."""
         if len(images) != len(captions) or not images:
             raise ValueError(
                 f"images: got {len(images)} for {len(captions)} captions, expected one each"
@@ -100,10 +96,8 @@ class Tracker:
         def send(run: Any) -> None:
             import wandb
 
-            wandb_images = [
-                wandb.Image(image, caption=caption)
-                for image, caption in zip(images, captions, strict=True)
-            ]
+            pairs = zip(images, captions, strict=True)
+            wandb_images = [wandb.Image(image, caption=caption) for image, caption in pairs]
             run.log({key: wandb_images, GLOBAL_STEP: step})
 
         self._to_wandb("log images", send)
@@ -122,13 +116,10 @@ class Tracker:
         self._to_wandb("log a table", send)
 
     def log_artifact(self, folder: Path, name: str, type: str) -> None:
-        """Keep a folder with the run in W&B.
+        """Keep a folder with the run in W&B; characters of the name that W&B refuses become `_`.
 
-        Args:
-            folder: Uploaded from where it is: must not change until `close` (or, offline, until
-                `wandb sync`).
-            name: Name of the artifact; characters that W&B refuses become `_`.
-            type: Kind of the artifact, e.g. `model`.
+        The folder is uploaded from where it is: it must not change until `close` (or, offline,
+        until `wandb sync`).
         """
 
         def send(run: Any) -> None:
@@ -223,8 +214,8 @@ def open_tracker(
 
     Args:
         config: Mode, project and name.
-        output_dir: Folder of the run; made if missing. W&B's files go to its `wandb/`.
-        run_config: Settings of the run, shown in W&B.
+        output_dir: Made if missing. W&B's files go to its `wandb/`.
+        run_config: Shown in W&B.
         is_main: Whether this process records; on others all methods do nothing.
         resume_step: Step of the checkpoint this run continues; later lines of `metrics.jsonl`
             are dropped. At 0 the run is new, and an older file is renamed to `metrics.jsonl.old`.
@@ -256,6 +247,7 @@ def _rewind(path: Path, resume_step: int) -> None:
     if resume_step == 0:
         os.replace(path, path.with_name(f"{path.name}.old"))
         return
+    # Line by line into a second file: a kill meanwhile leaves the first one as it is.
     rewound = path.with_name(f"{path.name}.new")
     with path.open("rb") as old, rewound.open("wb") as new:
         for line in old:
@@ -306,7 +298,7 @@ def _has_credentials(settings: Any) -> bool:
 
 
 def _is_reachable(base_url: str) -> bool:
-    """Try to connect to the server, or to the proxy on the way to it."""
+    """Try to connect to the server, or to the proxy before it."""
     url = urlsplit(base_url)
     proxy = getproxies().get(url.scheme)
     if proxy and url.hostname and not proxy_bypass(url.hostname):

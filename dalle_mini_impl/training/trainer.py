@@ -13,7 +13,7 @@ import math
 import textwrap
 import time
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -60,7 +60,7 @@ Batch = dict[str, Tensor]
 
 @dataclass
 class RunState:
-    """Where a run stands."""
+    """Position of a run in its budget."""
 
     step: int = 0
     elapsed_seconds: float = 0.0
@@ -113,7 +113,7 @@ class Trainer:
         # The loss goes through `wrapped`; evaluation, saving and the optimizers see `model`.
         self.wrapped = accelerator.prepare_model(self.model)
         if config.compile:
-            # CUDA graphs keep gradients where the next micro-batch would write over them.
+            # CUDA graphs own their gradients, which a second micro-batch would write over.
             graphs = accelerator.num_processes == config.gradient_accumulation_steps == 1
             mode = "reduce-overhead" if graphs else "default"
             self.wrapped = torch.compile(self.wrapped, dynamic=False, mode=mode)
@@ -171,7 +171,7 @@ class Trainer:
             ThreadPoolExecutor(max_workers=1, initializer=one_thread) as loader,
             StopRequest() as stop_request,
         ):
-            next_batches = self._prefetch(loader, state.step)
+            next_batches = loader.submit(self._batches, state.step)
             if state.evaluation_is_due:
                 self._make_up_for_evaluation(stop_request)
             checkpoint_is_due = False
@@ -179,7 +179,7 @@ class Trainer:
                 # 1. One step; the batches of the next one are made meanwhile.
                 with metrics.waiting():
                     batches = next_batches.result()
-                next_batches = self._prefetch(loader, state.step + 1)
+                next_batches = loader.submit(self._batches, state.step + 1)
                 step_metrics = self._step(batches)
                 state.step += 1
                 state.elapsed_seconds = self._main_clock(time.perf_counter() - started)
@@ -229,7 +229,9 @@ class Trainer:
         """Make one optimizer update from this process's micro-batches."""
         config, state, accelerator = self.config, self.state, self.accelerator
         progress = state.progress(config)
-        torch.manual_seed(self._seed(DROPOUT_PURPOSE))
+        # Dropout has torch's global generator; other noise has one of its own.
+        seed = torch.randint(2**62, (1,), generator=self._generator(DROPOUT_PURPOSE))
+        torch.manual_seed(int(seed))
         generator = self._generator(NOISE_PURPOSE)
         self.wrapped.train()
         if config.compile:  # only then, as the call itself loads the compiler
@@ -245,11 +247,12 @@ class Trainer:
                         self.wrapped, on_device, progress=progress, generator=generator
                     )
                 accelerator.backward(loss / len(batches))
+            # Sums stay tensors: reading a float would make the host wait for the GPU.
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 totals[name] = totals.get(name, 0) + value.detach() / len(batches)
-        gradient_norm = nn.utils.clip_grad_norm_(
-            self.model.parameters(), config.gradient_clip_norm or math.inf
-        )
+        # Clipping at infinity only measures the norm.
+        max_norm = config.gradient_clip_norm or math.inf
+        gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
         factor = learning_rate_factor(
             state.step,
             progress,
@@ -325,6 +328,7 @@ class Trainer:
         def work() -> tuple[dict[str, float], list[ImageGrid]]:
             return self.task.evaluate(), self.task.make_image_grids() if make_grids else []
 
+        # All processes swap, as all go on with the same weights; only the main one evaluates.
         if self.average is not None:
             self.average.swap(self.model)
         self.model.eval()
@@ -359,11 +363,8 @@ class Trainer:
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 tensors[name], state[name] = flatten_optimizer_state(optimizer)
-            saved = all(
-                bool(value.isfinite().all())
-                for group in tensors.values()
-                for value in group.values()
-            )
+            values = [value for group in tensors.values() for value in group.values()]
+            saved = all(bool(value.isfinite().all()) for value in values)
             if saved:
                 save_checkpoint(self.checkpoint_dir, self.state.step, tensors=tensors, state=state)
             else:
@@ -392,7 +393,7 @@ class Trainer:
                 evaluation_is_due=bool(checkpoint.state["evaluation_is_due"]),
             )
         except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-            first = " ".join(str(error).splitlines()[:2])  # torch lists all that differs
+            first = " ".join(str(error).splitlines()[:2])  # torch lists every difference
             reason = textwrap.shorten(first, MAX_REASON)
             raise UserError(
                 f"resume: {checkpoint.path} does not fit this config: {reason}; expected the "
@@ -421,9 +422,6 @@ class Trainer:
         if self.average is not None:
             self.average.swap(self.model)
 
-    def _prefetch(self, loader: ThreadPoolExecutor, step: int) -> Future[list[Batch]]:
-        return loader.submit(self._batches, step)
-
     def _batches(self, step: int) -> list[Batch]:
         """Make this process's micro-batches of one step."""
         sample_ids = self.order.indices(step)
@@ -441,13 +439,11 @@ class Trainer:
         rank = self.accelerator.process_index
         return step_generator(self.config.seed, self.state.step, rank, purpose)
 
-    def _seed(self, purpose: int) -> int:
-        return int(torch.randint(2**62, (1,), generator=self._generator(purpose)))
-
     def _main_clock(self, seconds: float) -> float:
         """Take the main process's clock, so that all stop at the same step."""
         if self.accelerator.num_processes == 1:
             return seconds
+        # float64: a float32 of a run's seconds would lose milliseconds after some hours.
         clock = torch.tensor([seconds], dtype=torch.float64, device=self.accelerator.device)
         torch.distributed.broadcast(clock, src=0)
         return float(clock)

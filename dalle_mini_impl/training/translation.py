@@ -19,11 +19,10 @@ from dalle_mini_impl.builtin_datasets.translation_pairs import (
     nearest_targets,
 )
 from dalle_mini_impl.data.bpe_dropout import encode_variants
-from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.models.seq2seq import PAD_TOKEN_ID, EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam_search import BeamConfig
 from dalle_mini_impl.training.config import TextConfig, TrainingConfig, require
-from dalle_mini_impl.training.run import RunContext, run_training
+from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.translator import Translator, score_translations
@@ -98,11 +97,8 @@ def _build_task(config: TranslationRunConfig, _: RunContext) -> "TranslationTask
     score_translations(["-"], ["-"])  # fails now, not at the end, if sacrebleu is missing
     pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)
     logger.info(f"{len(pairs.train)} pairs to learn, {len(pairs.held_out)} held out")
-    text_tokenizer = TextTokenizer.learn(
-        (text for pair in pairs.train for text in (pair.source, pair.target)),
-        vocab_size=config.text.vocab_size,
-        text_length=config.text.text_length,
-    )
+    texts = (text for pair in pairs.train for text in (pair.source, pair.target))
+    text_tokenizer = learn_text_tokenizer(config.text, texts)
     torch.manual_seed(config.training.seed)
     model = EncoderDecoder(config.model, vocab_size=text_tokenizer.vocab_size)
     task = TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
@@ -121,10 +117,7 @@ class TranslationUniforms(NamedTuple):
 class TranslationTask:
     """Pairs of token rows, and the loss of writing the second from the first.
 
-    Args:
-        pairs: Training and held-out pairs.
-        translator: Holds the vocabulary and the model in training.
-        config: The loss.
+    The translator holds the vocabulary and the model in training.
     """
 
     num_uniforms = 2
@@ -141,6 +134,7 @@ class TranslationTask:
         self.num_samples = len(pairs.train)
         self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
         self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
+        # Pairs and vocabulary decide the tokens; a resumed run must have the same ones.
         digest = hashlib.sha256(translator.text_tokenizer.fingerprint().encode())
         for token_ids in (*self.train, *self.held_out):
             digest.update(token_ids.numpy().tobytes())
@@ -226,14 +220,7 @@ def target_nats(
     end_token_id: int,
     label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Return nats per token: averaged over each row's tokens and its end, then over rows.
-
-    Args:
-        logits: As the model makes them of these targets.
-        target_token_ids: Padded on the right.
-        end_token_id: Follows the last token.
-        label_smoothing: Fraction of the probability spread over all tokens.
-    """
+    """Return nats per token: averaged over each row's tokens and its end, then over rows."""
     # The end token takes the place of the first pad.
     targets = F.pad(target_token_ids, (0, 1), value=PAD_TOKEN_ID)
     lengths = (target_token_ids != PAD_TOKEN_ID).sum(dim=1, keepdim=True)
@@ -241,6 +228,7 @@ def target_nats(
     nats = F.cross_entropy(
         logits.flatten(0, 1), targets.flatten(), reduction="none", label_smoothing=label_smoothing
     ).view_as(targets)
+    # A mean of means, so that a long text weighs as much as a short one.
     is_token = targets != PAD_TOKEN_ID
     return ((nats * is_token).sum(dim=1) / is_token.sum(dim=1)).mean()
 
@@ -265,14 +253,17 @@ def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict
         "nearest source": [task.normalize(text) for text in nearest],
         "copy": [task.normalize(text) for text in sources],
     }
+    # Held-out texts of a family that was trained on are new combinations (another skin tone of a
+    # known emoji).
     is_new = task.pairs.is_new_family()
-    everything = range(len(held_out))
+    numbers_of_all = range(len(held_out))
+    new_families = [number for number in numbers_of_all if is_new[number]]
     parts = {
-        "all": list(everything),
-        "new combinations": [number for number in everything if not is_new[number]],
-        "new families": [number for number in everything if is_new[number]],
+        "all": list(numbers_of_all),
+        "new combinations": [number for number in numbers_of_all if not is_new[number]],
+        "new families": new_families,
         "new families, without skin tones": [
-            number for number in everything if is_new[number] and held_out[number].is_plain
+            number for number in new_families if held_out[number].is_plain
         ],
     }
     report: dict[str, dict[str, dict[str, float]]] = {}

@@ -163,18 +163,11 @@ class TransformersViT(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Score the classes of images with pixels in [-1, 1]."""
-        return self.head(self.model(pixels).last_hidden_state[:, 0])
+        return self.head(self.model(pixels).last_hidden_state[:, 0])  # of the class token
 
 
 class ViTTask:
-    """Images, their classes, and the loss of telling them.
-
-    Args:
-        splits: Training and held-out images.
-        config: The run.
-        model: From pixels to logits.
-        baseline: Scores of the nearest neighbors, for the report.
-    """
+    """Images, their classes, and the loss of telling them; ``baseline`` is for the report."""
 
     num_uniforms = 2  # shift down, shift right
     tokens_per_sample = 1  # an image
@@ -194,6 +187,7 @@ class ViTTask:
         self.sample_weights: Tensor | None = torch.tensor(
             [sizes[family] ** -0.5 for family in splits.train.families]
         )
+        # The labels are this model's tokens: a resumed run must have the same images and classes.
         digest = hashlib.sha256(repr(splits.class_names).encode())
         for part in (splits.train, splits.held_out):
             digest.update(part.pixels.numpy().tobytes() + part.labels.numpy().tobytes())
@@ -258,6 +252,7 @@ def score_classes(predicted: Int64[Tensor, " samples"], images: LabelledImages) 
     """
     is_right = (predicted == images.labels).double()
     sizes = Counter(images.families)
+    # Each family weighs 1 in all, so that the weighted mean is a mean over families.
     weights = torch.tensor([1 / sizes[name] for name in images.families], dtype=torch.double)
     return {
         "accuracy": float(is_right.mean()),

@@ -201,14 +201,6 @@ def _build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
 class VQVAETask:
     """Images as bytes in memory, and the tokenizer's loss on them.
 
-    Args:
-        train: Training images.
-        held_out: Images for evaluation.
-        config: Loss weights and augmentation.
-        sample_weights: How often each image is expected, or None.
-        vqvae: The tokenizer in training.
-        discriminator: The discriminator beside it, if any.
-
     Raises:
         ValueError: If the network of the perceptual loss is not installed.
     """
@@ -264,10 +256,12 @@ class VQVAETask:
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reconstruction loss plus the quantizer's own, and what options add."""
+        # 1. Reconstruct.
         self._follow_schedules(progress)
         pixels = batch["pixels"]
         output = model(pixels, generator=generator, perturbation=self.perturbation)
         reconstruction_term = self._reconstruction_loss(output, pixels)
+        # 2. Measure.
         with torch.no_grad():
             counts = token_counts(output.token_ids, self.vqvae.codebook_size)
             metrics = {
@@ -276,6 +270,8 @@ class VQVAETask:
                 "batch_codebook_perplexity": codebook_perplexity(counts),
                 **output.quantizer_metrics,
             }
+        # 3. Add what is switched on. The perceptual term counts as reconstruction: the adaptive
+        # weight of the discriminator balances against both.
         if self.perceptual is not None:
             distance = self.perceptual.to(pixels.device)(output.reconstruction, pixels)
             metrics["perceptual_distance"] = distance.detach()
