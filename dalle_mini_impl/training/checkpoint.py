@@ -17,7 +17,8 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,17 +125,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     manifest = _read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
-    # All hashes first: no parser sees a byte that was not written by us.
+    # All hashes first: damage is found before any parser sees it.
     for name, entry in manifest["files"].items():
         _check_file(path / name, entry, check_content=True)
     for name in manifest["files"]:
         if name.endswith(TENSOR_SUFFIX):
-            try:
+            with _errors_named(path / name):
                 tensors[name.removesuffix(TENSOR_SUFFIX)] = load_file(path / name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointCorruptError(f"{path / name}: cannot be read: {error}") from error
     content = _read_json(path / STATE_NAME)
     step, state = content.get("step"), content.get("state")
+    # Right hashes do not make a right checkpoint: somebody may have written both.
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise CheckpointCorruptError(f"{path / STATE_NAME}: step: got {step!r}, expected a count")
     if not isinstance(state, dict):
@@ -210,6 +210,7 @@ def _prune(root: Path, step: int) -> None:
                 path,
                 step,
             )
+        # A second folder of a step is the one that a newer save has replaced.
         elif kept >= NUM_KEPT or folder_step in seen:
             _delete_folder(path)
         elif _looks_whole(path):
@@ -263,6 +264,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointCorruptError(
             f"{path}: files: got {files!r}, expected {STATE_NAME} among them"
         )
+    # Names are paths from outside: none may reach another folder, on any system.
     for name, entry in files.items():
         if Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointCorruptError(f"{path}: file name {name!r} leads out of the folder")
@@ -272,16 +274,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with _errors_named(path):
         if path.exists() and not path.is_file():  # reading a pipe would never end
             raise CheckpointCorruptError(f"{path}: is not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(f"{path}: is missing") from error
-    except CheckpointCorruptError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointCorruptError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
@@ -289,20 +285,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _check_file(path: Path, entry: Mapping[str, Any], *, check_content: bool) -> None:
     """Compare a file with its line in the manifest."""
-    try:
+    with _errors_named(path):
         facts = path.stat()
-        size = facts.st_size
         if not stat.S_ISREG(facts.st_mode):  # reading a pipe would never end
             raise CheckpointCorruptError(f"{path}: is not a file")
-        if size != entry["size"]:
-            raise CheckpointCorruptError(f"{path}: {size} bytes, expected {entry['size']}")
+        # Size first: it is free, and a later read needs no more memory than was written.
+        if facts.st_size != entry["size"]:
+            raise CheckpointCorruptError(f"{path}: {facts.st_size} bytes, expected {entry['size']}")
         if check_content and _sha256(path) != entry["sha256"]:
             raise CheckpointCorruptError(f"{path}: sha256 differs from the manifest")
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(f"{path}: is missing") from error
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Turn each error of reading a file into one that names the file."""
+    try:
+        yield
     except CheckpointCorruptError:
         raise
-    except (OSError, ValueError) as error:  # a null byte in a name is a ValueError
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(f"{path}: is missing") from error
+    # ValueError: no JSON, no UTF-8, or a name that no file can have.
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
 
 

@@ -176,6 +176,7 @@ class ClipTask:
         is_match = matches(text_token_ids, batch["sample_ids"])
         towers = self.ranker.model.config.towers
         loss = (softmax_loss if towers.loss == "softmax" else sigmoid_loss)(logits, is_match)
+        # R@1 within the batch, as a sign of life: it depends on the size of the batch.
         best = logits.detach().argmax(dim=1, keepdim=True)
         return loss, {
             "batch_r1": is_match.gather(1, best).float().mean(),

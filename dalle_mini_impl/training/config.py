@@ -102,6 +102,7 @@ class TrainingConfig:
         self._require("cosine_ends_at", 0 < self.cosine_ends_at <= 1, "above 0 and up to 1")
         self._require("cosine_floor", 0 <= self.cosine_floor <= 1, "0 to 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
+        # Grids are made in evaluations, as both need the averaged weights.
         self._require(
             "sample_every_steps",
             self.sample_every_steps % self.evaluate_every_steps == 0,
@@ -110,6 +111,7 @@ class TrainingConfig:
 
     def progress(self, step: int, minutes: float) -> float:
         """Fraction of the budget that is used, in [0, 1]: the larger one of the two limits."""
+        # The schedule follows this fraction, so it ends with the run whichever limit comes first.
         fractions = []
         if self.max_minutes is not None:
             fractions.append(minutes / self.max_minutes)

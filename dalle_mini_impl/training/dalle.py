@@ -127,6 +127,7 @@ def train_dalle(config: DalleRunConfig, *, resume: str | None = None) -> Path:
 
 def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     """Read and tokenize the data; build the decoder and the pipeline around it."""
+    # 1. The image tokenizer, which stays as it is.
     try:
         vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         require_working(vqvae)
@@ -136,6 +137,8 @@ def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
             "tokenizer and perhaps vqvae_image_size"
         ) from None
     vqvae = vqvae.to(run.accelerator.device)
+
+    # 2. Captions and images as tokens. Held-out images have one view, the image as it is.
     views = Variation(max_shift=config.max_shift)
     more_views = replace(
         views,
@@ -157,6 +160,8 @@ def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         )
         train_tokens = tokenize(train.pairs, train.pixels, variation=more_views)
         held_out_tokens = tokenize(held_out.pairs, held_out.pixels, variation=views)
+
+    # 3. The decoder, in the pipeline that is saved at the end.
     torch.manual_seed(config.training.seed)
     dalle_config = DalleConfig(
         decoder=config.decoder,
@@ -297,6 +302,7 @@ class DalleTask:
         raster_order = torch.arange(self.image_length, device=image.device)
         order = torch.where(is_random[:, None], uniforms.order.argsort(dim=1), raster_order)
 
+        # The model takes tokens in generation order: token i belongs to cell order[i].
         logits = model(given_text, inputs.gather(1, order), image_order=order)
         targets = image.gather(1, order)
         image_nats = token_nats(logits.image.flatten(0, 1), targets.flatten()).mean()
@@ -305,6 +311,7 @@ class DalleTask:
         # The decoder predicts the caption that it was not given, too, but that counts as zero.
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~is_dropped)
         loss = image_nats + config.text_loss_weight * text_nats
+        # The metric is a mean over the captions that count, the loss one over the whole batch.
         fraction_counted = max(1 - config.caption_dropout_probability, 1e-9)
         return loss, {
             "image_nats": image_nats.detach(),

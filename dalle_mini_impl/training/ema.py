@@ -21,6 +21,7 @@ class MovingAverage:
         """Move towards the model's weights; ``step`` counts updates."""
         # The first updates move faster, or the initial weights would linger in the average.
         decay = min(self.decay, (1 + step) / (10 + step))
+        # One fused kernel for all parameters; buffers (counters, codebooks) have no mean.
         current = model.state_dict()
         names = [name for name, _ in model.named_parameters()]
         averaged_parameters = [self.weights[name] for name in names]
@@ -36,6 +37,7 @@ class MovingAverage:
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
         """Exchange the averaged and the model's weights, in place; a second call undoes it."""
+        # One tensor at a time: a whole second copy of the weights need not fit into memory.
         for name, value in model.state_dict().items():
             kept = value.clone()
             value.copy_(self.weights[name])

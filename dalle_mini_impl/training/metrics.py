@@ -45,6 +45,7 @@ class RunningMetrics:
             were spent waiting for data and saving checkpoints.
         """
         seconds = max(1e-9, time.perf_counter() - self._started)
+        # One transfer and one reduction for all metrics together.
         means = torch.stack(
             [value.to(accelerator.device) / self._num_steps for value in self._totals.values()]
         )

@@ -33,6 +33,7 @@ def build_optimizers(
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     }
+    # Tied weights appear once in model.parameters(), and so in one group.
     hidden, matrices, vectors = [], [], []
     for parameter in model.parameters():
         if not parameter.requires_grad:
@@ -52,6 +53,7 @@ def build_optimizers(
     )
     optimizers: list[Optimizer] = [adamw]
     if hidden:
+        # Newton-Schulz needs few bits; float32 is for hardware that only emulates bf16.
         dtype = torch.bfloat16 if has_fast_bf16() else torch.float32
         muon = Muon(hidden, lr=learning_rate, weight_decay=weight_decay, dtype=dtype)
         optimizers.append(muon)
@@ -118,6 +120,7 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Mapping):
         if all(isinstance(key, str) for key in value):
             return {key: _encode(item, prefix + key, tensors) for key, item in value.items()}
+        # JSON turns integer keys (of parameters) into strings, so such dicts become lists of pairs.
         items = [[key, _encode(item, f"{prefix}{key}", tensors)] for key, item in value.items()]
         return {"__items__": items}
     if isinstance(value, (list, tuple)):

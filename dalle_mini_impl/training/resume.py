@@ -44,6 +44,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
                 f"resume: no such folder {resume!r}, expected latest or a checkpoint folder"
             )
         return load_checkpoint(Path(resume))
+    # Damaged ones are passed over here; one that is named by its folder is an error instead.
     checkpoint = newest_checkpoint(root)
     if checkpoint is None:
         logger.warning("--resume latest: no checkpoint in %s; starting at step 0", root)

@@ -78,15 +78,18 @@ def run_training(
         UserError: If data or folders are of no use, or there is nothing to resume from.
     """
     with claim_output_dir(config, resume), only_main_process_informs():
+        # 1. Devices, processes, precision.
         settings: Any = config
         output_dir = Path(settings.output_dir)
         accelerator = build_accelerator(settings.training.mixed_precision)
         use_fast_float32()
         keep_freed_memory()
         is_main = accelerator.is_main_process
+        # 2. Data and model.
         records = RunRecords(folder=output_dir, writes=is_main, resumes=resume is not None)
         task = build_task(config, RunContext(accelerator, records))
         trainer = _begin(config, task, accelerator, resume)
+        # 3. Train, then keep the averaged weights, if there are any.
         folder = output_dir / "model"
         try:
             trainer.train()
@@ -98,6 +101,7 @@ def run_training(
             trainer.tracker.close()
         accelerator.wait_for_everyone()  # they may read the folder
         logger.info(f"model folder: {folder}")
+        # 4. Measure what was saved.
         if report is not None and is_main:
             task.model.eval()
             text = json.dumps(report(task, output_dir), indent=2)
@@ -113,6 +117,7 @@ def _begin(config: Any, task: Task, accelerator: Accelerator, resume: str | None
     trainer = Trainer(task, config.training, accelerator=accelerator, output_dir=output_dir)
     num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
     logger.info(f"{num_parameters / 1e6:.1f} M parameters")
+    # First compare settings, then load: a changed setting is a better message than a shape.
     if checkpoint:
         logger.info(f"resuming at step {checkpoint.step} from {checkpoint.path}")
         for line in compare_configs(checkpoint, _plain(dataclasses.asdict(config))):
@@ -165,6 +170,7 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
             f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
             "images would become data; expected a folder outside"
         )
+    # Checkpoints may lie on another disk, by a link.
     make_folder(output_dir, field="output_dir")
     if (output_dir / "checkpoints").exists():
         make_folder(output_dir / "checkpoints", field="output_dir")

@@ -75,6 +75,7 @@ class Tracker:
             raise ValueError(
                 f"metrics: got the names {sorted(taken)}, which every line has already"
             )
+        # To our file first: whatever W&B does afterwards, the numbers are kept.
         values = {name: float(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
         self._to_files(lambda: self._write_line(line))
@@ -90,6 +91,7 @@ class Tracker:
             )
         if self._output_dir is None:
             return
+        # A key is no file name: `samples/validation`.
         path = self._output_dir / SAMPLES_NAME / f"{_UNSAFE.sub('_', key)}_{step:08d}.png"
         self._to_files(lambda: _write_grid(path, images, captions))
 
@@ -134,6 +136,7 @@ class Tracker:
 
     def close(self) -> None:
         """Finish the run; online, wait at most 5 minutes for uploads. Later calls do nothing."""
+        # Metrics are closed last, and whatever W&B did.
         self._to_wandb("finish", lambda run: run.finish())
         self._run = None
         if self._broken_run is not None:
@@ -265,6 +268,7 @@ def _choose_mode() -> str:
     requested = os.environ.get("WANDB_MODE")
     if requested in ("online", "offline", "disabled"):
         return requested
+    # wandb is slow to import, and without a run of it nobody should wait for that.
     import wandb
 
     settings = wandb.setup(wandb.Settings(silent=True)).settings

@@ -124,9 +124,9 @@ class Trainer:
             weight_decay=config.weight_decay,
             betas=config.betas,
         )
-        self.average = (
-            MovingAverage(self.model, decay=config.ema_decay) if config.ema_decay else None
-        )
+        self.average: MovingAverage | None = None
+        if config.ema_decay:
+            self.average = MovingAverage(self.model, decay=config.ema_decay)
         self.order = SampleOrder(
             task.num_samples,
             global_batch_size=config.global_batch_size,
@@ -253,6 +253,7 @@ class Trainer:
         # Clipping at infinity only measures the norm.
         max_norm = config.gradient_clip_norm or math.inf
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        # A function of step and progress alone, as everything: there is no scheduler to resume.
         factor = learning_rate_factor(
             state.step,
             progress,
@@ -308,9 +309,10 @@ class Trainer:
         losses = self.accelerator.gather(loss.detach().float().reshape(1)).tolist()
         if not self.accelerator.is_main_process:
             return
+        # Losses as text: JSON has no nan.
         row = {
             "step": self.state.step,
-            "loss_of_each_process": [str(value) for value in losses],  # JSON knows no nan
+            "loss_of_each_process": [str(value) for value in losses],
             "sample_ids": self.order.indices(self.state.step).tolist(),
         }
         try:
@@ -386,6 +388,7 @@ class Trainer:
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
+            # No `skipped_in_a_row`: a checkpoint is written after a good step only.
             self.state = RunState(
                 step=checkpoint.step,
                 elapsed_seconds=float(checkpoint.state["elapsed_seconds"]),
@@ -430,6 +433,7 @@ class Trainer:
         # sample gets the same ones on any number of processes.
         generator = step_generator(self.config.seed, step, 0, UNIFORMS_PURPOSE)
         uniforms = torch.rand(shape, generator=generator)
+        # Process r takes the r-th part of the global batch, in order.
         size, accumulation = self.micro_batch_size, self.config.gradient_accumulation_steps
         start = self.accelerator.process_index * size * accumulation
         slices = [slice(start + i * size, start + (i + 1) * size) for i in range(accumulation)]

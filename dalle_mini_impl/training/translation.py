@@ -245,6 +245,7 @@ def _choose(table: Tensor, sample_ids: Tensor, uniforms: Tensor) -> Tensor:
 
 def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict[str, float]]]:
     """Translate the held-out texts, and score that beside two baselines without a model."""
+    # 1. Translate. Both baselines need no model: the nearest known source, and no translation.
     held_out, references = task.pairs.held_out, task.references
     sources = [pair.source for pair in held_out]
     nearest = nearest_targets(sources, task.pairs.train)
@@ -253,8 +254,8 @@ def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict
         "nearest source": [task.normalize(text) for text in nearest],
         "copy": [task.normalize(text) for text in sources],
     }
-    # Held-out texts of a family that was trained on are new combinations (another skin tone of a
-    # known emoji).
+    # 2. Divide. A held-out text of a family that was trained on is a new combination (another skin
+    # tone of a known emoji).
     is_new = task.pairs.is_new_family()
     numbers_of_all = range(len(held_out))
     new_families = [number for number in numbers_of_all if is_new[number]]
@@ -266,6 +267,7 @@ def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict
             number for number in new_families if held_out[number].is_plain
         ],
     }
+    # 3. Score.
     report: dict[str, dict[str, dict[str, float]]] = {}
     for part, numbers in parts.items():
         if not numbers:
@@ -279,6 +281,7 @@ def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict
         for name, scores in report[part].items():
             figures = f"chrF {scores['chrf']:5.1f}  BLEU {scores['bleu']:5.1f}"
             logger.info(f"  {name:15} {figures}  exact {scores['exact']:.1%}")
+    # 4. Show the translations themselves.
     rows = zip(
         sources, references, predictions["model"], predictions["nearest source"], strict=True
     )

@@ -280,6 +280,7 @@ class VQVAETask:
         if output.next_feature_loss is not None:
             metrics["next_feature_loss"] = output.next_feature_loss.detach()
             loss = loss + self.config.next_feature_weight * output.next_feature_loss
+        # 4. The opponent's turn, once it takes part.
         if self.discriminator.is_on:
             trained: Any = getattr(model, "module", model)  # inside DDP, on several processes
             if progress >= self.discriminator.starts_at:
@@ -338,6 +339,7 @@ class VQVAETask:
         counts = torch.zeros(vqvae.codebook_size, dtype=torch.long, device=device)
         totals = {"psnr_db": 0.0} | ({"hard_soft_gap_db": 0.0} if is_gumbel else {})
         noise = torch.Generator(device).manual_seed(0)  # the same in every evaluation
+        # Through hard tokens, as in generation, whatever the quantizer trains with.
         for images in self.held_out.split(EVALUATION_BATCH_SIZE):
             pixels = to_pixels(images.to(device))
             token_ids = vqvae.encode_to_token_ids(pixels)
@@ -346,6 +348,7 @@ class VQVAETask:
             fraction = len(images) / len(self.held_out)
             totals["psnr_db"] += float(psnr(hard, pixels)) * fraction
             if isinstance(vqvae.quantizer, GumbelQuantizer):
+                # How much better the mixture of codes is that Gumbel-softmax trains with.
                 latents = vqvae.quantizer.soft_latents(vqvae.encoder(pixels), generator=noise)
                 soft = vqvae.decode_from_latents(latents)
                 totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * fraction

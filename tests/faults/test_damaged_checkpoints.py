@@ -59,24 +59,9 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(content)
 
 
-def replace_by_folder(path: Path) -> None:
+def replace(path: Path, make: Callable[..., object], *arguments: str) -> None:
     path.unlink()
-    path.mkdir()
-
-
-def replace_by_dangling_link(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def replace_by_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def replace_by_endless_device(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("/dev/zero")
+    make(path, *arguments)
 
 
 class Evil:
@@ -84,10 +69,6 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return (Path(SENTINEL).write_text, ("ran",))
-
-
-def swap_with_older(path: Path) -> None:
-    shutil.copy(path.parents[1] / OLDER / path.name, path)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -104,12 +85,15 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "a web page": lambda path: path.write_text("<!doctype html><title>404</title>"),
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
-    "a folder": replace_by_folder,
-    "a dangling link": replace_by_dangling_link,
-    "a pipe": replace_by_pipe,
-    "an endless device": replace_by_endless_device,
-    "that of another step": swap_with_older,
+    "a folder": lambda path: replace(path, Path.mkdir),
+    "a dangling link": lambda path: replace(path, Path.symlink_to, "nowhere"),
+    "a pipe": lambda path: replace(path, os.mkfifo),
+    "an endless device": lambda path: replace(path, Path.symlink_to, "/dev/zero"),
+    "that of another step": lambda path: shutil.copy(path.parents[1] / OLDER / path.name, path),
 }
+
+
+REASONS = ("is missing", "is not a file", "bytes, expected", "sha256", "cannot be read")
 
 
 def fingerprint(root: Path) -> dict[str, Any]:
@@ -147,6 +131,7 @@ def test_a_damaged_file_is_named_and_passed_over(
     other = name == "manifest.json" and damage == "that of another step"
     assert f"{NEWEST}/" in message if other else name in message
     assert "\n" not in message
+    assert any(reason in message for reason in REASONS)
     assert_resumes_at(root, 3)
     assert f"passing over checkpoint {NEWEST}" in caplog.text
     assert fingerprint(root) == before

@@ -1,6 +1,5 @@
 """Checkpoints come back as they were saved, in spite of kills, full disks and flipped bits."""
 
-import json
 import os
 import resource
 import shutil
@@ -85,10 +84,8 @@ def test_round_trip_is_exact(tmp_path: Path) -> None:
         got = loaded.tensors["model"][name]
         assert got.dtype == tensor.dtype
         assert got.shape == tensor.shape
-        as_bytes = [
-            bytes(t.detach().contiguous().view(-1).view(torch.uint8)) for t in (got, tensor)
-        ]
-        assert as_bytes[0] == as_bytes[1], name
+        got, expected = (t.detach().contiguous().view(-1) for t in (got, tensor))
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
 
 
 def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
@@ -151,59 +148,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 7, tensors={}, state={"marker": "again"})
     assert load_checkpoint(path).state == {"marker": "again"}
     assert step_names(tmp_path) == ["step-00000006", "step-00000007"]
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_last_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def name_a_file_outside(path: Path) -> None:
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000001/state.json"] = manifest["files"]["state.json"]
-    path.write_text(json.dumps(manifest))
-
-
-def change_format_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-
-
-DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
-    (truncate, "model.safetensors", "bytes, expected"),
-    (flip_last_bit, "model.safetensors", "sha256 differs"),
-    (flip_last_bit, "state.json", "sha256 differs"),
-    (Path.unlink, "ema.safetensors", "is missing"),
-    (Path.unlink, "state.json", "is missing"),
-    (Path.unlink, "manifest.json", "is missing"),
-    (truncate, "manifest.json", "cannot be read"),
-    (name_a_file_outside, "manifest.json", "leads out of the folder"),
-    (change_format_version, "manifest.json", "format_version 2, expected 1"),
-]
-
-
-@pytest.mark.parametrize(("damage", "file_name", "reason"), DAMAGES)
-def test_damage_is_named_and_passed_over(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
-    file_name: str,
-    reason: str,
-) -> None:
-    save_simple(tmp_path, 1)
-    path = save_simple(tmp_path, 2)
-    damage(path / file_name)
-    with pytest.raises(CheckpointCorruptError) as raised:
-        load_checkpoint(path)
-    assert file_name in str(raised.value)
-    assert reason in str(raised.value)
-    assert_is_simple(tmp_path, steps={1})
-    assert "passing over checkpoint step-00000002" in caplog.text
-    assert reason in caplog.text
 
 
 @settings(

@@ -83,7 +83,7 @@ def test_adamw_follows_the_paper() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
-def test_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
+def test_muon_updates_like_torchs(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     gradients = [torch.randn(shape, generator=generator) for _ in range(3)]

@@ -21,6 +21,7 @@ from dalle_mini_impl.training.vqvae import (
 )
 from tests.reference import dvae_loss, tiny
 from tests.reference.quantizers import uniform_noise
+from tests.reference.runs import checkpoint_dir, read_files
 from vqvae import VQVAE
 from vqvae.losses import perceptual
 from vqvae.losses.adversarial import (
@@ -163,12 +164,7 @@ GAN = DiscriminatorConfig(
 
 
 def weights_at(out: Path, step: int) -> dict[str, Tensor]:
-    return load_file(out / "checkpoints" / f"step-{step:08d}" / "model.safetensors")
-
-
-def files_at(out: Path, step: int) -> dict[str, bytes]:
-    folder = out / "checkpoints" / f"step-{step:08d}"
-    return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
+    return load_file(checkpoint_dir(out, step) / "model.safetensors")
 
 
 def test_discriminator_joins_in_time() -> None:
@@ -228,11 +224,11 @@ def test_helpers_resume_exactly_and_are_left_behind(
     config = dataclasses.replace(config, task=task, discriminator=discriminator)
     out = tmp_path / "run"
     folder, _ = tiny.train(config)
-    straight = files_at(out, 6)
-    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    straight = read_files(checkpoint_dir(out, 6))
+    shutil.rmtree(checkpoint_dir(out, 6))
     shutil.rmtree(folder)
     tiny.train(config, resume="latest")
-    assert files_at(out, 6) == straight
+    assert read_files(checkpoint_dir(out, 6)) == straight
     first, last = weights_at(out, 3), weights_at(out, 6)
     helpers = {name for name in last if not name.startswith(prefix)}
     num_critic = len(list(PatchDiscriminator(channels=4, num_layers=2).parameters()))
