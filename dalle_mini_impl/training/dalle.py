@@ -41,7 +41,7 @@ class DalleTaskConfig:
     """The decoder's loss and its augmentations."""
 
     text_loss_weight: float = 0.1
-    """Weight of the caption's loss beside the image's, in models that write captions."""
+    """Weight of the caption's loss relative to the image's, in models that write captions."""
     caption_dropout_probability: float = 0.1
     """Fraction of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0

@@ -38,7 +38,7 @@ class RunningMetrics:
         self._num_samples += samples
 
     def read(self, accelerator: Accelerator, tokens_per_sample: int) -> dict[str, float]:
-        """Return the means over steps and processes, and start anew.
+        """Return the means over steps and processes, and reset.
 
         Returns:
             Means as ``train/<name>``, speeds per second, and the fractions of time in [0, 1] that

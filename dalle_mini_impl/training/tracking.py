@@ -84,7 +84,7 @@ class Tracker:
     def log_images(
         self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
     ) -> None:
-        """Record images: as one PNG (captions in the text file beside it), in W&B one by one."""
+        """Record images: as one PNG with a text file of captions, in W&B one by one."""
         if len(images) != len(captions) or not images:
             raise ValueError(
                 f"images: got {len(images)} for {len(captions)} captions, expected one each"
@@ -367,7 +367,7 @@ def _take_down_wandb(run: Any) -> None:
 
 
 def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-    """Write one PNG with all images row by row, and their captions line by line beside it."""
+    """Write one PNG with all images row by row, and a text file with their captions line by line."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))

@@ -165,7 +165,7 @@ class Trainer:
         progress_line = ProgressLine(is_main, progress=state.progress(config))
         started = time.perf_counter() - state.elapsed_seconds
         metrics = RunningMetrics()
-        # A second thread pool of torch beside the training's slowed training by a fifth.
+        # A second thread pool of torch slowed training by a fifth.
         one_thread = partial(torch.set_num_threads, 1)
         with (
             ThreadPoolExecutor(max_workers=1, initializer=one_thread) as loader,
@@ -297,7 +297,7 @@ class Trainer:
         # A checkpoint of the first of these steps holds the very weights that failed.
         first = state.step + 1 - MAX_SKIPPED_IN_A_ROW
         good = checkpoint_before(self.checkpoint_dir, first)
-        remedy = f"pass --resume {good}" if good else "start anew in another output_dir"
+        remedy = f"pass --resume {good}" if good else "start again in another output_dir"
         raise UserError(
             f"training: the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row up to step "
             f"{state.step}; {self.not_finite_file} lists the samples; lower "

@@ -244,7 +244,7 @@ def _choose(table: Tensor, sample_ids: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _report(task: TranslationTask, output_dir: Path) -> dict[str, dict[str, dict[str, float]]]:
-    """Translate the held-out texts, and score that beside two baselines without a model."""
+    """Translate the held-out texts, and compare that with two baselines."""
     # 1. Translate. Both baselines need no model: the nearest known source, and no translation.
     held_out, references = task.pairs.held_out, task.references
     sources = [pair.source for pair in held_out]

@@ -64,10 +64,10 @@ class VQVAETaskConfig:
     """The tokenizer's loss and its augmentation."""
 
     wavelet_weight: float = 0.5
-    """Weight of the wavelet loss beside the absolute error. Not read with logit-Laplace outputs
+    """Weight of the wavelet loss relative to the absolute error. Not read with logit-Laplace outputs
     (``vqvae.decoder_output``), whose likelihood is the loss."""
     ms_ssim_weight: float = 0.0
-    """Weight of 1 - MS-SSIM beside the absolute error; not read there either."""
+    """Weight of 1 - MS-SSIM relative to the absolute error; not read there either."""
     max_shift: int = 0
     """Largest random shift of a training image, in pixels."""
     gumbel_kl_weight: float = 1e-3
@@ -358,7 +358,7 @@ class VQVAETask:
 
     @torch.no_grad()
     def make_image_grids(self) -> list[ImageGrid]:
-        """Show held-out images beside their reconstructions."""
+        """Show held-out images next to their reconstructions."""
         device = next(self.vqvae.parameters()).device
         num_shown = min(NUM_SHOWN, len(self.held_out))
         chosen = torch.linspace(0, len(self.held_out) - 1, num_shown).long()

@@ -162,10 +162,10 @@ def test_a_signal_inside_a_save_leaves_one_whole_checkpoint(tmp_path: Path, even
 
 LISTENER = """
 import os, sys, time
-from dalle_mini_impl.training import signals as stopping
+from dalle_mini_impl.training import signals
 
-stopping.SAME_REQUEST_SECONDS = 0.5
-with stopping.StopRequest() as request:
+signals.SAME_REQUEST_SECONDS = 0.5
+with signals.StopRequest() as request:
     print("listening", flush=True)
     for _ in range(2000):
         time.sleep(0.01)

@@ -29,38 +29,24 @@ DISABLED = TrackingConfig(mode="disabled")
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
 
 
-OF_EVERY_RUN = {
-    "trainer/global_step",
-    "progress",
-    "train/loss",
-    "train/learning_rate",
-    "train/gradient_norm",
-    "train/samples_per_second",
-    "train/tokens_per_second",
-    "train/data_wait_fraction",
-    "train/save_fraction",
-}
-OF_A_TOKENIZER = {
-    "train/reconstruction_loss",
-    "train/psnr_db",
-    "train/batch_codebook_perplexity",
-    "validation/psnr_db",
-    "validation/codebook_usage",
-    "validation/codebook_perplexity",
-}
-OF_A_DECODER = {
-    "train/image_nats",
-    "train/text_nats",
-    "validation/image_nats",
-    "validation/image_nats_null_caption",
-    "validation/text_nats",
-    "validation/log_likelihood_ratio_nats",
-    "validation/memorization_gap_nats",
-    "baseline/image_uniform_nats",
-    "baseline/image_unigram_nats",
-    "baseline/text_uniform_nats",
-    "baseline/text_unigram_nats",
-}
+def keys(prefix: str, names: str) -> set[str]:
+    return {f"{prefix}/{name}" for name in names.split()}
+
+
+OF_EVERY_RUN = {"trainer/global_step", "progress"} | keys(
+    "train",
+    "loss learning_rate gradient_norm samples_per_second tokens_per_second data_wait_fraction "
+    "save_fraction",
+)
+OF_A_TOKENIZER = keys("train", "reconstruction_loss psnr_db batch_codebook_perplexity")
+OF_A_TOKENIZER |= keys("validation", "psnr_db codebook_usage codebook_perplexity")
+OF_A_DECODER = keys("train", "image_nats text_nats") | keys(
+    "validation",
+    "image_nats image_nats_null_caption text_nats log_likelihood_ratio_nats memorization_gap_nats",
+)
+OF_A_DECODER |= keys(
+    "baseline", "image_uniform_nats image_unigram_nats text_uniform_nats text_unigram_nats"
+)
 
 
 @pytest.fixture(autouse=True)

@@ -97,7 +97,7 @@ def test_a_failed_run_names_the_last_good_checkpoint(tmp_path: Path) -> None:
     assert folders_of(tmp_path) == ["step-00000003", "step-00000004"]
 
     task = LineTask(spoiled=dict.fromkeys(range(20), "loss"))
-    with pytest.raises(UserError, match=r"\(now 0.05\) and start anew in another output_dir$"):
+    with pytest.raises(UserError, match=r"\(now 0.05\) and start again in another output_dir$"):
         build_trainer(task, tmp_path / "none", checkpoint_every_steps=1).train()
     assert folders_of(tmp_path / "none") == []
 
