@@ -6,7 +6,7 @@ write captions, a small weight times that of the caption tokens.
 """
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -138,11 +138,10 @@ def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         ) from None
     vqvae = vqvae.to(run.accelerator.device)
 
-    # 2. Captions and images as tokens. Held-out images have one view, the image as it is.
-    views = Variation(max_shift=config.max_shift)
-    more_views = replace(
-        views,
+    # 2. Captions and images as tokens; only those that are trained on vary.
+    variation = Variation(
         num_views=config.num_views,
+        max_shift=config.max_shift,
         max_zoom=config.max_zoom,
         bpe_dropout=config.task.bpe_dropout_probability,
     )
@@ -158,8 +157,8 @@ def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
             text_tokenizer=text_tokenizer,
             cache_dir=Path(config.output_dir) / "tokens",
         )
-        train_tokens = tokenize(train.pairs, train.pixels, variation=more_views)
-        held_out_tokens = tokenize(held_out.pairs, held_out.pixels, variation=views)
+        train_tokens = tokenize(train.pairs, train.pixels, variation=variation)
+        held_out_tokens = tokenize(held_out.pairs, held_out.pixels, variation=Variation())
 
     # 3. The decoder, in the pipeline that is saved at the end.
     torch.manual_seed(config.training.seed)

@@ -32,7 +32,6 @@ from dalle_mini_impl.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 REPORT_NAME = "report.json"
-ConfigT = TypeVar("ConfigT")
 TaskT = TypeVar("TaskT", bound=Task)
 
 
@@ -58,8 +57,8 @@ def learn_text_tokenizer(config: TextConfig, texts: Iterable[str]) -> TextTokeni
 
 
 def run_training(
-    config: ConfigT,
-    build_task: Callable[[ConfigT, RunContext], TaskT],
+    config: Any,
+    build_task: Callable[[Any, RunContext], TaskT],
     *,
     resume: str | None,
     report: Callable[[TaskT, Path], dict[str, Any]] | None = None,
@@ -79,9 +78,8 @@ def run_training(
     """
     with claim_output_dir(config, resume), only_main_process_informs():
         # 1. Devices, processes, precision.
-        settings: Any = config
-        output_dir = Path(settings.output_dir)
-        accelerator = build_accelerator(settings.training.mixed_precision)
+        output_dir = Path(config.output_dir)
+        accelerator = build_accelerator(config.training.mixed_precision)
         use_fast_float32()
         keep_freed_memory()
         is_main = accelerator.is_main_process

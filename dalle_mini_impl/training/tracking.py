@@ -367,7 +367,7 @@ def _take_down_wandb(run: Any) -> None:
 
 
 def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-    """Write one PNG with all images row by row, and a text file with their captions line by line."""
+    """Write one PNG with all images row by row, and a text file with a caption per line."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))

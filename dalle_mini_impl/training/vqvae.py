@@ -64,8 +64,8 @@ class VQVAETaskConfig:
     """The tokenizer's loss and its augmentation."""
 
     wavelet_weight: float = 0.5
-    """Weight of the wavelet loss relative to the absolute error. Not read with logit-Laplace outputs
-    (``vqvae.decoder_output``), whose likelihood is the loss."""
+    """Weight of the wavelet loss relative to the absolute error. Not read with logit-Laplace
+    outputs (``vqvae.decoder_output``), whose likelihood is the loss."""
     ms_ssim_weight: float = 0.0
     """Weight of 1 - MS-SSIM relative to the absolute error; not read there either."""
     max_shift: int = 0
