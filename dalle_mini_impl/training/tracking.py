@@ -8,31 +8,29 @@ and lets wandb's errors end the training. Here every wandb call may fail; the ru
 import json
 import logging
 import math
-import netrc
 import os
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from PIL import Image
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.wandb_run import (
+    GLOBAL_STEP,
+    choose_mode,
+    init_wandb,
+    one_line,
+    take_down_wandb,
+)
 
 logger = logging.getLogger(__name__)
 
-GLOBAL_STEP = "trainer/global_step"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
-CONNECT_SECONDS = 1.0
-INIT_SECONDS = 30.0
-FINISH_SECONDS = 300.0
 _UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)
 
 
@@ -140,7 +138,7 @@ class Tracker:
         self._to_wandb("finish", lambda run: run.finish())
         self._run = None
         if self._broken_run is not None:
-            _take_down_wandb(self._broken_run)
+            take_down_wandb(self._broken_run)
             self._broken_run = None
         if self._metrics_file is not None:
             self._to_files(self._metrics_file.close)
@@ -153,24 +151,25 @@ class Tracker:
         assert self._output_dir is not None
         folder = self._output_dir.resolve()
         mode: str = config.mode
+        names: Any = {"project": config.project, "run_name": config.run_name, "run_id": run_id}
         try:
             if mode == "auto":
-                mode = _choose_mode()
+                mode = choose_mode()
             if mode == "disabled":
                 return
             try:
-                self._run = _init_wandb(config, mode, folder, run_config, run_id)
+                self._run = init_wandb(mode, folder, run_config, **names)
             except Exception as error:
                 # An offline record can still be sent later.
                 if mode != "online":
                     raise
-                logger.warning("W&B: cannot go online (%s); recording offline", _one_line(error))
+                logger.warning("W&B: cannot go online (%s); recording offline", one_line(error))
                 mode = "offline"
-                self._run = _init_wandb(config, mode, folder, run_config, run_id)
+                self._run = init_wandb(mode, folder, run_config, **names)
         # wandb talks to a network and to a process of its own. It may fail in any way at any time,
         # and no failure is worth a training run.
         except Exception as error:
-            logger.warning("W&B: cannot start (%s); only %s", _one_line(error), METRICS_NAME)
+            logger.warning("W&B: cannot start (%s); only %s", one_line(error), METRICS_NAME)
             return
         self.run_id = self._run.id
         where = self._run.url if mode == "online" else f"offline in {folder / 'wandb'}"
@@ -185,7 +184,7 @@ class Tracker:
         # As in `_start_wandb`: whatever wandb raises, training goes on.
         except Exception as error:
             logger.warning(
-                "W&B: cannot %s (%s); from here on only %s", what, _one_line(error), METRICS_NAME
+                "W&B: cannot %s (%s); from here on only %s", what, one_line(error), METRICS_NAME
             )
             self._run, self._broken_run = None, self._run
 
@@ -263,109 +262,6 @@ def _rewind(path: Path, resume_step: int) -> None:
     os.replace(rewound, path)
 
 
-def _choose_mode() -> str:
-    """Resolve `auto`, without ever waiting longer than `CONNECT_SECONDS`."""
-    requested = os.environ.get("WANDB_MODE")
-    if requested in ("online", "offline", "disabled"):
-        return requested
-    # wandb is slow to import, and without a run of it nobody should wait for that.
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if settings.mode in ("offline", "dryrun", "disabled"):  # `wandb offline` was called here
-        return "disabled" if settings.mode == "disabled" else "offline"
-    if not _has_credentials(settings):
-        reason = "no API key (`wandb login` saves one)"
-    elif not _is_reachable(settings.base_url):
-        reason = f"no connection to {settings.base_url} within {CONNECT_SECONDS:g} s"
-    else:
-        return "online"
-    logger.info("W&B: %s; recording offline, to be sent later by `wandb sync`", reason)
-    return "offline"
-
-
-def _has_credentials(settings: Any) -> bool:
-    """Look for an API key where wandb does, without its prompt and its network calls."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    if settings.api_key:
-        return True
-    default = "~/_netrc" if os.name == "nt" else "~/.netrc"
-    try:
-        entries = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or default))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    host = urlsplit(settings.base_url).netloc
-    # The public service has several names; keys were saved under the oldest.
-    hosts = [host, "api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [host]
-    return any(entries.authenticators(name) for name in hosts)
-
-
-def _is_reachable(base_url: str) -> bool:
-    """Try to connect to the server, or to the proxy before it."""
-    url = urlsplit(base_url)
-    proxy = getproxies().get(url.scheme)
-    if proxy and url.hostname and not proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connected = threading.Event()
-
-    def connect() -> None:
-        port = url.port or (443 if url.scheme == "https" else 80)
-        try:
-            with socket.create_connection((url.hostname, port), CONNECT_SECONDS):
-                connected.set()
-        except (OSError, ValueError):  # no such host, no such port, no answer
-            pass
-
-    # In a thread, as the time-out of a socket does not cover the look-up of the host's name.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return connected.is_set()
-
-
-def _init_wandb(
-    config: TrackingConfig,
-    mode: str,
-    folder: Path,
-    run_config: Mapping[str, Any],
-    run_id: str | None,
-) -> Any:
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))  # for the lines that are not about one run
-    settings = wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
-    if hasattr(settings, "finish_timeout"):  # older wandb waits for uploads forever
-        settings.finish_timeout = FINISH_SECONDS
-    run = wandb.init(
-        project=config.project,
-        name=config.run_name,
-        dir=str(folder),
-        config=dict(run_config),
-        mode="online" if mode == "online" else "offline",
-        id=run_id,
-        resume="allow" if run_id else None,
-        reinit="create_new",  # leave a run that the caller's own code has open alone
-        settings=settings,
-    )
-    # The x-axis is our step, which (unlike wandb's own) may go back on resume.
-    run.define_metric(GLOBAL_STEP)
-    run.define_metric("*", step_metric=GLOBAL_STEP)
-    return run
-
-
-def _take_down_wandb(run: Any) -> None:
-    """Finish a failed wandb now, so that its exit hook raises nothing."""
-    import wandb
-
-    for call in (run.finish, wandb.teardown):
-        try:
-            call()
-        # It has failed once and is expected to again; teardown may even raise SystemExit.
-        except (Exception, SystemExit) as error:
-            logger.debug("W&B: %s", _one_line(error))
-
-
 def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
     """Write one PNG with all images row by row, and a text file with a caption per line."""
     columns = math.ceil(math.sqrt(len(images)))
@@ -380,7 +276,3 @@ def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[st
     grid.save(path)
     lines = [" ".join(caption.split()) for caption in captions]
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -17,7 +17,7 @@ import wandb
 from PIL import Image
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training import tracking
+from dalle_mini_impl.training import tracking, wandb_run
 from dalle_mini_impl.training.tracking import Tracker, TrackingConfig, open_tracker
 from tests.reference import tiny
 from tests.reference.wandb_file import WandbFile, read_wandb_file
@@ -250,28 +250,28 @@ def test_auto_needs_a_key_and_a_server(
     monkeypatch: pytest.MonkeyPatch, server: int, tmp_path: Path
 ) -> None:
     use_server(monkeypatch, server)
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     monkeypatch.delenv("WANDB_API_KEY")
     wandb.teardown()
     (tmp_path / "home" / ".netrc").write_text(
         f"machine 127.0.0.1:{server}\n  login user\n  password {KEY}\n"
     )
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 def test_the_old_name_of_the_public_service_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracking, "_is_reachable", lambda url: True)
+    monkeypatch.setattr(wandb_run, "_is_reachable", lambda url: True)
     (tmp_path / "home" / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     use_server(monkeypatch, 9)
     wandb.teardown()
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 @pytest.mark.parametrize("kind", ["refused", "black hole", "slow name look-up"])
@@ -289,27 +289,27 @@ def test_auto_without_a_network_is_offline_within_a_second(
         monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
     url = os.environ["WANDB_BASE_URL"]
     started = time.perf_counter()
-    assert not tracking._is_reachable(url)
+    assert not wandb_run._is_reachable(url)
     assert time.perf_counter() - started < 3.0
-    monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.1)
-    assert tracking._choose_mode() == "offline"
+    monkeypatch.setattr(wandb_run, "CONNECT_SECONDS", 0.1)
+    assert wandb_run.choose_mode() == "offline"
 
 
 def test_the_way_through_a_proxy_counts(
     monkeypatch: pytest.MonkeyPatch, server: int, closed_port: int
 ) -> None:
     monkeypatch.setenv("https_proxy", f"127.0.0.1:{server}")
-    assert tracking._is_reachable("https://api.wandb.invalid")
+    assert wandb_run._is_reachable("https://api.wandb.invalid")
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port}")
-    assert not tracking._is_reachable("https://api.wandb.invalid")
+    assert not wandb_run._is_reachable("https://api.wandb.invalid")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert tracking._is_reachable(f"https://127.0.0.1:{server}")
+    assert wandb_run._is_reachable(f"https://127.0.0.1:{server}")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
 def test_auto_obeys_wandb_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking._choose_mode() == mode
+    assert wandb_run.choose_mode() == mode
 
 
 def test_auto_obeys_the_wandb_offline_command(
@@ -319,7 +319,7 @@ def test_auto_obeys_the_wandb_offline_command(
     use_server(monkeypatch, server)
     (tmp_path / "home" / "wandb").mkdir()
     subprocess.run([sys.executable, "-m", "wandb", "offline"], check=True, capture_output=True)
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
