@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from benchmarks.images import write_images
 from dalle_mini_impl.models.dalle_config import DecoderConfig
@@ -21,6 +22,7 @@ from dalle_mini_impl.training import dalle as dalle_run
 from dalle_mini_impl.training import trainer as loop
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
 from dalle_mini_impl.training.dalle import DalleRunConfig, DalleTaskConfig, train_dalle
+from dalle_mini_impl.training.run import RunContext
 from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
 from dalle_mini_impl.training.tracking import TrackingConfig
 from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETask, VQVAETaskConfig, train_vqvae
@@ -137,9 +139,8 @@ def build_stock(kind: str, folder: Path, out: Path) -> tuple[torch.nn.Module, An
     out.mkdir(parents=True, exist_ok=True)
     records = RunRecords(folder=out, writes=False, resumes=False)
     if isinstance(config, DalleRunConfig):
-        vqvae = VQVAE.from_pretrained(config.vqvae_dir)
-        task, dalle, _ = dalle_run._prepare(config, vqvae, records, lambda line: None)
-        return dalle, task
+        task = dalle_run._build_task(config, RunContext(Accelerator(), records))
+        return task.model, task
     train, held_out = (
         load_pairs(config.data, split, image_size=SIZE, records=records)
         for split in ("train", "val")
@@ -173,7 +174,6 @@ def run_stock(kind: str, folder: Path, out: Path, report: Report, *, fatal_event
         report: Told of the steps.
         fatal_event: See `signal_inside_a_save`; 0 for never.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
     from torch.utils.data import DataLoader, TensorDataset
     from transformers import get_linear_schedule_with_warmup

@@ -88,7 +88,7 @@ def build_trainer(
     config = TrainingConfig(global_batch_size=batch, **(endless | options))
     accelerator = build_accelerator("bf16" if precision == "bfloat16" else "no")
     folder = Path(tempfile.gettempdir())  # for checkpoints, which are never written
-    return Trainer(model, task, config, accelerator=accelerator, output_dir=folder)
+    return Trainer(task, config, accelerator=accelerator, output_dir=folder)
 
 
 def trainer_step(trainer: Trainer) -> Callable[[], float]:

@@ -11,10 +11,10 @@ import pytest
 from benchmarks import crash_recovery as kill_campaign
 from benchmarks import kill_runs
 from benchmarks.kill_runs import INTERVAL
-from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 from tests.reference.processes import Script, on_a_busy_machine, run_script
+from tests.reference.runs import assert_same_end, newest
 
 pytestmark = pytest.mark.slow
 
@@ -44,8 +44,7 @@ def test_a_kill_at_every_file_operation_of_a_save_of_a_run(folder: Path) -> None
     assert exit_code == -signal.SIGKILL
     for event in range(1, 200):
         copy = shutil.copytree(run, folder / "copy")
-        before = newest_checkpoint(copy / "checkpoints")
-        assert before is not None
+        before = newest(copy)
         exit_code, resumed, last = kill_campaign.attempt(
             "ours", "decoder", folder, copy, fatal_event=event, steps=2 * INTERVAL
         )
@@ -53,8 +52,7 @@ def test_a_kill_at_every_file_operation_of_a_save_of_a_run(folder: Path) -> None
         if last >= before.step + 2 * INTERVAL:
             break  # the parent's kill: no such event
         hits += 1
-        after = newest_checkpoint(copy / "checkpoints")
-        assert after is not None
+        after = newest(copy)
         assert last - after.step <= INTERVAL
         assert after.step >= resumed == before.step
         shutil.rmtree(copy)
@@ -75,7 +73,7 @@ def test_of_two_processes_one_is_killed(tmp_path: Path) -> None:
         save_config(config, tmp_path / f"{name}.yaml")
     command = ("scripts/train_vqvae.py", "--config")
     run_script(*command, tmp_path / "straight.yaml", processes=2)
-    assert_world_of_two(tmp_path / "straight")
+    assert newest(tmp_path / "straight").state["num_processes"] == 2
 
     script = Script(*command, tmp_path / "stopped.yaml", processes=2)
     script.wait_for(r"step 1[0-9] ")
@@ -87,21 +85,9 @@ def test_of_two_processes_one_is_killed(tmp_path: Path) -> None:
     assert seconds < on_a_busy_machine(30)
     for rank in ranks:
         assert not Path(f"/proc/{rank}").exists()
-    found = newest_checkpoint(tmp_path / "stopped" / "checkpoints")
-    assert found is not None
+    found = newest(tmp_path / "stopped")
     assert 5 <= found.step < 60
 
     resumed = run_script(*command, tmp_path / "stopped.yaml", "--resume", "latest", processes=2)
     assert re.search(f"resuming at step {found.step} ", resumed.all_output())
-    models = [
-        (tmp_path / name / "model" / "model.safetensors").read_bytes()
-        for name in ("straight", "stopped")
-    ]
-    assert models[0] == models[1]
-    assert tiny.losses(tmp_path / "straight") == tiny.losses(tmp_path / "stopped")
-
-
-def assert_world_of_two(out: Path) -> None:
-    found = newest_checkpoint(out / "checkpoints")
-    assert found is not None
-    assert found.state["num_processes"] == 2
+    assert_same_end(tmp_path / "straight", tmp_path / "stopped")
