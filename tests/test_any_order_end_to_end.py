@@ -1,7 +1,7 @@
-"""A decoder trained in random order fills a hole from either side, as the caption says.
+"""A decoder trained in random order inpaints a token from either side, as the caption says.
 
 Images are rows of four tokens. The caption says whether the second token repeats the first one or
-the fourth one; all else is chance. In raster order the fourth is not known yet.
+the fourth one; all others are random. In raster order the fourth is not known yet.
 """
 
 import json
@@ -36,16 +36,10 @@ def images(count: int, seed: int) -> tuple[Tensor, Tensor]:
 def trained(random_order_probability: float) -> Dalle:
     pipeline = tiny.build_pipeline()
     torch.manual_seed(0)
+    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0)
+    sizes = {"vocab_size": pipeline.text_tokenizer.vocab_size, "text_length": 1}
     dalle = Dalle(
-        DalleConfig(
-            decoder=DecoderConfig(
-                hidden_size=32, num_layers=2, num_heads=2, dropout_probability=0.0
-            ),
-            vocab_size=pipeline.text_tokenizer.vocab_size,
-            text_length=1,
-            codebook_levels=(NUM_CODES,),
-            image_grid_size=(1, 4),
-        )
+        DalleConfig(decoder=decoder, codebook_levels=(NUM_CODES,), image_grid_size=(1, 4), **sizes)
     )
     with torch.no_grad():  # the usual start is for longer training
         for name, parameter in dalle.named_parameters():
@@ -76,14 +70,14 @@ def trained(random_order_probability: float) -> Dalle:
 
 
 def fraction_right(dalle: Dalle) -> tuple[float, float]:
-    """Fill the second token of new images: shares that are right, by caption."""
+    """Inpaint the second token of new images: the fraction that is right, by caption."""
     text, image = images(300, seed=3)
-    hole = torch.tensor([False, True, False, False]).expand(300, -1)
+    is_masked = torch.tensor([False, True, False, False]).expand(300, -1)
     generated = inpaint_image_token_ids(
         dalle,
         text,
-        image.masked_fill(hole, 0),
-        hole,
+        image.masked_fill(is_masked, 0),
+        is_masked,
         seeds=torch.arange(300),
         sampling_config=SamplingConfig(guidance_scale=1.0),
     ).image_token_ids
@@ -92,12 +86,12 @@ def fraction_right(dalle: Dalle) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-def test_random_order_fills_from_both_sides_and_raster_order_does_not() -> None:
+def test_random_order_inpaints_from_both_sides() -> None:
     like_first, like_fourth = fraction_right(trained(1.0))
     assert like_first > 0.9
     assert like_fourth > 0.9
     _, like_fourth = fraction_right(trained(0.0))
-    assert like_fourth < 0.7  # it never saw an image's end before its middle
+    assert like_fourth < 0.7  # raster order never shows the end before the middle
 
 
 @pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])

@@ -1,4 +1,4 @@
-"""The whole road in three minutes: a model learns the shapes world and generates what it is told."""
+"""Three minutes from no data to a model that generates what captions of the shapes world say."""
 
 import json
 from pathlib import Path

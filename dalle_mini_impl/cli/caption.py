@@ -141,7 +141,8 @@ def _caption_decoder(pipeline: "TextToImagePipeline", option: str) -> "Dalle":
 
 
 def prefixes(captions: Sequence[str], start: str) -> list[str]:
-    """List the different beginnings of captions, from ``start`` on, that end with a word."""
+    """List all different word prefixes of captions, from ``start`` to each whole caption."""
+    # The decoder has no end-of-caption token, so each prefix is a candidate and ranking decides.
     shortest = max(len(start.split()), 1)
     found = [start] if start.strip() else []
     for words in map(str.split, captions):

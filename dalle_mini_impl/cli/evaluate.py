@@ -26,7 +26,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--guidance-scale", type=float, help="strength of the caption; 1 = off")
     add("--temperature", type=float, help="below 1 plays safe")
     add_native(parser)
-    add("--clip", type=user_text, help="folder or name of a CLIP, for the CLIP score")
+    add("--rank", choices=("likelihood", "clip", "none"), default="likelihood", help="the best by")
+    add("--clip", type=user_text, help="folder or name of a CLIP, for its score and --rank clip")
     add(
         "--wandb",
         choices=("auto", "online", "offline", "disabled"),
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
             max_samples=options.max_samples,
             overrides=sampling_overrides(options),
             native=options.native,
+            rank=options.rank,
             clip=options.clip,
             tracking=options.wandb,
         ),

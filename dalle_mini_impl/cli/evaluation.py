@@ -1,4 +1,4 @@
-"""What ``evaluate.py`` does: all measures of a model, a report of them, and its W&B run."""
+"""``evaluate.py``: measure a model in every way, write the report, show it in W&B."""
 
 import dataclasses
 import json
@@ -26,8 +26,13 @@ from dalle_mini_impl.evaluation.distribution import (
 from dalle_mini_impl.evaluation.emoji import HeldOutPrompt, held_out_prompts, measure_emoji
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.memorization import measure_memorization
-from dalle_mini_impl.evaluation.reconstruction import measure_tokenizer
-from dalle_mini_impl.evaluation.report import Section, numbers_in, write_report
+from dalle_mini_impl.evaluation.reconstruction import measure_reconstruction
+from dalle_mini_impl.evaluation.report import (
+    RECONSTRUCTED,
+    Section,
+    numbers_in,
+    write_report,
+)
 from dalle_mini_impl.evaluation.samples import (
     EvaluationData,
     Pixels,
@@ -64,50 +69,56 @@ class EvaluationConfig:
     out: Path
     """Folder of the report."""
     styles: tuple[str, ...] = ()
-    """Styles of emoji that are generated; all when empty."""
+    """Styles of emoji to generate; all when empty."""
     language: str = "en"
     """Of the captions: ``en`` or ``ko``."""
     num_candidates: int = 1
     """Images generated per caption; from 2 on the best of them is judged as well."""
+    rank: Literal["likelihood", "clip", "none"] = "likelihood"
+    """Ranker of the candidates: the decoder's likelihoods, ``clip``, or none: a single image."""
     seed: int = 0
     """Of the first image, and of every other random choice."""
     max_samples: int = 512
-    """Images per style or split that are generated, or whose loss is measured."""
+    """Images per style or split to generate, and images per split to measure the loss of."""
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of ``SamplingConfig``."""
     native: NativeWeights | None = None
-    """Generate with the compiled pass and weights of this kind, where that is possible; likelihoods are
+    """Generate with the compiled pass and weights of this kind, where possible; likelihoods are
     torch's in any case."""
     clip: str | None = None
-    """Folder or name of a CLIP that says how well generated images fit their captions."""
+    """Folder or name of a CLIP, for the CLIP score and for ``rank``."""
     tracking: Literal["auto", "online", "offline", "disabled"] | None = None
-    """W&B mode; None asks the model's run."""
+    """W&B mode; None is that of the model's run."""
 
 
 def evaluate(config: EvaluationConfig) -> Path:
     """Measure a model on held-out images and write a report.
 
-    Args:
-        config: What and how.
-
     Returns:
-        The report's ``report.md``; ``report.json`` and the images lie beside it.
+        The report's ``report.md``; ``report.json`` and the images lie in the same folder.
 
     Raises:
         UserError: If model, data or an option do not serve.
     """
     if config.max_samples < 1:
         raise UserError(f"max_samples: got {config.max_samples}, expected at least 1")
+    if config.rank == "clip" and not config.clip:
+        raise UserError(
+            "rank: got clip without --clip; expected --clip with a folder that train_clip.py "
+            "wrote, or the name of a CLIP of transformers"
+        )
+    # Refuse bad options before the images are read, which takes minutes.
     make_folder(config.out, field="out")
     pipeline = open_pipeline(config.model, native=config.native)
     sampling_config = pipeline.sampling_config.override(config.overrides)
-    ranker = load_clip_ranker(config.clip).to(pipeline.device) if config.clip else None
+    clip = load_clip_ranker(config.clip).to(pipeline.device) if config.clip else None
     clock = _Clock()
     data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
     clock.lap("images read and tokenized")
-    sections = _measure(pipeline, data, sampling_config, config, clock, ranker)
+    sections = _measure(pipeline, data, sampling_config, config, clock, clip)
     protocol = _protocol(pipeline, data, sampling_config, config)
     write_report(config.out, f"Evaluation of {config.model}", protocol, sections)
+    # Apart from the report: times differ from run to run, the report must not.
     seconds = json.dumps(clock.seconds, indent=1)
     (config.out / "timings.json").write_text(seconds + "\n", encoding="utf-8")
     _track(config, protocol, sections)
@@ -115,7 +126,7 @@ def evaluate(config: EvaluationConfig) -> Path:
 
 
 class _Clock:
-    """Says what is done, and remembers how long it took."""
+    """Logs and keeps the seconds of each step."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -134,48 +145,50 @@ def _measure(
     sampling_config: SamplingConfig,
     config: EvaluationConfig,
     clock: _Clock,
-    ranker: ImageRanker | None,
+    clip: ImageRanker | None,
 ) -> list[Section]:
-    """Generate, and judge the generated images in every way."""
+    """Generate an image of every held-out caption, and judge the images in every way."""
     vqvae, seed = pipeline.vqvae, config.seed
+    # 1. Generate; bad options and data without held-out emoji end the evaluation here.
     prompts: list[HeldOutPrompt] = []
     if data.kind == "emoji":
         prompts, reference = held_out_prompts(data, config.styles, max_samples=config.max_samples)
     else:
-        reference = join([split.spread(config.max_samples) for split in data.held_out.values()])
-    sections = [measure_tokenizer(vqvae, data.held_out_samples)]
-    clock.lap("tokenizer measured")
+        reference = join([split.subsample(config.max_samples) for split in data.held_out.values()])
+    rank = clip if config.rank == "clip" else config.rank
+    assert rank is not None  # `evaluate` refuses the ranker clip without a CLIP
     candidates = generate_candidates(
         pipeline,
         reference.captions,
         sampling_config=sampling_config,
         num_candidates=config.num_candidates,
         seed=seed,
+        rank=rank,
     )
-    clock.lap(f"{candidates.log_likelihood_ratios.numel()} images generated")
+    clock.lap(f"{candidates.scores.numel()} images generated")
+    # Never the best of many alone: selection hides what a single image looks like.
     ways = {ONE: decode(vqvae, candidates.first)}
-    if config.num_candidates > 1:
+    if candidates.scores.shape[1] > 1:
         ways[f"best of {config.num_candidates}"] = decode(vqvae, candidates.best)
-    reconstructions = decode(vqvae, reference.image_token_ids)
+    # 2. Measure what needs no generated image.
+    sections = [measure_reconstruction(vqvae, data.held_out_samples)]
+    clock.lap("tokenizer measured")
+    splits = {"train": data.train, **data.held_out}
+    sections.append(measure_likelihood(pipeline, splits, max_samples=config.max_samples, seed=seed))
+    clock.lap("likelihoods measured")
+    # 3. Judge each image by its caption.
+    captions, reconstructions = reference.captions, decode(vqvae, reference.image_token_ids)
     if data.kind == "emoji":
-        sections.append(
-            measure_emoji(prompts, reference.captions, ways, reconstructions, seed=seed)
-        )
+        sections.append(measure_emoji(prompts, captions, ways, reconstructions, seed=seed))
     elif data.kind == "shapes":
         sections.append(measure_shapes(reference, ways, reconstructions, seed=seed))
-    if ranker is not None:
-        sections.append(
-            measure_clip_score(ranker, ways, reference.pixels, reference.captions, seed=seed)
-        )
+    if clip is not None:
+        sections.append(measure_clip_score(clip, ways, reference.pixels, captions, seed=seed))
     clock.lap("generated images judged")
+    # 4. Judge the images as a set, without selection: the best of many are less diverse.
     generated = Samples(reference.pairs, ways[ONE], candidates.first)
     sections += _compare(pipeline, data, generated, reference, reconstructions, seed=seed)
-    clock.lap("generated images compared with true images")
-    splits = {"train": data.train, **data.held_out}
-    sections.insert(1, measure_likelihood(
-        pipeline, splits, max_samples=config.max_samples, seed=seed
-    ))  # fmt: skip
-    clock.lap("likelihoods measured")
+    clock.lap("generated images compared with reference images")
     return sections
 
 
@@ -188,35 +201,35 @@ def _compare(
     *,
     seed: int,
 ) -> list[Section]:
-    """Compare generated images as a set with true images, and each with the training set."""
-    space = FeatureSpace(data.train.pixels)
+    """Compare generated images with reference images as sets, and each with the training set."""
+    plain = FeatureSpace(data.train.pixels)
     features = {
-        "generated": space(generated.pixels),
-        "held_out": space(reference.pixels),
-        "reconstructed": space(reconstructions),
-        "train": space(data.train.pixels),
+        "generated": plain(generated.pixels),
+        "held_out": plain(reference.pixels),
+        "reconstructed": plain(reconstructions),
+        "train": plain(data.train.pixels),
     }
+    # A model that memorizes would generate the training images nearest to the held-out ones.
     nearest = torch.cdist(features["held_out"], features["train"]).argmin(dim=1)
-    copies = decode(pipeline.vqvae, data.train.image_token_ids[nearest])
-    features["copies"] = space(copies)
-    others = {"generated": generated.pixels, "true images, reconstructed": reconstructions}
+    features["copied"] = plain(decode(pipeline.vqvae, data.train.image_token_ids[nearest]))
+    # Baselines: what the tokenizer alone costs, and what perfect memorization would score.
+    others = {"generated": generated.pixels, RECONSTRUCTED: reconstructions}
     if len(data.train) >= len(reference):
-        others["training images"] = data.train.spread(len(reference)).pixels
-    spaces = [space]
+        others["training images"] = data.train.subsample(len(reference)).pixels
+    # Plain features always, those of a network where its weights are installed.
+    spaces = [plain]
     if network := network_or_none():
         spaces.append(FeatureSpace(reference.pixels, describe=network))
-    return [
-        *(
-            measure_distribution(
-                each(reference.pixels),
-                {name: each(pixels) for name, pixels in others.items()},
-                seed=seed,
-                by_network=each is not space,
-            )
-            for each in spaces
-        ),
-        measure_memorization(generated, reference, data.train, features, seed=seed),
+    sections = [
+        measure_distribution(
+            space(reference.pixels),
+            {name: space(pixels) for name, pixels in others.items()},
+            seed=seed,
+            by_network=space is not plain,
+        )
+        for space in spaces
     ]
+    return [*sections, measure_memorization(generated, reference, data.train, features, seed=seed)]
 
 
 def _protocol(
@@ -226,6 +239,7 @@ def _protocol(
     config: EvaluationConfig,
 ) -> dict[str, Any]:
     """Everything that decides the figures."""
+    # Hashes in place of paths: the same model and data elsewhere give the same report.
     digests = {Path(name).parent.name: digest for name, digest in file_hashes(config.model).items()}
     return {
         "model": {
@@ -241,6 +255,7 @@ def _protocol(
         "sampling": {
             **dataclasses.asdict(sampling_config),
             "num_candidates": config.num_candidates,
+            **({} if config.rank == "likelihood" else {"rank": config.rank}),
             **pipeline.native_metadata,
         },
         "options": {
@@ -261,7 +276,7 @@ def _protocol(
 
 def _versions() -> dict[str, str]:
     found = {}
-    for name in LIBRARIES:
+    for name in LIBRARIES:  # the source tree without an installation has no version of its own
         try:
             found[name] = version(name)
         except PackageNotFoundError:
@@ -272,10 +287,11 @@ def _versions() -> dict[str, str]:
 def _track(
     config: EvaluationConfig, protocol: Mapping[str, Any], sections: Sequence[Section]
 ) -> None:
-    """Show the report in the W&B run of the model, if there is one or one is asked for."""
+    """Show the report in the W&B run of the model, or in a new one if the config asks for it."""
     run_dir = Path(config.model).resolve().parent
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     run_id = checkpoint.state.get("run_id") if checkpoint else None
+    # A model that was copied to another folder has no run: then only an option tracks.
     if config.tracking is None and run_id is None:
         return
     tracking = _tracking_of(run_dir)
@@ -292,7 +308,7 @@ def _track(
             is_main=True,
             run_id=run_id,
         )
-    except UserError as error:  # the report is written: no tracker is worth its loss
+    except UserError as error:  # the report is written: tracking must not lose it
         logger.warning("W&B: %s", error)
         return
     try:
@@ -308,7 +324,7 @@ def _track(
 
 
 def _tracking_of(run_dir: Path) -> TrackingConfig:
-    """Read how the model's run was followed."""
+    """Read the tracking options of the model's run, or take the defaults."""
     try:
         stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         return TrackingConfig(**stored["tracking"])

@@ -1,10 +1,13 @@
-"""How well the image tokenizer keeps held-out images, and how it uses its codes."""
+"""How well the image tokenizer reconstructs held-out images, and how it uses its codes."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.image_grid import make_grid
@@ -17,17 +20,48 @@ from vqvae.metrics import codebook_perplexity, codebook_usage, psnr, token_count
 
 NUM_WORST = 16
 SSIM_WINDOW = 11  # pixels; of Wang et al. 2004
+TEXT = (
+    "Held-out images and their reconstructions from tokens. SSIM is that of Wang et al. 2004. "
+    "Entropies come from counts, which makes them too small for few images. "
+    "`position_entropy.png`: black is 0 bits, white the maximum for this number of images."
+)
+
+
+def measure_reconstruction(vqvae: ImageTokenizer, held_out: Samples) -> Section:
+    """Measure PSNR, SSIM, codebook usage and entropy per position on held-out images."""
+    reconstructions = decode(vqvae, held_out.image_token_ids)
+    reference, reconstructed = to_floats(held_out.pixels), to_floats(reconstructions)
+    # Per image: the mean of PSNRs is not the PSNR of the mean error.
+    decibels = np.array(
+        [float(psnr(reconstructed[i : i + 1], reference[i : i + 1])) for i in range(len(held_out))]
+    )
+    # Codes that only training images use do not count.
+    counts = token_counts(held_out.image_token_ids, vqvae.codebook_size)
+    entropy = position_entropy(held_out.image_token_ids).reshape(vqvae.image_grid_size)
+    figures = {
+        "num_images": len(held_out),
+        "num_tokens": int(counts.sum()),
+        "psnr_db": bootstrap_mean(decibels),
+        "ssim": bootstrap_mean(ssim(reconstructions, held_out.pixels)),
+        "codebook_size": vqvae.codebook_size,
+        "codebook_usage": float(codebook_usage(counts)),
+        "codebook_perplexity": float(codebook_perplexity(counts)),
+        "position_entropy_bits": {
+            "mean": float(entropy.mean()),
+            "by_cell": [[float(value) for value in row] for row in entropy],
+        },
+    }
+    # Images and codes both bound an entropy; + 1 keeps the bound of a single image above 0.
+    highest = math.log2(min(len(held_out), vqvae.codebook_size) + 1)
+    sheets = {
+        "worst_reconstructions": _worst_reconstructions(held_out, reconstructions, decibels),
+        "position_entropy": render_heatmap(entropy, low=0.0, high=highest),
+    }
+    return Section("Tokenizer", TEXT, figures, [_table(figures, entropy)], sheets)
 
 
 def ssim(left: Pixels, right: Pixels) -> np.ndarray:
-    """Measure the structural similarity of pairs of images.
-
-    Args:
-        left: Bytes.
-        right: Bytes, one image for each of ``left``.
-
-    Returns:
-        One value per pair, at most 1; the mean over colors.
+    """Measure the structural similarity of pairs of images: at most 1, the mean over colors.
 
     Raises:
         UserError: If scikit-image is not installed, or images are too small.
@@ -41,27 +75,24 @@ def ssim(left: Pixels, right: Pixels) -> np.ndarray:
             "scikit-image: not installed, expected by evaluate.py: pip install -e '.[eval]'"
         ) from None
     if min(left.shape[2:]) < SSIM_WINDOW:
-        raise UserError(f"image_size: got {left.shape[2]}, SSIM wants at least {SSIM_WINDOW}")
-    values = [
-        structural_similarity(
-            a.numpy(), b.numpy(), channel_axis=0, data_range=255,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        raise UserError(
+            f"image_size: got {left.shape[2]}, expected at least {SSIM_WINDOW} pixels for SSIM"
         )
+    # sigma and the biased covariance make scikit-image's SSIM that of the paper
+    options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    values = [
+        structural_similarity(a.numpy(), b.numpy(), channel_axis=0, data_range=255, **options)
         for a, b in zip(left, right, strict=True)
-    ]  # fmt: skip
+    ]
     return np.asarray(values)
 
 
 def position_entropy(
     image_token_ids: Int[Tensor, "samples image_length"],
 ) -> Float[Tensor, " image_length"]:
-    """Measure how much the token of each grid cell varies from image to image.
+    """Estimate the entropy in bits of the token in each grid cell.
 
-    Args:
-        image_token_ids: Of many images.
-
-    Returns:
-        Entropies in bits, from counts: at most log2(images), and too small for few images.
+    Counts give at most log2(samples), and too little for few samples.
     """
     entropies = []
     for column in image_token_ids.T:
@@ -70,69 +101,27 @@ def position_entropy(
     return torch.stack(entropies).float()
 
 
-def measure_tokenizer(vqvae: ImageTokenizer, held_out: Samples) -> Section:
-    """Reconstruct held-out images.
+def _table(figures: Mapping[str, Any], entropy: Float[Tensor, "rows columns"]) -> Table:
+    rows = [
+        ("images, tokens", f"{figures['num_images']}, {figures['num_tokens']}"),
+        ("PSNR in dB", number(figures["psnr_db"], 2)),
+        ("SSIM", number(figures["ssim"])),
+        ("codebook usage", f"{figures['codebook_usage']:.1%} of {figures['codebook_size']}"),
+        ("codebook perplexity", f"{figures['codebook_perplexity']:.0f}"),
+        (
+            "entropy of a position's token in bits: mean, minimum, maximum",
+            f"{entropy.mean():.2f}, {entropy.min():.2f}, {entropy.max():.2f}",
+        ),
+    ]
+    return Table("tokenizer", ("figure", "value"), rows)
 
-    Args:
-        vqvae: The image tokenizer.
-        held_out: Images that it was not trained on, with their tokens.
 
-    Returns:
-        PSNR, SSIM, use of the codebook, entropy per position, and the worst reconstructions.
-    """
-    reconstructions = decode(vqvae, held_out.image_token_ids)
-    reference_floats, reconstructed_floats = to_floats(held_out.pixels), to_floats(reconstructions)
-    decibels = np.array([
-        float(psnr(reconstructed_floats[i : i + 1], reference_floats[i : i + 1])) for i in range(len(reconstructions))
-    ])  # fmt: skip
-    similarity = ssim(reconstructions, held_out.pixels)
-    counts = token_counts(held_out.image_token_ids, vqvae.codebook_size)
-    entropy = position_entropy(held_out.image_token_ids).reshape(vqvae.image_grid_size)
-    psnr_db, ssim_mean = bootstrap_mean(decibels), bootstrap_mean(similarity)
-    figures = {
-        "num_images": len(held_out),
-        "num_tokens": int(counts.sum()),
-        "psnr_db": psnr_db,
-        "ssim": ssim_mean,
-        "codebook_size": vqvae.codebook_size,
-        "codebook_usage": float(codebook_usage(counts)),
-        "codebook_perplexity": float(codebook_perplexity(counts)),
-        "position_entropy_bits": {
-            "mean": float(entropy.mean()),
-            "by_cell": [[float(value) for value in row] for row in entropy],
-        },
-    }
-    table = Table(
-        "tokenizer",
-        ("figure", "value"),
-        [
-            ("images, tokens", f"{len(held_out)}, {int(counts.sum())}"),
-            ("PSNR in dB", number(psnr_db, 2)),
-            ("SSIM", number(ssim_mean)),
-            ("codes used", f"{figures['codebook_usage']:.1%} of {vqvae.codebook_size}"),
-            ("codebook perplexity", f"{figures['codebook_perplexity']:.0f}"),
-            (
-                "entropy of a cell's token in bits: mean, least, most",
-                f"{entropy.mean():.2f}, {entropy.min():.2f}, {entropy.max():.2f}",
-            ),
-        ],
-    )
-    worst = np.argsort(decibels, kind="stable")[:NUM_WORST]
+def _worst_reconstructions(
+    held_out: Samples, reconstructions: Pixels, decibels: np.ndarray
+) -> Image.Image:
+    # A stable sort: images of the same PSNR come in the same order in every report.
     images, captions = [], []
-    for index in worst.tolist():
+    for index in np.argsort(decibels, kind="stable")[:NUM_WORST].tolist():
         images += to_images(torch.stack([held_out.pixels[index], reconstructions[index]]))
         captions += [held_out.captions[index], f"reconstructed, {decibels[index]:.1f} dB"]
-    return Section(
-        "Tokenizer",
-        "Held-out images, and what the tokenizer rebuilds from their tokens. SSIM is that of "
-        "Wang et al. 2004. Entropies come from counts and are too small where images are few. "
-        "`position_entropy.png`: black is 0 bits, white the most that so many images can have.",
-        figures,
-        [table],
-        {
-            "worst_reconstructions": make_grid(images, columns=8, captions=captions),
-            "position_entropy": render_heatmap(
-                entropy, low=0.0, high=math.log2(min(len(held_out), vqvae.codebook_size) + 1)
-            ),
-        },
-    )
+    return make_grid(images, columns=8, captions=captions)

@@ -17,17 +17,18 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate
 
 JSON_NAME, MARKDOWN_NAME = "report.json", "report.md"
-DIGITS = 6  # significant ones
-CEILING, FLOOR = "ceiling: true images, reconstructed", "floor: captions shuffled"
-CELL_SIDE = 12  # pixels per token in a map
+DIGITS = 6  # significant ones: the last bits of a float are not part of a result
+REFERENCE = "reference images"
+RECONSTRUCTED = f"{REFERENCE}, reconstructed"
+CEILING, FLOOR = f"ceiling: {RECONSTRUCTED}", "floor: shuffled captions"
+CELL_SIDE = 12  # pixels per token in a heatmap
 
 
 @dataclass(frozen=True)
 class Table:
-    """Some figures side by side."""
+    """Rows of text; the name, a word or two, is unique in the report."""
 
     name: str
-    """A word or two, unique in the report."""
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
 
@@ -43,22 +44,15 @@ class Section:
     """Numbers, estimates, and dictionaries of such."""
     tables: list[Table] = field(default_factory=list)
     images: dict[str, Image.Image] = field(default_factory=dict)
-    """By the name of their file, without its ending."""
+    """By file name, without the suffix."""
 
 
 def write_report(
     out: Path, title: str, protocol: Mapping[str, Any], sections: Sequence[Section]
 ) -> None:
-    """Write a report; nothing in it depends on the time or on the place.
+    """Write a report into a folder; UserError if that fails.
 
-    Args:
-        out: Folder that can be written to.
-        title: Headline.
-        protocol: How the figures were made.
-        sections: The figures.
-
-    Raises:
-        UserError: If it cannot be written.
+    Nothing in it depends on the time or on the folder: the same figures give the same files.
     """
     content: dict[str, Any] = {"protocol": plain(protocol)}
     content |= {section.title.lower(): plain(section.figures) for section in sections}
@@ -71,41 +65,28 @@ def write_report(
             for name, image in section.images.items():
                 image.save(out / f"{name}.png")
         (out / MARKDOWN_NAME).write_text("\n".join(lines), encoding="utf-8")
+        # last: programs take a report.json as a sign that the report is complete
         (out / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"out: cannot write to {out}: {error.strerror}") from None
 
 
 def plain(value: Any) -> Any:
-    """Turn figures into what JSON holds.
-
-    Args:
-        value: Numbers, texts, dataclasses, and lists and dictionaries of such.
-
-    Returns:
-        The same with plain dictionaries and floats of six digits.
-    """
+    """Turn nested figures into JSON values, with floats of six significant digits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
+    # JSON has no NaN and no infinity: both become null.
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None
     return value
 
 
 def numbers_in(value: Any, name: str) -> dict[str, float]:
-    """List the numbers of nested figures by their path, for a tracker.
-
-    Args:
-        value: Figures; lists are passed over.
-        name: Path of the value itself.
-
-    Returns:
-        Path -> number; of an estimate its value alone.
-    """
+    """List the numbers of nested figures by path, for a tracker; lists are left out."""
     if isinstance(value, Estimate):
         return {name: value.value}
     if isinstance(value, Mapping):
@@ -132,34 +113,20 @@ def _section(section: Section) -> list[str]:
 
 
 def _table(table: Table) -> list[str]:
-    right = "|".join(["---", *["--:"] * (len(table.columns) - 1)])
+    alignment = "|".join(["---", *["--:"] * (len(table.columns) - 1)])
+    # a caption or a path may hold the character that separates cells
     rows = (f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table.rows)
-    return [f"| {' | '.join(table.columns)} |", f"|{right}|", *rows, ""]
+    return [f"| {' | '.join(table.columns)} |", f"|{alignment}|", *rows, ""]
 
 
 def percent(estimate: Estimate) -> str:
-    """Write a share for a table.
-
-    Args:
-        estimate: In [0, 1].
-
-    Returns:
-        Such as "97.6 % (95.2 to 99.4)".
-    """
+    """Format a fraction in [0, 1], such as "97.6 % (95.2 to 99.4)"."""
     low, high = 100 * estimate.low, 100 * estimate.high
     return f"{100 * estimate.value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def number(estimate: Estimate, digits: int = 3) -> str:
-    """Write a figure for a table.
-
-    Args:
-        estimate: Of any unit.
-        digits: Behind the point.
-
-    Returns:
-        Such as "0.583 (0.551 to 0.617)".
-    """
+    """Format a figure of any unit, such as "0.583 (0.551 to 0.617)"."""
     return f"{estimate.value:.{digits}f} ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
 
 
@@ -169,17 +136,11 @@ def fraction_table(
     fractions: Mapping[str, Mapping[str, Estimate]],
     counts: Mapping[str, int],
 ) -> Table:
-    """Lay shares out, a row for each set of images.
+    """Tabulate fractions (row -> column -> fraction), with the number of images of each row.
 
-    Args:
-        name: Of the table.
-        first: What the rows are.
-        fractions: Row -> column -> share; rows may lack columns.
-        counts: Images of each row.
-
-    Returns:
-        The table.
+    ``first`` is the heading of the rows' names.
     """
+    # Rows may lack columns: a shapes split need not have every kind of fact.
     columns = list(dict.fromkeys(column for row in fractions.values() for column in row))
     rows = [
         (row, str(counts[row]), *(percent(found[c]) if c in found else "" for c in columns))
@@ -191,17 +152,9 @@ def fraction_table(
 def render_heatmap(
     values: Float[Tensor, "rows columns"], *, low: float, high: float
 ) -> Image.Image:
-    """Paint one value per token of the grid.
-
-    Args:
-        values: Of the tokens.
-        low: Painted black.
-        high: Painted white.
-
-    Returns:
-        An image with a square for each token.
-    """
+    """Render a gray square for each token of the grid, from black (low) to white (high)."""
     scaled = ((values - low) / max(high - low, 1e-9)).clamp(0, 1) * 255
+    # Nearest neighbor keeps one flat square per token.
     image = Image.fromarray(scaled.round().to(torch.uint8).numpy())
     size = (image.width * CELL_SIDE, image.height * CELL_SIDE)
     return image.resize(size, Image.Resampling.NEAREST)

@@ -1,23 +1,28 @@
-"""What an evaluation looks at: images of every split with their tokens."""
+"""The images of an evaluation: those of a data set, and those that the model generates."""
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.images import (
+    BadImageError,
+    decode_image,
+    pixels_to_images,
+    resize_and_crop,
+)
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, Pairs, open_all_splits
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
 from dalle_mini_impl.progress import log_now_and_then
 from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH, generate_image_token_ids
 from dalle_mini_impl.sampling.likelihood import log_likelihood_ratio
@@ -25,12 +30,21 @@ from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
 
 BATCH_SIZE = 64
-Pixels = UInt8[Tensor, "samples 3 height width"]
+Pixels: TypeAlias = UInt8[Tensor, "samples 3 height width"]
+Row: TypeAlias = Mapping[str, Any]
+DataSetKind = Literal["emoji", "shapes", "images"]
+
+# A built-in data set is known by the metadata that its checks need, wherever the files came from;
+# a set without them is evaluated as plain captioned images. Nothing else decides the kind.
+KIND_FIELDS: Mapping[DataSetKind, frozenset[str]] = {
+    "shapes": frozenset({"facts", "split"}),
+    "emoji": frozenset({"hexcode", "style", "role", "gender", "skin_tones", "split"}),
+}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Captioned images as bytes and as tokens."""
+    """Captioned images as bytes and as tokens in raster order."""
 
     pairs: list[Pair]
     pixels: UInt8[Tensor, "samples 3 height width"]
@@ -46,40 +60,25 @@ class Samples:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Whatever else the source says about each image."""
+        """The other metadata of each image."""
         return [pair.attributes for pair in self.pairs]
 
     def take(self, indices: Sequence[int]) -> "Samples":
-        """Choose some of them.
-
-        Args:
-            indices: Which.
-
-        Returns:
-            Those, in this order.
-        """
+        """Select images by index, in this order."""
         chosen = torch.tensor(list(indices), dtype=torch.long)
         pairs = [self.pairs[index] for index in indices]
         return Samples(pairs, self.pixels[chosen], self.image_token_ids[chosen])
 
-    def spread(self, count: int) -> "Samples":
-        """Choose some at equal distances.
-
-        Args:
-            count: How many; all where there are not as many.
-
-        Returns:
-            Those.
-        """
-        return self.take(spread_indices(len(self), count))
+    def subsample(self, limit: int) -> "Samples":
+        """Select at most ``limit`` images at equal distances."""
+        return self.take(evenly_spaced(len(self), limit))
 
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """Everything that a model is judged on."""
+    """All images of a data set, by split."""
 
-    kind: Literal["emoji", "shapes", "images"]
-    """Decided by what the source says of its images."""
+    kind: DataSetKind
     train: Samples
     held_out: dict[str, Samples]
     """All other splits by name, at least one."""
@@ -88,8 +87,31 @@ class EvaluationData:
 
     @property
     def held_out_samples(self) -> Samples:
-        """The held-out splits together."""
+        """The held-out splits in one."""
         return join(list(self.held_out.values()))
+
+
+@dataclass(frozen=True)
+class ListedData:
+    """Captions and metadata of all splits; the images are read from ``pairs`` when needed."""
+
+    kind: DataSetKind
+    pairs: Pairs
+    splits: list[str]
+    """The split of each pair."""
+
+    def require_emoji(self, source: str) -> None:
+        """Raise UserError unless these are emoji."""
+        if self.kind != "emoji":
+            raise UserError(f"data: {source}: expected the folder that prepare_emoji.py wrote")
+
+    def read_image(self, index: int, *, size: int) -> Image.Image:
+        """Read one image and crop it to a square; UserError if it is damaged."""
+        try:
+            data, path = self.pairs.read_image(index), self.pairs[index].path
+            return resize_and_crop(decode_image(data, source=path), size)
+        except BadImageError as error:
+            raise UserError(f"data: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -97,45 +119,92 @@ class CandidateTokens:
     """Tokens that a model generated, several candidates per caption."""
 
     image_token_ids: Int[Tensor, "captions candidates image_length"]
-    log_likelihood_ratios: Float[Tensor, "captions candidates"]
-    """Caption gain of each candidate in nats; zeros where there is one only."""
+    scores: Float[Tensor, "captions candidates"]
+    """By the ranker: log-likelihood ratios in nats, or what a CLIP says; larger is better. Zeros
+    for a single candidate without guidance."""
 
     @property
     def first(self) -> Int[Tensor, "captions image_length"]:
-        """The first candidates: images that nobody chose."""
+        """The first candidate of each caption: images without any selection."""
         return self.image_token_ids[:, 0]
 
     @property
     def best(self) -> Int[Tensor, "captions image_length"]:
-        """The candidates with the largest gain."""
-        return self.image_token_ids[
-            torch.arange(len(self.log_likelihood_ratios)), self.log_likelihood_ratios.argmax(dim=1)
-        ]
+        """The candidate of each caption with the highest score."""
+        return self.image_token_ids[torch.arange(len(self.scores)), self.scores.argmax(dim=1)]
 
 
-def spread_indices(count: int, expected: int) -> list[int]:
-    """Choose places at equal distances.
+def list_data(source: str, *, language: str = "en") -> ListedData:
+    """List all splits of a source that ``open_pairs`` takes; UserError if there is nothing.
 
-    Args:
-        count: Of all places.
-        expected: How many at most.
-
-    Returns:
-        Indices below ``count``.
+    ``ko`` makes the Korean caption, where there is one, the main caption.
     """
-    expected = min(count, expected)
-    return [index * count // expected for index in range(expected)]
+    # The first caption of a pair is its main caption; the other columns stay as paraphrases.
+    first = ("text_ko",) if language == "ko" else ()
+    columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
+    try:
+        pairs, splits = open_all_splits(source, text_columns=columns)
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
+    # All rows, not the first: a mixture of emoji and other images has no grid to check.
+    rows = [pair.attributes for pair in pairs]
+    for kind, fields in KIND_FIELDS.items():
+        if all(fields <= row.keys() for row in rows):
+            return ListedData(kind, pairs, splits)
+    return ListedData("images", pairs, splits)
+
+
+def read_data(
+    source: str, vqvae: ImageTokenizer, *, language: str = "en", styles: Sequence[str] = ()
+) -> EvaluationData:
+    """Read and tokenize all splits of a source.
+
+    Raises:
+        UserError: If there is nothing to read, if nothing but training images is there, or if the
+            data have none of the emoji ``styles``.
+    """
+    listed = list_data(source, language=language)
+    _require_styles(styles, listed)  # before the images are read, which takes minutes
+    if not set(listed.splits) - {TRAIN}:
+        raise UserError(f"data: {source} has training images alone; expected held-out ones too")
+    try:
+        pixels, kept, _ = load_all_pixels(
+            listed.pairs,
+            image_size=vqvae.config.image_size,
+            progress=log_now_and_then("images read"),
+        )
+    except UserError as error:
+        raise UserError(f"data: {error}") from None
+    # The hash goes split by split: reordering the splits of a file does not change it.
+    digest = hashlib.sha256()
+    by_split = {}
+    # Unreadable images are left out, as in training; a split without any image ends it here.
+    for split in dict.fromkeys([TRAIN, *listed.splits]):
+        chosen = [index for index in kept if listed.splits[index] == split]
+        if not chosen:
+            raise UserError(f"data: {source}: no image of split {split!r} can be read")
+        part = pixels[torch.tensor([listed.splits[index] == split for index in kept])]
+        pairs = [listed.pairs[index] for index in chosen]
+        by_split[split] = Samples(pairs, part, encode(vqvae, part))
+        digest.update(part.numpy().tobytes())
+        texts = [dataclasses.astuple(pair) for pair in pairs]
+        digest.update(json.dumps(texts, sort_keys=True).encode())
+    return EvaluationData(listed.kind, by_split.pop(TRAIN), by_split, digest.hexdigest()[:16])
+
+
+def _require_styles(styles: Sequence[str], listed: ListedData) -> None:
+    if not styles:
+        return
+    if listed.kind != "emoji":
+        raise UserError(f"style: got {styles[0]!r}, but the data are no emoji")
+    known = dict.fromkeys(str(pair.attributes["style"]) for pair in listed.pairs)
+    for style in styles:
+        if style not in known:
+            raise UserError(f"style: got {style!r}, expected one of {', '.join(known)}")
 
 
 def join(parts: Sequence[Samples]) -> Samples:
-    """Put several sets together.
-
-    Args:
-        parts: At least one.
-
-    Returns:
-        Their images in order.
-    """
+    """Concatenate at least one set."""
     return Samples(
         [pair for part in parts for pair in part.pairs],
         torch.cat([part.pixels for part in parts]),
@@ -143,136 +212,19 @@ def join(parts: Sequence[Samples]) -> Samples:
     )
 
 
-def read_data(
-    source: str,
-    vqvae: ImageTokenizer,
-    *,
-    language: str = "en",
-    styles: Sequence[str] = (),
-) -> EvaluationData:
-    """Read and tokenize all splits of a source.
-
-    Args:
-        source: Whatever ``open_pairs`` takes.
-        vqvae: The model's image tokenizer.
-        language: ``ko`` takes the Korean captions where there are any.
-        styles: Of emoji; the source must have them.
-
-    Returns:
-        The images.
-
-    Raises:
-        UserError: If there is nothing to read, nothing but training images, or a style is
-            missing.
-    """
-    first = ("text_ko",) if language == "ko" else ()
-    columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
-    try:
-        pairs, names = open_all_splits(source, text_columns=columns)
-    except UserError as error:
-        raise UserError(f"data: {error}") from None
-    kind = _kind_of([pair.attributes for pair in pairs])
-    _require_styles(styles, kind, pairs)  # now: reading takes minutes
-    if not set(names) - {TRAIN}:
-        raise UserError(f"data: {source} has training images alone; expected held-out ones too")
-    try:
-        pixels, kept, _ = load_all_pixels(
-            pairs,
-            image_size=vqvae.config.image_size,
-            progress=log_now_and_then("images read"),
-        )
-    except UserError as error:
-        raise UserError(f"data: {error}") from None
-    digest = hashlib.sha256()
-    read = {}
-    for split in dict.fromkeys([TRAIN, *names]):
-        chosen = [index for index in kept if names[index] == split]
-        if not chosen:
-            raise UserError(f"data: {source}: no image of split {split!r} can be read")
-        part = pixels[torch.tensor([names[index] == split for index in kept])]
-        read[split] = Samples([pairs[index] for index in chosen], part, encode(vqvae, part))
-        digest.update(part.numpy().tobytes())
-        texts = [dataclasses.astuple(pair) for pair in read[split].pairs]
-        digest.update(json.dumps(texts, sort_keys=True).encode())
-    return EvaluationData(kind, read.pop(TRAIN), read, digest.hexdigest()[:16])
+def evenly_spaced(count: int, limit: int) -> list[int]:
+    """Select at most ``limit`` of ``count`` indices at equal distances."""
+    limit = min(count, limit)
+    return [index * count // limit for index in range(limit)]
 
 
-def _require_styles(styles: Sequence[str], kind: str, pairs: Pairs) -> None:
-    if styles and kind != "emoji":
-        raise UserError(f"style: got {styles[0]!r}, but the data are no emoji")
-    known = dict.fromkeys(str(pair.attributes["style"]) for pair in pairs) if styles else {}
-    unknown = [style for style in styles if style not in known]
-    if unknown:
-        raise UserError(f"style: got {unknown[0]!r}, expected one of {', '.join(known)}")
-
-
-def _kind_of(rows: Sequence[dict[str, Any]]) -> Literal["emoji", "shapes", "images"]:
-    if all("facts" in row for row in rows):
-        return "shapes"
-    return "emoji" if all({"role", "style", "hexcode"} <= row.keys() for row in rows) else "images"
-
-
-@torch.inference_mode()
-def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
-    """Turn images into tokens.
-
-    Args:
-        vqvae: Image tokenizer.
-        pixels: Bytes.
-
-    Returns:
-        Tokens in raster order, on the CPU.
-    """
-    device = next(vqvae.parameters()).device
-    parts = [
-        vqvae.encode_to_token_ids(to_floats(part).to(device)).flatten(1).cpu()
-        for part in pixels.split(BATCH_SIZE)
-    ]
-    return torch.cat(parts)
-
-
-@torch.inference_mode()
-def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
-    """Turn tokens into images.
-
-    Args:
-        vqvae: Image tokenizer.
-        image_token_ids: In raster order.
-
-    Returns:
-        Bytes, on the CPU.
-    """
-    device = next(vqvae.parameters()).device
-    parts = []
-    for part in image_token_ids.split(BATCH_SIZE):
-        grid = part.reshape(len(part), *vqvae.image_grid_size).to(device)
-        pixels = vqvae.decode_from_token_ids(grid).float().clamp(-1, 1)
-        parts.append(((pixels + 1) * 127.5).round().to(torch.uint8).cpu())
-    return torch.cat(parts)
-
-
-def to_floats(pixels: Pixels) -> Float[Tensor, "samples 3 height width"]:
-    """Turn bytes into pixels in [-1, 1].
-
-    Args:
-        pixels: Bytes.
-
-    Returns:
-        Floats.
-    """
-    return pixels.float() / 127.5 - 1
-
-
-def to_images(pixels: Pixels) -> list[Image.Image]:
-    """Turn bytes into images.
-
-    Args:
-        pixels: Bytes.
-
-    Returns:
-        One image each.
-    """
-    return pixels_to_images(to_floats(pixels))
+def derangement(count: int, *, seed: int) -> Int[Tensor, " count"]:
+    """Sample a permutation without a fixed point; a single index stays where it is."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    found = torch.empty_like(order)
+    # Each index goes to the place of its neighbor in a random order: one cycle through all.
+    found[order] = order.roll(1)
+    return found
 
 
 @torch.inference_mode()
@@ -283,50 +235,87 @@ def generate_candidates(
     sampling_config: SamplingConfig,
     num_candidates: int = 1,
     seed: int = 0,
+    rank: Rank = "likelihood",
 ) -> CandidateTokens:
     """Generate candidates for every caption, each with a seed of its own.
 
-    The first candidate of caption i has seed ``seed + i``, however many others there are, so that
-    ``pipeline(caption, seed=seed + i)`` shows the same image.
+    The first candidate of caption i has seed ``seed + i`` for any number of candidates, so
+    ``pipeline(caption, seed=seed + i)`` generates the same image.
 
-    Args:
-        pipeline: The model.
-        captions: What to generate.
-        sampling_config: How.
-        num_candidates: Images per caption.
-        seed: Of the first image.
-
-    Returns:
-        The tokens, on the CPU.
-
-    Raises:
-        UserError: If a number is out of range.
+    ``rank`` scores the candidates; ``none`` generates the first one alone. UserError if a number
+    is out of range.
     """
     count = len(captions)
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
-    device = pipeline.dalle.image_head.rows.device
-    text = pipeline.text_tokenizer.encode(list(captions)).to(device)
+    if rank == "none":
+        num_candidates = 1
+    device = next(pipeline.dalle.parameters()).device
+    text_token_ids = pipeline.text_tokenizer.encode(list(captions)).to(device)
+    # Guided sampling adds the log-likelihood ratios up on its way; without guidance they take two
+    # more passes, which a single candidate does not need.
+    needs_ratios = (
+        rank == "likelihood" and num_candidates > 1 and sampling_config.guidance_scale == 1.0
+    )
     progress = log_now_and_then("images generated")
-    columns = []
+    candidates, scores = [], []
+    # Candidates outside, captions inside: candidate k of caption i has seed + i + k * count, and
+    # more candidates leave the first ones as they are.
     for candidate in range(num_candidates):
-        seeds = torch.arange(count) + seed + candidate * count
-        parts = []
-        for rows in torch.arange(count).split(ROWS_PER_BATCH):
+        token_parts, score_parts = [], []
+        for indices in torch.arange(count).split(ROWS_PER_BATCH):
+            text = text_token_ids[indices.to(device)]
             generated = generate_image_token_ids(
                 pipeline.native or pipeline.dalle,
-                text[rows.to(device)],
-                seeds=seeds[rows],
+                text,
+                seeds=indices + seed + candidate * count,
                 sampling_config=sampling_config,
             )
-            log_likelihood_ratios = generated.log_likelihood_ratio
-            if num_candidates > 1 and sampling_config.guidance_scale == 1.0:
-                log_likelihood_ratios = log_likelihood_ratio(
-                    pipeline.dalle, text[rows.to(device)], generated.image_token_ids
-                )
-            parts.append((generated.image_token_ids.cpu(), log_likelihood_ratios.float().cpu()))
-            progress(candidate * count + int(rows[-1]) + 1, num_candidates * count)
-        columns.append([torch.cat(part) for part in zip(*parts, strict=True)])
-    return CandidateTokens(
-        torch.stack([tokens for tokens, _ in columns], dim=1),
-        torch.stack([log_likelihood_ratios for _, log_likelihood_ratios in columns], dim=1),
-    )
+            ratios = generated.log_likelihood_ratio
+            if needs_ratios:
+                ratios = log_likelihood_ratio(pipeline.dalle, text, generated.image_token_ids)
+            token_parts.append(generated.image_token_ids.cpu())
+            score_parts.append(ratios.float().cpu())
+            progress(candidate * count + int(indices[-1]) + 1, num_candidates * count)
+        candidates.append(torch.cat(token_parts))
+        scores.append(torch.cat(score_parts))
+    if not isinstance(rank, str):
+        # Candidate by candidate: the pixels of all at once could exceed the memory.
+        scores = [
+            rank.score(to_images(decode(pipeline.vqvae, token_ids)), captions).float()
+            for token_ids in candidates
+        ]
+    return CandidateTokens(torch.stack(candidates, dim=1), torch.stack(scores, dim=1))
+
+
+@torch.inference_mode()
+def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_length"]:
+    """Turn images into tokens in raster order, on the CPU."""
+    device = next(vqvae.parameters()).device
+    parts = [
+        vqvae.encode_to_token_ids(to_floats(part).to(device)).flatten(1).cpu()
+        for part in pixels.split(BATCH_SIZE)
+    ]
+    return torch.cat(parts)
+
+
+@torch.inference_mode()
+def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_length"]) -> Pixels:
+    """Turn tokens in raster order into images, on the CPU."""
+    device = next(vqvae.parameters()).device
+    parts = []
+    # Rounded to bytes as a PNG is: metrics see the pixels that a user gets.
+    for part in image_token_ids.split(BATCH_SIZE):
+        grid = part.reshape(len(part), *vqvae.image_grid_size).to(device)  # (batch, rows, columns)
+        pixels = vqvae.decode_from_token_ids(grid).float().clamp(-1, 1)
+        parts.append(((pixels + 1) * 127.5).round().to(torch.uint8).cpu())
+    return torch.cat(parts)
+
+
+def to_floats(pixels: Pixels) -> Float[Tensor, "samples 3 height width"]:
+    """Turn bytes into pixels in [-1, 1]."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_images(pixels: Pixels) -> list[Image.Image]:
+    """Turn bytes into one image each."""
+    return pixels_to_images(to_floats(pixels))

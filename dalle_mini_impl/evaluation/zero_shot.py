@@ -1,13 +1,12 @@
-"""Zero-shot classification: which caption fits a true image best, by likelihood.
+"""Zero-shot classification: which caption makes a held-out image likeliest?
 
-Nothing is generated. Each held-out image is scored with captions that differ from its own in a few
-words, and counts as right if its own one makes it likeliest. The emoji grid has 15 captions for
-each held-out cell (3 genders x 5 skin tones of its role), the shapes world 48 for each object (8
-colors x 6 shapes, all other words equal).
+Nothing is generated. Each image is scored with captions that differ from its own in a few words,
+and is classified right if its own caption gives the highest likelihood. The emoji grid has 15
+captions for each held-out cell (3 genders x 5 skin tones of its role), the shapes world 48 for each
+object (8 colors x 6 shapes, all other words equal).
 """
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,13 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     make_scene,
     render_scene,
 )
-from dalle_mini_impl.data.images import read_image_file
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.samples import evenly_spaced, list_data
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.likelihood import score_pairs
 
-FIRST_SCENE_SEED = 20_000_000  # ``prepare_shapes`` counts from 0: these scenes are in no data set
+FIRST_SCENE_SEED = 20_000_000  # prepare_shapes counts from 0: these scenes are in no data set
 
 
 @dataclass(frozen=True)
@@ -41,19 +40,19 @@ class MultipleChoice:
     captions: tuple[str, ...]
     labels: tuple[tuple[str, str], ...]
     """What each caption says, in two words: gender and tone, or color and shape."""
-    answer: int
-    """Index of the true caption."""
+    correct: int
+    """Index of the image's own caption."""
 
 
 @dataclass(frozen=True)
 class ZeroShotReport:
-    """Fractions of right answers, in [0, 1], beside those of guessing."""
+    """Accuracy in [0, 1], by part of the label and of ``both`` parts."""
 
-    num_questions: int
+    num_images: int
     accuracy: dict[str, float]
-    """By part of the answer, and of ``both``; every caption equally likely beforehand."""
+    """With every caption equally likely a priori."""
     accuracy_with_prior: dict[str, float] | None
-    """The same with p(caption) of the decoder's text head; None of a model without one."""
+    """With p(caption) of the decoder's text head; None for a model without one."""
     chance: dict[str, float]
 
 
@@ -65,125 +64,99 @@ def zero_shot_emoji(
     style: str = "twemoji",
     num_images: int | None = None,
 ) -> ZeroShotReport:
-    """Ask for gender and skin tone of the emoji that were held out (split ``test_compose``).
-
-    Args:
-        pipeline: The model.
-        data_dir: Folder that ``prepare_emoji.py`` wrote.
-        language: Of the captions: ``en`` or ``ko``.
-        style: Whose images are asked about.
-        num_images: So many of them, spread evenly; None is all.
-
-    Returns:
-        The shares.
+    """Classify gender and skin tone of the held-out emoji (split ``test_compose``) of a style.
 
     Raises:
-        UserError: If the folder holds no such images, or the number is below 1.
+        UserError: If the folder holds no such images, or ``num_images`` (None is all) is below 1.
     """
-    metadata, field = data_dir / "metadata.jsonl", "text" if language == "en" else "text_ko"
-    questions = []
-    try:
-        lines = metadata.read_text(encoding="utf-8").splitlines()
-        roles = grid_roles([json.loads(line) for line in lines if line.strip()], style=style)
-        for grid in roles.values():
-            captions = tuple(row[field] for row in grid.values())
-            for index, row in enumerate(grid.values()):
-                if row["split"] == "test_compose":
-                    image = read_image_file(data_dir / row["file_name"], field="data")
-                    questions.append(MultipleChoice(image, captions, tuple(grid), index))
-    except UserError:
-        raise
-    except OSError as error:
-        raise UserError(
-            f"data: {metadata}: {error.strerror}; expected the folder that prepare_emoji.py wrote"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"data: {metadata}: {type(error).__name__}: {error}; "
-            "expected the folder that prepare_emoji.py wrote"
-        ) from None
-    if not questions:
-        raise UserError(f"data: {metadata} has no held-out cells (test_compose) in {style}")
-    if num_images is not None and num_images < 1:
-        raise UserError(f"num_images: got {num_images}, expected at least 1")
-    count = min(num_images or len(questions), len(questions))
-    spread = [questions[place * len(questions) // count] for place in range(count)]
-    return answer(pipeline, spread, parts=("gender", "tone"))
+    if num_images is not None:
+        _require_some(num_images)
+    listed = list_data(str(data_dir), language=language)
+    listed.require_emoji(str(data_dir))
+    pairs = list(listed.pairs)
+    # grid_roles hands rows back: the index finds the image and the caption of each.
+    rows = [{**pair.attributes, "index": index} for index, pair in enumerate(pairs)]
+    # Only grids with all 15 cells: chance must be the same for every image.
+    held_out = [
+        (grid, position, row["index"])
+        for grid in grid_roles(rows, style=style).values()
+        for position, row in enumerate(grid.values())
+        if row["split"] == "test_compose"
+    ]
+    if not held_out:
+        raise UserError(f"data: {data_dir} has no held-out cells (test_compose) in {style}")
+    size, questions = pipeline.vqvae.config.image_size, []
+    for chosen in evenly_spaced(len(held_out), num_images or len(held_out)):
+        grid, position, index = held_out[chosen]
+        image = listed.read_image(index, size=size)
+        captions = tuple(pairs[row["index"]].captions[0] for row in grid.values())
+        questions.append(MultipleChoice(image, captions, tuple(grid), position))
+    return classify(pipeline, questions, parts=("gender", "tone"))
 
 
 def zero_shot_shapes(
     pipeline: TextToImagePipeline, *, split: str, num_images: int, seed: int = 0
 ) -> ZeroShotReport:
-    """Ask for color and shape of single objects in images that no data set holds.
+    """Classify color and shape of single objects in images that no data set holds.
 
-    Args:
-        pipeline: The model.
-        split: ``test`` (as in training) or ``test_compose`` (color and shape never met together).
-        num_images: How many.
-        seed: Decides the scenes.
-
-    Returns:
-        The shares.
-
-    Raises:
-        UserError: If the split is unknown, or the number below 1.
+    In split ``test`` color and shape are paired as in training, in ``test_compose`` as never there.
+    UserError if ``num_images`` is below 1.
     """
-    if num_images < 1:
-        raise UserError(f"num_images: got {num_images}, expected at least 1")
-    labels = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+    _require_some(num_images)
+    labels = tuple((color, shape) for color in COLOURS for shape in SHAPES)
     questions = []
     for index in range(num_images):
+        # Different seeds give different scenes.
         scene_seed = FIRST_SCENE_SEED + seed * num_images + index
         scene = make_scene(scene_seed, split=split, kinds=("single",))
-        only = scene.objects[0]
-        rivals = [dataclasses.replace(only, colour=colour, shape=shape) for colour, shape in labels]
-        captions = tuple(
-            describe_scene(dataclasses.replace(scene, objects=(rival,))).text for rival in rivals
-        )
+        [item] = scene.objects
+        captions = []
+        # Only the object changes: every other word of the 48 captions is the same.
+        for color, shape in labels:
+            other = dataclasses.replace(item, colour=color, shape=shape)
+            captions.append(describe_scene(dataclasses.replace(scene, objects=(other,))).text)
         image = render_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
-        questions.append(
-            MultipleChoice(image, captions, labels, labels.index((only.colour, only.shape)))
-        )
-    return answer(pipeline, questions, parts=("colour", "shape"))
+        correct = labels.index((item.colour, item.shape))
+        questions.append(MultipleChoice(image, tuple(captions), labels, correct))
+    return classify(pipeline, questions, parts=("color", "shape"))
 
 
-def answer(
+def classify(
     pipeline: TextToImagePipeline, questions: Sequence[MultipleChoice], *, parts: tuple[str, str]
 ) -> ZeroShotReport:
-    """Pick the likeliest caption of every image and count the right ones.
-
-    Args:
-        pipeline: The model.
-        questions: At least one.
-        parts: What the two words of a label are.
-
-    Returns:
-        The shares.
-    """
+    """Choose the likeliest caption of each image; ``parts`` names the two words of a label."""
+    names = (*parts, "both")
     priors = (False, True) if isinstance(pipeline.dalle, Dalle) else (False,)
-    right = {use_prior: torch.zeros(3) for use_prior in priors}
+    # (first part, second part, both)
+    num_right = {use_prior: torch.zeros(3) for use_prior in priors}
     chance = torch.zeros(3)
+    device = next(pipeline.dalle.parameters()).device
+    # One image at a time: its pass has a row for each caption and one for the null caption.
     for question in questions:
-        device = pipeline.dalle.image_head.rows.device
         text_token_ids = pipeline.text_tokenizer.encode(question.captions).to(device)
         scores = score_pairs(pipeline.dalle, text_token_ids, pipeline.encode([question.image]))
-        truth = question.labels[question.answer]
-        for use_prior in right:
+        truth = question.labels[question.correct]
+        for use_prior in priors:
             predicted = int(scores.probabilities(use_prior=use_prior)[0].argmax())
-            right[use_prior] += _hits(question.labels[predicted], truth)
-        chance += torch.stack([_hits(label, truth) for label in question.labels]).mean(dim=0)
-    names = (*parts, "both")
-
-    def probabilities(sums: torch.Tensor) -> dict[str, float]:
-        return dict(zip(names, (sums / len(questions)).tolist(), strict=True))
-
+            num_right[use_prior] += _matches(question.labels[predicted], truth)
+        # Chance is a uniform choice among the captions: several of them share a part.
+        chance += torch.stack([_matches(label, truth) for label in question.labels]).mean(dim=0)
+    fractions = {
+        use_prior: dict(zip(names, (right / len(questions)).tolist(), strict=True))
+        for use_prior, right in num_right.items()
+    }
     return ZeroShotReport(
-        num_questions=len(questions),
-        accuracy=probabilities(right[False]),
-        accuracy_with_prior=probabilities(right[True]) if True in right else None,
-        chance=probabilities(chance),
+        num_images=len(questions),
+        accuracy=fractions[False],
+        accuracy_with_prior=fractions.get(True),
+        chance=dict(zip(names, (chance / len(questions)).tolist(), strict=True)),
     )
 
 
-def _hits(label: tuple[str, str], truth: tuple[str, str]) -> torch.Tensor:
+def _require_some(num_images: int) -> None:
+    if num_images < 1:
+        raise UserError(f"num_images: got {num_images}, expected at least 1")
+
+
+def _matches(label: tuple[str, str], truth: tuple[str, str]) -> torch.Tensor:
     return torch.tensor([float(label[0] == truth[0]), float(label[1] == truth[1]), label == truth])

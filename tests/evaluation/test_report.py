@@ -1,4 +1,4 @@
-"""The files of a report."""
+"""Report files, and the numbers a tracker gets."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from dalle_mini_impl.evaluation.bootstrap import Estimate
 from dalle_mini_impl.evaluation.report import Section, Table, numbers_in, write_report
 
 FIGURES = {
-    "share": Estimate(1 / 3, 0.25, 0.5),
+    "fraction": Estimate(1 / 3, 0.25, 0.5),
     "count": 7,
     "cells": [{"z": float("nan")}],
     "deep": {"loss": 2.0, "name": "x"},
@@ -31,7 +31,7 @@ def test_figures_tables_and_images_are_written(tmp_path: Path) -> None:
     assert found == {
         "protocol": {"seed": 3, "data": {"kind": "emoji"}},
         "a part": {
-            "share": {"value": 0.333333, "low": 0.25, "high": 0.5},
+            "fraction": {"value": 0.333333, "low": 0.25, "high": 0.5},
             "count": 7,
             "cells": [{"z": None}],
             "deep": {"loss": 2.0, "name": "x"},
@@ -50,5 +50,5 @@ def test_figures_tables_and_images_are_written(tmp_path: Path) -> None:
         write_report(tmp_path / "file", "", {}, [SECTION])
 
 
-def test_a_tracker_gets_numbers_by_their_path() -> None:
-    assert numbers_in(FIGURES, "e") == {"e/share": 1 / 3, "e/count": 7.0, "e/deep/loss": 2.0}
+def test_numbers_by_path() -> None:
+    assert numbers_in(FIGURES, "e") == {"e/fraction": 1 / 3, "e/count": 7.0, "e/deep/loss": 2.0}

@@ -1,4 +1,4 @@
-"""The benchmark's figures: right about true images, at chance about shuffled ones."""
+"""Composition on shapes: right about reference images, at chance about shuffled ones."""
 
 import dataclasses
 from pathlib import Path
@@ -6,42 +6,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from dalle_mini_impl.builtin_datasets.shapes import scene as shapes
 from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene, prepare_shapes
-from dalle_mini_impl.builtin_datasets.shapes.scene import (
-    HELD_OUT_PAIRS,
-    SIZES,
-    Scene,
-    make_scene,
-    render_scene,
-)
+from dalle_mini_impl.builtin_datasets.shapes.scene import Scene, render_scene
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.evaluation.samples import join, read_data
-from dalle_mini_impl.evaluation.shapes import (
-    WHOLE,
-    Checked,
-    check_images,
-    measure_shapes,
-)
+from dalle_mini_impl.evaluation.shapes import WHOLE, CheckedImages, check_images, measure_shapes
 from tests.reference import tiny
 
 
 def make_scenes(kind: str, *, split: str = "test", count: int = 40) -> list[Scene]:
-    return [make_scene(seed, split=split, kinds=(kind,)) for seed in range(count)]
+    return [shapes.make_scene(seed, split=split, kinds=(kind,)) for seed in range(count)]
 
 
-def check(generated: list[Scene], asked: list[Scene]) -> Checked:
+def check(generated: list[Scene], asked: list[Scene]) -> CheckedImages:
     images = [render_scene(scene) for scene in generated]
     return check_images(images, [describe_scene(scene).facts for scene in asked])
 
 
 def in_other_size(scene: Scene) -> Scene:
     item = scene.objects[0]
-    size = next(name for name in SIZES if name != item.size)
-    radius = item.radius * SIZES[size] / SIZES[item.size]
-    return dataclasses.replace(
-        scene, objects=(dataclasses.replace(item, size=size, radius=radius),)
-    )
+    size = next(name for name in shapes.SIZES if name != item.size)
+    radius = item.radius * shapes.SIZES[size] / shapes.SIZES[item.size]
+    other = dataclasses.replace(item, size=size, radius=radius)
+    return dataclasses.replace(scene, objects=(other,))
 
 
 @pytest.mark.parametrize(
@@ -56,15 +45,14 @@ def in_other_size(scene: Scene) -> Scene:
 def test_reference_images_pass_and_shuffled_do_not(kind: str, stated: set[str], split: str) -> None:
     scenes = make_scenes(kind, split=split)
     checked = check(scenes, scenes)
-    assert len(checked.is_right) == len(scenes)
     fractions = checked.fractions()
     assert set(fractions) == {WHOLE, *stated}
     assert min(estimate.value for estimate in fractions.values()) >= 0.98
     shuffled = check(scenes, scenes[1:] + scenes[:1]).fractions()
-    assert shuffled[WHOLE].value < 0.1  # `test_compose` has but eight pairs
+    assert shuffled[WHOLE].value < 0.1  # `test_compose` has only eight pairs
 
 
-def test_a_wrong_attribute_lowers_its_own_figure_and_the_whole() -> None:
+def test_a_wrong_attribute_lowers_its_own_figure() -> None:
     asked = make_scenes("single")
     checked = check([in_other_size(scene) for scene in asked], asked)
     assert not any(checked.is_right)
@@ -72,23 +60,22 @@ def test_a_wrong_attribute_lowers_its_own_figure_and_the_whole() -> None:
     assert fractions[WHOLE].value == fractions["size"].value == 0.0
     for name in ("number", "colour", "shape", "position"):
         assert fractions[name].value >= 0.9
-    some_wrong = [in_other_size(scene) if i % 4 == 0 else scene for i, scene in enumerate(asked)]
-    checked = check(some_wrong, asked)
-    assert sum(checked.is_right) / 40 == pytest.approx(0.75, abs=0.03)
-    assert not any(checked.is_right[::4])
+    checked = check([in_other_size(asked[0]), *asked[1:]], asked)
+    assert not checked.is_right[0]
+    assert sum(checked.is_right[1:]) >= 38
 
 
-def test_the_section_has_both_splits_with_ceiling_and_floor(tmp_path: Path) -> None:
+def test_section_has_splits_with_ceiling_and_floor(tmp_path: Path) -> None:
     counts = {"train": 4, "test": 30, "test_compose": 30}
     prepare_shapes(tmp_path / "data", counts=counts, kinds=("single",))
     data = read_data(str(tmp_path / "data"), tiny.build_vqvae(image_size=32))
     assert data.kind == "shapes"
     pairs = [tuple(caption.split()[2:4]) for caption in data.held_out["test_compose"].captions]
-    assert set(pairs) <= HELD_OUT_PAIRS
-    expected = join([data.held_out["test"], data.held_out["test_compose"]])
-    white = torch.full_like(expected.pixels, 255)
-    ways = {"one image": expected.pixels, "best of 4": white}
-    section = measure_shapes(expected, ways, expected.pixels, seed=0)
+    assert set(pairs) <= shapes.HELD_OUT_PAIRS
+    reference = join([data.held_out["test"], data.held_out["test_compose"]])
+    white = torch.full_like(reference.pixels, 255)
+    ways = {"one image": reference.pixels, "best of 4": white}
+    section = measure_shapes(reference, ways, reference.pixels, seed=0)
     for split in ("test", "test_compose"):
         found = section.figures[split]
         assert list(found) == ["one image", "best of 4", CEILING, FLOOR]
@@ -97,13 +84,10 @@ def test_the_section_has_both_splits_with_ceiling_and_floor(tmp_path: Path) -> N
         assert found["best of 4"][WHOLE].value == 0.0
         assert found[FLOOR][WHOLE].value < 0.15
         assert f"samples_{split}" in section.images
-    assert [row[:2] for row in section.tables[0].rows][:2] == [
-        ("one image, test", "30"),
-        ("best of 4, test", "30"),
-    ]
+    assert section.tables[0].rows[1][:2] == ("best of 4, test", "30")
 
 
-def test_bad_input_is_refused() -> None:
+def test_missing_images_are_refused() -> None:
     scenes = make_scenes("single", count=3)
-    with pytest.raises(UserError, match="images: got 2 for 3 captions"):
+    with pytest.raises(UserError, match="images: got 2, expected one for each of 3 captions"):
         check(scenes[:2], scenes)

@@ -1,23 +1,22 @@
-"""Zero-shot answers: a decoder that knows the truth is always right, one that does not guesses."""
+"""Zero-shot classification: predictions against labels, with and without the prior."""
 
-import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from PIL import Image
 
-from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.zero_shot import (
     MultipleChoice,
-    answer,
+    classify,
     zero_shot_emoji,
     zero_shot_shapes,
 )
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.likelihood import score_pairs
 from tests.reference import tiny
+from tests.reference.grid_data import CELLS, reference_images, write_grid_data
 
 LABELS = tuple((color, shape) for color in tiny.COLORS for shape in tiny.SHAPES)
 
@@ -39,13 +38,13 @@ def test_predictions_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
         MultipleChoice(tiny.render_image(number), tiny.CAPTIONS, LABELS, truth)
         for number, truth in enumerate(truths)
     ]
-    report = answer(pipeline, questions, parts=("colour", "shape"))
-    assert report.num_questions == 4
-    assert report.accuracy == {"colour": 0.5, "shape": 0.5, "both": 0.25}
-    assert report.chance == pytest.approx({"colour": 1 / 6, "shape": 1 / 2, "both": 1 / 12})
+    report = classify(pipeline, questions, parts=("color", "shape"))
+    assert report.num_images == 4
+    assert report.accuracy == {"color": 0.5, "shape": 0.5, "both": 0.25}
+    assert report.chance == pytest.approx({"color": 1 / 6, "shape": 1 / 2, "both": 1 / 12})
 
 
-def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -> None:
+def test_prior_prefers_probable_captions(pipeline: TextToImagePipeline) -> None:
     captions = ("a red disc", "a red disc " * 3)  # the longer one is far less probable
     text = pipeline.text_tokenizer.encode(captions)
     image = next(
@@ -54,7 +53,7 @@ def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -
         if score_pairs(pipeline.dalle, text, pipeline.encode([image])).probabilities()[0, 1] > 0.5
     )
     question = MultipleChoice(image, captions, (("red", "disc"), ("red", "discs")), 1)
-    report = answer(pipeline, [question], parts=("colour", "shape"))
+    report = classify(pipeline, [question], parts=("color", "shape"))
     assert report.accuracy["both"] == 1
     scores = score_pairs(pipeline.dalle, text, pipeline.encode([image]))
     expected = float(scores.probabilities(use_prior=True)[0, 1] > 0.5)
@@ -70,53 +69,61 @@ def test_encoder_decoder_predicts_without_prior() -> None:
         scores.probabilities(use_prior=True)
     best = int(scores.image_given_text[0].argmax())
     question = MultipleChoice(tiny.render_image(0), tiny.CAPTIONS, LABELS, best)
-    report = answer(pipeline, [question], parts=("colour", "shape"))
-    assert report.accuracy == {"colour": 1.0, "shape": 1.0, "both": 1.0}
+    report = classify(pipeline, [question], parts=("color", "shape"))
+    assert report.accuracy == {"color": 1.0, "shape": 1.0, "both": 1.0}
     assert report.accuracy_with_prior is None
 
 
-def write_grid(folder: Path) -> Path:
-    """Two roles of 15 cells, three of them held out."""
-    folder.mkdir()
-    rows = []
-    for role in ("cook", "judge"):
-        for gender in GENDERS:
-            for tone in TONES:
-                name = f"{role}-{gender}-{tone}.png"
-                Image.new("RGB", (16, 16), (len(rows) * 8, 90, 30)).save(folder / name)
-                rows.append(
-                    {
-                        "file_name": name, "text": f"a {gender} {role}, {tone} skin",
-                        "text_ko": f"{tone} {role}", "style": "twemoji", "role": role,
-                        "gender": gender, "skin_tones": [tone], "hexcode": name,
-                        "split": "test_compose" if len(rows) in (3, 14, 20) else "train",
-                    }
-                )  # fmt: skip
-    lines = (json.dumps(row) for row in rows)
-    (folder / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    return folder
-
-
-def test_held_out_emoji_are_asked_about(pipeline: TextToImagePipeline, tmp_path: Path) -> None:
-    folder = write_grid(tmp_path / "emoji")
+def test_held_out_emoji_are_classified(pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+    folder = write_grid_data(tmp_path / "emoji", styles=("twemoji", "noto"))
     report = zero_shot_emoji(pipeline, folder)
-    assert report.num_questions == 3
+    assert report.num_images == 4
     assert report.chance == pytest.approx({"gender": 1 / 3, "tone": 1 / 5, "both": 1 / 15})
-    assert zero_shot_emoji(pipeline, folder, num_images=2, language="ko").num_questions == 2
-    for options, message in (
+    korean = zero_shot_emoji(pipeline, folder, num_images=2, language="ko", style="noto")
+    assert korean.num_images == 2
+
+
+def test_emoji_captions_are_those_of_the_role(
+    pipeline: TextToImagePipeline, tmp_path: Path
+) -> None:
+    """Each held-out image is scored with the 15 captions of its role, in the chosen language."""
+    folder = write_grid_data(tmp_path / "emoji", num_roles=1)
+    images = reference_images(1)["role 0"]
+    for language, template in (("en", "{1} {0} role 0"), ("ko", "{1} {0} role 0 이모지")):
+        captions = tuple(template.format(*cell) for cell in CELLS)
+        questions = [
+            MultipleChoice(images[CELLS[index]], captions, tuple(CELLS), index)
+            for index in (13, 14)
+        ]
+        expected = classify(pipeline, questions, parts=("gender", "tone"))
+        assert zero_shot_emoji(pipeline, folder, language=language) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({"num_images": 0}, "num_images: got 0, expected at least 1"),
-        ({"style": "noto"}, "has no held-out cells (test_compose) in noto"),
-    ):
-        with pytest.raises(UserError, match=re.escape(message)):
-            zero_shot_emoji(pipeline, folder, **options)  # type: ignore[arg-type]
+        ({"style": "apple"}, "has no held-out cells (test_compose) in apple"),
+    ],
+)
+def test_bad_options_are_refused(
+    pipeline: TextToImagePipeline, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    folder = write_grid_data(tmp_path / "emoji")
+    with pytest.raises(UserError, match=re.escape(message)):
+        zero_shot_emoji(pipeline, folder, **options)
+
+
+def test_other_images_are_refused(pipeline: TextToImagePipeline, tmp_path: Path) -> None:
+    folder = tiny.write_data(tmp_path / "data")
     with pytest.raises(UserError, match=r"expected the folder that prepare_emoji\.py wrote"):
-        zero_shot_emoji(pipeline, tmp_path)
+        zero_shot_emoji(pipeline, folder)
 
 
-def test_shapes_ask_for_one_of_48_captions(pipeline: TextToImagePipeline) -> None:
+def test_shapes_have_48_captions(pipeline: TextToImagePipeline) -> None:
     for split in ("test", "test_compose"):
         report = zero_shot_shapes(pipeline, split=split, num_images=2)
-        assert report.num_questions == 2
-        assert report.chance == pytest.approx({"colour": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
+        assert report.num_images == 2
+        assert report.chance == pytest.approx({"color": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
     with pytest.raises(UserError, match="num_images: got 0, expected at least 1"):
         zero_shot_shapes(pipeline, split="test", num_images=0)

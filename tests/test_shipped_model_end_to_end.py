@@ -1,4 +1,4 @@
-"""The shipped model can be made again: the commands of its presets, on a few images."""
+"""The shipped model can be trained again: the commands of its presets, on a few images."""
 
 import json
 import re
@@ -19,13 +19,13 @@ ROLES = ("cook", "singer")
 
 
 def commands_of(name: str) -> list[list[str]]:
-    """The commands with which a preset opens."""
+    """The commands in the first lines of a preset."""
     lines = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     return [shlex.split(line[2:]) for line in lines if line.startswith("# python scripts/")]
 
 
 def keep_few_images(data: Path) -> int:
-    """Leave two whole roles, held-out cells among them, and every fortieth other image."""
+    """Keep two whole roles, held-out cells among them, and every fortieth other image."""
     path = data / "metadata.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     kept = [
@@ -39,7 +39,7 @@ def keep_few_images(data: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # a minute and a half of work, on a machine that may be busy
-def test_the_presets_commands_make_a_model_that_the_cards_command_judges(tmp_path: Path) -> None:
+def test_preset_and_card_commands_train_and_evaluate(tmp_path: Path) -> None:
     prepare, train_vqvae = commands_of("vqvae")
     (train_dalle,) = commands_of("dalle")
     data, vqvae, dalle = (tmp_path / name for name in ("data", "vqvae", "dalle"))
