@@ -21,7 +21,10 @@ def test_candidates_are_the_pictures_that_the_pipeline_draws(guidance_scale: flo
     pixels = decode(pipeline.vqvae, drawn.first)
     for index, caption in enumerate(captions):
         image = pipeline(caption, seed=7 + index, guidance_scale=guidance_scale).images[0]
-        assert np.array_equal(np.asarray(to_images(pixels[index : index + 1])[0]), image)
+        alone = decode(pipeline.vqvae, drawn.first[index : index + 1])
+        assert np.array_equal(np.asarray(to_images(alone)[0]), image)
+        # Five at a time are summed in another order, which may round a byte to its neighbour.
+        assert (pixels[index].int() - alone[0].int()).abs().max() <= 1
     text = pipeline.captions.encode(captions)
     gains = torch.stack(
         [caption_gain(pipeline.dalle, text, drawn.image_token_ids[:, k]) for k in range(3)], dim=1
