@@ -13,7 +13,7 @@ from tests.reference.plain_decoder import plain_logits
 
 BuildDalle = Callable[..., Dalle]
 POSITIONS = ["rotary", "learned", "sinusoidal", "axial"]
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 sums in other orders are up to 5e-6 apart; mistakes move by 1e-2
 BATCH = 3  # rows of inputs()
 
 

@@ -17,7 +17,7 @@ from dalle_mini_impl.sampling.token_choice import SamplingConfig
 from tests.reference.plain_encoder_decoder import plain_image_logits
 
 Build = Callable[..., DalleEncoderDecoder]
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 sums in other orders are up to 5e-6 apart; mistakes move by 1e-2
 BATCH = 3  # rows of inputs()
 
 

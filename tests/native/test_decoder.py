@@ -68,7 +68,7 @@ def test_float32_logits_are_those_of_torch(
     wanted = model(text, image).image
     logits = stepwise(NativeDecoder(model, "float32"), text, image, window=window)
     assert wanted.std() > 0.1
-    torch.testing.assert_close(logits, wanted, atol=1e-5, rtol=1e-5)  # float32 sums, other order
+    torch.testing.assert_close(logits, wanted, atol=5e-5, rtol=1e-5)  # float32 sums, other order
 
 
 @torch.inference_mode()

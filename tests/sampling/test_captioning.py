@@ -70,7 +70,8 @@ def test_a_captions_score_does_not_depend_on_its_neighbours(build_dalle: BuildDa
     text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=torch.Generator().manual_seed(0))
     together = text_log_likelihood(model, text)
     alone = [text_log_likelihood(model, text[i : i + 1]) for i in range(len(text))]
-    assert torch.equal(torch.cat(alone), together)
+    # One shape for all, but a library may round the rows of one product in several ways.
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=0)
 
 
 def test_completions_begin_as_told_and_take_the_likeliest_tokens(build_dalle: BuildDalle) -> None:

@@ -95,9 +95,10 @@ def test_tokens_and_logits_equal_a_slow_loop_without_cache(
     for row in range(3):
         tokens, given, free, gain = slow_draw(model, text[row], int(seeds[row]), settings)
         assert drawn.image_token_ids[row].tolist() == tokens
-        assert (logits[row] - given).abs().max() <= 1e-5
+        # Sums of float32 in another order.
+        assert (logits[row] - given).abs().max() <= 5e-5
         if is_guided:
-            assert (logits[3 + row] - free).abs().max() <= 1e-5
+            assert (logits[3 + row] - free).abs().max() <= 5e-5
             assert float(drawn.caption_gain[row]) == pytest.approx(gain, abs=1e-3)
         else:
             assert drawn.caption_gain[row] == 0
