@@ -37,7 +37,7 @@ def test_candidates_are_those_of_generate_and_are_drawn_once(tmp_path: Path) -> 
     tiny.build_ranker().save_pretrained(tmp_path / "clip")
     options = argparse.Namespace(
         model=str(tmp_path / "model"), data=data, clip=str(tmp_path / "clip"), num_prompts=3,
-        num_candidates=5, seed=7, temperature=1.0, guidance_scale=None, out=tmp_path / "out",
+        num_candidates=5, seed=18, temperature=1.0, guidance_scale=None, out=tmp_path / "out",
     )  # fmt: skip
     results = run(options)
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.safetensors")}
@@ -51,6 +51,7 @@ def test_candidates_are_those_of_generate_and_are_drawn_once(tmp_path: Path) -> 
     prompts = [held_out[index * len(held_out) // 3] for index in range(3)]
     ranker = load_clip_ranker(options.clip)
     for name, rank in (("none", "none"), ("likelihood", "likelihood"), ("clip", ranker)):
-        drawn = pipeline(prompts, num_candidates=5, seed=7, temperature=1.0, rank=rank)  # type: ignore[arg-type]
-        assert [seed - 7 for seed in drawn.seeds] == results["picks"][name]
+        drawn = pipeline(prompts, num_candidates=5, seed=18, temperature=1.0, rank=rank)  # type: ignore[arg-type]
+        # No two best candidates of this seed are alike, so that rounding does not choose.
+        assert [seed - 18 for seed in drawn.seeds] == results["picks"][name]
     assert set(results["figures"]["clip"]) == {"cell", "gender", "tone", "style", "psnr_db"}

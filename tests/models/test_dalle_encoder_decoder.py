@@ -142,7 +142,7 @@ def test_captions_and_null_captions_together_equal_two_passes(build: Build) -> N
     gain = draw_rows(model, text, seeds=torch.arange(BATCH), settings=settings).caption_gain
     logs = (each.log_softmax(-1).gather(2, drawn.unsqueeze(2)) for each in (given, null))
     difference = next(logs) - next(logs)
-    torch.testing.assert_close(gain, difference.sum(dim=(1, 2)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(gain, difference.sum(dim=(1, 2)), atol=1e-3, rtol=0)
 
 
 @torch.inference_mode()

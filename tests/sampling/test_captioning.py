@@ -55,7 +55,7 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
         given = image_log_likelihood(model, *pair)
         torch.testing.assert_close(scores.image_given_text[row, column], given[0])
         gain = scores.image_given_text[row, column] - scores.image[row]
-        torch.testing.assert_close(gain, caption_gain(model, *pair)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(gain, caption_gain(model, *pair)[0], atol=1e-3, rtol=0)
     joint = (scores.image_given_text + text_log_likelihood(model, TEXT)).double().exp()
     shares = scores.shares(use_prior=True).double()
     torch.testing.assert_close(shares, joint / joint.sum(dim=1, keepdim=True), atol=1e-5, rtol=0)
@@ -71,7 +71,7 @@ def test_a_captions_score_does_not_depend_on_its_neighbours(build_dalle: BuildDa
     together = text_log_likelihood(model, text)
     alone = [text_log_likelihood(model, text[i : i + 1]) for i in range(len(text))]
     # One shape for all, but a library may round the rows of one product in several ways.
-    torch.testing.assert_close(torch.cat(alone), together, atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-3, rtol=0)
 
 
 def test_completions_begin_as_told_and_take_the_likeliest_tokens(build_dalle: BuildDalle) -> None:

@@ -129,7 +129,8 @@ def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scal
     ):
         together = draw(text[picks], seeds[picks])
         assert torch.equal(together.image_token_ids, tokens[picks])
-        torch.testing.assert_close(together.caption_gain, gains[picks], atol=1e-4, rtol=0)
+        # Sums of float32 in another order; the gains are tens of nats.
+        torch.testing.assert_close(together.caption_gain, gains[picks], atol=1e-3, rtol=0)
 
 
 def test_the_plain_way_draws_the_same(build_dalle: BuildDalle) -> None:

@@ -153,7 +153,7 @@ def test_a_batch_of_n_is_n_batches_of_one(
         assert torch.equal(alone.image_token_ids[0], together.image_token_ids[row])
         assert alone.num_passes <= together.num_passes
         assert float(alone.caption_gain[0]) == pytest.approx(
-            float(together.caption_gain[row]), abs=1e-4
+            float(together.caption_gain[row]), abs=1e-3
         )
 
 
