@@ -201,7 +201,7 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
 
 
 def _in_equal_parts(embed: Any, rows: Tensor) -> Tensor:
-    """Embed always as many rows: where one lies must not depend on its neighbours."""
+    """Embed always as many rows: neighbours move one by rounding at most, mostly not at all."""
     parts = []
     for part in rows.split(BATCH_SIZE):
         padding = part.new_zeros(BATCH_SIZE - len(part), *part.shape[1:])

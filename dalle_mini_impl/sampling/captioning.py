@@ -103,7 +103,7 @@ def text_log_likelihood(
     sums = []
     for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]
-        # Always as many rows: a caption's score must not depend on what is scored beside it.
+        # Always as many rows: what is scored beside a caption moves its score by rounding at most.
         padded = F.pad(text, (0, 0, 0, ROWS_PER_BATCH - len(text)))
         logits = model.predict_text(padded)[: len(text)].float()
         logs = logits.log_softmax(-1).gather(2, text.unsqueeze(2)).squeeze(2)

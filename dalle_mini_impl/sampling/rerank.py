@@ -87,7 +87,7 @@ def image_token_log_likelihoods(
         text, image = (
             ids[start : start + ROWS_PER_BATCH] for ids in (text_token_ids, image_token_ids)
         )
-        # Always as many rows: a picture's score must not depend on what is scored beside it.
+        # Always as many rows: what is scored beside a picture moves its score by rounding at most.
         padding = (0, 0, 0, ROWS_PER_BATCH - len(text))
         logits = model(F.pad(text, padding), F.pad(image, padding)).image[: len(text)].float()
         parts.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).squeeze(2))
