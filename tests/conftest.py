@@ -4,6 +4,7 @@ The import hook makes beartype check all type hints and jaxtyping all shapes of 
 at every call. It must stand before anything imports them.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ from jaxtyping import install_import_hook
 install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
 
 import torch  # noqa: E402
+
+from tests.reference.other_rounding import OtherRounding  # noqa: E402
 
 if TYPE_CHECKING:
     from dalle_mini_impl.models.text_to_image import TextToImageModel
@@ -32,6 +35,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding() -> Iterator[None]:
+    """With `TEST_ROUNDING=1` in the environment, as a processor that does not exist would."""
+    if not (seed := os.environ.get("TEST_ROUNDING")):
+        yield
+        return
+    with OtherRounding(int(seed)):
+        yield
 
 
 @pytest.fixture

@@ -55,10 +55,11 @@ def test_score_is_a_cosine_of_its_pair_alone(ranker: ClipRanker) -> None:
     assert together.std() > 0.05
     for index in (0, 11, 30, 35):
         alone = ranker.score(pil_images[index : index + 1], prompts[index : index + 1])
-        assert torch.equal(alone[0], together[index])
+        # One shape for all, but a library may round the rows of one product in several ways.
+        assert float(alone[0]) == pytest.approx(float(together[index]), abs=1e-5)
         images = ranker.embed_images([pil_images[index]])
         texts = ranker.embed_texts([prompts[index]])
-        assert float(together[index]) == pytest.approx(float((images * texts).sum()), abs=1e-6)
+        assert float(together[index]) == pytest.approx(float((images * texts).sum()), abs=1e-5)
 
 
 def test_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> None:

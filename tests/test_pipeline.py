@@ -81,7 +81,7 @@ def test_best_candidates_are_kept(pipeline: TextToImagePipeline) -> None:
     kept = pipeline("a blue box", num_images=2, num_candidates=3, seed=5)
     assert kept.seeds == [5 + index for index in best]
     assert bytes_of(kept.images) == [every.images[index].tobytes() for index in best]
-    assert kept.scores == pytest.approx([every.scores[index] for index in best], abs=1e-4)
+    assert kept.scores == pytest.approx([every.scores[index] for index in best], abs=1e-3)
 
     unguided = pipeline("a blue box", num_images=1, num_candidates=4, guidance_scale=1.0)
     assert unguided.scores[0] != 0.0  # computed apart, as no null logits were at hand

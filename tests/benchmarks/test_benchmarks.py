@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -280,6 +281,7 @@ def test_beginnings_are_alike_but_for_noise() -> None:
     assert not one.is_like(ours_pictures.FirstStep(1.0, 3.0))
 
 
+@pytest.mark.skipif("TEST_ROUNDING" in os.environ, reason="torch compiles nothing then")
 def test_what_is_not_compiled_is_refused() -> None:
     linear = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="nothing of it is compiled"):

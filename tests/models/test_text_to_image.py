@@ -19,7 +19,7 @@ from tests.reference.plain_seq2seq import plain_image_logits
 from tests.reference.slow_sampling import stepwise_logits
 
 Build = Callable[..., Any]
-TOLERANCE = 1e-5
+TOLERANCE = 5e-5  # float32 sums in other orders are up to 5e-6 apart; mistakes move by 1e-2
 BATCH = 3  # rows of inputs()
 WITH_ENCODER: dict[str, Any] = {"architecture": "encoder_decoder", "num_encoder_layers": 2}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -239,7 +239,7 @@ def test_guidance_rows_equal_two_passes(model: Any) -> None:
     assert torch.equal((null + 2.5 * (given - null)).argmax(dim=-1), tokens)
     assert not torch.equal(given.argmax(dim=-1), tokens)
     ratios = (given.log_softmax(-1) - null.log_softmax(-1)).gather(2, tokens.unsqueeze(2))
-    torch.testing.assert_close(log_likelihood_ratio, ratios.sum(dim=(1, 2)), atol=1e-4, rtol=0)
+    torch.testing.assert_close(log_likelihood_ratio, ratios.sum(dim=(1, 2)), atol=1e-3, rtol=0)
 
 
 @each_architecture

@@ -53,7 +53,7 @@ def test_float32_logits_are_those_of_torch(
     expected = model(text, image).image
     logits = stepwise_logits(NativeDecoder(model, "float32"), text, image, window=window)
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # float32 sums, other order
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)  # float32 sums, other order
 
 
 @torch.inference_mode()

@@ -81,8 +81,9 @@ def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scal
     ):
         together = generate(text[picks], seeds[picks])
         assert torch.equal(together.image_token_ids, tokens[picks])
+        # Sums of float32 in another order; the ratios are tens of nats.
         torch.testing.assert_close(
-            together.log_likelihood_ratio, log_likelihood_ratios[picks], atol=1e-4, rtol=0
+            together.log_likelihood_ratio, log_likelihood_ratios[picks], atol=1e-3, rtol=0
         )
 
 

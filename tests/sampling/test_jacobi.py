@@ -159,7 +159,7 @@ def test_a_batch_of_n_is_n_batches_of_one(
         assert torch.equal(alone.image_token_ids[0], together.image_token_ids[row])
         assert alone.num_passes <= together.num_passes
         assert float(alone.log_likelihood_ratio[0]) == pytest.approx(
-            float(together.log_likelihood_ratio[row]), abs=1e-4
+            float(together.log_likelihood_ratio[row]), abs=1e-3
         )
 
 

@@ -71,8 +71,9 @@ def test_every_tokenizer_keeps_the_contract(
     assert not decoded.requires_grad
     for row, one in enumerate(every_id):
         single = tokenizer.decode_from_token_ids(one[None])
-        # Sums over a batch of another size may be added up in another order.
-        torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-4)
+        # Sums over a batch of another size may be added up in another order, and wild weights
+        # amplify that; a byte of a picture is 8e-3 wide.
+        torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-3)
     assert tokenizer.decode_from_token_ids(every_id[:0]).shape == (0, 3, SIZE, SIZE)
 
     with pytest.raises(ValueError, match=r"pixels: got \(16, 20\), expected 16 x 16"):
