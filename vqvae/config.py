@@ -60,6 +60,7 @@ class VQVAEConfig:
             expected = get_args(choices)
             words = f"one of {', '.join(map(str, expected))}"
             self._require(name, getattr(self, name) in expected, words)
+        # First what the derived sizes below divide by and multiply with.
         channels = self.channels
         positive = bool(channels) and min(channels) >= 1
         self._require("channels", positive, "one positive size per stage")

@@ -76,16 +76,14 @@ class DalleEncoder(nn.Module):
 
 
 class DalleDecoder(nn.Module):
-    """Codes, or mixtures of codes, to ``num_maps`` numbers per pixel: 3 values or 6 parameters.
-
-    ``channels`` as the encoder's, finest first.
-    """
+    """Codes, or mixtures of codes, to ``num_maps`` numbers per pixel: 3 values or 6 parameters."""
 
     def __init__(
         self, channels: Sequence[int], *, code_dim: int, num_blocks: int, num_maps: int
     ) -> None:
         super().__init__()
         gain = _gain(channels, num_blocks)
+        # The encoder's channels in reverse, coarsest first; the grid doubles between groups.
         layers: list[nn.Module] = []
         before = code_dim
         for group, width in enumerate(reversed(channels)):

@@ -20,9 +20,6 @@ def logit_laplace_loss(
     Pixels are mapped into [0.1, 0.9]. There the distribution is that of the sigmoid of a Laplace
     variable with mean mu and scale b: unlike a plain Laplace distribution (L1 loss), it has no
     mass outside the range of pixels. ``parameters`` holds the channels of mu, then those of ln b.
-
-    Deviation: ln b is bent smoothly so that it stays above -5, less than an 8-bit step. Pixels of
-    flat areas are exact, and the density there would grow without bound.
     """
     batch, channels, height, width = pixels.shape
     if parameters.shape != (batch, 2 * channels, height, width):
@@ -31,6 +28,8 @@ def logit_laplace_loss(
             f"expected {(batch, 2 * channels, height, width)} for pixels {tuple(pixels.shape)}"
         )
     mean, raw_log_scale = parameters.float().chunk(2, dim=1)
+    # Deviation: a smooth bend keeps ln b above -5, less than an 8-bit step. Pixels of flat areas are
+    # exact, and the density there would grow without bound.
     log_scale = LOG_SCALE_FLOOR + F.softplus(raw_log_scale - LOG_SCALE_FLOOR)
     unit = to_open_interval(pixels.float())
     # The density of x is that of logit(x) times d logit(x) / dx = 1 / (x (1 - x)).

@@ -30,11 +30,7 @@ def hard_soft_gap(
     hard_reconstruction: Float[Tensor, "batch channels height width"],
     pixels: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, ""]:
-    """Return the PSNR that a relaxed (Gumbel) tokenizer loses from mixtures to single codes.
-
-    ``soft_reconstruction`` is decoded from the mixtures of training, ``hard_reconstruction`` from
-    token ids; all pixels in [-1, 1].
-    """
+    """Return the PSNR that a Gumbel tokenizer loses from mixtures of codes to token ids."""
     return psnr(soft_reconstruction, pixels) - psnr(hard_reconstruction, pixels)
 
 

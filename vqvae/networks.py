@@ -1,11 +1,9 @@
 """The convolutional encoder and decoder of the discrete VAE.
 
 Two choices differ from VQGAN. There is no GroupNorm: its statistics run over the whole image, so
-that a change of hat would change the tokens of the shoes; residual branches that start at zero
-keep training stable without it (Zhang et al. 2019, arXiv:1901.09321). And the encoder's kernels are
-1 x 1 by default: a token describes its own patch, so the same face gets the same tokens in every
-context, and a small decoder can recombine them.
-Pixels are folded into channels before the first convolution and unfolded after the last one.
+that a change of hat would change the tokens of the shoes. And the encoder's kernels are 1 x 1 by
+default: a token describes its own patch, so the same face gets the same tokens in every context,
+and a small decoder can recombine them.
 """
 
 from collections.abc import Sequence
@@ -22,7 +20,8 @@ class ResidualBlock(nn.Module):
         padding = kernel_size // 2
         first = nn.Conv2d(channels, channels, kernel_size, padding=padding)
         last = nn.Conv2d(channels, channels, kernel_size, padding=padding)
-        # Every block starts as the identity: this stands in for normalization.
+        # Every block starts as the identity, so that training is stable without normalization
+        # (Zhang et al. 2019, arXiv:1901.09321).
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         self.layers = nn.Sequential(nn.SiLU(), first, nn.SiLU(), last)

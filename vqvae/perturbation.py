@@ -36,7 +36,7 @@ def perturb_latents(
 ) -> Float[Tensor, "batch code_dim height width"]:
     """Return latents in which some codes are replaced by near ones.
 
-    ``codebook`` has all codes in the order of their ids. Gradients pass as if nothing were replaced.
+    ``codebook`` has all codes in the order of their ids. The gradient is that of the old latents.
     """
     latents, token_ids = quantized.quantized_latents, quantized.token_ids
     # 1. choose the tokens: a few images, and in each its own fraction

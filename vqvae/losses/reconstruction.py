@@ -29,8 +29,8 @@ def reconstruction_loss(
 ) -> Float[Tensor, ""]:
     """Return L1 plus the weighted wavelet and (1 - MS-SSIM) terms; a weight of 0 skips its term.
 
-    Both images in [-1, 1]; the loss is in units of pixel value. ``ValueError`` if the images are too
-    small for a term.
+    Both images in [-1, 1]; the loss is in units of pixel value. ``ValueError`` if a side does not
+    serve a term.
     """
     require_same_shape(reconstruction, pixels)
     loss = (reconstruction.float() - pixels.float()).abs().mean()
@@ -90,17 +90,16 @@ def ms_ssim(
 ) -> Float[Tensor, ""]:
     """Return multi-scale structural similarity, differentiable; 1 for equal images.
 
-    The mean over images and channels, pixels in [-1, 1].
-
-    Deviation: the Gaussian window is 7 x 7, since the paper's window of 11 leaves small images no
-    room for coarse scales. Scales are used as long as the window fits (3 at 32 px, 5 from 112 px),
-    with their weights rescaled to sum to 1. Values of images of different size are therefore not
-    comparable.
+    The mean over images and channels, pixels in [-1, 1]. Values of images of different size are
+    not comparable: small images have fewer scales.
     """
     require_same_shape(reconstruction, pixels)
     shortest_side = min(pixels.shape[-2:])
     if shortest_side < SSIM_WINDOW:
         raise ValueError(f"pixels: got a side of {shortest_side}, expected at least {SSIM_WINDOW}")
+    # Deviation: a Gaussian window of 7 x 7, since the paper's 11 leave small images no room for
+    # coarse scales. Scales are used as long as the window fits (3 at 32 px, 5 from 112 px), with
+    # their weights rescaled to sum to 1.
     scales = min(len(SSIM_SCALE_WEIGHTS), int(math.log2(shortest_side / SSIM_WINDOW)) + 1)
     weights = [weight / sum(SSIM_SCALE_WEIGHTS[:scales]) for weight in SSIM_SCALE_WEIGHTS[:scales]]
     # The constants of SSIM are meant for values in [0, 1].

@@ -2,10 +2,7 @@
 
 Source: Mentzer et al. 2023, arXiv:2309.15505, with the bound `2 * sigmoid(1.6 x) - 1` of iFSQ,
 arXiv:2601.17124, which sends a standard normal input to a nearly uniform one.
-
-Deviation: all bins have the same width. Plain rounding to `levels` points from -1 to 1 leaves the
-two outer bins half as wide as the inner ones, so a uniform input would use them half as often.
-With 17 levels (iFSQ) that hardly matters, with 5 or 8 it costs more evenness than the bound wins.
+Deviation: all bins have the same width.
 """
 
 import math
@@ -80,11 +77,15 @@ class FiniteScalarQuantizer(nn.Module):
         self, token_ids: Int[Tensor, "batch height width"]
     ) -> Float[Tensor, "batch code_dim height width"]:
         """Return the float32 values in [-1, 1] that the token ids stand for."""
+        # The digits of a mixed-radix number, the first channel the least significant.
         digits = token_ids[..., None] // self._place_values % self._levels
         return self._level_values(rearrange(digits, "b h w c -> b c h w"))
 
     def _scale(self, encoder_latents: Tensor) -> Tensor:
-        """Bound the latents so that each level owns an interval of the same width, 2 / (L - 1)."""
+        # Each of L levels gets an interval of the same width, 2 / (L - 1). Plain rounding to points
+        # from -1 to 1 leaves the two outer bins half as wide, so a uniform input would use them half
+        # as often. With 17 levels (iFSQ) that hardly matters; with 5 or 8 it costs more evenness
+        # than the bound gains.
         bounded = 2 * torch.sigmoid(BOUND_SLOPE * encoder_latents.float()) - 1
         levels = self._levels[:, None, None]
         return bounded * (levels / (levels - 1))

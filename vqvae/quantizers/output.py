@@ -9,14 +9,11 @@ from torch import Tensor
 class QuantizerOutput(NamedTuple):
     """The quantization of one batch of encoder latents."""
 
+    # The decoder's input; its gradient reaches the encoder.
     quantized_latents: Float[Tensor, "batch code_dim height width"]
-    """The decoder's input; its gradient reaches the encoder."""
-    token_ids: Int[Tensor, "batch height width"]
-    """The discrete code of every grid cell, in [0, codebook_size)."""
-    loss: Float[Tensor, ""]
-    """To be added to the reconstruction loss, already weighted; 0 for FSQ."""
-    metrics: dict[str, Tensor]
-    """Detached scalars to log."""
+    token_ids: Int[Tensor, "batch height width"]  # in [0, codebook_size)
+    loss: Float[Tensor, ""]  # to be added to the reconstruction loss, weighted; 0 for FSQ
+    metrics: dict[str, Tensor]  # detached scalars to log
 
 
 def require_sizes(*, codebook_size: int, code_dim: int) -> None:

@@ -24,7 +24,7 @@ from vqvae.quantizers.kmeans import (
 from vqvae.quantizers.output import QuantizerOutput, require_sizes
 
 # A restarted code starts with the mean count and needs time to fall below this fraction of it. With
-# small batches, where the mean count is near 1, the plain threshold would restart half of all codes.
+# small batches, where the mean count is near 1, the plain threshold would restart half the codes.
 LARGEST_DEAD_FRACTION_OF_MEAN = 0.1
 
 
@@ -33,19 +33,16 @@ class VectorQuantizer(nn.Module):
 
     The codebook, (codebook_size, code_dim) float32 rows of length 1, is a buffer. In training mode
     each `forward` moves it once, so with gradient accumulation it moves once per micro batch.
-
-    Attributes:
-        commitment_weight: Of the loss that pulls latents towards their codes.
-        ema_decay: Fraction of the old moving average that a training step keeps.
-        dead_code_threshold: Codes are restarted when the moving average of their count, in vectors
-            per batch of all processes, falls below this (or a tenth of the mean, if less).
-        freeze_restarts: The trainer sets this for the last part of a run, so that token ids keep
-            their meaning.
     """
 
+    # Of the loss that pulls latents towards their codes.
     commitment_weight = 0.25
+    # Fraction of the old moving average that a training step keeps.
     ema_decay = 0.99
+    # Codes are restarted when the moving average of their count, in vectors per batch of all
+    # processes, falls below this (or a tenth of the mean, if less).
     dead_code_threshold = 1.0
+    # The trainer sets this for the last part of a run, so that token ids keep their meaning.
     freeze_restarts = False
 
     codebook: Tensor
