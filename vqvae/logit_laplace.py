@@ -28,8 +28,8 @@ def logit_laplace_loss(
             f"expected {(batch, 2 * channels, height, width)} for pixels {tuple(pixels.shape)}"
         )
     mean, raw_log_scale = parameters.float().chunk(2, dim=1)
-    # Deviation: a smooth bend keeps ln b above -5, less than an 8-bit step. Pixels of flat areas are
-    # exact, and the density there would grow without bound.
+    # Deviation: a smooth bend keeps ln b above -5, less than an 8-bit step. Flat areas are
+    # reconstructed exactly, and the density there would grow without bound.
     log_scale = LOG_SCALE_FLOOR + F.softplus(raw_log_scale - LOG_SCALE_FLOOR)
     unit = to_open_interval(pixels.float())
     # The density of x is that of logit(x) times d logit(x) / dx = 1 / (x (1 - x)).

@@ -131,7 +131,7 @@ class VQVAE(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "VQVAE":
-        """Load the folder of ``save_pretrained`` in evaluation mode; ``ValueError`` if it is damaged."""
+        """Load a folder of ``save_pretrained``, in evaluation mode; ``ValueError`` if damaged."""
         folder = Path(folder)
         path = serialization.own_file(folder, serialization.CONFIG_NAME)
         values = serialization.read_json(path)

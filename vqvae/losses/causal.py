@@ -76,7 +76,7 @@ def next_feature_loss(
     0 for exact predictions of the second cell to the last, 1 for those of each channel's mean.
     """
     # Divided by each channel's variance in the (micro-)batch. It has gradients, and so have the
-    # targets: the encoder gains nothing by shrinking its features or losing an unpredictable channel.
+    # targets: the encoder gains nothing by shrinking features or losing an unpredictable channel.
     targets = rearrange(features, "b c h w -> b (h w) c")[:, 1:].float()
     errors = (predictions.float() - targets).square().mean(dim=(0, 1))
     return (errors / (targets.var(dim=(0, 1), correction=0) + SMALLEST_VARIANCE)).mean()

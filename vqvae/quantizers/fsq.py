@@ -83,7 +83,7 @@ class FiniteScalarQuantizer(nn.Module):
 
     def _scale(self, encoder_latents: Tensor) -> Tensor:
         # Each of L levels gets an interval of the same width, 2 / (L - 1). Plain rounding to points
-        # from -1 to 1 leaves the two outer bins half as wide, so a uniform input would use them half
+        # from -1 to 1 leaves the two outer bins half as wide, so an even input would use them half
         # as often. With 17 levels (iFSQ) that hardly matters; with 5 or 8 it costs more evenness
         # than the bound gains.
         bounded = 2 * torch.sigmoid(BOUND_SLOPE * encoder_latents.float()) - 1
