@@ -1,4 +1,4 @@
-"""The quantizers once more, one number at a time: slow, and easy to check against the papers."""
+"""The quantizers, one number at a time: slow, and easy to check against the papers."""
 
 import math
 from collections.abc import Sequence
