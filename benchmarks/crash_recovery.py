@@ -342,7 +342,7 @@ def attempt(
         steps: Kill it after this many steps; 0 for never.
 
     Returns:
-        Exit code, negative for a signal; the step that it resumed from; the last step it reported.
+        Exit code, negative for a signal; the step that it resumed from; the last reported step.
     """
     context = multiprocessing.get_context("forkserver")
     # Loaded once and inherited: a start then costs a tenth of a second instead of three.
@@ -393,8 +393,12 @@ def kill_repeatedly(who: str, kind: str, folder: Path, *, kills: int, seed: int 
                 plan = {"fatal_event" if inside else "steps": number}
             exit_code, resumed, last = attempt(who, kind, folder, out, **plan)
             if exit_code not in {0, -signal.SIGKILL}:
+                # What a person would do whose run does not start.
                 outcome.failed_resumes += 1
-                _delete_newest(who, out)
+                newest = PROGRAMS[who].newest_checkpoint(out)
+                assert who != "ours", "a run of ours did not start again"
+                assert newest is not None, f"{who} did not start, without a checkpoint to blame"
+                shutil.rmtree(newest)
                 continue
             outcome.largest_loss = max(outcome.largest_loss, reached - resumed)
             reached, is_over = last, exit_code == 0
@@ -407,14 +411,6 @@ def kill_repeatedly(who: str, kind: str, folder: Path, *, kills: int, seed: int 
         shutil.rmtree(out)
     outcome.seconds = time.perf_counter() - started
     return outcome
-
-
-def _delete_newest(who: str, out: Path) -> None:
-    """Do what a person would whose run does not start."""
-    assert who != "ours", "a run of ours did not start again"
-    newest = PROGRAMS[who].newest_checkpoint(out)
-    assert newest is not None, f"{who} did not start, and there is no checkpoint to blame"
-    shutil.rmtree(newest)
 
 
 def flip_bits(folder: Path, outcome: Outcome, *, flips: int) -> None:

@@ -23,20 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from benchmarks import ours, peers
+from benchmarks import ours, peers, timing
 from benchmarks.data import DallePytorchFolder, write_images
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.sizes import DEMO
-from benchmarks.timing import (
-    Job,
-    Precision,
-    Result,
-    Variant,
-    attention_flops,
-    count_flops,
-    interleave,
-    require_falling,
-)
+from benchmarks.timing import Job, Precision, Result, Variant, interleave
 from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
@@ -266,15 +257,19 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     precision: Precision = "bfloat16" if has_fast_bf16() else "float32"
     task = ours.build_dalle_task(tokens, pipeline)
     step = ours.trainer_step(ours.build_trainer(dalle, task, batch=run.batch, precision=precision))
-    require_falling([step() for _ in range(5)])
+    timing.require_falling([step() for _ in range(5)])
     size, width, layers = run.vqvae.image_size, run.decoder.hidden_size, run.decoder.num_layers
-    flops = count_flops(step) + attention_flops(
+    flops = timing.count_flops(step) + timing.attention_flops(
         layers=layers, width=width, length=dalle.config.sequence_length, rows=run.batch
     )
 
+    def read(index: int) -> Tensor:
+        image = decode_image(pairs.read_image(index), source="", min_side=2 * size)
+        return image_to_pixels(resize_and_crop(image, size))  # (3, size, size) in [-1, 1]
+
     def train() -> None:
-        first = [pairs.read_image(index) for index in range(min(run.batch, len(pairs)))]
-        vqvae.encode_to_token_ids(torch.stack([read_square(data, size) for data in first]))
+        first = [read(index) for index in range(min(run.batch, len(pairs)))]
+        vqvae.encode_to_token_ids(torch.stack(first))
         for _ in range(epochs):
             step()
 
@@ -284,12 +279,6 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
         flops=flops * epochs,
         note=f"{size} px, {width} wide, {layers} layers, batch {run.batch}, {precision}",
     )
-
-
-def read_square(data: bytes, size: int) -> Tensor:
-    """Decode one image file as the reader does, to (3, size, size) in [-1, 1]."""
-    image = decode_image(data, source="", min_side=2 * size)
-    return image_to_pixels(resize_and_crop(image, size))
 
 
 def data_wait(folder: Path, out: Path, *, steps: int) -> float:
@@ -334,8 +323,8 @@ def peer_training(folder: Path, vae: dict[str, Any], dalle: dict[str, Any]) -> J
 
     batches = endless()
     first = next(batches)
-    require_falling([step(first) for _ in range(3)])
-    flops = count_flops(lambda: step(first)) + attention_flops(
+    timing.require_falling([step(first) for _ in range(3)])
+    flops = timing.count_flops(lambda: step(first)) + timing.attention_flops(
         layers=dalle["depth"], width=dalle["dim"], length=model.total_seq_len, rows=BATCH
     )
     return Job(

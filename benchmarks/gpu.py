@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from statistics import median
 
 import torch
 from accelerate.utils import compile_regions
@@ -19,7 +20,7 @@ from torch import nn
 
 from benchmarks import ours
 from benchmarks.sizes import Size
-from benchmarks.timing import call_seconds, matmul_rate, median
+from benchmarks.timing import call_seconds, matmul_rate
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.sampler import SamplingConfig

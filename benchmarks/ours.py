@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks import timing
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import (
-    Job,
-    NotMeasuredError,
-    Precision,
-    Variant,
-    attention_flops,
-    count_flops,
-    require_training,
-)
+from benchmarks.timing import Job, NotMeasuredError, Precision, Variant
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.hardware import build_accelerator, use_fast_float32
@@ -146,7 +139,7 @@ def count_trainer_flops(trainer: Trainer, *, with_batched: bool = False) -> floa
     """Count the arithmetic of a step."""
     # Eagerly: a model that is compiled under the counter stays eager afterwards.
     wrapped, trainer.wrapped = trainer.wrapped, trainer.model
-    flops = count_flops(trainer_step(trainer), with_batched=with_batched)
+    flops = timing.count_flops(trainer_step(trainer), with_batched=with_batched)
     trainer.wrapped = wrapped
     return flops
 
@@ -183,10 +176,10 @@ def decoder_training(
         compile=compiled,
     )
     step = trainer_step(trainer)
-    flops = count_trainer_flops(trainer) + attention_flops(
+    flops = count_trainer_flops(trainer) + timing.attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
-    require_training(step, steps=3, compiled=compiled)
+    timing.require_training(step, steps=3, compiled=compiled)
     return Job(run=step, items=size.tokens, flops=flops)
 
 

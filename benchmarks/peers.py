@@ -17,15 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import timing
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import (
-    Job,
-    NotMeasuredError,
-    Precision,
-    attention_flops,
-    count_flops,
-    require_training,
-)
+from benchmarks.timing import Job, NotMeasuredError, Precision
 
 # Module -> names that dalle_pytorch 1.6.6 imports from it. OmegaConf and taming serve pretrained
 # VQGANs; pkg_resources, which setuptools has dropped, serves its version number.
@@ -159,13 +153,13 @@ def build_language_model(name: str, size: Size) -> Any:
 
     Without dropout, with torch's fused attention.
     """
+    package = "x_transformers" if name == X_TRANSFORMERS else "transformers"
+    if importlib.util.find_spec(package) is None:
+        raise NotMeasuredError(f"{package} is not installed; make bench installs it")
     vocab = size.vocab + size.codebook
-    try:
-        import transformers
-        import x_transformers
-    except ImportError as error:
-        raise NotMeasuredError(f"{error.name} is not installed") from None
     if name == X_TRANSFORMERS:
+        import x_transformers
+
         layers = x_transformers.Decoder(
             dim=size.width,
             depth=size.layers,
@@ -177,15 +171,13 @@ def build_language_model(name: str, size: Size) -> Any:
         return x_transformers.TransformerWrapper(
             num_tokens=vocab, max_seq_len=size.length, attn_layers=layers
         )
-    options: dict[str, Any] = {
-        "attn_implementation": "sdpa",
-        "bos_token_id": None,
-        "eos_token_id": None,  # every image is generated to its end
-        "pad_token_id": None,
-    }
+    import transformers
+
+    # No end token: every image is generated to its end.
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "vocab_size": vocab, **no_tokens}
     if name == LLAMA:
         config: Any = transformers.LlamaConfig(
-            vocab_size=vocab,
             hidden_size=size.width,
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
@@ -195,28 +187,22 @@ def build_language_model(name: str, size: Size) -> Any:
             **options,
         )
         return transformers.LlamaForCausalLM(config)
-    config = transformers.GPT2Config(
-        vocab_size=vocab,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.heads,
-        n_positions=size.length,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **options,
-    )
+    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    sizes = {"n_embd": size.width, "n_layer": size.layers, "n_head": size.heads}
+    config = transformers.GPT2Config(n_positions=size.length, **sizes, **no_dropout, **options)
     return transformers.GPT2LMHeadModel(config)
 
 
 def decoder_training(decoder: Decoder, size: Size, precision: Precision, *, compiled: bool) -> Job:
     """Train a peer's decoder on random tokens, one step per call; items are tokens."""
-    flops = count_flops(_training_step(decoder, decoder.model, precision)) + attention_flops(
+    flops = timing.count_flops(
+        _training_step(decoder, decoder.model, precision)
+    ) + timing.attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
     net: Any = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
     step = _training_step(decoder, net, precision)
-    require_training(step, steps=3, compiled=compiled)
+    timing.require_training(step, steps=3, compiled=compiled)
     return Job(run=step, items=size.tokens, flops=flops)
 
 

@@ -1,9 +1,10 @@
 """Results as Markdown tables."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-from benchmarks.timing import Result, fraction_of_ceiling, median
+from benchmarks.timing import Result, fraction_of_ceiling
 
 GIGA = 1e9
 LESS_IS_BETTER = ("s", "ms", "GiB")  # units whose figure is the cost itself

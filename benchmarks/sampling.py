@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks import ours, peers
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.sizes import EMOJI_64, Size, random_pairs
-from benchmarks.timing import Job, Precision, Result, Variant, bytes_of, interleave
+from benchmarks.timing import Job, Precision, Result, Variant, interleave
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -174,9 +174,10 @@ def llama_job(
 
 def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
     """Generate with x-transformers' wrapper and its cache; items are images."""
+    net = model()  # before the import: it reports a missing package
     from x_transformers import AutoregressiveWrapper
 
-    wrapper = AutoregressiveWrapper(model())
+    wrapper = AutoregressiveWrapper(net)
     text, _ = random_pairs(size, batch=batch)
 
     def generate(prompts: Tensor) -> Tensor:
@@ -239,7 +240,7 @@ def _verified(
         run=lambda: generate(text),
         items=len(text),
         flops=2.0 * sum(map(torch.numel, weights)) * len(text) * passes * size.image_length,
-        bytes=bytes_of(*weights) * size.image_length,
+        bytes=float(sum(weight.nbytes for weight in weights)) * size.image_length,
     )
 
 

@@ -13,24 +13,18 @@ import ctypes
 import gc
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_mini_impl.hardware import (
-    M_MMAP_THRESHOLD,
-    M_TRIM_THRESHOLD,
-    has_fast_bf16,
-    keep_freed_memory,
-    medium_is_float32,
-)
+from dalle_mini_impl import hardware
+from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 
 GLIBC_THRESHOLD = 2**25  # the largest that glibc chooses for itself: mallopt(3)
 SHORTEST_SECONDS = 1.0  # of a timed block; shorter calls are repeated until it is full
@@ -186,23 +180,18 @@ def _block(job: Job) -> tuple[float, float | None]:
 def set_machine(matmul: str, *, keeps_memory: bool) -> None:
     """Set the float32 matrix product, and whether freed memory stays with the process."""
     torch.set_float32_matmul_precision(matmul)
-    if not keep_freed_memory() or keeps_memory:
+    if not hardware.keep_freed_memory() or keeps_memory:
         return
     # glibc raises its own thresholds as large blocks are freed: this is where they end.
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, GLIBC_THRESHOLD)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * GLIBC_THRESHOLD)
+    libc.mallopt(hardware.M_MMAP_THRESHOLD, GLIBC_THRESHOLD)
+    libc.mallopt(hardware.M_TRIM_THRESHOLD, 2 * GLIBC_THRESHOLD)
     libc.malloc_trim(0)  # kept by earlier variants
 
 
 def failure_text(error: Exception) -> str:
     """Describe an error in one line."""
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
-
-
-def median(values: Sequence[float]) -> float:
-    """Return the middle value, or the mean of the two middle ones."""
-    return statistics.median(values)
 
 
 def require_training(step: Callable[[], Any], *, steps: int, compiled: bool) -> None:
@@ -338,8 +327,3 @@ def count_flops(run: Callable[[], object], *, with_batched: bool = False) -> flo
 def attention_flops(*, layers: int, width: int, length: int, rows: int) -> float:
     """Count attention's two products, forward and backward, as if the mask were full."""
     return 12.0 * layers * width * length**2 * rows
-
-
-def bytes_of(*tensors: Tensor) -> float:
-    """Add up the sizes of tensors."""
-    return float(sum(tensor.nbytes for tensor in tensors))

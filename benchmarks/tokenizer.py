@@ -23,29 +23,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks import ours, peers
+from benchmarks import ours, peers, timing
 from benchmarks.parts import BenchmarkConfig
-from benchmarks.timing import (
-    Job,
-    NotMeasuredError,
-    OtherLoad,
-    Precision,
-    Result,
-    Variant,
-    call_seconds,
-    count_flops,
-    failure_text,
-    interleave,
-    median,
-    require_training,
-    set_machine,
-)
+from benchmarks.timing import Job, NotMeasuredError, Precision, Result, Variant, interleave
 from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 from dalle_mini_impl.training.optimizer import build_optimizers
 from dalle_mini_impl.training.trainer import Trainer
@@ -56,6 +43,7 @@ from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 Work = Literal["encode", "decode", "train"]
 WORKS: tuple[Work, ...] = ("encode", "decode", "train")
+OWN_WAYS = (("", False), (", compiled", True))
 BY_DEFAULT = {"num_layers": 3, "num_tokens": 1024, "codebook_dim": 512, "hidden_dim": 64}
 
 NUM_VECTORS, WIDTH = 2048, 32
@@ -105,7 +93,7 @@ def default_variants(
     work: Work, pixels: Tensor, precision: Precision, *, with_compiled: bool
 ) -> Iterator[Variant]:
     """Yield the rows of the comparison by default; training is compiled too on request."""
-    for words, compiled in _own_ways(work, with_compiled=with_compiled):
+    for words, compiled in OWN_WAYS[: 1 + (with_compiled and work == "train")]:
         build = partial(own_job, work, pixels, precision, compiled=compiled)
         keeps_memory = work == "train"
         yield ours.variant(
@@ -138,39 +126,28 @@ def gumbel_variants(
             compiled=compiled,
         )
 
-    for words, compiled in _own_ways("train", with_compiled=with_compiled):
+    for words, compiled in OWN_WAYS[: 1 + with_compiled]:
         build = partial(own_training, compiled=compiled)
         yield ours.variant(f"ours{words}", build, precision=precision, keeps_memory=True)
     yield from _dvae_variants("train", pixels, precision, build_vae, with_compiled=with_compiled)
 
 
-def _own_ways(work: Work, *, with_compiled: bool) -> Iterator[tuple[str, bool]]:
-    yield "", False
-    if work == "train" and with_compiled:
-        yield ", compiled", True
-
-
 def own_job(work: Work, pixels: Tensor, precision: Precision, *, compiled: bool = False) -> Job:
-    """Encode, decode or train the default image tokenizer; items are images.
+    """Encode, decode or train the default image tokenizer on pixels in [-1, 1].
 
-    Args:
-        work: Which of the three.
-        pixels: In [-1, 1], (batch, 3, side, side).
-        precision: bf16 is autocast, as in training.
-        compiled: Train with ``training.compile``.
+    Items are images; bf16 is autocast, as in training.
     """
     torch.manual_seed(0)
     vqvae = VQVAE(VQVAEConfig(image_size=pixels.shape[-1]))
     vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    run: Callable[[], object]
     if work == "train":
         trainer = build_vqvae_trainer(
             vqvae, to_bytes(pixels), batch=len(pixels), precision=precision, compile=compiled
         )
-        run = step = ours.trainer_step(trainer)
+        step = ours.trainer_step(trainer)
         flops = ours.count_trainer_flops(trainer, with_batched=True)
-        require_training(step, steps=5, compiled=compiled)
-        return Job(run=run, items=len(pixels), flops=flops)
+        timing.require_training(step, steps=5, compiled=compiled)
+        return Job(run=step, items=len(pixels), flops=flops)
     vqvae.eval()
     token_ids = vqvae.encode_to_token_ids(pixels)
     if vqvae.decode_from_token_ids(token_ids).shape != pixels.shape:
@@ -182,7 +159,7 @@ def own_job(work: Work, pixels: Tensor, precision: Precision, *, compiled: bool 
                 return vqvae.encode_to_token_ids(pixels)
             return vqvae.decode_from_token_ids(token_ids)
 
-    return Job(run=infer, items=len(pixels), flops=count_flops(infer, with_batched=True))
+    return Job(run=infer, items=len(pixels), flops=timing.count_flops(infer, with_batched=True))
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
@@ -231,11 +208,8 @@ def gumbel_training(
         codebook: Initial rows, (codes, width).
         pixels: In [-1, 1].
         precision: bf16 is autocast.
-        peer_first_step: What our first step must equal but for its noise.
+        peer_first_step: What our first step must equal but for its noise, else a ValueError.
         compiled: Whether torch.compile makes the forward and backward pass.
-
-    Raises:
-        ValueError: If the first step differs, or the loss does not fall.
     """
     codes, width = codebook.shape
     quantizer = GumbelQuantizer(codebook_size=codes, code_dim=width, kl_weight=0.0)
@@ -260,7 +234,7 @@ def gumbel_training(
         first.append(eager_loss())
         first[0].backward()
 
-    flops = count_flops(first_step, with_batched=True)
+    flops = timing.count_flops(first_step, with_batched=True)
     gradient = quantizer.codebook.grad
     assert gradient is not None
     found = FirstStep(float(first[0].detach()), float(gradient.norm()))
@@ -276,7 +250,7 @@ def gumbel_training(
         optimizer.zero_grad()
         return float(loss.detach())
 
-    require_training(step, steps=5, compiled=compiled)
+    timing.require_training(step, steps=5, compiled=compiled)
     return Job(run=step, items=len(pixels), flops=flops)
 
 
@@ -345,11 +319,11 @@ def dvae_job(
                 return vae.decode(token_ids)
 
     eager: Callable[[], object] = step if work == "train" else infer
-    flops = count_flops(eager, with_batched=True)
+    flops = timing.count_flops(eager, with_batched=True)
     net = torch.compile(vae, dynamic=False) if compiled else vae
     run = partial(step, net) if work == "train" else infer
     if work == "train":
-        require_training(run, steps=5, compiled=compiled)
+        timing.require_training(run, steps=5, compiled=compiled)
     elif len(infer()) != len(pixels):
         raise ValueError("the tokenizer returns another number of images")
     return Job(run=run, items=len(pixels), flops=flops)
@@ -435,7 +409,7 @@ class Learner:
 
     def take_turn(self, held_out: Tensor, *, seconds: float) -> None:
         """Train for some seconds, then measure on held-out images as bytes."""
-        load, started = OtherLoad(), time.perf_counter()
+        load, started = timing.OtherLoad(), time.perf_counter()
         while time.perf_counter() - started < seconds:
             self.step()
             self.steps += 1
@@ -461,7 +435,7 @@ def compare_time_to_quality(config: BenchmarkConfig) -> list[Result]:
             row.failure = f"not measured: {reason}"
             failed.append(row)
         except Exception as error:  # one that fails must not take the others with it
-            row.failure = failure_text(error)
+            row.failure = timing.failure_text(error)
             failed.append(row)
     take_turns(learners, held_out, goal=goal, seconds=turn)
     return [*(learner.result for learner in learners), *failed]
@@ -472,7 +446,7 @@ def take_turns(learners: list[Learner], held_out: Tensor, *, goal: float, second
     own, running = learners[0], list(learners)
     while running:
         for learner in list(running):
-            set_machine(learner.matmul, keeps_memory=True)
+            timing.set_machine(learner.matmul, keeps_memory=True)
             learner.take_turn(held_out, seconds=seconds)
             limit = MOST_SECONDS if own in running else MOST_TIMES_OURS * own.seconds
             reached = f"{learner.db:.2f} dB after {learner.steps} steps"
@@ -508,8 +482,8 @@ def faster_product(step: Callable[[], object]) -> str:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(5):
         for name in names:
-            set_machine(name, keeps_memory=True)
-            seconds[name] += call_seconds(step, warm_up=0, repeats=1)
+            timing.set_machine(name, keeps_memory=True)
+            seconds[name] += timing.call_seconds(step, warm_up=0, repeats=1)
     return min(names, key=lambda name: median(seconds[name]))
 
 

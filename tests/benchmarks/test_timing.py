@@ -4,7 +4,6 @@ import itertools
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -109,8 +108,7 @@ def test_eager_code_is_not_taken_for_compiled() -> None:
     linear = nn.Linear(3, 3)
     with pytest.raises(ValueError, match="nothing of it is compiled"):
         timing.require_compiled(lambda: linear(torch.ones(1, 3)))
-    # Without a C++ compiler on the machine: what counts here is who runs the graph.
-    compiled = torch.compile(linear, backend="aot_eager")
+    compiled = torch.compile(linear, backend="aot_eager")  # needs no C++ compiler
     compiled(torch.ones(1, 3))
     timing.require_compiled(lambda: compiled(torch.ones(1, 3)))
 
@@ -165,29 +163,11 @@ def test_parts_are_selected_by_prefix() -> None:
     assert list(config.precisions()) == ["float32"]
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "complaint"),
-    [
-        ("--parts", "speed", "got 'speed', expected all"),
-        ("--rounds", "0", "--rounds: got 0, expected at least 1"),
-        ("--out", "FILE/folder", "--out: cannot make"),
-    ],
-)
-def test_bad_options_end_with_one_line(
-    option: str,
-    value: str,
-    complaint: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    (tmp_path / "FILE").touch()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", option, value])
-    with pytest.raises(SystemExit) as stop:
+@pytest.mark.parametrize("option", ["--parts=speed", "--rounds=0", f"--out={__file__}/folder"])
+def test_bad_options_are_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick", option])
+    with pytest.raises(SystemExit, match="2"):
         main()
-    assert stop.value.code == 2
-    assert complaint in capsys.readouterr().err
 
 
 def test_peak_memory_grows() -> None:
