@@ -195,9 +195,8 @@ def build_language_model(name: str, size: Size) -> Any:
 
 def decoder_training(decoder: Decoder, size: Size, precision: Precision, *, compiled: bool) -> Job:
     """Train a peer's decoder on random tokens, one step per call; items are tokens."""
-    flops = timing.count_flops(
-        _training_step(decoder, decoder.model, precision)
-    ) + timing.attention_flops(
+    flops = timing.count_flops(_training_step(decoder, decoder.model, precision))
+    flops += timing.attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
     net: Any = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
