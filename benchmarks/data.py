@@ -39,12 +39,8 @@ def compare_readers(config: BenchmarkConfig) -> list[Result]:
         for words, read in readers.items():
             make = ours.variant if words.startswith("ours") else Variant
             rows.append(make(words, partial(_verified, read, count)))
-        return interleave(
-            f"read and decode {count} JPEGs of {FILE_SIDE} px to {SIDE} px",
-            rows,
-            unit="images/s",
-            rounds=config.rounds,
-        )
+        work = f"read and decode {count} JPEGs of {FILE_SIDE} px to {SIDE} px"
+        return interleave(work, rows, "images/s", config.rounds)
 
 
 def write_images(folder: Path, count: int, *, side: int = FILE_SIDE) -> None:

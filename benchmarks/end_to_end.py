@@ -87,7 +87,7 @@ def compare_startup(config: BenchmarkConfig) -> list[Result]:
         import_torch,
         Variant("python alone", partial(process_job, [*PYTHON, "pass"])),
     ]
-    results = interleave("start-up", to_help, unit="s", rounds=config.rounds)
+    results = interleave("start-up", to_help, "s", config.rounds)
     with tempfile.TemporaryDirectory() as name:
         to_image = [
             ours.variant("ours, generate.py", partial(own_image, Path(name))),
@@ -98,7 +98,7 @@ def compare_startup(config: BenchmarkConfig) -> list[Result]:
             import_torch,
         ]
         work = "first image from process start, a model of the demo's size"
-        results += interleave(work, to_image, unit="s", rounds=config.rounds)
+        results += interleave(work, to_image, "s", config.rounds)
     return results
 
 
@@ -131,11 +131,11 @@ def write_model(folder: Path, decoder: DecoderConfig | None = None) -> None:
     """Write a model folder with random weights, of the demo's size or with another decoder."""
     torch.manual_seed(0)
     if decoder is None:
-        sizes = {"num_layers": DEMO.layers, "num_heads": DEMO.heads}
+        sizes: dict[str, Any] = {"num_layers": DEMO.layers, "num_heads": DEMO.heads}
         decoder = DecoderConfig(hidden_size=DEMO.width, **sizes)
     text = TextConfig(vocab_size=DEMO.vocab, text_length=DEMO.text_length)
-    pipeline = ours.build_model(VQVAE(VQVAEConfig()), decoder, text)
-    ours.randomize_heads(pipeline.dalle)
+    dalle, pipeline = ours.build_model(VQVAE(VQVAEConfig()), decoder, text)
+    ours.randomize_heads(dalle)
     pipeline.sampling_config = dataclasses.replace(
         pipeline.sampling_config, guidance_scale=ours.GUIDANCE_SCALE
     )
@@ -216,17 +216,10 @@ def compare_whole_training(config: BenchmarkConfig) -> list[Result]:
             build = partial(own_training, folder, run, epochs=EPOCHS)
             rows.append(ours.variant(words, build, precision=precision, keeps_memory=True))
         for words, matmul in (("as shipped", "highest"), ('matmul "medium"', "medium")):
-            rows.append(
-                Variant(
-                    f"{peers.DALLE}, its defaults, {words}",
-                    partial(peer_training, folder, vae, dalle),
-                    matmul=matmul,
-                    keeps_memory=words != "as shipped",
-                )
-            )
-        results = interleave(
-            "training as users run it", rows, unit="images/s", rounds=config.rounds
-        )
+            options: dict[str, Any] = {"matmul": matmul, "keeps_memory": words != "as shipped"}
+            build = partial(peer_training, folder, vae, dalle)
+            rows.append(Variant(f"{peers.DALLE}, its defaults, {words}", build, **options))
+        results = interleave("training as users run it", rows, "images/s", config.rounds)
         try:
             wait = data_wait(folder, Path(name) / "run", steps=3 if config.quick else 20)
             results[0].note += f"; training waits for data {100 * wait:.2f} % of its time"
@@ -242,8 +235,7 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     """
     torch.manual_seed(0)
     vqvae = VQVAE(run.vqvae).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
-    pipeline = ours.build_model(vqvae, run.decoder, run.text)
-    dalle = pipeline.dalle
+    dalle, pipeline = ours.build_model(vqvae, run.decoder, run.text)
     pairs = open_pairs(str(folder))
     pixels, kept, _ = load_all_pixels(pairs, image_size=run.vqvae.image_size)
     tokens = build_token_dataset(

@@ -88,7 +88,9 @@ def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
     return TextToImagePipeline(dalle=dalle, vqvae=vqvae, text_tokenizer=text_tokenizer)
 
 
-def build_model(vqvae: VQVAE, decoder: DecoderConfig, text: TextConfig) -> TextToImagePipeline:
+def build_model(
+    vqvae: VQVAE, decoder: DecoderConfig, text: TextConfig
+) -> tuple[Dalle, TextToImagePipeline]:
     """Build an untrained decoder on a tokenizer's tokens, and a pipeline around it."""
     config = DalleConfig(
         decoder=decoder,
@@ -97,7 +99,8 @@ def build_model(vqvae: VQVAE, decoder: DecoderConfig, text: TextConfig) -> TextT
         codebook_levels=vqvae.codebook_levels,
         image_grid_size=vqvae.image_grid_size,
     )
-    return build_pipeline(Dalle(config), vqvae)
+    dalle = Dalle(config)
+    return dalle, build_pipeline(dalle, vqvae)
 
 
 def build_dalle_task(tokens: TokenDataset, pipeline: TextToImagePipeline) -> DalleTask:

@@ -187,9 +187,9 @@ def build_language_model(name: str, size: Size) -> Any:
             **options,
         )
         return transformers.LlamaForCausalLM(config)
-    no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    sizes = {"n_embd": size.width, "n_layer": size.layers, "n_head": size.heads}
-    config = transformers.GPT2Config(n_positions=size.length, **sizes, **no_dropout, **options)
+    options |= {"n_embd": size.width, "n_layer": size.layers, "n_head": size.heads}
+    options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(n_positions=size.length, **options)
     return transformers.GPT2LMHeadModel(config)
 
 

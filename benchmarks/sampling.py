@@ -56,15 +56,15 @@ def compare_random_weights(
     """Compare seconds per image at some batch sizes of `MOST_ROUNDS`, without and with guidance."""
     results = []
     for batch in batches[:1] if config.quick else batches:
+        rounds = min(config.rounds, MOST_ROUNDS[batch])
         for guided in (False, True):
             rows = [*own_variants(size, config, batch, guided=guided)]
             rows += peer_variants(size, batch, guided=guided)
-            results += interleave(
-                f"generate {size.name}, batch {batch}, {'guidance 3' if guided else 'no guidance'}",
-                [one for one in rows if not (config.quick and "compiled" in one.name)],
-                unit="s",
-                rounds=min(config.rounds, MOST_ROUNDS[batch]),
-            )
+            if config.quick:
+                rows = [one for one in rows if "compiled" not in one.name]
+            words = "guidance 3" if guided else "no guidance"
+            work = f"generate {size.name}, batch {batch}, {words}"
+            results += interleave(work, rows, "s", rounds)
     return results
 
 
@@ -93,7 +93,8 @@ def own_variants(
             for weights, name in NATIVE.items():
                 yield ours.variant(name, partial(own_job, precision, weights))
             ways['dynamic cache, matmul "medium"'] = "medium"
-        if batch == 1 and not guided:  # compiling pays most where a step does least
+        # Compiling pays most where a step does least.
+        if batch == 1 and not guided:
             ways["static cache, compiled"] = "highest"
             ways['static cache, compiled, matmul "medium"'] = "medium"
         model = partial(_peer, peers.LLAMA, size, getattr(torch, precision))
@@ -248,16 +249,12 @@ def compare_trained_weights(config: BenchmarkConfig) -> list[Result]:
     """Compare seconds per image of our trained model, one image at a time."""
     pipeline = TextToImagePipeline.from_pretrained(MODEL)
     results = []
+    scale = pipeline.sampling_config.guidance_scale
     for guided in (False, True):
         rows = list(trained_variants(pipeline, guided=guided))
-        scale = pipeline.sampling_config.guidance_scale
-        results += interleave(
-            f"generate {EMOJI_64.name}, trained, batch 1, "
-            f"{f'guidance {scale:g}' if guided else 'no guidance'}",
-            rows[:2] if config.quick else rows,
-            unit="s",
-            rounds=config.rounds,
-        )
+        words = f"guidance {scale:g}" if guided else "no guidance"
+        work = f"generate {EMOJI_64.name}, trained, batch 1, {words}"
+        results += interleave(work, rows[:2] if config.quick else rows, "s", config.rounds)
     return results
 
 

@@ -14,7 +14,7 @@ import gc
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -99,8 +99,9 @@ class Result:
     note: str = ""
 
 
-def interleave(work: str, variants: Sequence[Variant], *, unit: str, rounds: int) -> list[Result]:
+def interleave(work: str, rows: Iterable[Variant], unit: str, rounds: int) -> list[Result]:
     """Build, verify and time all variants of one comparison; those that fail say so."""
+    variants = list(rows)
     results = [
         Result(work=work, variant=one.name, is_ours=one.is_ours, unit=unit, precision=one.precision)
         for one in variants

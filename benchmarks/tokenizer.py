@@ -62,24 +62,21 @@ DVAE_BATCH, DVAE_RATE, DVAE_TEMPERATURE = 8, 1e-3, 1.0
 
 def compare_tokenizers(config: BenchmarkConfig) -> list[Result]:
     """Compare tokenizers by default and with the same mathematics, in images per second."""
+    small, large = random_images(16, 64), random_images(8, 128)
+    codes, with_compiled = 8192, not config.quick
+    if config.quick:
+        small = large = random_images(2, 32)
+        codes = 64
     results = []
     for precision in config.precisions():
-        pixels = random_images(2, 32) if config.quick else random_images(16, 64)
-        for work in WORKS:
-            results += interleave(
-                f"tokenizer by default, {pixels.shape[-1]} px, {work}, {precision}",
-                list(default_variants(work, pixels, precision, with_compiled=not config.quick)),
-                unit="images/s",
-                rounds=config.rounds,
-            )
-        pixels = random_images(2, 32) if config.quick else random_images(8, 128)
-        codes = 64 if config.quick else 8192
-        results += interleave(
-            f"Gumbel dVAE, {codes:,} codes, {pixels.shape[-1]} px, same mathematics, {precision}",
-            list(gumbel_variants(pixels, codes, precision, with_compiled=not config.quick)),
-            unit="images/s",
-            rounds=config.rounds,
-        )
+        for kind in WORKS:
+            work = f"tokenizer by default, {small.shape[-1]} px, {kind}, {precision}"
+            rows = default_variants(kind, small, precision, with_compiled=with_compiled)
+            results += interleave(work, rows, "images/s", config.rounds)
+        sizes = f"{codes:,} codes, {large.shape[-1]} px"
+        work = f"Gumbel dVAE, {sizes}, same mathematics, {precision}"
+        rows = gumbel_variants(large, codes, precision, with_compiled=with_compiled)
+        results += interleave(work, rows, "images/s", config.rounds)
     return results
 
 
@@ -95,10 +92,8 @@ def default_variants(
     """Yield the rows of the comparison by default; training is compiled too on request."""
     for words, compiled in OWN_WAYS[: 1 + (with_compiled and work == "train")]:
         build = partial(own_job, work, pixels, precision, compiled=compiled)
-        keeps_memory = work == "train"
-        yield ours.variant(
-            f"ours (FSQ){words}", build, precision=precision, keeps_memory=keeps_memory
-        )
+        options: dict[str, Any] = {"precision": precision, "keeps_memory": work == "train"}
+        yield ours.variant(f"ours (FSQ){words}", build, **options)
     build_vae = partial(build_dvae, pixels.shape[-1], **BY_DEFAULT)
     yield from _dvae_variants(work, pixels, precision, build_vae, with_compiled=with_compiled)
 
@@ -116,14 +111,9 @@ def gumbel_variants(
         loss.backward()
         peer_first_step = FirstStep(float(loss.detach()), float(vae.codebook.weight.grad.norm()))
         vae.zero_grad()
+        parts = (vae.encoder, vae.decoder, vae.codebook.weight.detach().clone())
         return gumbel_training(
-            vae.encoder,
-            vae.decoder,
-            vae.codebook.weight.detach().clone(),
-            pixels,
-            precision,
-            peer_first_step=peer_first_step,
-            compiled=compiled,
+            *parts, pixels, precision, peer_first_step=peer_first_step, compiled=compiled
         )
 
     for words, compiled in OWN_WAYS[: 1 + with_compiled]:
@@ -340,16 +330,12 @@ def compare_lookups(config: BenchmarkConfig) -> list[Result]:
         rows = [ours.variant("ours, cosine", own)]
         for cosine in (True, False):
             lookup = partial(peer_lookup, cosine=cosine)
-            for words, matmul in (("as shipped", "highest"), ('matmul "medium"', "medium")):
-                rows.append(
-                    Variant(
-                        f"vector-quantize-pytorch, {'cosine' if cosine else 'Euclidean'}, {words}",
-                        partial(lookup_job, lookup, vectors, codebook),
-                        matmul=matmul,
-                    )
-                )
+            build = partial(lookup_job, lookup, vectors, codebook)
+            name = f"vector-quantize-pytorch, {'cosine' if cosine else 'Euclidean'}"
+            rows.append(Variant(f"{name}, as shipped", build))
+            rows.append(Variant(f'{name}, matmul "medium"', build, matmul="medium"))
         work = f"look-up of {NUM_VECTORS:,} vectors of {WIDTH} among {codes:,} codes"
-        results += interleave(work, rows, unit="ms", rounds=config.rounds)
+        results += interleave(work, rows, "ms", config.rounds)
     return results
 
 

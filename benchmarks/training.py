@@ -34,12 +34,9 @@ def compare_steps(config: BenchmarkConfig, size: Size) -> list[Result]:
     """Compare one training step in each precision, in tokens per second."""
     results = []
     for precision in config.precisions():
-        results += interleave(
-            f"train {size.name}, {precision}",
-            list(step_variants(size, precision, with_compiled=not config.quick)),
-            unit="tokens/s",
-            rounds=config.rounds,
-        )
+        rows = step_variants(size, precision, with_compiled=not config.quick)
+        work = f"train {size.name}, {precision}"
+        results += interleave(work, rows, "tokens/s", config.rounds)
     return results
 
 
@@ -52,8 +49,9 @@ def step_variants(size: Size, precision: Precision, *, with_compiled: bool) -> I
     for name in peers.DECODERS:
         decoder = functools.cache(partial(peers.build_decoder, name, size))
         for words, compiled, matmul in WAYS:
+            # Under autocast the float32 product does not matter.
             if precision == "bfloat16" and matmul != "highest":
-                continue  # autocast: the float32 product does not matter
+                continue
             if compiled and not with_compiled:
                 continue
             yield Variant(
@@ -96,8 +94,9 @@ def compare_peak_memory(config: BenchmarkConfig, size: Size) -> list[Result]:
 def memory_variants(size: Size, precision: Precision) -> Iterator[Variant]:
     """Yield the rows of training that differ in memory, and ours with activation checkpointing."""
     for one in step_variants(size, precision, with_compiled=False):
+        # The float32 product changes no memory.
         if not one.is_ours and one.matmul == "medium":
-            continue  # takes the same
+            continue
         yield one
         if one.is_ours:
             yield dataclasses.replace(

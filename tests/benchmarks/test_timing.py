@@ -33,7 +33,7 @@ def same_flags():
 
 
 def measure(*variants: Variant, rounds: int = 4) -> list[Result]:
-    return interleave("work", variants, unit="images/s", rounds=rounds)
+    return interleave("work", variants, "images/s", rounds)
 
 
 def test_rounds_interleave_with_their_own_matrix_products() -> None:
