@@ -1,4 +1,4 @@
-"""The house is as the README and CONTRIBUTING say."""
+"""The project is as the README and CONTRIBUTING say."""
 
 import ast
 import re
@@ -33,20 +33,39 @@ def tracked_files() -> list[str]:
 FILES = tracked_files()
 SCRIPTS = [name for name in FILES if re.fullmatch(r"scripts/\w+\.py", name)]
 MODULES = [name for name in FILES if name.endswith(".py") and name.split("/")[0] in PACKAGES]
-BENCHMARKS = [name for name in FILES if re.fullmatch(r"benchmarks/\w+\.py", name)]
 
 
 def fenced_code(text: str) -> str:
     return "\n".join(re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
 
 
-def test_the_map_names_every_file_and_no_other() -> None:
-    expected = {*SCRIPTS, *MODULES, *BENCHMARKS}
-    pattern = r"^((?:scripts|benchmarks|dalle_mini_impl|vqvae)/[\w/]+\.py)\s"
-    named = re.findall(pattern, fenced_code(README), re.MULTILINE)
-    assert set(named) - expected == set(), "the map names files that are not there"
-    assert expected - set(named) == set(), "files that the map in README.md does not name"
-    assert len(named) == len(set(named))
+def folders_of_the_tree(text: str) -> list[str]:
+    """The folders that the tree in a text names, one a line, indented below their parent."""
+    [tree] = [
+        block
+        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+        if re.search(r"^\W*dalle_mini_impl/\s", block, re.MULTILINE)
+    ]
+    folders: list[str] = []
+    parents: list[tuple[int, str]] = []
+    for line in tree.splitlines():
+        found = re.match(r"[\s│├└─]*([\w.-]+(?:/[\w.-]+)*)/(?:\s|$)", line)
+        if not found:
+            continue
+        indent = found.start(1)
+        while parents and parents[-1][0] >= indent:
+            parents.pop()
+        folders.append("/".join([*(name for _, name in parents), found[1]]))
+        parents.append((indent, found[1]))
+    return folders
+
+
+def test_the_tree_of_the_readme_names_the_folders() -> None:
+    named = folders_of_the_tree(README)
+    assert [name for name in named if not (REPOSITORY / name).is_dir()] == []
+    top = {name.split("/")[0] for name in FILES if "/" in name and not name.startswith(".")}
+    packages = {"/".join(name.split("/")[:2]) for name in MODULES if name.count("/") > 1}
+    assert (top | packages) - set(named) == set(), "folders that the tree does not name"
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.name)

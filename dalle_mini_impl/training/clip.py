@@ -74,10 +74,10 @@ class ClipRunConfig:
 
 def train_clip(config: ClipRunConfig, *, resume: str | None = None) -> Path:
     """Train a CLIP and measure its retrieval; see ``run_training``."""
-    return run_training(config, _build_task, resume=resume, report=_report)
+    return run_training(config, build_task, resume=resume, report=_report)
 
 
-def _build_task(config: ClipRunConfig, run: RunContext) -> "ClipTask":
+def build_task(config: ClipRunConfig, run: RunContext) -> "ClipTask":
     """Read the pairs, learn their tokens, build the model."""
     with run.accelerator.main_process_first():  # it may write the list of the run's images
         train, held_out = run.load_splits(config.data, image_size=config.image_size)

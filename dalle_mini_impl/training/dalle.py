@@ -122,10 +122,10 @@ class DalleRunConfig:
 
 def train_dalle(config: DalleRunConfig, *, resume: str | None = None) -> Path:
     """Train a decoder on the tokens of captioned images; see ``run_training``."""
-    return run_training(config, _build_task, resume=resume)
+    return run_training(config, build_task, resume=resume)
 
 
-def _build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
+def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     # 1. The image tokenizer, which stays as it is.
     try:

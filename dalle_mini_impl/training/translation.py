@@ -89,10 +89,10 @@ class TranslationRunConfig:
 
 def train_translation(config: TranslationRunConfig, *, resume: str | None = None) -> Path:
     """Train a translator and compare it with two baselines; see ``run_training``."""
-    return run_training(config, _build_task, resume=resume, report=_report)
+    return run_training(config, build_task, resume=resume, report=_report)
 
 
-def _build_task(config: TranslationRunConfig, _: RunContext) -> "TranslationTask":
+def build_task(config: TranslationRunConfig, _: RunContext) -> "TranslationTask":
     """Read the pairs, learn their tokens, build the model."""
     score_translations(["-"], ["-"])  # fails now, not at the end, if sacrebleu is missing
     pairs = load_text_pairs(config.data.source, held_out_percent=config.data.held_out_percent)

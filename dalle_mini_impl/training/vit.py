@@ -97,10 +97,11 @@ class ViTRunConfig:
 
 def train_vit(config: ViTRunConfig, *, resume: str | None = None) -> Path:
     """Train a classifier and compare it with the nearest neighbors; see ``run_training``."""
-    return run_training(config, _build_task, resume=resume, report=_report)
+    return run_training(config, build_task, resume=resume, report=_report)
 
 
-def _build_task(config: ViTRunConfig, _: RunContext) -> "ViTTask":
+def build_task(config: ViTRunConfig, _: RunContext) -> "ViTTask":
+    """Read the data and build the classifier, before it is trained."""
     splits = _load(config.data)
     num_train, num_held_out = len(splits.train.labels), len(splits.held_out.labels)
     logger.info(f"{num_train} images to learn, {num_held_out} held out")

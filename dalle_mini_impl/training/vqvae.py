@@ -175,10 +175,11 @@ class VQVAERunConfig:
 
 def train_vqvae(config: VQVAERunConfig, *, resume: str | None = None) -> Path:
     """Train an image tokenizer; see ``run_training``."""
-    return run_training(config, _build_task, resume=resume)
+    return run_training(config, build_task, resume=resume)
 
 
-def _build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
+def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
+    """Read the data and build the image tokenizer, before it is trained."""
     train, held_out = run.load_splits(config.data, image_size=config.vqvae.image_size)
     sample_weights = train.weights(config.data.balance_by)
     torch.manual_seed(config.training.seed)

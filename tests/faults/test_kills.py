@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import crash_recovery as kill_campaign
-from benchmarks import kill_runs
-from benchmarks.kill_runs import INTERVAL
+from benchmarks import crash_recovery
+from benchmarks.crash_recovery import INTERVAL
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 from tests.reference.processes import Script, on_a_busy_machine, run_script
@@ -23,16 +22,16 @@ pytestmark = pytest.mark.slow
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data and a tokenizer for the campaign's runs."""
     folder = tmp_path_factory.mktemp("campaign")
-    kill_runs.prepare(folder)
+    crash_recovery.prepare(folder)
     return folder
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "decoder"])
 def test_a_run_killed_ten_times_ends_with_the_same_weights(folder: Path, kind: str) -> None:
-    found = kill_campaign.kill_again_and_again("ours", kind, folder, kills=10)
+    found = crash_recovery.kill_repeatedly("ours", kind, folder, kills=10)
     assert found.kills == 10
     assert found.kills_inside_a_save >= 3
-    assert found.failed_to_go_on == 0
+    assert found.failed_resumes == 0
     assert found.largest_loss <= INTERVAL
     assert found.finished == found.equal >= 1
 
@@ -40,12 +39,12 @@ def test_a_run_killed_ten_times_ends_with_the_same_weights(folder: Path, kind: s
 def test_a_kill_at_every_file_operation_of_a_save_of_a_run(folder: Path) -> None:
     """From the second save of a resumed run on, which also deletes an older checkpoint."""
     run, hits = folder / "every", 0
-    exit_code, _, last = kill_campaign.attempt("ours", "decoder", folder, run, steps=12)
+    exit_code, _, last = crash_recovery.attempt("ours", "decoder", folder, run, steps=12)
     assert exit_code == -signal.SIGKILL
     for event in range(1, 200):
         copy = shutil.copytree(run, folder / "copy")
         before = newest(copy)
-        exit_code, resumed, last = kill_campaign.attempt(
+        exit_code, resumed, last = crash_recovery.attempt(
             "ours", "decoder", folder, copy, fatal_event=event, steps=2 * INTERVAL
         )
         assert exit_code == -signal.SIGKILL

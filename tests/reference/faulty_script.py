@@ -14,7 +14,7 @@ from signal import Signals
 REPOSITORY = Path(__file__).parents[2]
 
 if __name__ == "__main__":
-    from benchmarks.kill_runs import signal_inside_a_save
+    from benchmarks.crash_recovery import signal_inside_a_save
     from dalle_mini_impl.training import trainer
 
     trainer.save_checkpoint = signal_inside_a_save(  # type: ignore[attr-defined]
