@@ -157,7 +157,8 @@ class Clip(nn.Module):
     ) -> Float[Tensor, "images texts"]:
         """Compare every image with every caption: scale x cosine, plus the sigmoid loss's bias."""
         images, texts = self.embed_images(pixels), self.embed_texts(text_token_ids)
-        with torch.autocast(images.device.type, enabled=False):  # bf16 is too coarse at scale 100
+        # bf16 is too coarse for cosines that are scaled by up to 100.
+        with torch.autocast(images.device.type, enabled=False):
             cosines = images @ texts.T
         if self.training:
             # The weight itself is clamped, not its value here: a clamped value has no gradient, and
@@ -190,6 +191,7 @@ def softmax_loss(
     Source: Radford et al. 2021, arXiv:2103.00020, figure 3; targets as in Yang et al. 2022,
     arXiv:2204.03610, equations 2 and 3.
     """
+    # The targets: equal probabilities of all matches of an image, and of a caption.
     matches = is_match.to(logits.dtype)
     images = F.cross_entropy(logits, matches / matches.sum(dim=1, keepdim=True))
     texts = F.cross_entropy(logits.T, (matches / matches.sum(dim=0, keepdim=True)).T)
@@ -203,16 +205,14 @@ def sigmoid_loss(
 
     Source: Zhai et al. 2023, arXiv:2303.15343, equation in section 3.2.
     """
+    # log p(right answer) = log sigmoid(logit) for a match, log sigmoid(-logit) for any other pair.
     signs = torch.where(is_match, 1.0, -1.0).to(logits.dtype)
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()
 
 
 def initialize_weights(model: Clip) -> None:
-    """Set the weights that the Vision Transformer has not set itself.
-
-    Embeddings normal with standard deviation 0.02, biases zero, matrices by Glorot, projections
-    normal with width ** -0.5; close to CLIP's own, whose matrices have about that size too.
-    """
+    """Set the weights that the Vision Transformer has not set itself."""
+    # Close to CLIP's own initialization, whose matrices have about the size of Glorot's.
     for name, parameter in model.text_tower.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

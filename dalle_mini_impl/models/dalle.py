@@ -103,9 +103,8 @@ class Dalle(nn.Module):
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch text_length vocab"]:
         """Compute the text logits of ``forward`` without an image: no text position sees one."""
-        any_cell = torch.zeros_like(
-            text_token_ids[:, 0]
-        )  # told to the last position, dropped below
+        # The last position, which predicts the first image token, is dropped: any cell will do.
+        any_cell = torch.zeros_like(text_token_ids[:, 0])
         hidden_states = self.embed_text(text_token_ids, any_cell)
         for block in self.blocks:
             hidden_states = block(hidden_states, is_causal=True)
@@ -135,11 +134,10 @@ class Dalle(nn.Module):
         first_steps: Int[Tensor, " batch"],
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict the token after each token of a window: accepted ones, then a draft of some more.
+        """Predict the token after each token of a window of steps, from ``first_steps`` on.
 
-        Row i of the batch reads tokens of the consecutive steps from ``first_steps[i]`` on. The
-        cache holds the captions and all tokens of earlier steps. The last step predicts nothing,
-        so no window may include it.
+        The cache holds the captions and all tokens of earlier steps. No window may include the
+        last step, which predicts nothing.
         """
         steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self.embed_image(image_token_ids, cells, next_cells)
@@ -166,7 +164,7 @@ class Dalle(nn.Module):
         """Embed text_start and the caption, whose last position predicts ``first_cell``."""
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
-        tokens = tokens + self.text_positions.weight
+        tokens = tokens + self.text_positions.weight  # (batch, text_length, hidden)
         start = self.text_start.expand(len(tokens), 1, -1)
         if self.target_positions is None:
             return torch.cat([start, tokens], dim=1)
@@ -181,6 +179,7 @@ class Dalle(nn.Module):
     ) -> Float[Tensor, "batch length hidden"]:
         """Embed image tokens, their cells, and the cells that they predict."""
         embedded = self.image_embedding(image_token_ids)
+        # Without its target, a position could not know which cell comes next in a random order.
         if self.target_positions is not None:
             embedded = embedded + self.target_positions(next_cells)
         return self.image_positions(embedded, cells)
@@ -223,12 +222,10 @@ class Dalle(nn.Module):
     def layer_masks(
         self, positions: Int[Tensor, "batch length"] | None = None
     ) -> list[Bool[Tensor, "batch 1 length key_length"] | None]:
-        """Return each layer's mask over all positions, or None where attention is dense.
-
-        ``positions`` are those of the queries in the sequence, caption included; None for all.
-        """
+        """Return each layer's mask, of the queries at ``positions`` of the sequence or of all."""
         if self.config.decoder.attention == "dense":
             return [None] * len(self.blocks)
+        # One mask per kind of layer, not one per layer: DALL-E has 64 layers of three kinds.
         masks = self.image_masks  # (kind, sequence, sequence)
         rows = masks.unsqueeze(1) if positions is None else masks[:, positions]
         return [rows[kind].unsqueeze(1) for kind in self.mask_of_layer]

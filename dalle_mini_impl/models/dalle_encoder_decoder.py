@@ -86,10 +86,8 @@ class DalleEncoderDecoder(nn.Module):
     def encode(
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch text_length hidden"]:
-        """Read the captions for cross-attention.
-
-        Pads are learned and attended, so that a null caption has content as well.
-        """
+        """Read the captions for cross-attention."""
+        # Pads are learned and attended, so that a null caption has content as well.
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         hidden_states = tokens + self.text_positions.weight
@@ -104,10 +102,8 @@ class DalleEncoderDecoder(nn.Module):
         *,
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Encode the captions and read the start; return the logits of the first image token.
-
-        The cache keeps each layer's projection of the captions for all later steps.
-        """
+        """Encode the captions and read the start; return the logits of the first image token."""
+        # The captions are projected here, once for all steps.
         cache.contexts = project_context(self.blocks, self.encode(text_token_ids))
         first_cell = torch.zeros_like(text_token_ids[:, 0])
         if image_order is not None:

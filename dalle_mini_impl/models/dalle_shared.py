@@ -23,10 +23,11 @@ class DalleLogits(NamedTuple):
 class FactorizedEmbedding(nn.Module):
     """One row per image token: its own row plus a shared row for each of its digits.
 
-    An FSQ token is a number whose digits are its levels (the least significant first). Tokens with
-    a common digit share that digit's row, so that frequent tokens teach their rare neighbors. With
-    a single digit there are no shared rows, and this is a plain embedding.
+    An FSQ token is a number whose digits are its levels (the least significant first).
     """
+
+    # Tokens with a common digit share that digit's row, so that frequent tokens teach their rare
+    # neighbors. With a single digit there are no shared rows, and this is a plain embedding.
 
     def __init__(self, levels: tuple[int, ...], width: int) -> None:
         super().__init__()

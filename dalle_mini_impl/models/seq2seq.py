@@ -122,10 +122,8 @@ class EncoderDecoder(nn.Module):
         rows_per_source: int,
         max_length: int,
     ) -> "DecoderState":
-        """Read the sources and reserve a cache for ``max_length`` calls of ``decode_one``.
-
-        Each source has ``rows_per_source`` adjacent rows, its hypotheses.
-        """
+        """Read the sources and reserve a cache for ``max_length`` calls of ``decode_one``."""
+        # Each source has ``rows_per_source`` adjacent rows, the hypotheses of a beam search.
         context, mask = self.encode(source_token_ids)
         context = context.repeat_interleave(rows_per_source, dim=0)
         mask = mask.repeat_interleave(rows_per_source, dim=0)
@@ -145,7 +143,7 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Tensor, "rows vocab_plus_2"]:
         """Add one token to each row, the start token first, and predict the next one."""
         positions = torch.full_like(token_ids, state.length).unsqueeze(1)  # (rows, 1)
-        mask = state.cache.mask_at(positions)
+        mask = state.cache.mask_at(positions)  # (rows, 1, 1, max_length)
         hidden_states = self.embed(token_ids[:, None], first_position=state.length)
         for index, block in enumerate(self.decoder_blocks):
             hidden_states = block(

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
             height=side,
             width=side,
         )
-        hidden_states = self.patch_embedding(patches)
+        hidden_states = self.patch_embedding(patches)  # (batch, num_patches, hidden)
         if self.config.pooling == "class_token":
             class_token = self.class_token.expand(len(pixels), 1, -1)
             hidden_states = torch.cat([class_token, hidden_states], dim=1)
@@ -115,10 +115,7 @@ class VisionTransformer(nn.Module):
 
 
 def initialize_weights(model: VisionTransformer) -> None:
-    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code.
-
-    Positions and the class token are normal with standard deviation 0.02; biases and head are zero.
-    """
+    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or name.startswith("head"):
             nn.init.zeros_(parameter)

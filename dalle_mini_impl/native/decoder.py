@@ -149,6 +149,8 @@ class NativeDecoder:
         first_cell = torch.zeros_like(text_token_ids[:, :1])
         if image_order is not None:
             first_cell = image_order[:, :1]
+        # Guidance repeats the null caption for every image, and candidates repeat a prompt: read
+        # each different row once, and copy its part of the cache to the others.
         inputs = torch.cat([text_token_ids, first_cell], dim=1)  # all that a prefill depends on
         different, group = torch.unique(inputs, dim=0, return_inverse=True)
         length = self.config.text_length + 1
@@ -163,7 +165,6 @@ class NativeDecoder:
                 self._decode(hidden_states[0], cache, images, positions, cells, positions[-1:])
             )
             sources.append(source)
-        # Copy what the first row of each group has computed to the group's other rows.
         source_of_row = torch.tensor(sources)[group] if sources else group
         rows = torch.arange(len(group))
         copies = rows[source_of_row != rows]
@@ -210,6 +211,7 @@ class NativeDecoder:
             _POINTER(uniform.data_ptr()),
             torch.get_num_threads(),
         )
+        # In place, as gumbel_noise computes it: the same operations give the same bits.
         return uniform.log_().neg_().log_().neg_()
 
     def _decode(
@@ -326,6 +328,7 @@ def _supported(model: TextToImageModel) -> Dalle:
     if not isinstance(model, Dalle):
         raise UnavailableError(f"not made for a {type(model).__name__}")
     decoder = model.config.decoder
+    # A new option of the decoder is refused until it is listed here.
     for field in dataclasses.fields(decoder):
         if field.name not in KNOWN_FIELDS and getattr(decoder, field.name) != field.default:
             value = getattr(decoder, field.name)

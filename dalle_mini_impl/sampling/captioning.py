@@ -5,8 +5,8 @@ proportional to p(image | caption) p(caption), and both are known. Over a list o
 captions an image and classifies it without any training for that (zero-shot classification).
 
 Captions have no end token (pads are never predicted), so p(caption) is the probability that a
-caption begins like this: the longer of two captions has less of it. If all candidates are equally
-likely beforehand, p(image | caption) alone is the better score; it is the default everywhere here.
+caption begins like this, which is smaller for longer ones. The default everywhere is therefore
+p(image | caption) alone: all candidates are equally likely beforehand.
 
 Source: Ramesh et al. 2021, arXiv:2102.12092, section 2 (one model of caption and image); Li et
 al. 2023, arXiv:2303.16203 (zero-shot classification by likelihood; theirs is a bound, ours exact).

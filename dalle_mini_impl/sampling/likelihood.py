@@ -43,6 +43,7 @@ def score_pairs(
     image_token_ids: Int[Tensor, "images image_length"],
 ) -> PairScores:
     """Score every image with every caption: one row of the decoder for each pair."""
+    # The null caption is one more caption, whose column is log p(image).
     null = torch.full_like(text_token_ids[:1], PAD_TOKEN_ID)
     text = torch.cat([text_token_ids, null])
     scores = torch.stack(
@@ -108,6 +109,7 @@ def text_log_likelihood(
     sums = []
     for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]
+        # Pads are never predicted in training, so what follows a caption has no probability.
         logits = model.predict_text(_pad_rows(text))[: len(text)].float()
         logs = logits.log_softmax(-1).gather(2, text.unsqueeze(2)).squeeze(2)
         sums.append(logs.masked_fill(text == PAD_TOKEN_ID, 0).sum(dim=1))

@@ -120,14 +120,11 @@ class Sampler:
     def sample(
         self, logits: Float[Tensor, "rows window vocab"], steps: Int[Tensor, "batch window"]
     ) -> tuple[Int[Tensor, "batch window"], Float[Tensor, "batch window"]]:
-        """Sample the token of each step, and measure its log-likelihood ratio in nats.
-
-        Logits are those of ``caption_rows``: given the captions, then given the null caption.
-        Without guidance, ratios are zero.
-        """
+        """Sample the token of each step, and measure its log-likelihood ratio in nats (or zero)."""
         num_images, window = steps.shape
         flat_steps = steps.flatten()  # (batch * window)
         logits = logits.float().flatten(0, 1)  # (rows * window, vocab)
+        # The rows are those of ``caption_rows``: given the captions, then given null captions.
         conditional, unconditional = logits[: steps.numel()], logits[steps.numel() :]
         guided_logits = conditional
         if self.is_guided:

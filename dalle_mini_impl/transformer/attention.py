@@ -109,10 +109,9 @@ class MultiHeadAttention(nn.Module):
         is_causal: bool = False,
         cache: LayerCache | None = None,
     ) -> Float[Tensor, "batch query_length hidden"]:
-        """Attend from ``hidden_states`` to the context, or to themselves when it is None.
+        """Attend from ``hidden_states`` to a context (projected or not), or to themselves if None.
 
-        A context may come as ``project`` returns it. A cache holds the keys and values of earlier
-        positions and takes in the new ones.
+        A cache holds the keys and values of earlier positions and takes in the new ones.
         """
         queries = self.query_norm(self._split_heads(self.query(hidden_states)))
         queries = queries.transpose(1, 2)  # (batch, heads, query_length, head_dim)

@@ -74,15 +74,14 @@ class TransformerBlock(nn.Module):
     ) -> Float[Tensor, "batch length hidden"]:
         """Add the output of every branch to the residual stream.
 
-        Cross-attention reads ``context``: an encoder's output, or what ``cross_attention.project``
-        returned for it. A context given to a block without cross-attention raises ValueError, and
-        so does a missing one.
+        Cross-attention reads ``context``: an encoder's output, or its ``project_context``.
         """
         if self.has_cross_attention == (context is None):
             expected = "one" if self.has_cross_attention else "none without cross-attention"
             raise ValueError(
                 f"context: got {'none' if context is None else 'one'}, expected {expected}"
             )
+        # 1. Each position gathers from others of its own sequence.
         attended = self.attention(
             self._before_branch(self.attention_norm, hidden_states),
             rotation=rotation,
@@ -91,6 +90,7 @@ class TransformerBlock(nn.Module):
             cache=cache,
         )
         hidden_states = self._add_branch(self.attention_norm, hidden_states, attended)
+        # 2. Each position gathers from the encoder's output.
         if context is not None:
             attended = self.cross_attention(
                 self._before_branch(self.cross_attention_norm, hidden_states),
@@ -98,6 +98,7 @@ class TransformerBlock(nn.Module):
                 attention_mask=context_mask,
             )
             hidden_states = self._add_branch(self.cross_attention_norm, hidden_states, attended)
+        # 3. Each position is transformed on its own.
         transformed = self.feed_forward(self._before_branch(self.feed_forward_norm, hidden_states))
         return self._add_branch(self.feed_forward_norm, hidden_states, transformed)
 
@@ -139,10 +140,9 @@ def project_context(
 def recompute_activations(model: nn.Module) -> int:
     """Let every block keep only its input for the backward pass; return the number of blocks.
 
-    The numbers stay the same, dropout's too. Memory falls and time rises, by about a forward pass.
-
     Source: Chen et al. 2016, arXiv:1604.06174, section 3, with a block as the segment.
     """
+    # The numbers stay the same, dropout's too. Time rises by about a forward pass.
     blocks = [module for module in model.modules() if isinstance(module, TransformerBlock)]
     for block in blocks:
         block.recomputes_activations = True

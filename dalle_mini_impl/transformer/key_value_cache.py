@@ -64,17 +64,15 @@ class LayerCache:
         keys: Float[Tensor, "batch heads length head_dim"],
         values: Float[Tensor, "batch heads length head_dim"],
     ) -> KeysAndValues:
-        """Store new keys and values, and return what to attend to.
-
-        After a write at given positions that is the whole layer: ``mask_at`` hides its later part.
-        """
+        """Store new keys and values, and return what to attend to."""
         if self.positions is None:
             length = keys.shape[2]
             self.keys[:, :, :length] = keys
             self.values[:, :, :length] = values
             return KeysAndValues(self.keys[:, :, :length], self.values[:, :, :length])
         # The positions are tensors and all shapes are constant, so that one captured CUDA graph
-        # serves every step, and each row may be at a step of its own.
+        # serves every step, and each row may be at a step of its own. Hence the whole layer is
+        # returned: ``mask_at`` hides the part that is not yet written, or no longer valid.
         index = self.positions[:, None, :, None].expand_as(keys)
         self.keys.scatter_(2, index, keys)
         self.values.scatter_(2, index, values)

@@ -31,11 +31,9 @@ def padding_mask(
 def dalle_layers(num_layers: int) -> list[ImageMask]:
     """Name the mask of each layer, the first layer's first.
 
-    Counted from 1, layer i attends along columns where (i - 2) mod 4 = 0 and along rows elsewhere;
-    only the last layer has the convolutional mask. DALL-E has 64 layers.
-
-    Source: Ramesh et al. 2021, arXiv:2102.12092, appendix B.1.
+    Source: Ramesh et al. 2021, arXiv:2102.12092, appendix B.1, which counts layers from 1.
     """
+    # Columns where (i - 2) mod 4 = 0, rows elsewhere; the last layer alone is convolutional.
     kinds: list[ImageMask] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, num_layers)]
     return [*kinds, "convolution"]
 

@@ -57,11 +57,9 @@ def grid_coordinates(cells: Int[Tensor, "*shape"], *, grid_width: int) -> Int[Te
 def grid_rotation(
     cells: Int[Tensor, "batch length"], *, grid_width: int, head_dim: int, num_unrotated: int
 ) -> Rotation:
-    """Rotate grid cells by (row, column), after ``num_unrotated`` positions that are not rotated.
-
-    A rotation by angle zero leaves queries and keys as they are: text has learned positions.
-    """
+    """Rotate grid cells by (row, column), after ``num_unrotated`` positions of angle zero."""
     angles = rotary_angles(grid_coordinates(cells, grid_width=grid_width), head_dim=head_dim)
+    # Angle zero leaves queries and keys of text as they are: it has learned positions.
     angles = F.pad(angles.unsqueeze(1), (0, 0, num_unrotated, 0))
     return Rotation(angles.cos(), angles.sin())  # (batch, 1, num_unrotated + length, half_head_dim)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
@@ -18,6 +17,7 @@ from tests.models.test_text_to_image import (
     BATCH,
     TOLERANCE,
     assert_plain,
+    config_of,
     gap,
     image_orders,
     inputs,
@@ -134,17 +134,9 @@ def test_names_in_saved_models(build_dalle: BuildDalle) -> None:
 
 
 def test_a_fresh_decoder_has_biases_of_zero() -> None:
-    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, block="gelu")
-    assert decoder.intermediate_size == 128
-    model = Dalle(
-        DalleConfig(
-            decoder=decoder,
-            vocab_size=9,
-            text_length=3,
-            codebook_levels=(5,),
-            image_grid_size=(2, 2),
-        )
-    )
+    config = config_of(hidden_size=32, num_layers=2, num_heads=2, block="gelu")
+    assert config.decoder.intermediate_size == 128
+    model = Dalle(config)
     biases = {name: weight for name, weight in model.named_parameters() if name.endswith("bias")}
     assert len(biases) == 2 * (4 + 2 + 2) + 1
     assert not any(bias.any() for bias in biases.values())

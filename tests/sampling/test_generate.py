@@ -46,6 +46,7 @@ def test_tokens_equal_a_slow_loop_without_cache(
     model = build_dalle()
     text, seeds = captions(model, 3), torch.tensor([11, 12, 13])
     generated = generate(model, text, seeds=seeds, sampling_config=sampling_config)
+    assert generated.num_passes <= model.config.image_length
     for row in range(3):
         tokens, ratio = slow_generate(model, text[row], int(seeds[row]), sampling_config)
         assert generated.image_token_ids[row].tolist() == tokens
@@ -87,21 +88,6 @@ def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scal
         )
 
 
-def test_sequential_generation_is_the_same(build_dalle: BuildDalle) -> None:
-    model = build_dalle()
-    text, seeds = captions(model, 20), torch.arange(20)
-    for sampling_config in SAMPLING_CONFIGS:
-        plain = generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config)
-        generated = generate_image_token_ids(
-            model, text, seeds=seeds, sampling_config=sampling_config
-        )
-        assert torch.equal(generated.image_token_ids, plain.image_token_ids)
-        assert plain.num_passes == 12
-        torch.testing.assert_close(
-            generated.log_likelihood_ratio, plain.log_likelihood_ratio, atol=1e-3, rtol=0
-        )
-
-
 def test_an_empty_batch_is_empty(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     generated = generate_image_token_ids(
@@ -126,24 +112,19 @@ def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
 
 def test_low_temperature_takes_the_likeliest_token(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    text = captions(model, 6)
-    cold, greedy = (
+    text, seeds = captions(model, 6), torch.arange(6)
+    tokens = [
         generate_image_token_ids(
-            model,
-            text,
-            seeds=torch.arange(6),
-            sampling_config=SamplingConfig(guidance_scale=2.0, **more),
+            model, text, seeds=own, sampling_config=SamplingConfig(guidance_scale=2.0, **more)
+        ).image_token_ids
+        for own, more in (
+            (seeds, {"top_k": 1}),
+            (seeds, {"temperature": 1e-4}),
+            (seeds + 50, {"top_p": 1e-9}),
         )
-        for more in ({"temperature": 1e-4}, {"top_k": 1})
-    )
-    assert torch.equal(cold.image_token_ids, greedy.image_token_ids)
-    other_seeds = generate_image_token_ids(
-        model,
-        text,
-        seeds=torch.arange(6) + 50,
-        sampling_config=SamplingConfig(guidance_scale=2.0, top_p=1e-9),
-    )
-    assert torch.equal(other_seeds.image_token_ids, greedy.image_token_ids)
+    ]
+    assert torch.equal(tokens[0], tokens[1])
+    assert torch.equal(tokens[0], tokens[2])
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.jacobi import jacobi_decode
-from dalle_mini_impl.sampling.sampler import SamplingConfig
+from dalle_mini_impl.sampling.sampler import GeneratedTokens, SamplingConfig
 from tests.reference.slow_sampling import slow_allowed, slow_scale
 
 BuildDalle = Callable[..., Dalle]
@@ -24,6 +24,12 @@ CAPTION = torch.tensor([[3, 7, 2, 0, 0]])
 @pytest.fixture(scope="module")
 def tiny(build_dalle: BuildDalle) -> Dalle:
     return build_tiny(build_dalle)
+
+
+def decode(
+    model: Any, text: Tensor, seeds: Tensor, config: SamplingConfig, **options: Any
+) -> GeneratedTokens:
+    return jacobi_decode(model, text, seeds=seeds, sampling_config=config, **options)
 
 
 def build_tiny(build_dalle: BuildDalle, **decoder: Any) -> Dalle:
@@ -105,13 +111,8 @@ def test_distribution_with_an_encoder(build_dalle: BuildDalle) -> None:
 def check_distribution(tiny: Any, name: str, window: int) -> None:
     images = all_images(tiny)
     probabilities = exact_probabilities(tiny, images, SAMPLING_CONFIGS[name])
-    generated = jacobi_decode(
-        tiny,
-        CAPTION.expand(NUM_IMAGES, -1),
-        seeds=torch.arange(NUM_IMAGES),
-        sampling_config=SAMPLING_CONFIGS[name],
-        window=window,
-    )
+    text, seeds = CAPTION.expand(NUM_IMAGES, -1), torch.arange(NUM_IMAGES)
+    generated = decode(tiny, text, seeds, SAMPLING_CONFIGS[name], window=window)
     places = tiny.config.codebook_size ** torch.arange(tiny.config.image_length).flip(0)
     counts = (generated.image_token_ids * places).sum(1).bincount(minlength=len(images)).double()
     assert probabilities.sum() == pytest.approx(1, abs=1e-5)
@@ -131,10 +132,9 @@ def test_chi_square_sees_a_slightly_wrong_distribution(tiny: Dalle) -> None:
 
 
 def captions(model: Dalle, count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
     shape = (count, model.config.text_length)
-    return torch.randint(
-        1, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(3)
-    )
+    return torch.randint(1, model.config.vocab_size, shape, generator=generator)
 
 
 @pytest.mark.parametrize("window", [2, 4, 100])
@@ -144,18 +144,11 @@ def test_a_batch_of_n_is_n_batches_of_one(
 ) -> None:
     model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=guidance_scale)
     text, seeds = captions(model, 9), torch.arange(100, 109)
-    together = jacobi_decode(
-        model, text, seeds=seeds, sampling_config=sampling_config, window=window
-    )
+    together = decode(model, text, seeds, sampling_config, window=window)
     assert len(together.image_token_ids.unique(dim=0)) == 9
     for row in range(9):
-        alone = jacobi_decode(
-            model,
-            text[row : row + 1],
-            seeds=seeds[row : row + 1],
-            sampling_config=sampling_config,
-            window=window,
-        )
+        one = slice(row, row + 1)
+        alone = decode(model, text[one], seeds[one], sampling_config, window=window)
         assert torch.equal(alone.image_token_ids[0], together.image_token_ids[row])
         assert alone.num_passes <= together.num_passes
         assert float(alone.log_likelihood_ratio[0]) == pytest.approx(
@@ -167,9 +160,7 @@ def test_a_batch_of_n_is_n_batches_of_one(
 def test_log_ratio_is_of_the_final_tokens(build_dalle: BuildDalle, window: int) -> None:
     model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=2.0)
     text = captions(model, 8)
-    generated = jacobi_decode(
-        model, text, seeds=torch.arange(8), sampling_config=sampling_config, window=window
-    )
+    generated = decode(model, text, torch.arange(8), sampling_config, window=window)
     with torch.inference_mode():
         log_probs = [
             model(some_text, generated.image_token_ids).image.log_softmax(-1)
@@ -178,9 +169,7 @@ def test_log_ratio_is_of_the_final_tokens(build_dalle: BuildDalle, window: int) 
     chosen = generated.image_token_ids.unsqueeze(-1)
     expected = (log_probs[0] - log_probs[1]).gather(-1, chosen).sum((1, 2))
     assert torch.allclose(generated.log_likelihood_ratio, expected, atol=1e-4)
-    unguided = jacobi_decode(
-        model, text, seeds=torch.arange(8), sampling_config=SamplingConfig(guidance_scale=1.0)
-    )
+    unguided = decode(model, text, torch.arange(8), SamplingConfig(guidance_scale=1.0))
     assert torch.equal(unguided.log_likelihood_ratio, torch.zeros(8))
 
 
@@ -191,13 +180,8 @@ def test_passes_are_counted_and_never_more_than_tokens(
     model = build_dalle()
     seen: list[str] = []  # the output norm runs once per pass
     model.output_norm.register_forward_hook(lambda *_: seen.append("pass"))
-    generated = jacobi_decode(
-        model,
-        captions(model, 16),
-        seeds=torch.arange(16),
-        sampling_config=SamplingConfig(temperature=2.0),
-        window=window,
-    )
+    hot = SamplingConfig(temperature=2.0)
+    generated = decode(model, captions(model, 16), torch.arange(16), hot, window=window)
     length = model.config.image_length
     assert generated.num_passes == len(seen)
     assert 1 + math.ceil((length - 1) / window) <= generated.num_passes <= length
@@ -213,7 +197,7 @@ def test_predictable_image_takes_few_passes(build_dalle: BuildDalle) -> None:
             for parameter in table.parameters():
                 parameter.zero_()
     cold = SamplingConfig(guidance_scale=2.0, temperature=1e-4, guidance_schedule="constant")
-    fast = jacobi_decode(model, text, seeds=seeds, sampling_config=cold, window=4)
+    fast = decode(model, text, seeds, cold, window=4)
     slow = generate_sequentially(model, text, seeds=seeds, sampling_config=cold)
     assert torch.equal(fast.image_token_ids, slow.image_token_ids)
     assert torch.allclose(fast.log_likelihood_ratio, slow.log_likelihood_ratio, atol=1e-3)
@@ -227,7 +211,7 @@ def test_images_equal_sequential_generation(
 ) -> None:
     model, sampling_config = build_dalle(**decoder), SAMPLING_CONFIGS[name]
     text, seeds = captions(model, 40), torch.arange(40)
-    fast = jacobi_decode(model, text, seeds=seeds, sampling_config=sampling_config, window=window)
+    fast = decode(model, text, seeds, sampling_config, window=window)
     slow = generate_sequentially(model, text, seeds=seeds, sampling_config=sampling_config)
     assert torch.equal(fast.image_token_ids, slow.image_token_ids)
     assert torch.allclose(fast.log_likelihood_ratio, slow.log_likelihood_ratio, atol=1e-3)
@@ -236,9 +220,7 @@ def test_images_equal_sequential_generation(
 @pytest.mark.parametrize("grid", [(1, 1), (1, 2)])
 def test_smallest_images(build_dalle: BuildDalle, grid: tuple[int, int]) -> None:
     model = build_dalle(image_grid_size=grid)
-    generated = jacobi_decode(
-        model, captions(model, 3), seeds=torch.arange(3), sampling_config=SamplingConfig()
-    )
+    generated = decode(model, captions(model, 3), torch.arange(3), SamplingConfig())
     assert generated.image_token_ids.shape == (3, grid[1])
     assert generated.num_passes == grid[1]
 
@@ -247,10 +229,4 @@ def test_smallest_images(build_dalle: BuildDalle, grid: tuple[int, int]) -> None
 def test_an_empty_window_is_refused(build_dalle: BuildDalle, window: int) -> None:
     model = build_dalle()
     with pytest.raises(ValueError, match=f"^window: got {window}, expected at least 1 token$"):
-        jacobi_decode(
-            model,
-            captions(model, 1),
-            seeds=torch.arange(1),
-            sampling_config=SamplingConfig(),
-            window=window,
-        )
+        decode(model, captions(model, 1), torch.arange(1), SamplingConfig(), window=window)
