@@ -74,7 +74,7 @@ def stated_by(fact: Fact) -> str:
     """
     if fact.kind != "count":
         return fact.kind
-    stated = [name for name in ("colour", "shape", "size") if getattr(fact.subject, name)]
+    stated = [name for name in ("color", "shape", "size") if getattr(fact.subject, name)]
     return "number" if not stated else stated[0] if len(stated) == 1 else "object"
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
 from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene
 from dalle_mini_impl.builtin_datasets.shapes.scene import (
-    COLOURS,
+    COLORS,
     MIN_IMAGE_SIZE,
     SHAPES,
     make_scene,
@@ -130,21 +130,21 @@ def zero_shot_shapes(
     """
     if num_images < 1:
         raise UserError(f"num_images: got {num_images}, expected at least 1")
-    labels = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+    labels = tuple((color, shape) for color in COLORS for shape in SHAPES)
     questions = []
     for index in range(num_images):
         scene_seed = FIRST_SCENE_SEED + seed * num_images + index
         scene = make_scene(scene_seed, split=split, kinds=("single",))
         only = scene.objects[0]
-        rivals = [dataclasses.replace(only, colour=colour, shape=shape) for colour, shape in labels]
+        rivals = [dataclasses.replace(only, color=color, shape=shape) for color, shape in labels]
         captions = tuple(
             describe_scene(dataclasses.replace(scene, objects=(rival,))).text for rival in rivals
         )
         image = render_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
         questions.append(
-            MultipleChoice(image, captions, labels, labels.index((only.colour, only.shape)))
+            MultipleChoice(image, captions, labels, labels.index((only.color, only.shape)))
         )
-    return answer(pipeline, questions, parts=("colour", "shape"))
+    return answer(pipeline, questions, parts=("color", "shape"))
 
 
 def answer(

@@ -47,8 +47,8 @@ def in_other_size(scene: Scene) -> Scene:
 @pytest.mark.parametrize(
     ("kind", "stated"),
     [
-        ("single", {"number", "colour", "shape", "size", "position"}),
-        ("count", {"number", "colour", "shape"}),
+        ("single", {"number", "color", "shape", "size", "position"}),
+        ("count", {"number", "color", "shape"}),
         ("relation", {"number", "object", "relation"}),
     ],
 )
@@ -70,7 +70,7 @@ def test_a_wrong_attribute_lowers_its_own_figure_and_the_whole() -> None:
     assert not any(checked.is_right)
     fractions = checked.fractions()
     assert fractions[WHOLE].value == fractions["size"].value == 0.0
-    for name in ("number", "colour", "shape", "position"):
+    for name in ("number", "color", "shape", "position"):
         assert fractions[name].value >= 0.9
     some_wrong = [in_other_size(scene) if i % 4 == 0 else scene for i, scene in enumerate(asked)]
     checked = check(some_wrong, asked)

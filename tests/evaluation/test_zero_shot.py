@@ -39,10 +39,10 @@ def test_predictions_are_counted_by_part(pipeline: TextToImagePipeline) -> None:
         MultipleChoice(tiny.render_image(number), tiny.CAPTIONS, LABELS, truth)
         for number, truth in enumerate(truths)
     ]
-    report = answer(pipeline, questions, parts=("colour", "shape"))
+    report = answer(pipeline, questions, parts=("color", "shape"))
     assert report.num_questions == 4
-    assert report.accuracy == {"colour": 0.5, "shape": 0.5, "both": 0.25}
-    assert report.chance == pytest.approx({"colour": 1 / 6, "shape": 1 / 2, "both": 1 / 12})
+    assert report.accuracy == {"color": 0.5, "shape": 0.5, "both": 0.25}
+    assert report.chance == pytest.approx({"color": 1 / 6, "shape": 1 / 2, "both": 1 / 12})
 
 
 def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -> None:
@@ -54,7 +54,7 @@ def test_the_prior_counts_where_it_is_asked_for(pipeline: TextToImagePipeline) -
         if score_pairs(pipeline.dalle, text, pipeline.encode([image])).probabilities()[0, 1] > 0.5
     )
     question = MultipleChoice(image, captions, (("red", "disc"), ("red", "discs")), 1)
-    report = answer(pipeline, [question], parts=("colour", "shape"))
+    report = answer(pipeline, [question], parts=("color", "shape"))
     assert report.accuracy["both"] == 1
     scores = score_pairs(pipeline.dalle, text, pipeline.encode([image]))
     expected = float(scores.probabilities(use_prior=True)[0, 1] > 0.5)
@@ -70,8 +70,8 @@ def test_encoder_decoder_predicts_without_prior() -> None:
         scores.probabilities(use_prior=True)
     best = int(scores.image_given_text[0].argmax())
     question = MultipleChoice(tiny.render_image(0), tiny.CAPTIONS, LABELS, best)
-    report = answer(pipeline, [question], parts=("colour", "shape"))
-    assert report.accuracy == {"colour": 1.0, "shape": 1.0, "both": 1.0}
+    report = answer(pipeline, [question], parts=("color", "shape"))
+    assert report.accuracy == {"color": 1.0, "shape": 1.0, "both": 1.0}
     assert report.accuracy_with_prior is None
 
 
@@ -117,6 +117,6 @@ def test_shapes_ask_for_one_of_48_captions(pipeline: TextToImagePipeline) -> Non
     for split in ("test", "test_compose"):
         report = zero_shot_shapes(pipeline, split=split, num_images=2)
         assert report.num_questions == 2
-        assert report.chance == pytest.approx({"colour": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
+        assert report.chance == pytest.approx({"color": 1 / 8, "shape": 1 / 6, "both": 1 / 48})
     with pytest.raises(UserError, match="num_images: got 0, expected at least 1"):
         zero_shot_shapes(pipeline, split="test", num_images=0)
