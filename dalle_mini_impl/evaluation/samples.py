@@ -1,6 +1,5 @@
 """What an evaluation looks at: images of every split with their tokens."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -192,7 +191,7 @@ def read_data(
         part = pixels[torch.tensor([names[index] == split for index in kept])]
         read[split] = Samples([pairs[index] for index in chosen], part, encode(vqvae, part))
         digest.update(part.numpy().tobytes())
-        texts = [dataclasses.astuple(pair) for pair in read[split].pairs]
+        texts = [(pair.path, pair.captions, pair.attributes) for pair in read[split].pairs]
         digest.update(json.dumps(texts, sort_keys=True).encode())
     return EvaluationData(kind, read.pop(TRAIN), read, digest.hexdigest()[:16])
 

@@ -125,9 +125,8 @@ class ClipTask:
         self.sample_weights = sample_weights
         self.num_samples = len(train.pairs)
         text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config
-        self.text_token_ids = text_tokenizer.encode(
-            [text for pair in train.pairs for text in pair.captions]
-        )
+        texts = [text for pair in train.pairs for text in pair.captions]
+        self.text_token_ids = text_tokenizer.encode(texts, log_truncated=True)
         counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
         self.caption_offsets = counts.cumsum(0)
         num_patches = (sizes.image_size // sizes.towers.image.patch_size) ** 2
@@ -254,16 +253,13 @@ def _prepare(
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    task = ClipTask(
+    return ClipTask(
         train,
         held_out,
         config.task,
         ranker=ClipRanker(model, text_tokenizer),
         sample_weights=train.weights(config.data.balance_by),
     )
-    if text_tokenizer.num_truncated:
-        logger.info(text_tokenizer.truncation_report())
-    return task
 
 
 def _write_report(task: ClipTask, output_dir: Path) -> None:
