@@ -162,7 +162,7 @@ def test_the_help_explains_every_field(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("section", "key"), [("", "colour"), ("training", "learning_rat"), ("task", "wavelet_weight")]
+    ("section", "key"), [("", "color"), ("training", "learning_rat"), ("task", "wavelet_weight")]
 )
 def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None:
     preset = yaml.safe_load((REPOSITORY / "configs/demo/dalle.yaml").read_text(encoding="utf-8"))

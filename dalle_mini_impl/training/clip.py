@@ -95,16 +95,13 @@ def build_task(config: ClipRunConfig, run: RunContext) -> "ClipTask":
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    task = ClipTask(
+    return ClipTask(
         train,
         held_out,
         config.task,
         ranker=ClipRanker(model, text_tokenizer),
         sample_weights=train.weights(config.data.balance_by),
     )
-    if text_tokenizer.num_truncated:
-        logger.info(text_tokenizer.truncation_report())
-    return task
 
 
 class ClipUniforms(NamedTuple):
@@ -141,9 +138,8 @@ class ClipTask:
         self.sample_weights = sample_weights
         self.num_samples = len(train.pairs)
         text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config
-        self.text_token_ids = text_tokenizer.encode(
-            [text for pair in train.pairs for text in pair.captions]
-        )
+        texts = [text for pair in train.pairs for text in pair.captions]
+        self.text_token_ids = text_tokenizer.encode(texts, log_truncated=True)
         # Captions of all images in one table; those of image i begin at caption_offsets[i].
         counts = torch.tensor([0, *(len(pair.captions) for pair in train.pairs)])
         self.caption_offsets = counts.cumsum(0)

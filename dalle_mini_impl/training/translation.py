@@ -101,10 +101,7 @@ def build_task(config: TranslationRunConfig, _: RunContext) -> "TranslationTask"
     text_tokenizer = learn_text_tokenizer(config.text, texts)
     torch.manual_seed(config.training.seed)
     model = EncoderDecoder(config.model, vocab_size=text_tokenizer.vocab_size)
-    task = TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
-    if text_tokenizer.num_truncated:
-        logger.info(text_tokenizer.truncation_report())
-    return task
+    return TranslationTask(pairs, Translator(model, text_tokenizer, beam=config.beam), config.task)
 
 
 class TranslationUniforms(NamedTuple):
@@ -198,7 +195,7 @@ class TranslationTask:
     def _encode_texts(self, texts: list[str], dropout: float) -> Tensor:
         text_tokenizer = self.translator.text_tokenizer
         if dropout == 0:
-            return _trim(text_tokenizer.encode(texts)).unsqueeze(1)
+            return _trim(text_tokenizer.encode(texts, log_truncated=True)).unsqueeze(1)
         rows = _trim(encode_variants(text_tokenizer, texts, dropout=dropout))
         return rows.unflatten(0, (len(texts), -1))
 
