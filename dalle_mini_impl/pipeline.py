@@ -235,7 +235,7 @@ class TextToImagePipeline:
             UserError: If a prompt is empty, too long or no valid Unicode, or a number out of range.
         """
         is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
-        prompts = [prompt] if is_one else list(prompt)
+        prompts: list[Any] = [prompt] if is_one else list(prompt)
         check_prompts(prompts)
         check_counts(num_images=num_images, num_candidates=num_candidates, seed=seed)
         return GenerationRequest(

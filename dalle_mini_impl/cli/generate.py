@@ -21,7 +21,9 @@ from dalle_mini_impl.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from dalle_mini_impl.sampling.request import Inpainting, Rank
+    from dalle_mini_impl.cli.image_files import ImageFile
+    from dalle_mini_impl.pipeline import TextToImagePipeline
+    from dalle_mini_impl.sampling.request import GenerationRequest, Inpainting, Rank
 
 logger = logging.getLogger(__name__)
 
@@ -222,20 +224,33 @@ def generate_to_folder(
     total = len(unique) * request.num_images
     logger.info(f"generating {total} image{'s' if total > 1 else ''}")
     mine = dataclasses.replace(request, prompts=processes.split(unique))
-    my_total = len(mine.prompts) * request.num_images
-    files: list[image_files.ImageFile] = []
     with _full_memory_or_disk_in_one_line(out):
-        for batch in mine.batches(IMAGES_AT_A_TIME):
-            output = pipeline.generate(batch)
-            files += image_files.save_images(output, out, numbers=numbers, metadata=metadata)
-            if my_total > IMAGES_AT_A_TIME:
-                logger.info(f"{len(files)} of {my_total} generated")
+        files = _write_batches(pipeline, mine, out, numbers=numbers, metadata=metadata)
         files = sorted(processes.gather(files))
         if not processes.is_main:
             return None
         grid = out / image_files.grid_name(first)
         image_files.save_grid(grid, files, num_images=request.num_images)
     return grid
+
+
+def _write_batches(
+    pipeline: "TextToImagePipeline",
+    request: "GenerationRequest",
+    out: Path,
+    *,
+    numbers: dict[str, int],
+    metadata: dict[str, Any],
+) -> list["ImageFile"]:
+    from dalle_mini_impl.cli.image_files import save_images
+
+    total, files = len(request.prompts) * request.num_images, []
+    for batch in request.batches(IMAGES_AT_A_TIME):
+        output = pipeline.generate(batch)
+        files += save_images(output, out, numbers=numbers, metadata=metadata)
+        if total > IMAGES_AT_A_TIME:
+            logger.info(f"{len(files)} of {total} generated")
+    return files
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dalle_mini_impl.config import load_config
 
 
 def train(
-    command: str, config_class: type, run: Callable[..., Any], arguments: Sequence[str]
+    command: str, config_class: type[Any], run: Callable[..., Any], arguments: Sequence[str]
 ) -> None:
     """Read a run's config from the command line and train."""
     config, resume = load_config(config_class, arguments, description=COMMANDS[command])

@@ -112,7 +112,7 @@ def check_prompts(prompts: list[Any]) -> None:
             raise UserError(f"prompt: got {text[:20]!a}, expected valid Unicode text") from None
 
 
-def check_counts(*, num_images: Any, num_candidates: Any, seed: Any) -> None:
+def check_counts(*, num_images: int, num_candidates: int, seed: int) -> None:
     """Refuse counts below 1, and seeds that the noise cannot take.
 
     Raises:

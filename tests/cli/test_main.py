@@ -51,7 +51,10 @@ BAD_INPUT = {
         "training.global_batch_size: got 8, expected a multiple of 3",
     ),
     "no tokenizer": ("train_dalle --config DALLE", "vqvae_dir ... train_vqvae.py wrote"),
-    "resume from nowhere": ("train_vqvae --config VQVAE --resume NONE", "NONE ... no such folder"),
+    "resume from nowhere": (
+        "train_vqvae --config VQVAE --resume NONE",
+        "resume: no such folder 'NONE'",
+    ),
     "output_dir is a file": (
         "train_vqvae --data.source DATA --output_dir IMAGE",
         "output_dir: IMAGE: File exists; expected a folder",
