@@ -118,7 +118,7 @@ def _compile(compiler: str, library: Path) -> None:
         checksum = _checksum_file(made)
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.chmod(0o600)
-        # Library first: a process that meets a new library beside an old checksum compiles again.
+        # Library first: a process that finds a new library with an old checksum compiles again.
         # The same source, flags and compiler make the same bytes: two processes do not disagree.
         made.replace(library)
         checksum.replace(_checksum_file(library))

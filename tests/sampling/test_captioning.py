@@ -102,9 +102,9 @@ def test_sampled_completions_follow_the_text_head(build_dalle: BuildDalle) -> No
     with torch.inference_mode():
         expected = model.predict_text(start[:1])[0, 2].index_fill(0, torch.tensor(0), -torch.inf)
     probabilities = generated[:, 2].bincount(minlength=11) / count
-    # Standard deviation of a share is below 0.008.
+    # Standard deviation of a fraction is below 0.008.
     assert (probabilities - expected.softmax(-1)).abs().max() < 0.03
     assert (generated[:, 2] != 0).all()
     alone = complete_text(model, start[:1], num_tokens=3, seeds=seeds[5:6])
-    beside = complete_text(model, start[:9], num_tokens=3, seeds=seeds[:9])
-    assert torch.equal(alone[0], beside[5])
+    together = complete_text(model, start[:9], num_tokens=3, seeds=seeds[:9])
+    assert torch.equal(alone[0], together[5])
