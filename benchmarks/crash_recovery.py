@@ -109,6 +109,7 @@ class Ours:
         logger.addHandler(StepLines(report))
         logger.propagate = False
         config = build_config(kind, folder, out)
+        # "latest" starts a fresh run where there is no checkpoint.
         if isinstance(config, VQVAERunConfig):
             train_vqvae(config, resume="latest")
         else:
@@ -174,6 +175,7 @@ class Accelerate:
             accelerator.load_state(str(newest))
             step = int(newest.name.removeprefix("step_"))
             report("resumed", step)
+        # A resumed run skips the batches of this epoch that it has seen.
         skipped = step % len(loader)
         while step < STEPS:
             batches = accelerator.skip_first_batches(loader, skipped) if skipped else loader
@@ -346,6 +348,7 @@ def attempt(
     process.start()
     speaker.close()
     resumed = last = seen = 0
+    # The pipe closes when the process ends, whatever ended it.
     while True:
         try:
             what, step = listener.recv()
@@ -356,8 +359,9 @@ def attempt(
             resumed = step
             continue
         seen += 1
+        # A random wait, so that the kill falls into the middle of a step.
         if seen == steps:
-            time.sleep(random.uniform(0, 0.03))  # in the middle of a step
+            time.sleep(random.uniform(0, 0.03))
             assert process.pid is not None
             os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -421,7 +425,8 @@ def flip_bits(folder: Path, outcome: Outcome, *, flips: int) -> None:
         try:
             load(newest)
             silent[file.name] = silent.get(file.name, 0) + 1
-        except Exception:  # whatever it raises, it has noticed
+        # Whatever loading raises, it has noticed.
+        except Exception:
             outcome.flips_noticed += 1
         file.write_bytes(original)
         outcome.flips += 1

@@ -66,6 +66,7 @@ def training_flops(model: Dalle, batch_size: int) -> float:
     heads = width * (
         sizes.text_length * sizes.vocab_size + sizes.image_length * sizes.codebook_size
     )
+    # Two products of length x length x width, forward once and backward twice.
     attention = 12 * layers * width * sizes.sequence_length**2
     return batch_size * (6 * hidden * sizes.sequence_length + 6 * heads + attention)
 
@@ -131,6 +132,7 @@ def sample(bandwidth: float) -> Iterator[Row]:
         model = ours.build_decoder(size, random_heads=True).to(DEVICE).to(torch.bfloat16).eval()
         for rows, scale in cases:
             yield _sample(model, size, rows, scale, bandwidth) | {"compiled": "False"}
+        # The loop around it is a CUDA graph already; this compiles the step inside.
         model.decode_window = torch.compile(model.decode_window, dynamic=False)  # type: ignore[method-assign]
         for rows in (1, 64):
             yield _sample(model, size, rows, 1.0, bandwidth) | {"compiled": "True"}

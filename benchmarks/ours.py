@@ -82,6 +82,7 @@ def randomize_heads(dalle: Dalle) -> Dalle:
 def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
     """Build a pipeline with a caption tokenizer that fills the decoder's vocabulary."""
     vocab_size = dalle.config.vocab_size
+    # So many different words fill the vocabulary.
     words = (f"{2654435761 * number % 2**32:08x}" for number in range(4 * vocab_size))
     tokenizer = train_text_tokenizer(words, vocab_size=vocab_size)
     text_tokenizer = TextTokenizer(tokenizer, dalle.config.text_length)
@@ -163,6 +164,7 @@ def decoder_training(
         caption_offsets=torch.arange(size.batch + 1),
     )
     dalle = build_decoder(size)
+    # A tokenizer only for the pipeline's shapes: no pixels are encoded here.
     vqvae_config = VQVAEConfig(
         image_size=size.grid * 2,
         patch_size=2,

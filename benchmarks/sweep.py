@@ -136,24 +136,18 @@ def train(script: str, run: Path, overrides: Overrides) -> None:
         (run / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
 
-@dataclass(frozen=True)
-class Budget:
-    """Options that end the training of a tokenizer and of a decoder."""
-
-    tokenizer: Overrides
-    decoder: Overrides
-
-
-def run_recipe(recipe: Recipe, preset: Recipe, out: Path, budget: Budget) -> Figures:
-    """Train and judge one recipe; `data/` is in ``out``."""
+def run_recipe(recipe: Recipe, preset: Recipe, out: Path, *budgets: Overrides) -> Figures:
+    """Train and judge one recipe; the budgets are of its tokenizer and of its decoder."""
+    tokenizer_budget, decoder_budget = budgets
     data = {"data.source": str(out / "data")}
     options = json.dumps(recipe.tokenizer, sort_keys=True) if recipe.tokenizer else "preset"
     vqvae = out / "vqvae" / slug(options)
-    train("train_vqvae", vqvae, data | budget.tokenizer | recipe.tokenizer)
+    train("train_vqvae", vqvae, data | tokenizer_budget | recipe.tokenizer)
     decoder = out / "dalle" / slug(preset.name if recipe.sampling else recipe.name)
     shared = data | {"vqvae_dir": str(vqvae / "model")}
-    train("train_dalle", decoder, shared | budget.decoder | recipe.decoder)
+    train("train_dalle", decoder, shared | decoder_budget | recipe.decoder)
 
+    # bits and PSNR: what the tokens cost a decoder, and what they keep of an image
     tokenizer_figures, figures = last_figures(vqvae), last_figures(decoder)
     num_tokens, distance = reconstruct(vqvae / "model", out / "data")
     return {
@@ -243,6 +237,7 @@ def evaluate_model(model: Path, data: Path, sampling: Overrides) -> Figures:
         and not row["skin_tones"]
         and row["kind"] in {"other", "country flag"}
     ]
+    # In an order of their own, so that a longer list begins with the same things.
     things.sort(key=lambda row: stable_hash("plain", row["hexcode"]))
     reference = read_pixels(data, things).flatten(1)
     for language, column in (("plain_en", "text"), ("plain_ko", "text_ko")):
@@ -348,18 +343,14 @@ def main() -> None:
     parser.add_argument("--tokenizer-steps", type=int, default=500, help="of the tokenizers")
     parser.add_argument("--decoder-steps", type=int, default=250, help="of their decoders")
     options = parser.parse_args()
+    budgets: list[Overrides]
     if options.sweep == "recipes":
-        budget = Budget(
-            {"training.max_minutes": 0.75 * options.minutes},
-            {"training.max_minutes": options.minutes},
-        )
+        budgets = [{"training.max_minutes": part * options.minutes} for part in (0.75, 1.0)]
     else:
         steps: Overrides = {f"training.{what}_every_steps": 100 for what in ("log", "checkpoint")}
         steps["training.max_minutes"] = None
-        budget = Budget(
-            steps | {"training.max_steps": options.tokenizer_steps},
-            steps | {"training.max_steps": options.decoder_steps},
-        )
+        max_steps = (options.tokenizer_steps, options.decoder_steps)
+        budgets = [steps | {"training.max_steps": number} for number in max_steps]
     out = options.out or Path("out/sweep") / options.sweep
     with lock(out / "data.lock", wait=True):
         if not (out / "data" / "metadata.jsonl").exists():
@@ -368,10 +359,11 @@ def main() -> None:
     for recipe in recipes:
         if options.only and recipe.name not in options.only:
             continue
+        # Another process may be at this recipe, or have finished it since the last look.
         with lock(out / "locks" / slug(recipe.name), wait=False) as is_free:
             if not is_free or recipe.name in {row["recipe"] for row in read_results(file)}:
                 continue
-            figures = run_recipe(recipe, recipes[0], out, budget)
+            figures = run_recipe(recipe, recipes[0], out, *budgets)
             with file.open("a", encoding="utf-8") as results:
                 results.write(json.dumps(figures) + "\n")
             print(json.dumps(figures), flush=True)

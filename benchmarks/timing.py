@@ -106,7 +106,9 @@ def interleave(work: str, rows: Iterable[Variant], unit: str, rounds: int) -> li
         Result(work=work, variant=one.name, is_ours=one.is_ours, unit=unit, precision=one.precision)
         for one in variants
     ]
+    # 1. build and verify: a variant that fails here is never timed
     jobs = [_build(one, result) for one, result in zip(variants, results, strict=True)]
+    # 2. time in rounds
     for round_number in range(rounds):
         for index in rotated_order(len(variants), round_number):
             one, job, result = variants[index], jobs[index], results[index]
@@ -134,7 +136,8 @@ def _build(one: Variant, result: Result) -> Job | None:
     except NotMeasuredError as reason:
         result.failure = f"not measured: {reason}"
         return None
-    except Exception as error:  # one that fails must not take the others with it
+    # One that fails must not take the others with it.
+    except Exception as error:
         result.failure = failure_text(error)
         return None
     result.build_seconds = time.perf_counter() - started
@@ -149,6 +152,7 @@ def _time(one: Variant, job: Job, result: Result) -> None:
     gc.collect()
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
     try:
+        # A block that other programs disturbed is measured again, unless it takes too long.
         blocks = [_block(job)]
         while (
             (blocks[-1][1] or 0) > QUIET_CORES
@@ -159,13 +163,15 @@ def _time(one: Variant, job: Job, result: Result) -> None:
     except Exception as error:
         result.failure = failure_text(error)
         return
-    seconds, cores = min(blocks, key=lambda block: block[1] or 0)  # the quietest, not the quickest
+    # The quietest block counts, not the fastest: the fastest may be luck.
+    seconds, cores = min(blocks, key=lambda block: block[1] or 0)
     result.costs.append(seconds / job.items)
     result.others.append(cores)
 
 
 def _block(job: Job) -> tuple[float, float | None]:
     """Return seconds per call of one block, and the cores used by others meanwhile."""
+    # The first call warms up; it counts only where a second one would take too long.
     load, started = OtherLoad(), time.perf_counter()
     job.run()
     first = time.perf_counter() - started
@@ -229,6 +235,7 @@ class OtherLoad:
         busy, seconds = _busy_seconds(), time.perf_counter() - self._started
         if busy is None or self._busy is None:
             return None
+        # Busy time of the machine includes this process and its children.
         return max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / seconds
 
 
@@ -258,7 +265,8 @@ def measure_ceilings(*, side: int = 1536) -> dict[str, float]:
             rates.append(matmul_rate(side, torch.float32))
     finally:
         torch.set_float32_matmul_precision(before)
-    small = side if has_fast_bf16() else side // 4  # emulation takes seconds
+    # Where bf16 is emulated, the full size would take seconds a product.
+    small = side if has_fast_bf16() else side // 4
     return {
         "float32": max(rates),
         "bfloat16": matmul_rate(small, torch.bfloat16),

@@ -434,6 +434,7 @@ def take_turns(learners: list[Learner], held_out: Tensor, *, goal: float, second
         for learner in list(running):
             timing.set_machine(learner.matmul, keeps_memory=True)
             learner.take_turn(held_out, seconds=seconds)
+            # Until ours is done, only a fixed limit bounds the others.
             limit = MOST_SECONDS if own in running else MOST_TIMES_OURS * own.seconds
             reached = f"{learner.db:.2f} dB after {learner.steps} steps"
             if learner.db >= goal:
@@ -466,6 +467,7 @@ def faster_product(step: Callable[[], object]) -> str:
     """Return the float32 matrix product with which a step takes less time."""
     names = ("highest", "medium") if medium_is_float32() else ("highest",)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    # In turns, as everywhere: a throttled second hits both.
     for _ in range(5):
         for name in names:
             timing.set_machine(name, keeps_memory=True)
