@@ -244,7 +244,8 @@ def _write_batches(
 ) -> list["ImageFile"]:
     from dalle_mini_impl.cli.image_files import save_images
 
-    total, files = len(request.prompts) * request.num_images, []
+    total = len(request.prompts) * request.num_images
+    files: list[ImageFile] = []
     for batch in request.batches(IMAGES_AT_A_TIME):
         output = pipeline.generate(batch)
         files += save_images(output, out, numbers=numbers, metadata=metadata)
