@@ -86,6 +86,7 @@ def load_labelled_images(
             f"data.label: no image has the attribute {label!r}; expected one of "
             f"{', '.join(known) or 'none: this source has no attributes'}"
         )
+    # Classes in alphabetical order, so that their numbers are the same at every start.
     values = [str(pair.attributes[label]) for _, pair in chosen]
     names = tuple(sorted(set(values)))
     labels = torch.tensor([names.index(value) for value in values])

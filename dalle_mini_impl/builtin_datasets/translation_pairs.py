@@ -84,6 +84,7 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
         or (not pair.is_plain and is_selected("translation of a combination", pair.target))
         for pair, _ in named
     ]
+    # Aliases are further sources of a known name: for training alone.
     train = [pair for (pair, _), held in zip(named, is_held_out, strict=True) if not held]
     held_out = [
         pair for (pair, is_main), held in zip(named, is_held_out, strict=True) if held and is_main
@@ -102,6 +103,7 @@ def nearest_targets(sources: Sequence[str], train: Sequence[TextPair]) -> list[s
     That is the one with the largest Dice overlap of character trigrams, the first of equal ones.
     """
     known = [_trigrams(pair.source) for pair in train]
+    # An inverted index: only sources that share a trigram are compared.
     places: dict[str, list[int]] = {}
     for number, trigrams in enumerate(known):
         for trigram in trigrams:
@@ -168,6 +170,7 @@ def _merge_families(pairs: Iterable[TextPair]) -> dict[str, str]:
             name = parents[name]
         return name
 
+    # Each text is a node too, so families with a text in common end up in one tree.
     for pair in pairs:
         words = " ".join(_VARYING.sub(" ", pair.source.lower()).split())
         for key in (f"source {words}", f"target {pair.target.lower()}"):

@@ -11,9 +11,11 @@ def shift_images(
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Move images by whole pixels (down, right); edges are repeated into the space that opens."""
     _, _, height, width = pixels.shape
+    # Where each pixel comes from; clamping repeats the edge.
     rows = (torch.arange(height) - offsets[:, :1]).clamp(0, height - 1)  # (batch, height)
     columns = (torch.arange(width) - offsets[:, 1:]).clamp(0, width - 1)
     batch = torch.arange(len(pixels))[:, None, None]
+    # (batch, height, width, channels): advanced indexing of both axes at once
     moved = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()
 

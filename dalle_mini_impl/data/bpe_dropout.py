@@ -76,6 +76,7 @@ def _merged(
 ) -> list[str]:
     tokens = list(word)
     while True:
+        # Each possible merge is left out with its own coin; of the others the oldest is done.
         possible = (
             (ranks[pair], place)
             for place, pair in enumerate(itertools.pairwise(tokens))

@@ -112,6 +112,7 @@ def check_data(
     started = time.monotonic()
     images, unreadable = _read_all(pairs, splits, progress)
     seconds = (time.monotonic() - started) / len(pairs)
+    # The tokenizer that training would learn tells how many captions would be cut.
     texts = [text for image in images for text in image.captions]
     lengths = _token_counts(texts, text_length=text_length, vocab_size=vocab_size) if texts else []
     findings = [
@@ -175,6 +176,7 @@ def _duplicates(images: Sequence[_Image]) -> list[Finding]:
     for image in images:
         groups[image.pixels].append(image)
     within, across = [], []
+    # A copy in another split is worse than one in the same: it makes evaluation too good.
     for group in groups.values():
         if len({image.split for image in group}) > 1:
             across.append(" = ".join(f"{image.path} ({image.split})" for image in group))
@@ -258,6 +260,7 @@ def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
 def _histogram(lengths: Sequence[int], text_length: int) -> list[str]:
     if not lengths:
         return []
+    # Eight bins for what fits, and one for all that is cut.
     width = max(1, -(-text_length // 8))
     bins = Counter(min((length - 1) // width, -(-text_length // width)) for length in lengths)
     middle = lengths[len(lengths) // 2]

@@ -38,6 +38,7 @@ def make_grid(
         tiles = [_double_until_legible(tile) for tile in tiles]
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
+    # Every row of the sheet has room for the longest caption.
     texts = [_wrap(text, width) for text in captions] if captions is not None else []
     text_height = _text_height(max((text.count("\n") + 1 for text in texts), default=0))
     # All cells of the sheet are as large as the widest and the highest tile.
@@ -95,6 +96,7 @@ def _wrap(text: str, width: int) -> str:
     # A letter is wider than a pixel: what is cut here would not fit anyway.
     text = text[: width * (_CAPTION_MAX_LINES + 1)]
     if _wide_font() is None:
+        # Without such a font Pillow would show empty boxes.
         text = text.encode("latin-1", "replace").decode("latin-1")
     font = _font(text)
     lines = [""]

@@ -65,6 +65,7 @@ def decode_image(data: bytes, *, source: str, min_side: int | None = None) -> Im
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, source)  # from the header: no pixel is decoded yet
+            # Only JPEG has a draft mode: its decoder skips high frequencies.
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
@@ -135,6 +136,7 @@ def _exif_orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB, with transparent parts over white."""
+    # Modes I, I;16, I;16B: sixteen bits, which convert("RGB") would clip.
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
@@ -199,6 +201,7 @@ def pixels_to_images(
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}, expected (batch, 3, h, w)")
+    # The cast of NaN to a byte is undefined: black here, white there.
     if pixels.isnan().any():
         raise ValueError("pixels hold NaN, expected numbers in [-1, 1]")
     scaled = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()

@@ -66,6 +66,7 @@ def build_inpainting_mask(
     elif mask is not None:
         shown = mask_pixels(mask, source_size=source_size, size=size)
         cells = touched_cells(shown, grid=grid)
+    # keep_rows always leaves a row; a mask may be black, or white only where the crop cuts.
     if not cells.any():
         raise UserError(
             "mask: no white in the middle square, which is what the model sees of the image; "
@@ -86,6 +87,7 @@ def mask_pixels(
             f"mask: got {mask.width}x{mask.height} pixels, "
             f"expected {source_size[0]}x{source_size[1]}, as the image has"
         )
+    # to_rgb lays transparent parts over white, so they count as masked.
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     # In float32, where one white pixel of a thousand is not rounded away.
     fractions = white.convert("F").resize(
@@ -116,6 +118,7 @@ def random_cells(
     """Mark random cells, others for each seed, but for ``fraction``; at least one in each image."""
     if not 0 < fraction < 1:
         raise UserError(f"keep_fraction: got {fraction}, expected above 0 and below 1")
+    # At least one cell is generated, whatever the fraction rounds to.
     length = grid[0] * grid[1]
     num_kept = min(round(fraction * length), length - 1)
     is_masked = torch.ones(len(seeds), length, dtype=torch.bool)

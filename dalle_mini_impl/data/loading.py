@@ -53,6 +53,7 @@ def each_image(
                 return None
             return work(index, data, pairs[index].path)
         except BadImageError as error:
+            # In a thread an exception would end the whole read.
             return SkippedRecord(printable(error.source), printable(error.reason))
 
     executor = ThreadPoolExecutor(os.cpu_count())
@@ -83,6 +84,7 @@ def load_all_pixels(
         UserError: More bad images than ``max_bad_fraction``, in [0, 1], or nothing but bad ones.
     """
     total = len(pairs)
+    # Room for all, filled by the threads in place; copied once if some are bad.
     pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
 
     def load(index: int, data: bytes, path: str) -> int:

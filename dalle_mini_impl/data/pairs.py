@@ -100,6 +100,7 @@ def _choose_reader(source: str, text_columns: Sequence[str]) -> Pairs:
         return read_parquet(path, text_columns)
     if os.path.exists(path):
         raise UserError(f"{source} is no folder, .tar or .parquet file")
+    # "data/x.tar" is a missing file, not a data set of that name.
     is_file_name = suffix in (".tar", ".parquet", ".jsonl")
     if is_hub_name(source) and not is_file_name:
         return read_hub(source, text_columns)
@@ -116,6 +117,7 @@ def is_hub_name(source: str) -> bool:
 
 
 def _read_folder(folder: Path, text_columns: Sequence[str]) -> Pairs:
+    # The most explicit form wins.
     if (folder / METADATA_NAME).is_file():
         return read_metadata_folder(folder, text_columns)
     tars = sorted(path for path in folder.glob("*.tar") if path.is_file())

@@ -39,6 +39,8 @@ def epoch_order(
         raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({num_samples},)")
     if not weights.isfinite().all() or (weights < 0).any() or not (weights > 0).any():
         raise ValueError("weights hold negative, non-finite or only zero values, expected w >= 0")
+    # Systematic resampling: points at distance 1 on a line on which sample i covers its expected
+    # count, so it is hit that often, rounded down or up.
     cumulated = weights.double().cpu().cumsum(0)
     ends = cumulated / cumulated[-1] * num_samples
     offset = torch.rand(1, dtype=torch.float64, generator=generator)
@@ -73,6 +75,7 @@ class SampleOrder:
         """Return the samples of one optimizer step; a batch may straddle epochs."""
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
+        # The place in the endless stream is all the state there is.
         position = step * self.global_batch_size
         end = position + self.global_batch_size
         parts = []
@@ -85,6 +88,7 @@ class SampleOrder:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
+            # A batch may straddle two epochs; older ones are not asked for again.
             self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = epoch_order(
                 self.num_samples, seed=self.seed, epoch=epoch, weights=self._weights

@@ -59,6 +59,7 @@ def held_out_indices(paths: Sequence[str]) -> set[int]:
     """
     if len(paths) < MIN_PAIRS_TO_HOLD_OUT:
         return set()
+    # "0:" is a part of the key: another one would hold out other images.
     digests = [hashlib.sha1(f"0:{path}".encode()).digest()[:8] for path in paths]
     uniforms = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
     held_out = {index for index, uniform in enumerate(uniforms) if uniform < HELD_OUT_FRACTION}

@@ -71,6 +71,7 @@ def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> Tokeniz
 
 def _untrained() -> Tokenizer:
     """Return the rules by which every tokenizer here splits its text, without a vocabulary."""
+    # Normal form first: one caption has one row of tokens, however it was typed.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -129,6 +130,7 @@ class TextTokenizer:
 
     def tokenize(self, captions: Sequence[str]) -> list[list[int]]:
         """Encode captions to rows of their own lengths; raises UserError as ``encode`` does."""
+        # A string is a sequence of strings too: its letters would become captions.
         if isinstance(captions, str):
             raise ValueError(f"captions is the string {captions!r}, expected a list of strings")
         texts = [_checked(caption) for caption in captions]
@@ -224,6 +226,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
     parsed, ours = json.loads(text), json.loads(_untrained().to_str())
     # 1. before the library reads it: an id of a billion takes it a minute
     ids, added = parsed["model"]["vocab"].values(), parsed["added_tokens"]
+    # `type(each) is not int`, since True and 1.0 equal 1.
     if set(ids) != set(range(len(ids))) or any(type(each) is not int for each in ids):
         raise ValueError("its token ids are not 0, 1, 2, ...")
     if [(token["id"], token["content"]) for token in added] != [(PAD_TOKEN_ID, PAD_TOKEN)]:

@@ -73,8 +73,10 @@ class TokenDataset:
         often one of them. The other half of the time every caption is as likely. ``uniforms`` in
         [0, 1) choose caption and variant; 0 is the first caption as it is.
         """
+        # (batch,) each: rows of the table of captions
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
         count = end - start
+        # The lower half of [0, 1) stretched over the main captions, the upper half over all.
         main = 2 * uniforms * count.clamp(max=NUM_MAIN_CAPTIONS)
         any_of_all = (2 * uniforms - 1) * count
         place = torch.where(uniforms < 0.5, main, any_of_all)
@@ -129,6 +131,7 @@ def build_token_dataset(
         text_token_ids=_encode_captions(pairs, text_tokenizer, variation.bpe_dropout).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
+    # Several processes may write the same file: each its own, and the last rename wins.
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ def _encode_views(
     views = []
     num_views, max_shift = variation.num_views, variation.max_shift
     for view in range(num_views):
-        # Random numbers for view 0 too, though unused: further views stay as they are.
+        # For view 0 too, though unused: the numbers of a view depend on its place alone.
         shape = (len(pixels), 2)
         offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
         windows = None
@@ -186,6 +189,7 @@ def _fingerprint(
     text_tokenizer: TextTokenizer,
     variation: Variation,
 ) -> str:
+    # All that the tokens depend on, pixels included: a stale cache would train on wrong tokens.
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().data)
     digest.update(text_tokenizer.fingerprint().encode())

@@ -56,6 +56,7 @@ class LoadedPairs:
                 f"data.balance_by: no image has the attribute {balance_by!r}; "
                 f"expected {', '.join(['null (equal weights)', *sorted(known)])}"
             )
+        # Of the list as it began: a missing image must not change the weights of the others.
         groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
         sizes = Counter(groups)
         return torch.tensor([sizes[group] ** -0.5 for group in groups])
@@ -101,6 +102,7 @@ class RunRecords:
                 for pair in pairs:
                     row = {name: getattr(pair, name) for name in _LISTED_FIELDS}
                     opened.write(json.dumps(row) + "\n")
+            # Whole or not at all: a resumed run trusts it.
             unfinished.replace(file)
         except OSError as error:
             raise UserError(f"output_dir: cannot write {file}: {error}") from None
@@ -133,6 +135,7 @@ def load_pairs(
     """
     role = "train" if split == config.train_split else "held_out"
     try:
+        # 1. list, then read; stop early where too much is bad
         source = open_pairs(config.source, split=split)
         # Readers skip before they split: report it for one split alone.
         skipped = list(source.skipped) if role == "train" else []
@@ -147,6 +150,7 @@ def load_pairs(
             _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
     except UserError as error:
         raise UserError(f"data.source: {error}") from None
+    # 2. the order of a new run is that of the source, of a resumed one that of its beginning
     found = [source[index] for index in kept]
     listed = records.listed_pairs(role)
     replaced: list[SkippedRecord] = []
@@ -155,6 +159,7 @@ def load_pairs(
         records.write_listed(found, role)
     else:
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
+    # 3. say what was left out
     skipped += [*unreadable, *replaced]
     for record in skipped[:MAX_LISTED]:
         logger.info(f"skipped {record.path}: {record.reason}")
@@ -196,6 +201,7 @@ def _as_listed(
         if pair.path not in reasons:
             reason = f"gone since the run began, {reason}"
         replaced.append(SkippedRecord(pair.path, reason))
+    # Rows of the pixels in the order in which the run began.
     rows = [row_of[listed[place].path] for place in places]
     if rows != list(range(len(pixels))):
         pixels = pixels[rows]

@@ -56,6 +56,7 @@ def describe(hexcode: str) -> EmojiFacts | None:
     index = emoji_index()
     if hexcode not in index.emoji:
         return None
+    # 1. the facts, from the structure of the hexcode
     base = base_of(hexcode)
     neutral, gender = split_gender(base)
     if gender is None and neutral in index.neutral_forms:
@@ -70,6 +71,7 @@ def describe(hexcode: str) -> EmojiFacts | None:
         gender=gender,
         skin_tones=tones_of(hexcode),
     )
+    # 2. the captions, by kind
     codes = [code for code in base.split("-") if code != ZWJ]
     if facts.role is not None:
         _caption_person(facts)
@@ -107,6 +109,7 @@ def with_article(phrase: str) -> str | None:
         return None
     if phrase.startswith(table.proper) or (len(head) == 1 and phrase[0].isupper()):
         return None
+    # By sound where the spelling misleads: "a unicorn", "an hourglass".
     vowel = phrase[0].lower() in "aeio" or phrase.startswith(("um", "un", "up", "hour", "x-ray"))
     if phrase.startswith(("uni", "euro", "ewe", "one-")):
         vowel = False
@@ -129,6 +132,7 @@ def _english(key: str) -> str:
     neutral, gender = split_gender(key)
     if gender is None or key in table.gendered:
         return emoji_index().english[key]
+    # "person running" -> "woman running", "firefighter" -> "woman firefighter"
     phrase = _english(neutral)
     plural = {"woman": "women", "man": "men"}[gender]
     changed = re.sub(r"\bpeople\b", plural, re.sub(r"\bperson\b", gender, phrase))
@@ -146,6 +150,7 @@ def _korean(key: str) -> str:
     if gender is None or key in english_names().gendered:
         return emoji_index().korean[key].replace("오른쪽을 향한 ", "오른쪽을 향해 ")
     phrase, word = _korean(neutral), {"woman": "여자", "man": "남자"}[gender]
+    # "뛰는 사람" -> "뛰는 여자", "소방관" -> "여자 소방관"
     changed = re.sub(r"사람(?=들?$)", word, phrase)
     return changed if changed != phrase else f"{word} {phrase}"
 
@@ -159,6 +164,7 @@ def _caption_person(facts: EmojiFacts) -> None:
         facts.texts += [f"an emoji of {with_article(phrase) or phrase}", f"{phrase} emoji"]
         facts.texts_ko = [*phrases_ko, f"{phrase_ko} 이모지", f"{phrase_ko} 그림"]
         return
+    # Two people may have a tone each: "light and dark skin tones".
     tone = " and ".join(tones) + (" skin tone" if len(tones) == 1 else " skin tones")
     spelled = [_with_tone(item, tone) for item in phrases]
     facts.texts = [spelled[0], *filter(None, [with_article(spelled[0])]), f"{phrase}, {tone}"]
@@ -191,6 +197,7 @@ def _person_phrases(facts: EmojiFacts) -> tuple[list[str], list[str]]:
     ):
         phrases.append(f"{'female' if facts.gender == 'woman' else 'male'} {facts.role}")
     phrases += _aliases(facts.base)[:2]
+    # "여자 소방관" is also "여성 소방관", but a girl stays "여자아이".
     if re.search(r"[여남]자(?!아이)", phrases_ko[0]):
         phrases_ko.append(re.sub(r"([여남])자(?!아이)", r"\1성", phrases_ko[0]))
     return phrases, phrases_ko
@@ -219,6 +226,7 @@ def _caption_flag(facts: EmojiFacts) -> None:
     facts.texts.append(f"an emoji of the flag of {name}")
     name_ko = re.sub(r"\(.*\)", "", index.korean[facts.hexcode].removeprefix("깃발 ")).strip()
     name_ko = table_ko.regions.get(region, name_ko)
+    # 국기 is the flag of a state; other regions have a 깃발.
     noun = "깃발" if not region or region in table_ko.territories else "국기"
     facts.texts_ko = [f"{name_ko} {noun}", f"{name_ko}의 {noun}", f"{name_ko} 깃발"]
     if region in table_ko.region_synonyms:
@@ -267,6 +275,7 @@ def _caption_family(facts: EmojiFacts, codes: list[str]) -> None:
         parts_ko.append(f"{word_ko} {_NUMBERS_KO[count]} 명" if count > 1 else word_ko)
     listed = ", ".join(parts[:-1]) + " and " + parts[-1]
     facts.texts = [f"family of {listed}", f"a family of {listed}", f"family, {listed}"]
+    # The particle follows the final sound, which is a consonant in 명.
     last = "으로" if parts_ko[-1].endswith("명") else "로"
     listed_ko = ", ".join(parts_ko)
     facts.texts_ko = [f"{listed_ko}{last} 이루어진 가족", f"가족, {listed_ko}"]
@@ -290,6 +299,7 @@ def _caption_thing(facts: EmojiFacts) -> None:
 def _aliases(base: str) -> list[str]:
     """List the aliases of the ``emoji`` package that read as captions and mean this emoji only."""
     index = emoji_index()
+    # An alias that differs from the name by a hyphen says nothing new.
     main = re.sub(r"[-']", " ", _english(base).lower())
     good = []
     for alias in index.aliases.get(base, []):

@@ -57,6 +57,7 @@ def split_gender(base: str) -> tuple[str, str | None]:
     gendered = english_names().gendered
     if base in gendered:
         return gendered[base]
+    # By structure: a gender sign behind the body, or a man or woman in front of an object.
     codes = base.split("-")
     for sign, gender in _GENDER_SIGNS.items():
         if sign in codes[1:]:  # body, joiner, sign, and perhaps a joiner and an arrow
@@ -85,6 +86,7 @@ class EmojiIndex:
         self.english: dict[str, str] = {}
         self.korean: dict[str, str] = {}
         self.aliases: dict[str, list[str]] = {}
+        # 1. names by hexcode, of the installed version of Unicode
         for character, data in emoji.EMOJI_DATA.items():
             key = hexcode_of(character)
             if key in self.emoji and data["status"] != emoji.STATUS["fully_qualified"]:
@@ -98,6 +100,7 @@ class EmojiIndex:
             **newer,
             **{hexcode_of(entry.unified): entry.category for entry in emoji_data},
         }
+        # 2. what only the whole set tells: forms that vary by gender or tone, unique aliases
         bases = {base_of(key) for key in self.emoji}
         self.neutral_forms = {split_gender(base)[0] for base in bases if split_gender(base)[1]}
         self.toned = {base_of(key) for key in self.emoji if tones_of(key)}

@@ -125,6 +125,7 @@ def _write_data_set(
         rows += _write_style(
             out, style, size, npm_dir, several_styles=len(styles) > 1, left_out=left_out
         )
+    # What one style holds out, no style may show in training.
     held_out = {row["hexcode"] for row in rows if row["split"] != "train"}
     for row in rows:
         # Moved to "train" in this style, still held out in another.
@@ -188,6 +189,7 @@ def _write_style(
         elif not (style == "fluent3d" and facts.kind == "country flag"):  # not Microsoft's designs
             found.append((facts, render))
     squares = [on_white(render(_DECIDE_AT), _DECIDE_AT) for _, render in found]
+    # (images, 64, 64, 3)
     compared = np.stack([np.asarray(square) for square in squares])
     all_facts = [facts for facts, _ in found]
     expected = [split_of(facts) for facts in all_facts]
@@ -217,6 +219,7 @@ def _attribution(styles: Sequence[str]) -> str:
 
 
 def _row(facts: EmojiFacts, style: str, split: str, *, several_styles: bool) -> dict[str, Any]:
+    # Twemoji is the plain style: its captions name it only beside others.
     texts, texts_ko = facts.texts, facts.texts_ko
     words, words_ko = STYLES[style].words, STYLES[style].words_ko
     if style != "twemoji":

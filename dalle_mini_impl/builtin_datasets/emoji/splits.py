@@ -41,6 +41,7 @@ def full_roles() -> frozenset[str]:
         if len(tones) == 1:
             neutral, gender = split_gender(base_of(hexcode))
             cells.setdefault(neutral, set()).add((gender or "person", tones[0]))
+    # Roles with fewer cells cannot test composition.
     size = len(GENDERS) * len(TONES)
     return frozenset(neutral for neutral, found in cells.items() if len(found) == size)
 
@@ -51,6 +52,7 @@ def held_out_cells(neutral: str) -> set[tuple[str, str]]:
     They share neither gender nor tone, so training still sees every gender in four tones and every
     tone in two genders.
     """
+    # Independent hashes for each choice; the second cell differs in both.
     gender, tone = stable_hash("gender", neutral) % 3, stable_hash("tone", neutral) % 5
     other_gender = (gender + 1 + stable_hash("other gender", neutral) % 2) % 3
     other_tone = (tone + 1 + stable_hash("other tone", neutral) % 4) % 5
@@ -70,6 +72,7 @@ def held_out_clocks() -> frozenset[str]:
 def split_of(facts: EmojiFacts) -> str:
     """Name the split of an emoji, before images are compared: one of ``SPLITS``."""
     if facts.hexcode not in english_names().protected:
+        # From the most to the least specific: each emoji has one split.
         if len(facts.skin_tones) == 1 and _is_held_out_cell(facts):
             return "test_compose"
         if len(set(facts.skin_tones)) == 2 and stable_hash("pair", facts.hexcode) % 8 == 0:

@@ -109,6 +109,7 @@ def images(style: str, npm_dir: Path | None) -> Iterator[tuple[str, Render]]:
 
 def on_white(image: Image.Image, size: int) -> Image.Image:
     """Lay a transparent image on white, then resize, so that no color bleeds from clear pixels."""
+    # On white first: Lanczos over clear pixels would mix in the color that they hide.
     image = image.convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), (255, 255, 255, 255))
@@ -200,5 +201,6 @@ def _iconify(folder: Path) -> dict[str, Render]:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="0 0 {wide} {high}">{icon["body"]}</svg>'
         )
+        # The first name of a hexcode counts; later ones are aliases.
         found.setdefault(hexcode_of(code), _svg(partial(str, svg)))
     return found

@@ -90,11 +90,13 @@ class Caption:
 
 def describe_scene(scene: Scene) -> Caption:
     """Put a scene into words and facts, as a function of the scene alone."""
+    # Random numbers of its own: other wordings must not change the scenes.
     rng = random.Random(f"wording {scene.seed}")
     patterns = [
         ObjectPattern(item.size if scene.sizes_stated else None, item.color, item.shape)
         for item in scene.objects
     ]
+    # Nothing else may be in the image.
     total = Fact("count", ObjectPattern(), len(scene.objects))
     if scene.kind == "relation":
         wordings = _relation_wordings(scene, patterns, rng)
@@ -118,6 +120,7 @@ def describe_scene(scene: Scene) -> Caption:
         if scene.position is not None:
             facts.append(Fact("position", ObjectPattern(), scene.position))
             korean = f"{_KOREAN[scene.position]} 있는 {korean}"
+    # The plain wording first, and four others without repeats.
     texts = (wordings[0], *rng.sample(wordings[1:], 4))
     return Caption(texts[0], texts, korean, tuple(facts))
 
@@ -179,6 +182,7 @@ def _korean(pattern: ObjectPattern) -> str:
 
 def _single_wordings(pattern: ObjectPattern, position: str | None) -> list[str]:
     """List all wordings for one object, the plain one first."""
+    # The size is a part of every wording here.
     if pattern.size is None:
         raise UserError("sizes_stated: got False, expected True for a scene of kind 'single'")
     thing = f"{pattern.color} {pattern.shape}"
@@ -211,6 +215,7 @@ def _relation_wordings(
     """List all wordings for two objects, or a few for three; the plain one first."""
     names = [_with_article(str(pattern)) for pattern in patterns]
     a, relation, b = scene.relations[0]
+    # "a above b" and "b below a" make the same claim.
     pairs = [
         f"{names[x]} {words} {names[y]}"
         for x, y, name in ((a, b, relation), (b, a, _OPPOSITE[relation]))
@@ -219,6 +224,7 @@ def _relation_wordings(
     if len(scene.relations) == 1:
         return [*pairs, f"a picture of {pairs[0]}"]
     c, relation, b = scene.relations[1]
+    # The reference is known by now: "the", not "a".
     ends = [f"{names[c]} {words} the {patterns[b]}" for words in _RELATION_WORDS[relation]]
     return [f"{pair}, and {end}" for pair in pairs for end in ends]
 

@@ -55,10 +55,13 @@ def read_objects(image: Image.Image | NDArray[np.uint8]) -> tuple[ShapeObject, .
     ``image`` is square: from Pillow, or uint8 (height, width, 3); its side is at least 32 pixels.
     Raises UserError otherwise.
     """
+    # 1. which color explains each pixel, and how much of it
     pixels = _to_pixels(image)
     colors, coverage = _explain_pixels(pixels)
+    # 2. equal colors that touch are one object
     labels, count = _label_regions(colors)
     objects = []
+    # 3. read each object that is large enough
     for label in range(1, count + 1):
         region = labels == label
         if region.sum() >= MIN_AREA * region.size:
@@ -106,6 +109,7 @@ def _explain_pixels(pixels: Map) -> tuple[NDArray[np.int64], Map]:
     best = errors.argmin(-1)
     coverage = np.take_along_axis(fractions, best[..., None], -1)[..., 0]
     # Neighbors vote, weighted by coverage: noise must not tear an object into two colors.
+    # (height, width, colors)
     votes = np.where(best[..., None] == np.arange(len(inks)), coverage[..., None], 0)
     colors = _box_sum(votes).argmax(-1)
     ink = coverage >= MIN_COVERAGE
@@ -133,8 +137,10 @@ def _label_regions(colors: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
     width = padded.shape[1]
     flat = padded.ravel().tolist()  # lists are faster than arrays for single pixels
     labels = [0] * len(flat)
+    # Offsets of the eight neighbors in the flat array; the padding of one pixel stops them.
     steps = (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1)
     count = 0
+    # Flood fill from every pixel that has no label yet.
     for start in np.flatnonzero(padded >= 0).tolist():
         if labels[start]:
             continue
@@ -165,6 +171,7 @@ def _read_color(pixels: Map, strength: float, color: int) -> str:
     if color == _FAINT or strength < MIN_STRENGTH:
         return "unknown"
     name, rgb = list(COLORS.items())[color]
+    # A washed-out color is compared with the equally washed-out palette color.
     mix = np.array(BACKGROUND) + strength * (np.array(rgb) - np.array(BACKGROUND))
     return name if math.dist(np.median(pixels, axis=0), mix) <= MAX_COLOR_ERROR else "unknown"
 
@@ -174,10 +181,13 @@ def _read_object(coverage: Map, color: str) -> ShapeObject:
     x, y, area = _moments(coverage)
     view = _normalize(coverage, x, y, area)
     names, templates, unit_areas = _templates()
+    # Soft intersection over union with every template: (templates,)
     overlaps = np.minimum(view, templates).sum(1) / np.maximum(view, templates).sum(1)
     best = int(overlaps.argmax())
+    # The area of the object against that of its template of radius 1.
     radius = math.sqrt(area / unit_areas[best]) / _SIDE
     nearest = min(SIZES, key=lambda name: abs(math.log(radius / SIZES[name])))
+    # Between the sizes of the world, and not much beyond: a dot or a wall is no shape.
     in_range = 1 / MAX_SIZE_RATIO < radius / SIZES[nearest] < MAX_SIZE_RATIO
     shape = names[best] if in_range and overlaps[best] >= MIN_OVERLAP else "unknown"
     size = nearest if in_range else "unknown"
@@ -187,12 +197,14 @@ def _read_object(coverage: Map, color: str) -> ShapeObject:
 def _moments(coverage: Map) -> tuple[float, float, float]:
     """Compute center x and y, and area, of a coverage map in pixels."""
     area = float(coverage.sum())
+    # Pixel i covers [i, i + 1).
     middle = np.arange(len(coverage)) + 0.5
     return float(coverage.sum(0) @ middle) / area, float(coverage.sum(1) @ middle) / area, area
 
 
 def _normalize(coverage: Map, x: float, y: float, area: float) -> Map:
     """Sample an object, moved to the origin and scaled to equal area, as a flat template."""
+    # The disc of the same area sets the scale, so that every shape fills its template alike.
     reach = _TEMPLATE_REACH * math.sqrt(area / math.pi)
     offsets = ((np.arange(_TEMPLATE_SIZE) + 0.5) / _TEMPLATE_SIZE * 2 - 1) * reach
     rows = _interpolation(y + offsets, len(coverage))
@@ -219,6 +231,7 @@ def _templates() -> tuple[tuple[str, ...], Map, Map]:
     for shape in SHAPES:
         for size in SIZES.values():
             for blur in (0.0, 0.6, 1.0):
+                # A shape between two pixels looks otherwise than one on a pixel: take the mean.
                 shifted = []
                 for shift in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
                     coverage = _render_template(shape, size, shift, blur)
@@ -235,5 +248,6 @@ def _render_template(shape: str, radius: float, shift: tuple[float, float], blur
     item = ShapeObject(shape, "black", "unknown", center, radius)
     image = render_scene(Scene("single", (item,), seed=0), _SIDE)
     _, coverage = _explain_pixels(_to_pixels(image.filter(ImageFilter.GaussianBlur(blur))))
+    # Scaled as in read_objects: full coverage is what the core has.
     inside = coverage[coverage >= MIN_COVERAGE]
     return np.minimum(coverage / np.median(inside[_find_core(inside)]), 1)

@@ -96,6 +96,7 @@ def parse_fact(line: str) -> Fact:
 
 def _parse_pattern(words: str) -> ObjectPattern:
     """Read "small red circle" or "any"."""
+    # Find the words in any order, then insist on ours: str() must give the line back.
     named = words.split(" ")
     pattern = ObjectPattern(
         next((w for w in named if w in SIZES), None),
@@ -113,6 +114,7 @@ def _fact_holds(fact: Fact, objects: Sequence[ShapeObject]) -> bool:
         return len(subjects) == fact.value
     if fact.kind == "position":
         return any(_position_of(item) == fact.value for item in subjects)
+    # Any subject against any reference: the counts beside this fact make them unique.
     if fact.kind == "relation" and fact.reference is not None and fact.value in RELATIONS:
         # How far subject lies from reference along the direction of the relation.
         dx, dy = RELATIONS[str(fact.value)]

@@ -130,7 +130,9 @@ def make_scene(seed: int, *, split: str, kinds: Sequence[str] = KINDS) -> Scene:
         raise UserError(f"split: got {split!r}, expected one of {SPLITS}")
     if not kinds or not set(kinds) <= set(KINDS):
         raise UserError(f"kinds: got {tuple(kinds)!r}, expected some of {KINDS}")
-    rng = random.Random(f"shapes {split} {seed}")  # a string seed is stable across Python versions
+    # A string seed is stable across Python versions. The order of the calls below is the data set:
+    # one number more or less would change every scene.
+    rng = random.Random(f"shapes {split} {seed}")
     kind = rng.choice([kind for kind in KINDS if kind in kinds])
     if kind == "single":
         return _make_single(rng, split, seed)
@@ -143,6 +145,7 @@ def render_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
     """Draw a scene, anti-aliased, on white: a square RGB image of at least 32 pixels a side."""
     if image_size < MIN_IMAGE_SIZE:
         raise UserError(f"image_size: got {image_size}, expected at least {MIN_IMAGE_SIZE}")
+    # Pillow draws hard edges: draw large, and let the mean of 8 x 8 pixels smooth them.
     canvas_size = image_size * _SUPERSAMPLING
     canvas = Image.new("RGB", (canvas_size, canvas_size), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -198,6 +201,7 @@ def _choose_pairs(rng: random.Random, split: str, count: int) -> list[tuple[str,
     seen = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
     if split != "test_compose":
         return rng.sample(seen, count)
+    # Exactly one held-out pair, at a random place among the others.
     pairs = [rng.choice(held_out), *rng.sample(seen, count - 1)]
     rng.shuffle(pairs)
     return pairs
@@ -229,6 +233,7 @@ def _make_single(rng: random.Random, split: str, seed: int) -> Scene:
 def _make_count(rng: random.Random, split: str, seed: int) -> Scene:
     """Make one to four small objects of the same color and shape, in the cells of a 2 x 2 grid."""
     pair = _choose_pairs(rng, split, 1)[0]
+    # Small objects in different cells of the grid cannot touch.
     cells = rng.sample([(x, y) for x in (0.27, 0.73) for y in (0.27, 0.73)], rng.randint(1, 4))
     objects = tuple(_place(rng, pair, "small", cell) for cell in cells)
     return Scene("count", objects, seed, sizes_stated=False)
@@ -245,6 +250,7 @@ def _make_relation(rng: random.Random, split: str, seed: int) -> Scene:
     # Small objects move outwards to leave the large one its room; the gap stays at least 0.06.
     near, far, jitter = (0.21, 0.32, 0.015) if "large" in sizes else (0.23, 0.23, _JITTER)
     reach = [near if size == "large" else far for size in sizes]
+    # Along the direction of the relation they are well apart; across it they may be off a little.
     aside = rng.uniform(-0.08, 0.08)
     centers = []
     for direction, distance in zip((1, -1), reach, strict=True):
@@ -266,6 +272,7 @@ def _make_three(rng: random.Random, split: str, seed: int) -> Scene:
     objects = tuple(
         _place(rng, pair, "small", center) for pair, center in zip(pairs, centers, strict=True)
     )
+    # The second object is the corner of the L; both relations refer to it.
     beside = "right of" if x < 0.5 else "left of"
     stacked = "below" if y < 0.5 else "above"
     relations = ((0, beside, 1), (2, stacked, 1))

@@ -55,6 +55,7 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Pairs:
                 fields = parse_object(line)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from error
+            # A bad line is an error, since it hides which image it names; a bad image is skipped.
             name = _image_name(fields, root, place)
             captions = collect_captions(fields, text_columns)
             if not captions:
@@ -82,6 +83,7 @@ def _image_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{place}: file_name is {name!r}, expected the name of an image file")
+    # Where the system is not UTF-8, the file cannot even be asked for.
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -117,6 +119,7 @@ def read_sidecar_folder(folder: Path) -> Pairs:
 
 def _list_one_folder(parent: Path, names: list[str], root: Path, pairs: Pairs) -> None:
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    # "a.JPG" belongs to "a.TXT", but not to "A.txt": suffixes in any case, stems exactly.
     texts = {Path(name).stem: name for name in names if Path(name).suffix.lower() == ".txt"}
     for name in images:
         path = parent / name
@@ -144,6 +147,7 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, pairs: Pairs) -
 def _check_file(path: Path, root: Path) -> None:
     if not is_unicode(str(path)):
         raise ValueError(f"its path is not valid Unicode{encoding_remedy()}")
+    # Links within the folder are fine; a stranger's data set must not show files of ours.
     if path.is_symlink() and not is_inside(path, root):
         raise ValueError(f"{path.name} is a link that leads out of the folder")
     if not path.is_file():

@@ -83,6 +83,7 @@ def _check_expansion(file: Path) -> None:
         num_rows = metadata.num_rows
     except Exception:  # damaged: the reader says how
         return
+    # Judged from the footer, before anything is unpacked.
     limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * packed)
     if unpacked > limit or num_rows > limit:
         raise UserError(
@@ -150,9 +151,11 @@ def _list_tables(
                 "expected encoded images (bytes)"
             ) from error
         num_bytes = _num_bytes(column)
+        # Rows are counted through all tables, as concatenate_datasets will number them.
         first_row = sum(len(each) for each in images)
         for row, fields in enumerate(table.select_columns(_plain_columns(table))):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
+            # A row holds the bytes, or the path of a file inside the root, or nothing that is used.
             file = "" if num_bytes[row] else _image_file(column[row][IMAGE_COLUMN], root)
             captions = collect_captions(fields, text_columns)
             if file is None:
@@ -207,6 +210,7 @@ def _num_bytes(column: "Dataset") -> list[int]:
     """Count the encoded bytes of each row's image, without reading them."""
     import pyarrow.compute as pc
 
+    # Arrow knows the lengths from its offsets.
     lengths = pc.binary_length(pc.struct_field(column.data.column(IMAGE_COLUMN), "bytes"))
     return [length or 0 for length in lengths.to_pylist()]
 

@@ -173,6 +173,7 @@ def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> 
 
     A text column holds a string or a list of strings; empty, null and non-text entries are dropped.
     """
+    # A dict as an ordered set.
     found: dict[str, None] = {}
     for column in text_columns:
         value = fields.get(column)
@@ -255,6 +256,7 @@ def leads_outside(name: str) -> bool:
 
     True for absolute names (Windows drives too) and for any ``..`` part, with / or backslashes.
     """
+    # Windows rules on every system: the data set may travel.
     windows = PureWindowsPath(name)
     absolute = PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)
     return absolute or ".." in windows.parts

@@ -113,6 +113,7 @@ class _TarReader:
 
     def _add_member(self, member: tarfile.TarInfo) -> str:
         """Add a member to its sample; return why not, or an empty string."""
+        # Everything of an unknown kind is passed over: pickles, classes, npy.
         path = PurePosixPath(member.name)
         suffix = path.suffix.lower()
         known = suffix in (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES, *_TEXT_SUFFIXES)
@@ -179,6 +180,7 @@ class _TarReader:
         )
 
     def _captions_of(self, span: _Span | None, fields: dict[str, Any]) -> tuple[str, ...]:
+        # The JSON comes first: its fields are in a known order.
         captions = collect_captions(fields, self.text_columns)
         lines = lines_of_captions(self._read_span(span)) if span else ()
         # img2dataset writes the same caption twice; a line end inside it must not make it new ones.
