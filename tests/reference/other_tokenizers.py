@@ -69,9 +69,12 @@ def source_folder(kind: str, folder: Path) -> Path:
         save_file(encoder, folder / "encoder.safetensors")
         save_file(decoder, folder / "decoder.safetensors")
     else:
-        ours: dict[str, Any] = {"patch_size": 4, "channels": (16,), "encoder_kernel_size": 3}
-        dalle = {"patch_size": 1, "channels": (8, 8, 16), "quantizer": "gumbel"}
-        dalle |= {"architecture": "dalle", "decoder_output": "logit_laplace"}
-        chosen = ours if kind == "ours" else {**dalle, "vq_codebook_size": 24}
-        scatter(VQVAE(VQVAEConfig(image_size=SIZE, **chosen))).save_pretrained(folder)  # type: ignore[operator]
+        dalle = {"architecture": "dalle", "decoder_output": "logit_laplace", "patch_size": 1}
+        changes: dict[str, dict[str, Any]] = {
+            "ours": {"channels": (16,), "encoder_kernel_size": 3},
+            "vq": {"channels": (16,), "quantizer": "vq"},
+            "dalle": {**dalle, "channels": (8, 8, 16), "quantizer": "gumbel"},
+        }
+        config = VQVAEConfig(image_size=SIZE, vq_codebook_size=24, **changes[kind])
+        scatter(VQVAE(config)).save_pretrained(folder)  # type: ignore[operator]
     return folder

@@ -28,11 +28,8 @@ def networks(build_vqvae: Callable[..., VQVAE]) -> Networks:
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name: weight.grad.clone()
-        for name, weight in module.named_parameters()
-        if weight.grad is not None
-    }
+    found = {name: weight.grad for name, weight in module.named_parameters()}
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
 
 
 def test_hinge_losses_are_those_of_the_paper() -> None:

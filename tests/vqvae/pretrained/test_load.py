@@ -16,7 +16,7 @@ from vqvae import VQVAE
 from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.load import PretrainedTokenizer, load_tokenizer
 
-KINDS = ("ours", "dalle", "openai", *FOREIGN)
+KINDS = ("ours", "vq", "dalle", "openai", *FOREIGN)
 Load = Callable[[str], ImageTokenizer]
 
 
