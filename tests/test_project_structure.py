@@ -47,7 +47,7 @@ def folders_of_the_tree(text: str) -> list[str]:
     folders: list[str] = []
     parents: list[tuple[int, str]] = []
     for line in trees[0].splitlines():
-        found = re.match(r"[\s│├└─]*((?:[\w./-]+/\s+)*[\w./-]+/)(?:\s|$)", line)
+        found = re.match(r"[\s│├└─]*((?:[\w./-]+/ {1,2})*[\w./-]+/)(?:\s|$)", line)
         if not found:
             continue
         indent = found.start(1)
