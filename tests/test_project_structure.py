@@ -41,22 +41,22 @@ def fenced_code(text: str) -> str:
 
 def folders_of_the_tree(text: str) -> list[str]:
     """The folders that the tree in a text names, one a line, indented below their parent."""
-    [tree] = [
-        block
-        for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-        if re.search(r"^\W*dalle_mini_impl/\s", block, re.MULTILINE)
-    ]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    trees = [each for each in blocks if re.search(r"^\W*dalle_mini_impl/\s", each, re.MULTILINE)]
+    assert len(trees) == 1, "expected one tree, with a line for dalle_mini_impl/"
     folders: list[str] = []
     parents: list[tuple[int, str]] = []
-    for line in tree.splitlines():
-        found = re.match(r"[\s│├└─]*([\w.-]+(?:/[\w.-]+)*)/(?:\s|$)", line)
+    for line in trees[0].splitlines():
+        found = re.match(r"[\s│├└─]*((?:[\w./-]+/ {1,2})*[\w./-]+/)(?:\s|$)", line)
         if not found:
             continue
         indent = found.start(1)
         while parents and parents[-1][0] >= indent:
             parents.pop()
-        folders.append("/".join([*(name for _, name in parents), found[1]]))
-        parents.append((indent, found[1]))
+        above = [name for _, name in parents]
+        names = [name.rstrip("/") for name in found[1].split()]
+        folders += ["/".join([*above, name]) for name in names]
+        parents.append((indent, names[-1]))
     return folders
 
 
