@@ -1,4 +1,4 @@
-# make generate PROMPT="..." | make app | make demo | make check test | make test-slow | make format | make bench [PARTS=train_small]
+# make generate PROMPT="..." | make app | make demo | make check test | make test-slow | make test-rounding | make format | make bench [PARTS=train_small]
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ MODEL ?= checkpoints/emoji-64
 PROMPT ?= a red heart, Noto style
 PORT ?= 7860
 
-.PHONY: generate app demo check test test-slow format bench clean
+.PHONY: generate app demo check test test-slow test-rounding format bench clean
 
 generate: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --model $(MODEL) --prompt "$(PROMPT)"
@@ -32,6 +32,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/pytest -m slow
+
+# torch's plain loops, the oldest instructions of oneDNN and of MKL, and a processor that is acted out
+test-rounding: $(VENV)/.dev
+	for rounding in ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
+	TEST_ROUNDING=1; do echo "$$rounding"; env $$rounding $(BIN)/pytest || exit 1; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

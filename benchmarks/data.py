@@ -7,43 +7,82 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks import ours_pictures
-from benchmarks.config import BenchmarkConfig
-from benchmarks.images import write_images
+from benchmarks import ours
+from benchmarks.parts import BenchmarkConfig
 from benchmarks.timing import Job, Result, Variant, interleave
+from dalle_mini_impl.data.loading import load_all_pixels
+from dalle_mini_impl.data.pairs import open_pairs
 
-NUM_IMAGES, SIDE = 512, 128
+NUM_IMAGES, FILE_SIDE, SIDE = 512, 256, 128
+JPEG_QUALITY = 90
+WORDS = ("red", "green", "blue", "large", "small", "round", "old", "bright")
 SMALLEST_CROP = 0.75  # fraction of the area, DALLE-pytorch's default
+
+
+def compare_readers(config: BenchmarkConfig) -> list[Result]:
+    """Compare readers of one folder, in images per second."""
+    count = 16 if config.quick else NUM_IMAGES
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_images(folder, count)
+        readers: dict[str, Callable[[], int]] = {
+            "ours, whole folder into memory": partial(read_as_ours, folder, SIDE),
+            "DALLE-pytorch's loader, 0 workers": partial(read_as_peer, folder, 0),
+            "DALLE-pytorch's loader, 2 workers": partial(read_as_peer, folder, 2),
+            "Pillow alone: decoding, one thread, no resizing": partial(decode_only, folder),
+        }
+        rows = []
+        for words, read in readers.items():
+            make = ours.variant if words.startswith("ours") else Variant
+            rows.append(make(words, partial(_verified, read, count)))
+        work = f"read and decode {count} JPEGs of {FILE_SIDE} px to {SIDE} px"
+        return interleave(work, rows, "images/s", config.rounds)
+
+
+def write_images(folder: Path, count: int, *, side: int = FILE_SIDE) -> None:
+    """Write different images ``0.jpg`` with captions ``0.txt``: smooth colors, shapes and noise."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        random = np.random.default_rng(number)
+        small = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        image = small.resize((side, side), Image.Resampling.BICUBIC)
+        draw = ImageDraw.Draw(image)
+        for left, top, width in random.integers(0, side // 2, (6, 3)):
+            color = tuple(int(value) for value in random.integers(0, 256, 3))
+            draw.ellipse((left, top, left + width, top + width), fill=color)
+        noise = random.normal(0, 6, (side, side, 3))
+        pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=JPEG_QUALITY)
+        words = " ".join(str(word) for word in random.choice(WORDS, 4, replace=False))
+        (folder / f"{number}.txt").write_text(f"a {words} image number {number}\n")
+
+
+def read_as_ours(folder: Path, image_size: int) -> int:
+    """Read all pixels as training begins; returns the number of images."""
+    pixels, kept, _ = load_all_pixels(open_pairs(str(folder)), image_size=image_size)
+    return len(kept) if len(pixels) == len(kept) else 0
 
 
 class DallePytorchFolder(Dataset[Tensor]):
     """DALLE-pytorch's loader (loader.py, TextImageDataset), its transform written with Pillow.
 
     Its own needs torchvision: convert to RGB, a random square of 75 to 100 % of the area, bilinear
-    to the expected size, to a float tensor.
+    to (3, side, side), floats in [0, 1].
     """
 
     def __init__(self, folder: Path, *, side: int = SIDE) -> None:
-        """List the images.
-
-        Args:
-            folder: Holds ``x.jpg`` beside ``x.txt``.
-            side: Of the tensors, in pixels.
-        """
         self.paths, self.side = sorted(folder.glob("*.jpg")), side
         self.random = np.random.default_rng(0)
 
     def __len__(self) -> int:
-        """Count the images."""
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Read the caption, decode and crop the image; in [0, 1]."""
-        self.paths[index].with_suffix(".txt").read_text()
+        self.paths[index].with_suffix(".txt").read_text()  # its loader reads the caption too
         image = Image.open(self.paths[index]).convert("RGB")
         fraction = self.random.uniform(SMALLEST_CROP, 1.0)
         crop = round(min(image.size) * fraction**0.5)
@@ -55,45 +94,6 @@ class DallePytorchFolder(Dataset[Tensor]):
             box=(left, top, left + crop, top + crop),
         )
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
-
-
-def run(config: BenchmarkConfig) -> list[Result]:
-    """Compare readers of one folder.
-
-    Args:
-        config: Of the run.
-
-    Returns:
-        Rows in images per second.
-    """
-    count = 16 if config.quick else NUM_IMAGES
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_images(folder, count)
-        rows = [
-            Variant(
-                name="ours, whole folder into memory",
-                build=partial(_verified, partial(ours_pictures.read_images, folder, SIDE), count),
-                is_ours=True,
-            ),
-            *(
-                Variant(
-                    name=f"DALLE-pytorch's loader, {workers} workers",
-                    build=partial(_verified, partial(read_as_peer, folder, workers), count),
-                )
-                for workers in (0, 2)
-            ),
-            Variant(
-                name="Pillow alone: decoding, one thread, no resizing",
-                build=partial(_verified, partial(decode_only, folder), count),
-            ),
-        ]
-        return interleave(
-            f"read and decode {count} JPEGs of 256 px to {SIDE} px",
-            rows,
-            unit="images/s",
-            rounds=config.rounds,
-        )
 
 
 def read_as_peer(folder: Path, workers: int) -> int:
@@ -113,5 +113,5 @@ def decode_only(folder: Path) -> int:
 
 def _verified(read: Callable[[], int], count: int) -> Job:
     if (got := read()) != count:
-        raise ValueError(f"{got} images were read, expected {count}")
+        raise ValueError(f"images read: got {got}, expected {count}")
     return Job(run=read, items=count)

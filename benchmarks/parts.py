@@ -1,47 +1,63 @@
 """The parts of a run, by name. Their modules load only when they run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 
-from benchmarks.config import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
-from benchmarks.timing import Result
+from benchmarks.timing import Precision, Result
 
 
-def _plain(module: str) -> Callable[[BenchmarkConfig], list[Result]]:
-    return lambda config: import_module(f"benchmarks.{module}").run(config)
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """Options of a run."""
+
+    rounds: int
+    """Timed blocks per variant."""
+    quick: bool
+    """Toy sizes and one round: shows that everything runs, measures nothing."""
+    bf16: bool
+    """Whether bf16 is measured: emulated, its figures mean nothing."""
+
+    def precisions(self) -> Iterator[Precision]:
+        """Yield float32, then bf16 if it is measured."""
+        yield "float32"
+        if self.bf16:
+            yield "bfloat16"
 
 
-def _sized(module: str, size: Size, *options: object) -> Callable[[BenchmarkConfig], list[Result]]:
-    return lambda config: import_module(f"benchmarks.{module}").run(
-        config, TOY if config.quick else size, *options
-    )
+Part = Callable[[BenchmarkConfig], list[Result]]
 
 
-PARTS: dict[str, Callable[[BenchmarkConfig], list[Result]]] = {
-    "startup": _plain("startup"),
-    "lookup": _plain("lookup"),
-    "data": _plain("data"),
-    "tokenizer": _plain("tokenizer"),
-    "quality": _plain("quality"),
-    "memory": _sized("memory", MEDIUM),
-    "train_small": _sized("training", SMALL),
-    "train_medium": _sized("training", MEDIUM),
-    "users": _plain("end_to_end"),
-    "shipped": _plain("shipped"),
-    "sample_one": _sized("sampling", MEDIUM, (1,)),
-    "sample_many": _sized("sampling", MEDIUM, (4, 16, 64)),
+def _part(module: str, function: str, size: Size | None = None, **options: object) -> Part:
+    """Name a function of a module; a size becomes the toy size in a quick run."""
+
+    def run(config: BenchmarkConfig) -> list[Result]:
+        sizes = [] if size is None else [TOY if config.quick else size]
+        compare = getattr(import_module(f"benchmarks.{module}"), function)
+        return compare(config, *sizes, **options)
+
+    return run
+
+
+PARTS: dict[str, Part] = {
+    "startup": _part("end_to_end", "compare_startup"),
+    "lookup": _part("tokenizer", "compare_lookups"),
+    "data": _part("data", "compare_readers"),
+    "tokenizer": _part("tokenizer", "compare_tokenizers"),
+    "quality": _part("tokenizer", "compare_time_to_quality"),
+    "memory": _part("training", "compare_peak_memory", MEDIUM),
+    "train_small": _part("training", "compare_steps", SMALL),
+    "train_medium": _part("training", "compare_steps", MEDIUM),
+    "users": _part("end_to_end", "compare_whole_training"),
+    "shipped": _part("sampling", "compare_trained_weights"),
+    "sample_one": _part("sampling", "compare_random_weights", MEDIUM, batches=(1,)),
+    "sample_many": _part("sampling", "compare_random_weights", MEDIUM, batches=(4, 16, 64)),
 }
 
 
 def choose_parts(words: Sequence[str]) -> list[str]:
-    """Find the parts that a user asked for.
-
-    Args:
-        words: Names or beginnings of names ("train" means both sizes), or "all".
-
-    Returns:
-        Names, in the order in which they run.
+    """List the parts that begin with one of the words, or all of them, in the order of a run.
 
     Raises:
         ValueError: If a word fits no part.

@@ -1,8 +1,8 @@
-"""Other programs of the same kind, each at its own settings and at its best.
+"""Other programs of the same kind, each as shipped and at its best.
 
 DALLE-pytorch 1.6.6 can no longer be installed with its dependencies: youtokentome's source
 distribution fails to build (lucidrains/DALLE-pytorch issue 457). ``make bench`` installs it without
-them, and `STUBS` stands in for the three that its import needs and no benchmark calls.
+them, and `STUBS` replaces the three that its import needs and no benchmark calls.
 """
 
 import importlib.metadata
@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.ceilings import attention_flops, count_flops
+from benchmarks import timing
 from benchmarks.sizes import Size, random_pairs
-from benchmarks.timing import Job, NotMeasuredError, Precision, require_training
+from benchmarks.timing import Job, NotMeasuredError, Precision
 
 # Module -> names that dalle_pytorch 1.6.6 imports from it. OmegaConf and taming serve pretrained
 # VQGANs; pkg_resources, which setuptools has dropped, serves its version number.
@@ -36,32 +36,15 @@ DECODERS = (DALLE, X_TRANSFORMERS, LLAMA, GPT2)
 
 
 class Stub:
-    """Stands for a class or function of a package that is not there."""
+    """Replaces a class or function of a missing package; raises when it is called."""
 
     def __init__(self, *_: object, **__: object) -> None:
-        """Refuse to be used.
-
-        Args:
-            *_: Anything.
-            **__: Anything.
-
-        Raises:
-            RuntimeError: Always.
-        """
         raise RuntimeError("a stubbed import was used")
 
 
 def import_dalle_pytorch() -> Any:
-    """Import DALLE-pytorch, with stubs for what is missing.
-
-    Returns:
-        The module ``dalle_pytorch``.
-
-    Raises:
-        NotMeasuredError: If it is not installed.
-    """
-    if importlib.util.find_spec("dalle_pytorch") is None:
-        raise NotMeasuredError("dalle-pytorch is not installed; make bench installs it")
+    """Import DALLE-pytorch with stubs; a NotMeasuredError if it is not installed."""
+    require_dalle_pytorch()
     for name in missing_modules():
         module = types.ModuleType(name)
         vars(module).update({attribute: Stub for attribute in STUBS[name]})
@@ -71,8 +54,14 @@ def import_dalle_pytorch() -> Any:
     return dalle_pytorch
 
 
+def require_dalle_pytorch() -> None:
+    """Raise a NotMeasuredError if DALLE-pytorch is not installed."""
+    if importlib.util.find_spec("dalle_pytorch") is None:
+        raise NotMeasuredError("dalle-pytorch is not installed; make bench installs it")
+
+
 def missing_modules() -> list[str]:
-    """Name the modules that are stubbed on this machine, or would be."""
+    """List the modules that are stubbed on this machine, or would be."""
     missing: list[str] = []
     for name in STUBS:
         if name in sys.modules:
@@ -86,7 +75,7 @@ def missing_modules() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """Tell which version of each peer is installed."""
+    """Return the installed version of each peer."""
     found = {}
     for name in PACKAGES:
         try:
@@ -98,25 +87,17 @@ def versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A peer's decoder and how it computes its loss."""
+    """A peer's decoder and its loss."""
 
     model: nn.Module
     loss: Callable[[nn.Module], Tensor]
-    """Of the model (or of what torch.compile makes of it), on the pairs of its size."""
+    """Of the model, compiled or not, on the pairs of its size."""
     optimizer: torch.optim.Optimizer
     """Fused AdamW, the same for all."""
 
 
 def build_decoder(name: str, size: Size) -> Decoder:
-    """Build a peer's decoder of a size.
-
-    Args:
-        name: One of `DECODERS`.
-        size: Widths and lengths; image tokens are given, so no pixels are encoded.
-
-    Returns:
-        The decoder, ready to train.
-    """
+    """Build one of `DECODERS`, ready to train on image tokens."""
     torch.manual_seed(0)
     text, image = random_pairs(size)
     if name == DALLE:
@@ -127,7 +108,7 @@ def build_decoder(name: str, size: Size) -> Decoder:
     else:
         model = build_language_model(name, size)
         targets = torch.cat([text, image + size.vocab], dim=1)
-        inputs = F.pad(targets[:, :-1], (1, 0))  # as many positions as the others
+        inputs = F.pad(targets[:, :-1], (1, 0))  # the same number of positions as the others
 
         def loss(net: nn.Module) -> Tensor:
             output = net(inputs)
@@ -139,15 +120,10 @@ def build_decoder(name: str, size: Size) -> Decoder:
     return Decoder(model, loss, optimizer)
 
 
-def build_dalle(size: Size, **changes: Any) -> Any:
+def build_dalle(size: Size) -> Any:
     """Build DALLE-pytorch's decoder with its class defaults (rotary, token shift, GEGLU).
 
-    Args:
-        size: Widths and lengths.
-        **changes: Of its arguments.
-
-    Returns:
-        A ``DALLE`` whose discrete VAE is as small as can be.
+    Its discrete VAE has the least size that it accepts.
     """
     dalle_pytorch = import_dalle_pytorch()
     vae = dalle_pytorch.DiscreteVAE(
@@ -157,7 +133,12 @@ def build_dalle(size: Size, **changes: Any) -> Any:
         codebook_dim=16,
         hidden_dim=16,
     )
-    arguments = {
+    return dalle_pytorch.DALLE(vae=vae, **dalle_arguments(size))
+
+
+def dalle_arguments(size: Size) -> dict[str, int]:
+    """Translate a size to arguments of ``DALLE``."""
+    return {
         "dim": size.width,
         "depth": size.layers,
         "heads": size.heads,
@@ -165,26 +146,20 @@ def build_dalle(size: Size, **changes: Any) -> Any:
         "num_text_tokens": size.vocab,
         "text_seq_len": size.text_length,
     }
-    return dalle_pytorch.DALLE(vae=vae, **{**arguments, **changes})
 
 
 def build_language_model(name: str, size: Size) -> Any:
-    """Build a decoder over one vocabulary of caption tokens followed by image tokens.
+    """Build x-transformers', Llama's or GPT-2's decoder over one vocabulary for both modalities.
 
-    Args:
-        name: One of `DECODERS` but DALLE-pytorch.
-        size: Widths and lengths.
-
-    Returns:
-        The model, without dropout, with torch's fused attention.
+    Without dropout, with torch's fused attention.
     """
+    package = "x_transformers" if name == X_TRANSFORMERS else "transformers"
+    if importlib.util.find_spec(package) is None:
+        raise NotMeasuredError(f"{package} is not installed; make bench installs it")
     vocab = size.vocab + size.codebook
-    try:
-        import transformers
-        import x_transformers
-    except ImportError as error:
-        raise NotMeasuredError(f"{error.name} is not installed") from None
     if name == X_TRANSFORMERS:
+        import x_transformers
+
         layers = x_transformers.Decoder(
             dim=size.width,
             depth=size.layers,
@@ -196,15 +171,13 @@ def build_language_model(name: str, size: Size) -> Any:
         return x_transformers.TransformerWrapper(
             num_tokens=vocab, max_seq_len=size.length, attn_layers=layers
         )
-    options: dict[str, Any] = {
-        "attn_implementation": "sdpa",
-        "bos_token_id": None,
-        "eos_token_id": None,  # every image is generated to its end
-        "pad_token_id": None,
-    }
+    import transformers
+
+    # No end token: every image is generated to its end.
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    options: dict[str, Any] = {"attn_implementation": "sdpa", "vocab_size": vocab, **no_tokens}
     if name == LLAMA:
         config: Any = transformers.LlamaConfig(
-            vocab_size=vocab,
             hidden_size=size.width,
             intermediate_size=size.intermediate,
             num_hidden_layers=size.layers,
@@ -214,41 +187,21 @@ def build_language_model(name: str, size: Size) -> Any:
             **options,
         )
         return transformers.LlamaForCausalLM(config)
-    config = transformers.GPT2Config(
-        vocab_size=vocab,
-        n_embd=size.width,
-        n_layer=size.layers,
-        n_head=size.heads,
-        n_positions=size.length,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        **options,
-    )
+    options |= {"n_embd": size.width, "n_layer": size.layers, "n_head": size.heads}
+    options |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = transformers.GPT2Config(n_positions=size.length, **options)
     return transformers.GPT2LMHeadModel(config)
 
 
-def decoder_training(
-    decoder: Decoder, size: Size, precision: Precision, *, compiled: bool, verify_steps: int = 3
-) -> Job:
-    """Train a peer's decoder on made-up tokens.
-
-    Args:
-        decoder: As `build_decoder` makes it.
-        size: Its size.
-        precision: bf16 is autocast.
-        compiled: Through ``torch.compile``.
-        verify_steps: Steps over which the loss must fall.
-
-    Returns:
-        One training step; items are tokens.
-    """
-    flops = count_flops(_training_step(decoder, decoder.model, precision)) + attention_flops(
+def decoder_training(decoder: Decoder, size: Size, precision: Precision, *, compiled: bool) -> Job:
+    """Train a peer's decoder on random tokens, one step per call; items are tokens."""
+    flops = timing.count_flops(_training_step(decoder, decoder.model, precision))
+    flops += timing.attention_flops(
         layers=size.layers, width=size.width, length=size.length, rows=size.batch
     )
     net: Any = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
     step = _training_step(decoder, net, precision)
-    require_training(step, steps=verify_steps, compiled=compiled)
+    timing.require_training(step, steps=3, compiled=compiled)
     return Job(run=step, items=size.tokens, flops=flops)
 
 
@@ -266,7 +219,7 @@ def _training_step(decoder: Decoder, net: nn.Module, precision: Precision) -> Ca
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:
-    """Collect the matrices that every token passes through, of all modules but an image VAE."""
+    """Collect the matrices that multiply every token, those of an image VAE excluded."""
     return [
         part.weight
         for name, part in model.named_modules()

@@ -1,31 +1,23 @@
-"""Results as JSON and as Markdown tables."""
+"""Results as Markdown tables."""
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
-from benchmarks.ceilings import GIGA, fraction_of_ceiling
-from benchmarks.timing import Result, median
+from benchmarks.timing import Result, fraction_of_ceiling
 
+GIGA = 1e9
 LESS_IS_BETTER = ("s", "ms", "GiB")  # units whose figure is the cost itself
 
 
 def render(results: Sequence[Result], ceilings: dict[str, float], facts: dict[str, Any]) -> str:
-    """Write all tables of a run.
-
-    Args:
-        results: Of all parts; rows of one work stand together.
-        ceilings: As `measure_ceilings` returns them.
-        facts: Machine, versions and date, shown above.
-
-    Returns:
-        Markdown.
-    """
+    """Format all tables of a run as Markdown, below the facts and the ceilings."""
     lines = ["# Benchmarks", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += [
         f"- ceilings: float32 {ceilings['float32'] / GIGA:,.0f} GFLOP/s, "
         f"bf16 {ceilings['bfloat16'] / GIGA:,.0f} GFLOP/s, "
-        f"memory {ceilings['memory'] / GIGA:,.1f} GB/s",
+        f"memory {ceilings['memory'] / GIGA:,.1f} GB/s"
     ]
     for work in dict.fromkeys(result.work for result in results):
         lines += ["", f"## {work}", ""]
@@ -34,15 +26,7 @@ def render(results: Sequence[Result], ceilings: dict[str, float], facts: dict[st
 
 
 def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
-    """Write the table of one work.
-
-    Args:
-        results: Its rows, all in one unit.
-        ceilings: As `measure_ceilings` returns them.
-
-    Returns:
-        Lines of Markdown.
-    """
+    """Format the table of one work, whose rows have one unit, as lines of Markdown."""
     own = [result for result in results if result.is_ours and result.costs]
     head = ["", results[0].unit, "least to most"]
     head += [f"{one.variant} is ... times as good" for one in own]
@@ -75,7 +59,7 @@ def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """Show three significant digits, without an exponent."""
+    """Format three significant digits, without an exponent."""
     if value >= 100:
         return f"{value:,.0f}"
     digits = 2 - len(str(int(value))) + 1

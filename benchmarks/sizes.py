@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Size:
-    """A decoder and its batch."""
+    """A decoder and its training batch."""
 
     name: str
     width: int
@@ -22,7 +22,6 @@ class Size:
     codebook: int
     """Image tokens to choose from."""
     batch: int
-    """Images per training step."""
 
     @property
     def image_length(self) -> int:
@@ -31,7 +30,7 @@ class Size:
 
     @property
     def length(self) -> int:
-        """Positions that go through the network per image."""
+        """Positions per image."""
         return self.text_length + self.image_length
 
     @property
@@ -50,26 +49,16 @@ class Size:
         return self.batch * self.length
 
 
-MEDIUM = Size(
-    name="M", width=512, layers=12, heads=8, text_length=64, grid=16, vocab=8192,
-    codebook=8192, batch=8,
-)  # fmt: skip
-SMALL = Size(
-    name="S", width=256, layers=6, heads=8, text_length=32, grid=8, vocab=2048,
-    codebook=1024, batch=32,
-)  # fmt: skip
-TOY = Size(
-    name="toy", width=64, layers=2, heads=2, text_length=8, grid=4, vocab=300,
-    codebook=128, batch=2,
-)  # fmt: skip
+#          name  width layers heads text grid vocab codebook batch
+MEDIUM = Size("M", 512, 12, 8, 64, 16, 8192, 8192, 8)
+SMALL = Size("S", 256, 6, 8, 32, 8, 2048, 1024, 32)
+TOY = Size("toy", 64, 2, 2, 8, 4, 300, 128, 2)
+DEMO = Size("demo", 256, 4, 4, 16, 8, 2048, 1000, 1)  # configs/demo
+EMOJI_64 = Size("emoji-64", 320, 7, 5, 20, 16, 4096, 1000, 1)  # checkpoints/emoji-64
 
 
 def random_pairs(size: Size, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Make up captions without pads and images, the same ones every time.
-
-    Args:
-        size: Lengths and vocabularies.
-        batch: Number of pairs; the training batch when None.
+    """Make the same random captions, without pads, and images every time.
 
     Returns:
         Caption tokens (batch, text_length) from 1, and image tokens (batch, image_length) from 0.

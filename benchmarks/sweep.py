@@ -1,126 +1,82 @@
-"""Which settings learn most in equal minutes: decoders of the emoji, judged on cells of their own.
+"""Which settings learn most in equal budgets: decoders of the emoji, judged on cells of their own.
 
-    python scripts/prepare_emoji.py --out out/recipes/emoji
-    python -m benchmarks.sweep --emoji out/recipes/emoji --minutes 4
+    python scripts/prepare_emoji.py --out out/sweep/emoji
+    python -m benchmarks.sweep recipes --emoji out/sweep/emoji --minutes 4
+    python -m benchmarks.sweep tokenizers --emoji out/sweep/emoji
 
-Every recipe is `configs/demo` with the options below changed, on one thread. The cells of
-`test_compose` are neither trained on nor judged: two further cells of every role are held out here,
-so that what is chosen here is measured on fresh ones. Start the command several times to use
-several cores; each recipe is run once. Results: `results.jsonl`, and a table at the end.
+Every recipe of sweep.yaml is `configs/demo` with some options changed, on one thread: a tokenizer,
+then a decoder on its tokens. `recipes` have equal minutes. `tokenizers` have equal steps, so that
+other programs on the machine change nothing; the table has their seconds of processor time. A
+tokenizer is judged by what its held-out images cost the decoder (bits per image) and by their
+reconstruction (PSNR). Either is cheap without the other: two FSQ tokenizers with few and with many
+codes span a line, and a good tokenizer lies below it.
+
+The cells of `test_compose` are neither trained on nor judged: two further cells of every role are
+held out here, so that what is chosen here is measured on fresh ones. Start the command several
+times to use several cores; stopped, it resumes. Results: `results.jsonl`, and a table at the end.
 """
 
 import argparse
+import fcntl
+import functools
 import json
+import math
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 CONFIGS = Path("configs/demo")
 NUM_PLAIN = 96
 NUM_TIMED = 9
 Overrides = dict[str, Any]
+Figures = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A change to the demo's preset, and what was expected of it."""
+    """A row of sweep.yaml."""
 
     name: str
     expected: str
     decoder: Overrides = field(default_factory=dict)
-    """Options of train_dalle.py."""
     tokenizer: Overrides = field(default_factory=dict)
-    """Options of train_vqvae.py; recipes with the same ones share a tokenizer."""
     sampling: Overrides = field(default_factory=dict)
-    """BenchmarkConfig of the generation; without other changes the first recipe's model generates."""
+    """Fields of SamplingConfig; without other changes the preset's decoder generates."""
 
 
-MUON_RATE, NOISE = "training.learning_rate", "task.token_noise_probability"
-FINE = {"vqvae.channels": "[128]"}
-RECIPES = (
-    Recipe("the preset", "the standard"),
-    Recipe("another seed", "within the noise of the measure", {"training.seed": 1}),
-    Recipe("no token noise", "worse cells, lower loss in training", {NOISE: 0.0}),
-    Recipe("token noise 0.3", "a little worse cells", {NOISE: 0.3}),
-    Recipe("token noise 0.7", "as good cells, worse plain things", {NOISE: 0.7}),
-    Recipe("noise to the end", "worse plain things", {"task.augmentation_ends_at": 1.0}),
-    Recipe("noise for half", "a little worse cells", {"task.augmentation_ends_at": 0.5}),
-    Recipe("AdamW, 2e-3", "worse", {"training.optimizer": "adamw", MUON_RATE: 2e-3}),
-    Recipe("AdamW, 4e-3", "worse", {"training.optimizer": "adamw", MUON_RATE: 4e-3}),
-    Recipe("Muon, 1.5e-3", "a little worse", {MUON_RATE: 1.5e-3}),
-    Recipe("Muon, 6e-3", "a little better: few steps", {MUON_RATE: 6e-3}),
-    Recipe("batch 16", "better: twice the steps", {"training.global_batch_size": 16}),
-    Recipe("batch 64", "worse: half the steps", {"training.global_batch_size": 64}),
-    Recipe("dropout 0.1", "worse in so few steps", {"decoder.dropout_probability": 0.1}),
-    Recipe(
-        "6 layers of 160",
-        "as good",
-        {"decoder.num_layers": 6, "decoder.hidden_size": 160, "decoder.num_heads": 4},
-    ),
-    Recipe("3 layers of 224", "as good", {"decoder.num_layers": 3, "decoder.hidden_size": 224}),
-    Recipe("4 layers of 128", "better: more steps", {"decoder.hidden_size": 128}),
-    Recipe("4 layers of 256", "worse: fewer steps", {"decoder.hidden_size": 256}),
-    Recipe("decay over 70 %", "better", {"training.decay_fraction": 0.7}),
-    Recipe("cosine", "as good", {"training.schedule": "cosine"}),
-    Recipe("average of weights", "better", {"training.ema_decay": 0.99}),
-    Recipe("no caption loss", "as good", {"task.text_loss_weight": 0.0}),
-    Recipe("captions always given", "as good", {"task.caption_dropout_probability": 0.0}),
-    Recipe("random order", "worse: it is to fade out", {"task.random_order_probability": 0.5}),
-    Recipe(
-        "always random order",
-        "far worse: every order is to be learned",
-        {"task.random_order_probability": 1.0, "task.augmentation_ends_at": 1.0},
-    ),
-    Recipe(
-        "shifted views",
-        "better cells",
-        {"num_views": 4, "max_shift": 2, "task.shifted_view_probability": 0.5},
-    ),
-    Recipe("2,048 caption tokens", "worse plain things", {"text.vocab_size": 2048}),
-    Recipe("every image as often", "better cells", {"data.balance_by": "null"}),
-    Recipe("240 codes", "better cells, blurred", tokenizer={"vqvae.fsq_levels": "[8,6,5]"}),
-    Recipe("4,096 codes", "worse", tokenizer={"vqvae.fsq_levels": "[8,8,8,8]"}),
-    Recipe("encoder sees neighbors", "worse", tokenizer={"vqvae.encoder_kernel_size": 3}),
-    Recipe("16 x 16 tokens", "worse: a quarter of the steps", {"decoder.hidden_size": 128}, FINE),
-    Recipe("guidance 1", "worse cells", sampling={"guidance_scale": 1.0}),
-    Recipe("guidance 2", "better cells", sampling={"guidance_scale": 2.0}),
-    Recipe("guidance 3", "better cells, worse plain things", sampling={"guidance_scale": 3.0}),
-    Recipe(
-        "guidance 3, rising",
-        "as guidance 2",
-        sampling={"guidance_scale": 3.0, "guidance_schedule": "cosine"},
-    ),
-    Recipe("temperature 0.1", "as good", sampling={"temperature": 0.1}),
-    Recipe("temperature 0.7", "worse", sampling={"temperature": 0.7}),
-    Recipe(
-        "encoder and decoder",
-        "as good: as many parameters, and as much work in a step",
-        {
-            "decoder.architecture": "encoder_decoder",
-            "decoder.num_encoder_layers": 2,
-            "decoder.num_layers": 4,
-        },
-    ),
-)
+@functools.cache
+def read_recipes() -> dict[str, list[Recipe]]:
+    """Read the lists of recipes."""
+    lists = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return {name: [Recipe(**row) for row in rows] for name, rows in lists.items()}
+
+
+def as_options(overrides: Overrides) -> list[str]:
+    """Turn overrides into arguments of a command line."""
+    texts = {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in overrides.items()
+    }
+    return [f"--{name}={text}" for name, text in texts.items()]
 
 
 def hold_out_other_cells(emoji: Path, out: Path) -> None:
-    """Write the data set again: `test_compose` out of use, two other cells of each role in it.
-
-    Args:
-        emoji: Folder that prepare_emoji.py wrote.
-        out: Folder to write; its images are copies.
-    """
+    """Copy the data set with two other cells of each role in `test_compose`."""
     from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
     from dalle_mini_impl.data.splits import stable_hash
 
-    lines = (emoji / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_rows(emoji)
     chosen = set()
     for role, grid in grid_roles(rows).items():
         free = [cell for cell, row in grid.items() if row["split"] == "train"]
@@ -135,72 +91,133 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
     (out / "metadata.jsonl").write_text(text, encoding="utf-8")
 
 
-def train(script: str, run: Path, preset: str, overrides: Overrides) -> None:
-    """Train in a process of its own; what is there already stays."""
-    if (run / "model").exists():
-        return
-    options = [f"--{name}={value}" for name, value in overrides.items()]
-    shared = ["--config", str(CONFIGS / preset), "--tracking.mode=disabled", "--output_dir"]
-    with (run.parent / f"{run.name}.log").open("w") as log:
-        subprocess.run(
-            [sys.executable, f"scripts/{script}.py", *shared, str(run), *options],
-            check=True,
-            stdout=log,
-            stderr=log,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
+def read_rows(data: Path) -> list[dict[str, Any]]:
+    """Read the metadata of prepare_emoji.py, one object per image."""
+    lines = (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def run_recipe(recipe: Recipe, out: Path, minutes: float) -> dict[str, Any]:
-    """Train and judge one recipe.
+@contextmanager
+def lock(path: Path, *, wait: bool) -> Iterator[bool]:
+    """Keep other processes of a sweep out; yields False where one of them is in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:  # closing it, or the end of the process, unlocks it
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
-    Args:
-        recipe: Which.
-        out: Folder of all recipes.
-        minutes: Of the decoder's training; the tokenizer has three quarters of them.
 
-    Returns:
-        Named figures.
+def train(script: str, run: Path, overrides: Overrides) -> None:
+    """Train in a process of its own, from the last checkpoint if there is one.
+
+    The seconds of processor time of its last start are kept in `seconds.json` of the run.
     """
+    arguments = ["--config", str(CONFIGS / f"{script.removeprefix('train_')}.yaml")]
+    arguments += ["--tracking.mode=disabled", "--resume=latest", f"--output_dir={run}"]
+    arguments += as_options(overrides)
+    # Recipes share tokenizers, and several processes may want the same one.
+    with lock(run.with_name(f"{run.name}.lock"), wait=True):
+        if (run / "model").exists():
+            return
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        with run.with_name(f"{run.name}.log").open("a") as log:
+            subprocess.run(
+                [sys.executable, f"scripts/{script}.py", *arguments],
+                check=True,
+                stdout=log,
+                stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        (run / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+
+
+def run_recipe(recipe: Recipe, preset: Recipe, out: Path, *budgets: Overrides) -> Figures:
+    """Train and judge one recipe; the budgets are of its tokenizer and of its decoder."""
+    tokenizer_budget, decoder_budget = budgets
     data = {"data.source": str(out / "data")}
-    name = json.dumps(recipe.tokenizer, sort_keys=True) if recipe.tokenizer else "preset"
-    vqvae = out / "vqvae" / "".join(char if char.isalnum() else "-" for char in name)
-    vqvae.parent.mkdir(exist_ok=True)
-    train(
-        "train_vqvae",
-        vqvae,
-        "vqvae.yaml",
-        data | {"training.max_minutes": 0.75 * minutes} | recipe.tokenizer,
-    )
-    only_generates = bool(recipe.sampling)
-    run = out / "dalle" / ("0" if only_generates else str(RECIPES.index(recipe)))
-    run.parent.mkdir(exist_ok=True)
-    shared = {"vqvae_dir": str(vqvae / "model"), "training.max_minutes": minutes}
-    train("train_dalle", run, "dalle.yaml", data | shared | recipe.decoder)
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    last = {key: value for line in lines for key, value in json.loads(line).items()}
+    options = json.dumps(recipe.tokenizer, sort_keys=True) if recipe.tokenizer else "preset"
+    vqvae = out / "vqvae" / slug(options)
+    train("train_vqvae", vqvae, data | tokenizer_budget | recipe.tokenizer)
+    decoder = out / "dalle" / slug(preset.name if recipe.sampling else recipe.name)
+    shared = data | {"vqvae_dir": str(vqvae / "model")}
+    train("train_dalle", decoder, shared | decoder_budget | recipe.decoder)
+
+    # bits and PSNR: what the tokens cost a decoder, and what they keep of an image
+    tokenizer_figures, figures = last_figures(vqvae), last_figures(decoder)
+    num_tokens, distance = reconstruct(vqvae / "model", out / "data")
     return {
         "recipe": recipe.name,
         "expected": recipe.expected,
-        "steps": last["step"],
-        "held_out_nats": last["validation/image_nats"],
-        "train_nats": last["validation/train_image_nats"],
-        **evaluate_model(run / "model", out / "data", recipe.sampling),
+        "steps": figures["step"],
+        "held_out_nats": figures["validation/image_nats"],
+        "train_nats": figures["validation/train_image_nats"],
+        "bits": figures["validation/image_nats"] * num_tokens / math.log(2),
+        "psnr_db": tokenizer_figures["validation/psnr_db"],
+        "codebook_usage": tokenizer_figures["validation/codebook_usage"],
+        "codebook_perplexity": tokenizer_figures["validation/codebook_perplexity"],
+        "tokenizer_seconds": json.loads((vqvae / "seconds.json").read_text(encoding="utf-8")),
+        "feature_distance": distance,
+        **evaluate_model(decoder / "model", out / "data", recipe.sampling),
     }
 
 
-def evaluate_model(model: Path, data: Path, sampling: Overrides) -> dict[str, float]:
-    """Generate held-out cells, and plain things that training showed, in both languages.
+def slug(name: str) -> str:
+    """Make a file name."""
+    return "".join(char if char.isalnum() else "-" for char in name)
 
-    Returns:
-        Shares: cells, tones and genders right; plain things nearest to their own image, of all
-        plain things. And the seconds of processor time that an image takes, one by one.
-    """
-    import time
 
+def last_figures(run: Path) -> Figures:
+    """Read the last value of each metric of a run."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {key: value for line in lines for key, value in json.loads(line).items()}
+
+
+def read_pixels(data: Path, rows: list[dict[str, Any]]) -> Any:
+    """Read images to (images, 3, side, side) in [-1, 1]."""
     import torch
 
     from dalle_mini_impl.data.images import decode_image, image_to_pixels
+
+    images = [decode_image((data / row["file_name"]).read_bytes(), source="") for row in rows]
+    return torch.stack([image_to_pixels(image) for image in images])
+
+
+def reconstruct(model: Path, data: Path) -> tuple[int, float]:
+    """Return a tokenizer's tokens per image, and how far held-out reconstructions are off.
+
+    By colors and contrasts at several scales: the mean squared distance in
+    `evaluation.distribution`, 0 for equal images.
+    """
+    import torch
+
+    from dalle_mini_impl.evaluation.distribution import FeatureSpace
+    from vqvae import VQVAE
+
+    torch.set_num_threads(1)
+    pixels = read_pixels(data, [row for row in read_rows(data) if row["split"] == "test_compose"])
+    vqvae = VQVAE.from_pretrained(model)
+    reconstructions = vqvae.decode_from_token_ids(vqvae.encode_to_token_ids(pixels))
+    true, coded = (((each + 1) * 127.5).round().byte() for each in (pixels, reconstructions))
+    space = FeatureSpace(true)
+    distance = (space(coded) - space(true)).square().sum(dim=1).mean()
+    return math.prod(vqvae.image_grid_size), float(distance)
+
+
+def evaluate_model(model: Path, data: Path, sampling: Overrides) -> Figures:
+    """Generate held-out cells, and plain things that training showed, in both languages.
+
+    Returns:
+        Fractions: cells, tones and genders right; plain things nearest to their own image, of all
+        plain things. And the seconds of processor time that an image takes, one by one.
+    """
+    import torch
+
+    from dalle_mini_impl.data.images import image_to_pixels
     from dalle_mini_impl.data.splits import stable_hash
     from dalle_mini_impl.evaluation.emoji import evaluate_grid
     from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -213,24 +230,21 @@ def evaluate_model(model: Path, data: Path, sampling: Overrides) -> dict[str, fl
         "tone": grid.tone_accuracy,
         "gender": grid.gender_accuracy,
     }
-    lines = (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    things = [row for row in rows if row["split"] == "train" and not row["skin_tones"]]
-    things = [row for row in things if row["kind"] in ("other", "country flag")]
+    things = [
+        row
+        for row in read_rows(data)
+        if row["split"] == "train"
+        and not row["skin_tones"]
+        and row["kind"] in {"other", "country flag"}
+    ]
+    # In an order of their own, so that a longer list begins with the same things.
     things.sort(key=lambda row: stable_hash("plain", row["hexcode"]))
-    truth = torch.stack(
-        [
-            image_to_pixels(
-                decode_image((data / row["file_name"]).read_bytes(), source="")
-            ).flatten()
-            for row in things
-        ]
-    )
+    reference = read_pixels(data, things).flatten(1)
     for language, column in (("plain_en", "text"), ("plain_ko", "text_ko")):
         prompts = [row[column] for row in things[:NUM_PLAIN]]
         generated = pipeline(prompts, seed=0, **sampling).images
         pixels = torch.stack([image_to_pixels(image).flatten() for image in generated])
-        nearest = torch.cdist(pixels, truth).argmin(dim=1)
+        nearest = torch.cdist(pixels, reference).argmin(dim=1)
         figures[language] = float((nearest == torch.arange(len(prompts))).float().mean())
     seconds = []
     for row in things[:NUM_TIMED]:
@@ -241,50 +255,119 @@ def evaluate_model(model: Path, data: Path, sampling: Overrides) -> dict[str, fl
     return figures
 
 
-def table(results: list[dict[str, Any]]) -> str:
-    """Lay the results out as Markdown, in the order of the recipes."""
-    order = [recipe.name for recipe in RECIPES]
-    lines = [
-        "| recipe | expected | steps | held-out / train nats | cells | tone | gender "
-        "| plain | plain, Korean | CPU seconds per image |",
-        "|---|---|--:|---|--:|--:|--:|--:|--:|--:|",
-    ]
+def bits_above_line(row: Figures, results: list[Figures]) -> float | None:
+    """Compare a tokenizer with FSQ at its own PSNR: the line through FSQ's two numbers of codes.
+
+    Returns:
+        Bits per image more (or, below 0, fewer) than FSQ would need; None if the line's ends are
+        not there yet, or too near to each other to span one.
+    """
+    known = {result["recipe"]: result for result in results}
+    few, many = known.get("FSQ, 240 codes"), known.get("FSQ, 1,000 codes")
+    if few is None or many is None:
+        return None
+    run = many["psnr_db"] - few["psnr_db"]
+    if abs(run) < 0.1:
+        return None
+    slope = (many["bits"] - few["bits"]) / run
+    return row["bits"] - few["bits"] - slope * (row["psnr_db"] - few["psnr_db"])
+
+
+Column = Callable[[Figures, list[Figures]], str]
+
+
+def _figure(key: str, spec: str) -> Column:
+    return lambda row, _: format(row[key], spec)
+
+
+def _percent(key: str) -> Column:
+    return lambda row, _: f"{100 * row[key]:.0f} %"
+
+
+def _bits_above(row: Figures, results: list[Figures]) -> str:
+    above = bits_above_line(row, results)
+    return "" if above is None else f"{above:+.0f}"
+
+
+JUDGED = {name: _percent(name) for name in ("cells", "tone", "gender")}
+COLUMNS: dict[str, dict[str, Column]] = {
+    "recipes": {
+        "steps": _figure("steps", ","),
+        "held-out nats": _figure("held_out_nats", ".2f"),
+        "train nats": _figure("train_nats", ".2f"),
+        **JUDGED,
+        "plain": _percent("plain_en"),
+        "plain, Korean": _percent("plain_ko"),
+        "CPU seconds per image": _figure("seconds_per_image", ".3f"),
+    },
+    "tokenizers": {
+        "PSNR, dB": _figure("psnr_db", ".2f"),
+        "bits per image": _figure("bits", ".0f"),
+        "bits above FSQ at that PSNR": _bits_above,
+        "codes used": _percent("codebook_usage"),
+        "perplexity": _figure("codebook_perplexity", ".0f"),
+        "distance of features": _figure("feature_distance", ".3f"),
+        **JUDGED,
+        "seconds": _figure("tokenizer_seconds", ".0f"),
+    },
+}
+
+
+def table(sweep: str, results: list[Figures]) -> str:
+    """Format the results of a sweep as Markdown, in the order of its recipes."""
+    order = [recipe.name for recipe in read_recipes()[sweep]]
+    columns = COLUMNS[sweep]
+    lines = [f"| recipe | expected | {' | '.join(columns)} |", "|---|---|" + "--:|" * len(columns)]
     for row in sorted(results, key=lambda row: order.index(row["recipe"])):
-        fractions = ("cells", "tone", "gender", "plain_en", "plain_ko")
-        percent = " | ".join(f"{100 * row[name]:.0f} %" for name in fractions)
-        nats = f"{row['held_out_nats']:.2f} / {row['train_nats']:.2f}"
-        lines.append(
-            f"| {row['recipe']} | {row['expected']} | {row['steps']:,} | {nats} | {percent} "
-            f"| {row['seconds_per_image']:.3f} |"
-        )
+        cells = [column(row, results) for column in columns.values()]
+        lines.append(f"| {' | '.join([row['recipe'], row['expected'], *cells])} |")
     return "\n".join(lines)
 
 
+def read_results(file: Path) -> list[Figures]:
+    """Read the results so far."""
+    if not file.exists():
+        return []
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
 def main() -> None:
-    """Run what nobody has run or is running."""
+    """Run each recipe that has no result and is not running elsewhere."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sweep", choices=COLUMNS, nargs="?", default="recipes")
     parser.add_argument("--emoji", type=Path, required=True, help="folder of prepare_emoji.py")
-    parser.add_argument("--out", type=Path, default=Path("out/recipes"))
-    parser.add_argument("--minutes", type=float, default=4.0, help="of each decoder, on one thread")
-    parser.add_argument("--first", type=int, default=0, help="number of the recipe to begin with")
+    parser.add_argument("--out", type=Path, help="default: out/sweep/ and the name of the sweep")
     parser.add_argument("--only", nargs="+", help="names of the recipes to run")
+    minutes_help = "of each decoder of the recipes; the tokenizer has three quarters of them"
+    parser.add_argument("--minutes", type=float, default=4.0, help=minutes_help)
+    parser.add_argument("--tokenizer-steps", type=int, default=500, help="of the tokenizers")
+    parser.add_argument("--decoder-steps", type=int, default=250, help="of their decoders")
     options = parser.parse_args()
-    if not (options.out / "data" / "metadata.jsonl").exists():
-        hold_out_other_cells(options.emoji, options.out / "data")
-    results = options.out / "results.jsonl"
-    (options.out / "begun").mkdir(exist_ok=True)
-    for number, recipe in list(enumerate(RECIPES))[options.first :]:
+    budgets: list[Overrides]
+    if options.sweep == "recipes":
+        budgets = [{"training.max_minutes": part * options.minutes} for part in (0.75, 1.0)]
+    else:
+        steps: Overrides = {f"training.{what}_every_steps": 100 for what in ("log", "checkpoint")}
+        steps["training.max_minutes"] = None
+        max_steps = (options.tokenizer_steps, options.decoder_steps)
+        budgets = [steps | {"training.max_steps": number} for number in max_steps]
+    out = options.out or Path("out/sweep") / options.sweep
+    with lock(out / "data.lock", wait=True):
+        if not (out / "data" / "metadata.jsonl").exists():
+            hold_out_other_cells(options.emoji, out / "data")
+    recipes, file = read_recipes()[options.sweep], out / "results.jsonl"
+    for recipe in recipes:
         if options.only and recipe.name not in options.only:
             continue
-        try:
-            (options.out / "begun" / str(number)).mkdir()
-        except FileExistsError:
-            continue
-        figures = run_recipe(recipe, options.out, options.minutes)
-        with results.open("a") as file:
-            file.write(json.dumps(figures) + "\n")
-        print(json.dumps(figures), flush=True)
-    print(table([json.loads(line) for line in results.read_text().splitlines()]))
+        # Another process may be at this recipe, or have finished it since the last look.
+        with lock(out / "locks" / slug(recipe.name), wait=False) as is_free:
+            if not is_free or recipe.name in {row["recipe"] for row in read_results(file)}:
+                continue
+            figures = run_recipe(recipe, recipes[0], out, *budgets)
+            with file.open("a", encoding="utf-8") as results:
+                results.write(json.dumps(figures) + "\n")
+            print(json.dumps(figures), flush=True)
+    print(table(options.sweep, read_results(file)))
 
 
 if __name__ == "__main__":

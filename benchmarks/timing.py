@@ -1,40 +1,42 @@
-"""Interleaved timing: every round runs every contestant once, in turning order.
+"""Interleaved timing, and the machine's own limits.
 
-A busy or throttled minute then hits all contestants alike, and ratios of medians hold although
-absolute figures move. How much of the machine other programs used meanwhile stands beside each
-figure. Nothing is timed that was not verified first.
+Every round runs every variant once, in rotating order: a busy or throttled minute then hits all of
+them alike, and ratios of medians hold although absolute figures move. The load of other programs is
+recorded beside each figure. Every variant is verified before it is timed.
+
+Ceilings are the best rates of matrix products and of memory, measured through torch. They are
+yardsticks, not laws: a good kernel of one's own may beat torch's matrix product. Each part of a run
+measures them again, and the best of all counts, since only disturbance makes them smaller.
 """
 
 import ctypes
 import gc
 import math
 import os
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from dalle_mini_impl.hardware import (
-    M_MMAP_THRESHOLD,
-    M_TRIM_THRESHOLD,
-    keep_freed_memory,
-    medium_is_float32,
-)
+from dalle_mini_impl import hardware
+from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 
-GLIBC_THRESHOLD = 2**25  # the largest that it chooses for itself: mallopt(3)
-SHORTEST_SECONDS = 1.0  # of a timed block; quicker calls are repeated until it is full
-LONGEST_SECONDS = 10.0  # of a call that is made once more to warm up, or measured again
-QUIET_CORES = 0.1  # that others may use in a block that is not measured again
+GLIBC_THRESHOLD = 2**25  # the largest that glibc chooses for itself: mallopt(3)
+SHORTEST_SECONDS = 1.0  # of a timed block; shorter calls are repeated until it is full
+LONGEST_SECONDS = 10.0  # of a call that is warmed up or measured again
+QUIET_CORES = 0.1  # used by others; above it a block is measured again
 MOST_TRIES = 3
+MEMORY_BYTES = 2**28  # far beyond any cache
 Precision = Literal["float32", "bfloat16"]
 
 
 class NotMeasuredError(Exception):
-    """A contestant cannot take part here, and that is no fault of it; the message says why."""
+    """A variant cannot run here through no fault of its own; the message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,24 +44,24 @@ class Job:
     """Verified work, ready to be timed."""
 
     run: Callable[[], object]
-    """One call; what it returns is dropped."""
+    """One call; its result is dropped."""
     items: float = 1.0
-    """What one call makes: tokens, images, 1 for a whole process."""
+    """Output of one call: tokens, images, 1 for a whole process."""
     flops: float = 0.0
-    """Arithmetic of one call that matrix products or convolutions must do."""
+    """Matrix products and convolutions of one call."""
     bytes: float = 0.0
     """Memory that one call must read."""
     note: str = ""
-    """What the reader of the figure must know."""
+    """Shown beside the figure."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Variant:
     """One row of a comparison."""
 
     name: str
     build: Callable[[], Job]
-    """Makes the job and proves that it does the work; raises if it does not."""
+    """Builds and verifies the job; raises if the work is not done."""
     is_ours: bool = False
     precision: Precision = "float32"
     """Decides which ceiling bounds it."""
@@ -73,82 +75,53 @@ class Variant:
 
 @dataclass(kw_only=True)
 class Result:
-    """What became of a contestant; costs are per item."""
+    """Measurements of a variant; costs are per item."""
 
     work: str
     variant: str
     is_ours: bool
     unit: str
-    """``tokens/s`` and the like, or ``s`` and ``GiB``, where less is better."""
+    """A rate such as ``tokens/s``, or a cost: ``s``, ``ms``, ``GiB``."""
     costs: list[float] = field(default_factory=list)
     """Of each round: seconds per item, or GiB."""
     others: list[float | None] = field(default_factory=list)
-    """Processor cores that other programs used during each round; None where it is not known."""
+    """Processor cores that other programs used during each round; None where unknown."""
     flops: float = 0.0
     """Per item."""
     bytes: float = 0.0
     """Per item."""
     precision: Precision = "float32"
     floor: float | None = None
-    """Least cost that is possible, where it is known without a ceiling."""
+    """Lower bound of the cost, where it is known without a ceiling."""
     build_seconds: float = 0.0
     """Building, verifying and compiling."""
     failure: str = ""
     note: str = ""
 
 
-def interleave(
-    work: str,
-    variants: Sequence[Variant],
-    *,
-    unit: str,
-    rounds: int,
-    show: Callable[[str], None] = print,
-) -> list[Result]:
-    """Build, verify and time all contestants of one comparison.
-
-    Args:
-        work: What is compared, the heading of the table.
-        variants: Rows of the table.
-        unit: Of the figure shown; see `Result.unit`.
-        rounds: Timed blocks per contestant.
-        show: Receives a line per contestant.
-
-    Returns:
-        One result per contestant, in order; those that failed say so.
-    """
+def interleave(work: str, rows: Iterable[Variant], unit: str, rounds: int) -> list[Result]:
+    """Build, verify and time all variants of one comparison; those that fail say so."""
+    variants = list(rows)
     results = [
-        Result(
-            work=work,
-            variant=one.name,
-            is_ours=one.is_ours,
-            unit=unit,
-            precision=one.precision,
-        )
+        Result(work=work, variant=one.name, is_ours=one.is_ours, unit=unit, precision=one.precision)
         for one in variants
     ]
+    # 1. build and verify: a variant that fails here is never timed
     jobs = [_build(one, result) for one, result in zip(variants, results, strict=True)]
+    # 2. time in rounds
     for round_number in range(rounds):
-        for index in turning_order(len(variants), round_number):
+        for index in rotated_order(len(variants), round_number):
             one, job, result = variants[index], jobs[index], results[index]
             if job is not None and round_number < (one.rounds or rounds):
                 _time(one, job, result)
     for result in results:
         cost = f"{median(result.costs):.4g} s an item" if result.costs else result.failure
-        show(f"  {work} | {result.variant}: {cost}")
+        print(f"  {work} | {result.variant}: {cost}")
     return results
 
 
-def turning_order(count: int, round_number: int) -> list[int]:
-    """Let another contestant begin in each round, and turn the order round in every other one.
-
-    Args:
-        count: Number of contestants.
-        round_number: From 0.
-
-    Returns:
-        Their indices in the order of that round.
-    """
+def rotated_order(count: int, round_number: int) -> list[int]:
+    """Begin each round with another variant, and reverse every second round."""
     order = [(start + round_number // 2) % count for start in range(count)]
     return order[::-1] if round_number % 2 else order
 
@@ -163,7 +136,8 @@ def _build(one: Variant, result: Result) -> Job | None:
     except NotMeasuredError as reason:
         result.failure = f"not measured: {reason}"
         return None
-    except Exception as error:  # one that fails must not take the others with it
+    # One that fails must not take the others with it.
+    except Exception as error:
         result.failure = failure_text(error)
         return None
     result.build_seconds = time.perf_counter() - started
@@ -178,6 +152,7 @@ def _time(one: Variant, job: Job, result: Result) -> None:
     gc.collect()
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
     try:
+        # A block that other programs disturbed is measured again, unless it takes too long.
         blocks = [_block(job)]
         while (
             (blocks[-1][1] or 0) > QUIET_CORES
@@ -188,13 +163,15 @@ def _time(one: Variant, job: Job, result: Result) -> None:
     except Exception as error:
         result.failure = failure_text(error)
         return
-    seconds, cores = min(blocks, key=lambda block: block[1] or 0)  # the quietest, not the quickest
+    # The quietest block counts, not the fastest: the fastest may be luck.
+    seconds, cores = min(blocks, key=lambda block: block[1] or 0)
     result.costs.append(seconds / job.items)
     result.others.append(cores)
 
 
 def _block(job: Job) -> tuple[float, float | None]:
-    """Time one block; seconds per call, and cores that others used meanwhile."""
+    """Return seconds per call of one block, and the cores used by others meanwhile."""
+    # The first call warms up; it counts only where a second one would take too long.
     load, started = OtherLoad(), time.perf_counter()
     job.run()
     first = time.perf_counter() - started
@@ -208,88 +185,57 @@ def _block(job: Job) -> tuple[float, float | None]:
 
 
 def set_machine(matmul: str, *, keeps_memory: bool) -> None:
-    """Choose the float32 product and what becomes of freed memory, for what runs next.
-
-    Args:
-        matmul: For ``torch.set_float32_matmul_precision``.
-        keeps_memory: As our training does, or where glibc's own rule ends after some large blocks.
-    """
+    """Set the float32 matrix product, and whether freed memory stays with the process."""
     torch.set_float32_matmul_precision(matmul)
-    if not keep_freed_memory() or keeps_memory:
+    if not hardware.keep_freed_memory() or keeps_memory:
         return
+    # glibc raises its own thresholds as large blocks are freed: this is where they end.
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, GLIBC_THRESHOLD)
-    libc.mallopt(M_TRIM_THRESHOLD, 2 * GLIBC_THRESHOLD)
-    libc.malloc_trim(0)  # what others kept
+    libc.mallopt(hardware.M_MMAP_THRESHOLD, GLIBC_THRESHOLD)
+    libc.mallopt(hardware.M_TRIM_THRESHOLD, 2 * GLIBC_THRESHOLD)
+    libc.malloc_trim(0)  # kept by earlier variants
 
 
 def failure_text(error: Exception) -> str:
-    """Say in one line why a contestant dropped out."""
+    """Describe an error in one line."""
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def median(values: Sequence[float]) -> float:
-    """Middle value; the mean of the two middle ones if their number is even."""
-    return statistics.median(values)
-
-
 def require_training(step: Callable[[], Any], *, steps: int, compiled: bool) -> None:
-    """Refuse a step that does not train, or that is said to be compiled and is not.
-
-    Args:
-        step: Makes one update and returns the loss.
-        steps: Over which the loss must fall.
-        compiled: Whether compiled code must run in it.
-
-    Raises:
-        ValueError: As `require_falling` and `require_compiled`.
-    """
+    """Raise a ValueError if the loss does not fall over some steps, or nothing is compiled."""
     require_falling([float(step()) for _ in range(steps)])
     if compiled:
         require_compiled(step)
 
 
 def require_compiled(run: Callable[[], object]) -> None:
-    """Refuse a call in which nothing is compiled: torch.compile stays silent when it gives up.
-
-    Args:
-        run: Compiled by an earlier call.
-
-    Raises:
-        ValueError: If it ran as eager code.
-    """
+    """Raise a ValueError if a call, compiled by an earlier one, runs as eager code."""
+    # torch.compile stays silent when it gives up; only the profiler sees compiled code.
     with torch.profiler.profile() as profiler:
         run()
-    if not any("Torch-Compiled InpaintingMask" in event.name for event in profiler.events()):
+    if not any("Torch-Compiled Region" in event.name for event in profiler.events()):
         raise ValueError("nothing of it is compiled")
 
 
 def require_falling(losses: Sequence[float]) -> None:
-    """Refuse training that does not train.
-
-    Args:
-        losses: Of successive steps on the same data.
-
-    Raises:
-        ValueError: If one is not finite or the last is not below the first.
-    """
+    """Raise a ValueError unless all losses are finite and the last is below the first."""
     if not all(math.isfinite(loss) for loss in losses) or losses[-1] >= losses[0]:
         shown = ", ".join(f"{loss:.4f}" for loss in losses)
         raise ValueError(f"the loss does not fall: {shown}")
 
 
 class OtherLoad:
-    """How busy other processes keep the machine, from /proc/stat; Linux only."""
+    """Load by other processes since construction, from /proc/stat; Linux only."""
 
     def __init__(self) -> None:
-        """Start to watch."""
         self._busy, self._own, self._started = _busy_seconds(), _own_seconds(), time.perf_counter()
 
     def cores(self) -> float | None:
-        """Average number of cores that others used since the start, or None if not known."""
+        """Return the average number of cores used by others, or None if unknown."""
         busy, seconds = _busy_seconds(), time.perf_counter() - self._started
         if busy is None or self._busy is None:
             return None
+        # Busy time of the machine includes this process and its children.
         return max(0.0, (busy - self._busy) - (_own_seconds() - self._own)) / seconds
 
 
@@ -306,3 +252,87 @@ def _busy_seconds() -> float | None:
 def _own_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
+
+
+def measure_ceilings(*, side: int = 1536) -> dict[str, float]:
+    """Measure ``float32`` and ``bfloat16`` products in FLOP/s, and ``memory`` in bytes/s read."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        rates = [matmul_rate(side, torch.float32)]
+        if medium_is_float32():
+            torch.set_float32_matmul_precision("medium")
+            rates.append(matmul_rate(side, torch.float32))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    # Where bf16 is emulated, the full size would take seconds a product.
+    small = side if has_fast_bf16() else side // 4
+    return {
+        "float32": max(rates),
+        "bfloat16": matmul_rate(small, torch.bfloat16),
+        "memory": _read_rate(),
+    }
+
+
+def matmul_rate(
+    side: int,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    summarize: Callable[[list[float]], float] = min,
+) -> float:
+    """Measure the rate of a square matrix product, in FLOP/s."""
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    return 2 * side**3 / summarize(call_seconds(lambda: left @ right))
+
+
+def _read_rate() -> float:
+    values = torch.ones(MEMORY_BYTES // 4)
+    vector = torch.ones(4096)
+    ways = (values.sum, values.max, lambda: values.view(-1, 4096) @ vector)
+    return MEMORY_BYTES / min(min(call_seconds(way)) for way in ways)
+
+
+def call_seconds(run: Callable[[], object], *, warm_up: int = 3, repeats: int = 10) -> list[float]:
+    """Time single calls, waiting for the GPU if one is in use."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        _synchronize()
+        started = time.perf_counter()
+        run()
+        _synchronize()
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def fraction_of_ceiling(result: Result, ceilings: dict[str, float]) -> float | None:
+    """Divide the least cost that the machine allows by the median cost; None if unbounded."""
+    floor = result.floor
+    if floor is None and (result.flops or result.bytes):
+        floor = max(result.flops / ceilings[result.precision], result.bytes / ceilings["memory"])
+    return None if floor is None or not result.costs else floor / median(result.costs)
+
+
+def count_flops(run: Callable[[], object], *, with_batched: bool = False) -> float:
+    """Count matrix products and convolutions of one eager call.
+
+    Batched products count only on request, for networks without attention.
+    """
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts().get("Global", {})
+    # torch does not count its fused attention on a CPU, and the written-out one is batched: leave
+    # attention out here and add `attention_flops`, alike for every program.
+    return float(sum(flops for op, flops in counts.items() if with_batched or "bmm" not in str(op)))
+
+
+def attention_flops(*, layers: int, width: int, length: int, rows: int) -> float:
+    """Count attention's two products, forward and backward, as if the mask were full."""
+    return 12.0 * layers * width * length**2 * rows

@@ -5,9 +5,8 @@
 """
 
 import dataclasses
-import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,65 +19,39 @@ from torch.nn import functional as F
 from dalle_mini_impl.data.images import image_to_pixels, resize_and_crop, to_rgb
 from dalle_mini_impl.data.pairs import is_hub_name
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.errors import UserError, one_line
+from dalle_mini_impl.model_folder import CONFIG_NAME, TOKENIZER_FOLDER, WEIGHTS_NAME, save_model
 from dalle_mini_impl.models.clip import Clip, ClipConfig
-from vqvae.serialization import (
-    build_checked,
-    build_config,
-    load_weights,
-    own_file,
-    read_json,
-    save_weights,
-)
+from vqvae import serialization
 
-CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME = "config.json", "model.safetensors", "text_tokenizer"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 BATCH_SIZE = 32
 EXPECTED = "expected a folder that train_clip.py wrote, or a CLIP of transformers with safetensors"
 
 
 class ClipRanker:
-    """Our CLIP and its caption tokenizer."""
+    """Our CLIP and its caption tokenizer; results are on the CPU.
+
+    Raises:
+        UserError: If they do not fit each other.
+    """
 
     def __init__(self, model: Clip, text_tokenizer: TextTokenizer) -> None:
-        """Put the parts together.
-
-        Args:
-            model: Compares images with captions.
-            text_tokenizer: The tokenizer that it was trained with.
-
-        Raises:
-            UserError: If they do not fit each other.
-        """
         for name in ("vocab_size", "text_length"):
             got, expected = getattr(text_tokenizer, name), getattr(model.config, name)
             if got != expected:
-                raise UserError(f"{name}: got {got} in the tokenizer, the model wants {expected}")
+                raise UserError(f"{name}: got {got} in the tokenizer, the model expects {expected}")
         self.model, self.text_tokenizer = model, text_tokenizer
 
     def to(self, device: torch.device | str) -> "ClipRanker":
-        """Move the model.
-
-        Args:
-            device: For example ``cpu`` or ``cuda``.
-
-        Returns:
-            The ranker itself.
-        """
+        """Move the model."""
         self.model.to(device)
         return self
 
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Float[Tensor, " batch"]:
-        """Compare each image with its prompt.
-
-        Args:
-            images: Of any size; scaled and cropped to the model's square.
-            prompts: One per image.
-
-        Returns:
-            Cosines, on the CPU. A score does not depend on what is scored beside it.
+        """Return the cosine of each image, of any size, with its prompt.
 
         Raises:
             UserError: If a prompt is empty.
@@ -86,18 +59,12 @@ class ClipRanker:
         unique = list(dict.fromkeys(prompts))
         texts = dict(zip(unique, self.embed_texts(unique), strict=True))
         pairs = zip(self.embed_images(images), prompts, strict=True)
+        # Pair by pair: no score depends on the rest of the batch.
         return torch.stack([(image * texts[prompt]).sum() for image, prompt in pairs])
 
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch embedding"]:
-        """Place images on the unit sphere.
-
-        Args:
-            images: Of any size.
-
-        Returns:
-            One row each, on the CPU.
-        """
+        """Embed images of any size, scaled and cropped to the model's square, as unit vectors."""
         size = self.model.config.image_size
         return self.embed_pixels(
             torch.stack([image_to_pixels(resize_and_crop(to_rgb(each), size)) for each in images])
@@ -107,82 +74,59 @@ class ClipRanker:
     def embed_pixels(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Place images of the model's own size on the unit sphere.
-
-        Args:
-            pixels: In [-1, 1].
-
-        Returns:
-            One row each, on the CPU.
-        """
-        return _in_equal_parts(self.model.embed_images, pixels.to(self._device)).cpu()
+        """Embed pixels in [-1, 1], of the model's own size, as unit vectors."""
+        return _in_equal_batches(self.model.embed_images, pixels.to(self._device)).cpu()
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "batch embedding"]:
-        """Place texts on the unit sphere.
-
-        Args:
-            texts: None of them empty.
-
-        Returns:
-            One row each, on the CPU.
+        """Embed texts as unit vectors.
 
         Raises:
             UserError: If a text is empty.
         """
         text_token_ids = self.text_tokenizer.encode(texts).to(self._device)
-        return _in_equal_parts(self.model.embed_texts, text_token_ids).cpu()
+        return _in_equal_batches(self.model.embed_texts, text_token_ids).cpu()
 
     @property
     def _device(self) -> torch.device:
         return self.model.log_scale.device
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, its config and the tokenizer.
-
-        Args:
-            folder: Made if missing.
-        """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_weights(self.model, folder / WEIGHTS_NAME, dtype=torch.float32)
-        self.text_tokenizer.save_pretrained(folder / TOKENIZER_NAME)
-        text = json.dumps(dataclasses.asdict(self.model.config), indent=2)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        """Write the model, its config and the tokenizer."""
+        config = dataclasses.asdict(self.model.config)
+        save_model(Path(folder), self.model, config, self.text_tokenizer)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "ClipRanker":
-        """Load what ``save_pretrained`` wrote, strictly.
-
-        Args:
-            folder: A folder that train_clip.py wrote.
-
-        Returns:
-            The ranker with its model in evaluation mode, on the CPU.
+        """Load what ``save_pretrained`` wrote, strictly; in evaluation mode, on the CPU.
 
         Raises:
             UserError: If the folder is none, or its parts are damaged or do not fit.
         """
         folder = Path(folder)
         try:
-            config = build_config(ClipConfig, read_json(own_file(folder, CONFIG_NAME)))
+            config = serialization.build_config(
+                ClipConfig, serialization.read_json(serialization.own_file(folder, CONFIG_NAME))
+            )
             for name in TOKENIZER_FILES:
-                own_file(folder, f"{TOKENIZER_NAME}/{name}")
-            model = _load_model(config, own_file(folder, WEIGHTS_NAME))
-            return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_NAME))
+                serialization.own_file(folder, f"{TOKENIZER_FOLDER}/{name}")
+            model = _load_model(config, serialization.own_file(folder, WEIGHTS_NAME))
+            return cls(model, TextTokenizer.from_pretrained(folder / TOKENIZER_FOLDER))
         except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"clip: {folder} does not load: {reason}; {EXPECTED}") from None
+            raise UserError(
+                f"clip: {folder} does not load: {one_line(error)}; {EXPECTED}"
+            ) from None
 
 
 def _load_model(config: ClipConfig, weights: Path) -> Clip:
     towers = config.towers
     image, text = towers.image, towers.text
+    # Per block: four attention matrices, and two of the feed-forward.
     blocks = sum(
         each.num_layers * each.hidden_size * (4 * each.hidden_size + 2 * each.intermediate_size)
         for each in (image, text)
     )
-    model = build_checked(
+    model = serialization.build_checked(
         lambda: Clip(config),
         weights,
         counts={
@@ -203,39 +147,27 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
         + text.hidden_size * (config.vocab_size + config.text_length)
         + image.hidden_size * (config.image_size // image.patch_size) ** 2,
     )
-    return load_weights(model, weights)
+    return serialization.load_weights(model, weights)
 
 
-def _in_equal_parts(embed: Any, rows: Tensor) -> Tensor:
-    """Embed always as many rows: where one lies must not depend on its neighbors."""
+def _in_equal_batches(embed: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     parts = []
     for part in rows.split(BATCH_SIZE):
+        # Every batch has BATCH_SIZE rows: products of other shapes round in another way, and no
+        # embedding may depend on the rest of its batch.
         padding = part.new_zeros(BATCH_SIZE - len(part), *part.shape[1:])
         parts.append(embed(torch.cat([part, padding]))[: len(part)])
     return torch.cat(parts)
 
 
 class TransformersClipRanker:
-    """A pretrained CLIP of the library ``transformers``."""
+    """A pretrained CLIP of the library ``transformers``: a ``CLIPModel`` and its processor."""
 
     def __init__(self, model: Any, processor: Any) -> None:
-        """Put the parts together.
-
-        Args:
-            model: A ``CLIPModel``.
-            processor: Its ``CLIPProcessor``.
-        """
         self.model, self.processor = model.eval(), processor
 
     def to(self, device: torch.device | str) -> "TransformersClipRanker":
-        """Move the model.
-
-        Args:
-            device: For example ``cpu`` or ``cuda``.
-
-        Returns:
-            The ranker itself.
-        """
+        """Move the model."""
         self.model.to(device)
         return self
 
@@ -243,17 +175,10 @@ class TransformersClipRanker:
     def score(
         self, images: Sequence[Image.Image], prompts: Sequence[str]
     ) -> Float[Tensor, " batch"]:
-        """Compare each image with its prompt.
-
-        Args:
-            images: Of any size.
-            prompts: One per image; what is longer than the model reads is cut.
-
-        Returns:
-            Cosines, on the CPU.
-        """
+        """Return the cosine of each image with its prompt, which is cut to the model's length."""
         scores = []
         for image, prompt in zip(images, prompts, strict=True):  # no score depends on another
+            # Truncated: theirs read 77 tokens at most, and a prompt may be longer.
             inputs = self.processor(
                 text=[prompt], images=[to_rgb(image)], return_tensors="pt", truncation=True
             )
@@ -263,15 +188,9 @@ class TransformersClipRanker:
 
     @classmethod
     def from_pretrained(cls, name: str) -> "TransformersClipRanker":
-        """Load a CLIP from a folder, or from the Hugging Face Hub.
+        """Load a CLIP from a folder, or from the Hugging Face Hub; on the CPU.
 
-        Nothing that was pickled is loaded, and no code of the Hub runs.
-
-        Args:
-            name: A folder, or a name such as ``openai/clip-vit-base-patch32``.
-
-        Returns:
-            The ranker, on the CPU.
+        Nothing is unpickled, and no code of the Hub runs.
 
         Raises:
             UserError: If there is no such model, or it does not load.
@@ -281,7 +200,8 @@ class TransformersClipRanker:
         is_local = Path(name).exists()
         noisy = logging.getLogger("transformers")
         level = noisy.level
-        noisy.setLevel(logging.ERROR)  # a table of lost weights; we refuse them in one line
+        # It prints a table of missing weights, which we refuse in one line.
+        noisy.setLevel(logging.ERROR)
         try:
             loaded: Any = CLIPModel.from_pretrained(
                 name,
@@ -290,12 +210,13 @@ class TransformersClipRanker:
                 output_loading_info=True,
             )
             model, info = loaded
-            lost = sorted(info["missing_keys"])
-            if lost:
-                raise ValueError(f"tensor {lost[0]}: missing")
+            # transformers would put random weights in their place.
+            missing = sorted(info["missing_keys"])
+            if missing:
+                raise ValueError(f"tensor {missing[0]}: missing")
             processor = CLIPProcessor.from_pretrained(name, local_files_only=is_local)
         except Exception as error:  # the library raises whatever its parts raise
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            reason = one_line(error)[:300]
             raise UserError(f"clip: {name} does not load: {reason}; {EXPECTED}") from None
         finally:
             noisy.setLevel(level)
@@ -305,33 +226,23 @@ class TransformersClipRanker:
 def load_clip_ranker(name: str | Path) -> ClipRanker | TransformersClipRanker:
     """Load our CLIP from its folder, or one of ``transformers`` from its folder or the Hub.
 
-    Args:
-        name: Folder, or name on the Hub.
-
-    Returns:
-        The ranker, on the CPU.
-
     Raises:
         UserError: If it does not load.
     """
     folder = Path(name)
+    # A mistyped folder must not be asked for on the network.
     if not folder.exists() and not is_hub_name(str(name)):
         raise UserError(f"clip: {name}: no such folder; {EXPECTED}")
-    if (folder / TOKENIZER_NAME).is_dir() or (folder.is_dir() and not is_of_transformers(folder)):
+    if (folder / TOKENIZER_FOLDER).is_dir() or (
+        folder.is_dir() and not _is_of_transformers(folder)
+    ):
         return ClipRanker.from_pretrained(folder)
     return TransformersClipRanker.from_pretrained(str(name))
 
 
-def is_of_transformers(folder: Path) -> bool:
-    """Tell whether a folder holds a model of ``transformers``.
-
-    Args:
-        folder: Any.
-
-    Returns:
-        True if its config names the kind of model, which ours does not.
-    """
+def _is_of_transformers(folder: Path) -> bool:
+    """Tell whether a folder holds a model of ``transformers``: its config names a model type."""
     try:
-        return "model_type" in read_json(own_file(folder, CONFIG_NAME))
+        return "model_type" in serialization.read_json(serialization.own_file(folder, CONFIG_NAME))
     except (ValueError, OSError):
         return False

@@ -1,4 +1,4 @@
-"""Devices, processes, number formats and memory of this machine, asked once per run."""
+"""Devices, processes, number formats and memory of this machine."""
 
 import ctypes
 import os
@@ -15,23 +15,30 @@ from dalle_mini_impl.errors import UserError
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-# What torch says on a CPU; no room for a thread's stack; none for what oneDNN needs to begin.
-SIGNS = (
-    "allocate memory",
+OUT_OF_MEMORY_MESSAGES = (
+    "allocate memory",  # torch on a CPU
     "not enough memory",
-    "can't start new thread",
-    "could not create a primitive",
+    "can't start new thread",  # no room for a thread's stack
+    "could not create a primitive",  # oneDNN at its first product
 )
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-# Tensors of a step are hundreds of MiB at most; what is larger still goes back when it is freed.
+# Parameters of mallopt, from malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+# Tensors of a step are hundreds of MiB at most; larger blocks go back to the kernel when freed.
 KEPT_BYTES = 2**30
-OLDER_KEPT_BYTES = 2**25  # the most that glibc before 2.35 takes
+GLIBC_2_34_KEPT_BYTES = 2**25  # the most that glibc before 2.35 takes
 NEVER = -1
-OWN_CHOICE = "MALLOC_TRIM_THRESHOLD_"  # glibc's variable: whoever sets it decides
+TRIM_VARIABLE = "MALLOC_TRIM_THRESHOLD_"  # of glibc; the user's choice comes first
+
+
+def find_device() -> torch.device:
+    """Return the GPU that models run on, else the CPU."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    # Apple's GPUs count as none: they have no float64.
+    return torch.device("cpu") if gpu is None or gpu.type == "mps" else gpu
 
 
 def has_fast_bf16() -> bool:
-    """Say whether the device multiplies bf16 in hardware; emulation is slower than fp32."""
+    """Tell whether the device multiplies bf16 in hardware; emulation is slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -41,11 +48,11 @@ def use_fast_float32() -> None:
     """Let oneDNN multiply float32 matrices where that is faster and still float32.
 
     torch takes MKL otherwise. On an AMD processor (Zen 5) oneDNN doubles the speed of training; on
-    Intel's own it gains nothing, and generates up to a quarter more slowly. The maker decides and not
-    a stopwatch, so that every run of a machine multiplies alike.
+    Intel's own it gains nothing, and sampling is up to a quarter slower.
     """
     if torch.cuda.is_available():
         return
+    # By the maker and not by a stopwatch, so that all runs of a machine round alike.
     fast = _is_made_by_amd() and medium_is_float32()
     torch.set_float32_matmul_precision("medium" if fast else "highest")
 
@@ -59,6 +66,7 @@ def medium_is_float32() -> bool:
     torch.set_float32_matmul_precision("medium")
     error = ((left @ right).double() - exact).abs().max() / exact.abs().max()
     torch.set_float32_matmul_precision(before)
+    # float32 is off by some 1e-7, bf16 by some 1e-3.
     return bool(error <= 1e-5)
 
 
@@ -71,19 +79,13 @@ def _is_made_by_amd() -> bool:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that there is not enough memory, of a GPU or of the machine.
-
-    Args:
-        error: Any.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether an error means that a GPU or the machine is out of memory."""
+    # On a CPU torch raises a plain RuntimeError, known by its message alone.
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     if not isinstance(error, RuntimeError):
         return False
-    if any(sign in str(error) for sign in SIGNS):
+    if any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES):
         return True
     # Imported here: it takes a second, and where memory is short there may be none for it.
     from accelerate.utils.memory import should_reduce_batch_size
@@ -92,13 +94,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def running_out_is_an_error(device: torch.device) -> bool:
-    """Tell whether too much memory raises here, and does not end the process or stall the machine.
+    """Tell whether running out of memory raises an exception.
 
-    Args:
-        device: Where the model is.
-
-    Returns:
-        True on a GPU; on a CPU only under a limit such as ``ulimit -v``.
+    It does on a GPU. On a CPU the kernel ends the process or the machine stalls, except under a
+    limit such as ``ulimit -v``.
     """
     if device.type != "cpu":
         return True
@@ -110,39 +109,32 @@ def running_out_is_an_error(device: torch.device) -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let a step on a CPU take the memory that the step before has freed.
+    """Let a step on a CPU reuse the memory that the step before has freed.
 
-    glibc hands large blocks back to the kernel, which must clear each page when it is taken again:
-    a quarter of a step of DALL-E's discrete VAE, a twentieth of a small decoder's. Nothing that is
-    computed changes. The peak was the same for decoders and a third larger for that VAE. Under a
-    limit such as ``ulimit -v`` nothing is kept: what lies free in pieces would fill it. Nor is it
-    where the variable ``MALLOC_TRIM_THRESHOLD_`` is set.
+    glibc returns large blocks to the kernel, which must clear each page when it is taken again:
+    a quarter of a step of DALL-E's discrete VAE, a twentieth of a small decoder's. Results stay the
+    same. Peak memory was the same for decoders and a third larger for that VAE.
 
     Returns:
-        Whether it will; of the C libraries only glibc can be told.
+        Whether memory is kept; only glibc offers it.
 
     Source: mallopt(3).
     """
     if not sys.platform.startswith("linux") or torch.cuda.is_available():
         return False
-    if OWN_CHOICE in os.environ or running_out_is_an_error(torch.device("cpu")):
+    # Under a memory limit, fragmented free blocks would fill it.
+    if TRIM_VARIABLE in os.environ or running_out_is_an_error(torch.device("cpu")):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # another C library
         return False
-    kept = mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, OLDER_KEPT_BYTES)
+    kept = mallopt(M_MMAP_THRESHOLD, KEPT_BYTES) or mallopt(M_MMAP_THRESHOLD, GLIBC_2_34_KEPT_BYTES)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, NEVER))
 
 
 def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> "Accelerator":
-    """Find the device and processes of this run.
-
-    Args:
-        mixed_precision: ``auto`` takes bf16 where the hardware multiplies it.
-
-    Returns:
-        Accelerate's view of the run.
+    """Find the device and processes of this run; ``auto`` takes bf16 where it is fast.
 
     Raises:
         UserError: If the launcher started more processes than found each other.
@@ -154,14 +146,12 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> "Accele
 
     if mixed_precision == "auto":
         mixed_precision = "bf16" if has_fast_bf16() else "no"
-    # An earlier run in this process may have had another precision. The process group stays: to
-    # end it and to start another under the same torchrun hangs.
+    # An earlier run in this process may have had another precision. The process group stays:
+    # ending it and starting another one under the same torchrun hangs.
     AcceleratorState._reset_state()
-    # Accelerate joins processes without a GPU only when it is told that it must do without. Apple's
-    # GPUs count as none: they have no float64.
-    gpu = torch.accelerator.current_accelerator(check_available=True)
     accelerator = Accelerator(
-        cpu=gpu is None or gpu.type == "mps",
+        # Accelerate joins processes without a GPU only when it is told to use the CPU.
+        cpu=find_device().type == "cpu",
         mixed_precision=mixed_precision,
         # One process alone tokenizes and evaluates, while the others wait.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],

@@ -1,4 +1,4 @@
-"""Output folders: made, proved writable and kept for one run, before work is done for them."""
+"""Output folders: made, tested for writing and locked for one run, before any work is done."""
 
 import sys
 import tempfile
@@ -17,13 +17,14 @@ def make_folder(folder: Path, *, field: str) -> None:
 
     Args:
         folder: Made if missing, with its parents.
-        field: Name of the option that gave it, for the message.
+        field: The option that named it, for the message.
 
     Raises:
-        UserError: If it is no folder or cannot be written to.
+        UserError: If it is no folder or not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        # Permissions do not tell: the file system may be read-only, or full.
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
@@ -34,11 +35,7 @@ def make_folder(folder: Path, *, field: str) -> None:
 
 @contextmanager
 def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
-    """Keep every other run out of a folder; the system forgets the lock of a killed process.
-
-    Args:
-        folder: Can be written to.
-        field: Name of the option that gave it, for the message.
+    """Keep other runs out of a folder.
 
     Raises:
         UserError: If another run holds it.
@@ -52,6 +49,7 @@ def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
         file = (folder / LOCK_NAME).open("w")
     except OSError as error:
         raise UserError(f"{field}: cannot write {folder / LOCK_NAME}: {error.strerror}") from None
+    # The kernel releases the lock of a killed process, so no stale lock can stay behind.
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,26 +65,22 @@ def locked_folder(folder: Path, *, field: str) -> Iterator[None]:
 
 @contextmanager
 def data_set_folder(folder: Path, *, field: str, writer: str) -> Iterator[None]:
-    """Keep a folder for the files of one program, so that nobody else's are overwritten.
-
-    A hidden file names the program, from the start on: an interrupted one may begin anew.
+    """Reserve a folder for the files of one program, so that it overwrites nobody else's.
 
     Args:
         folder: Made if missing, with its parents.
-        field: Name of the option that gave it, for the message.
-        writer: Name of the program that fills it.
-
-    Yields:
-        Once, to the code that writes; its input and output errors become one line.
+        field: The option that named it, for the message.
+        writer: The program that fills it.
 
     Raises:
-        UserError: If it holds files that `writer` did not write, or cannot be written to.
+        UserError: If it holds files of another writer, or writing fails.
     """
     make_folder(folder, field=field)
     marker = folder / _MARKER
     try:
+        # The marker comes first, so that an interrupted program may start over.
         if not marker.is_file() or marker.read_text(encoding="utf-8") != writer:
-            # Hidden files are left alone anyway, such as those of a file manager.
+            # Hidden files, such as those of a file manager, are never overwritten.
             if any(not path.name.startswith(".") for path in folder.iterdir()):
                 raise UserError(
                     f"{field}: {folder} holds files that {writer} did not write; expected a new or "

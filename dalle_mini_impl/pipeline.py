@@ -1,35 +1,22 @@
-"""From a prompt to images: what ``from_pretrained`` returns and a user calls.
+"""From a prompt to images.
 
 >>> pipeline = TextToImagePipeline.from_pretrained("out/emoji64/dalle/model")
 >>> pipeline("a red heart", num_images=4, seed=0).images[0].save("heart.png")
 """
 
-import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
 
+from dalle_mini_impl import model_folder
 from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images, resize_and_crop, to_rgb
-from dalle_mini_impl.data.inpainting_mask import build_inpainting_mask, paste_back
+from dalle_mini_impl.data.inpainting_mask import InpaintingMask, build_inpainting_mask, paste_back
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.model_folder import (
-    FORMAT_VERSION,
-    HASHED_FILES,
-    INDEX_NAME,
-    MODEL_CARD,
-    OTHER_FILES,
-    _load_dalle,
-    _read_index,
-    _write_json,
-    file_hashes,
-)
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.build import UnavailableError
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
@@ -40,39 +27,33 @@ from dalle_mini_impl.sampling.inpaint import (
     is_raster_order,
 )
 from dalle_mini_impl.sampling.likelihood import log_likelihood_ratio
-from dalle_mini_impl.sampling.rerank import ImageRanker, best_of
+from dalle_mini_impl.sampling.request import (
+    GenerationRequest,
+    Inpainting,
+    PipelineOutput,
+    Rank,
+    check_counts,
+    check_prompts,
+)
+from dalle_mini_impl.sampling.rerank import best_of
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from vqvae.image_tokenizer import ImageTokenizer
-from vqvae.pretrained.load import load_tokenizer
-from vqvae.serialization import (
-    build_config,
-    own_file,
-    save_weights,
-)
 
-Rank = ImageRanker | Literal["likelihood", "none"]
-MAX_SEED = 2**63 - 1
 logger = logging.getLogger(__name__)
-MAX_PROMPT_LENGTH = 100_000  # characters; they are kept in every image's file
-
-
-@dataclass(frozen=True)
-class PipelineOutput:
-    """Images of one call, prompt by prompt."""
-
-    images: list[Image.Image]
-    prompts: list[str]
-    """The prompt of each image."""
-    seeds: list[int]
-    """The seed of each image: with its prompt, the settings and no other candidates it makes the
-    image again."""
-    scores: list[float]
-    """log p(image | prompt) - log p(image) of each image in nats; 0 where it was not needed. The
-    scores of the call's ranker, if it had one."""
 
 
 class TextToImagePipeline:
-    """Caption tokenizer, decoder and image tokenizer in one."""
+    """Caption tokenizer, decoder and image tokenizer in one.
+
+        prompt -> text_token_ids -> image_token_ids -> pixels
+          text_tokenizer        dalle             vqvae
+
+    ``sampling_config`` holds unless a call overrides it. ``generates_any_order`` says that the
+    decoder was trained in random order to the end, so that any part of an image can be inpainted.
+
+    Raises:
+        ValueError: If the parts do not fit each other.
+    """
 
     def __init__(
         self,
@@ -83,27 +64,18 @@ class TextToImagePipeline:
         sampling_config: SamplingConfig | None = None,
         generates_any_order: bool = False,
     ) -> None:
-        """Put the three parts together.
-
-        Args:
-            dalle: The decoder.
-            vqvae: The image tokenizer that it was trained on.
-            text_tokenizer: The caption tokenizer that it was trained on.
-            sampling_config: How tokens are generated unless a call says otherwise.
-            generates_any_order: Whether the decoder was trained in random order up to the end, so that
-                ``inpaint`` may inpaint any part of an image.
-
-        Raises:
-            ValueError: If the parts do not fit each other.
-        """
+        # Token ids mean nothing to another tokenizer, even one of the same sizes: the model folder
+        # compares fingerprints as well.
         expected = (dalle.config.codebook_levels, dalle.config.image_grid_size)
-        parts = (vqvae.codebook_levels, vqvae.image_grid_size)
-        if parts != expected:
-            raise ValueError(f"vqvae: codebook and grid are {parts}, the decoder wants {expected}")
+        got = (vqvae.codebook_levels, vqvae.image_grid_size)
+        if got != expected:
+            raise ValueError(f"vqvae: got codebook and grid {got}, the decoder expects {expected}")
         for name in ("text_length", "vocab_size"):
-            got, required = getattr(text_tokenizer, name), getattr(dalle.config, name)
-            if got != required:
-                raise ValueError(f"captions: {name} is {got}, the decoder wants {required}")
+            size, required = getattr(text_tokenizer, name), getattr(dalle.config, name)
+            if size != required:
+                raise ValueError(
+                    f"text_tokenizer: {name} is {size}, the decoder expects {required}"
+                )
         if generates_any_order and dalle.config.decoder.raster_order_only:
             raise ValueError(
                 "generates_any_order: got true, but the decoder generates raster order only"
@@ -113,15 +85,34 @@ class TextToImagePipeline:
         self.sampling_config = sampling_config or SamplingConfig()
         self.generates_any_order = generates_any_order
 
-    def to(self, device: torch.device | str) -> "TextToImagePipeline":
-        """Move both models.
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TextToImagePipeline":
+        """Load what ``save_pretrained`` wrote, strictly; in evaluation mode, on the CPU.
 
-        Args:
-            device: For example ``cpu`` or ``cuda``.
-
-        Returns:
-            The pipeline itself.
+        Raises:
+            UserError: If the folder is no model folder, or its parts are damaged or do not fit.
         """
+        return model_folder.load_parts(Path(folder), build=cls)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write a model folder; weights stored as bfloat16 halve it and are read as float32."""
+        model_folder.save_parts(
+            Path(folder),
+            dalle=self.dalle,
+            vqvae=self.vqvae,
+            text_tokenizer=self.text_tokenizer,
+            sampling_config=self.sampling_config,
+            generates_any_order=self.generates_any_order,
+            dtype=dtype,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where both models are."""
+        return next(self.dalle.parameters()).device
+
+    def to(self, device: torch.device | str) -> "TextToImagePipeline":
+        """Move both models; the compiled pass is lost on leaving the CPU."""
         self.dalle.to(device)
         self.vqvae.to(device)
         if torch.device(device).type != "cpu":
@@ -129,15 +120,15 @@ class TextToImagePipeline:
         return self
 
     def use_native(self, weights: NativeWeights) -> bool:
-        """Generate with a compiled pass of the decoder from now on, where that is possible.
+        """Generate with a compiled forward pass of the decoder from now on, where one is possible.
 
-        The first time on a machine it is compiled, with the system's C++ compiler, which takes some
-        ten seconds. Where it cannot be had, a logged line says why, and generation stays as it is. The
-        decoder's weights are copied: call this again after they change.
+        The first call on a machine compiles it with the system's C++ compiler, in some ten seconds.
+        Without one, a warning says why, and torch is used as before. The decoder's weights are
+        copied: call this again after they change.
 
         Args:
-            weights: ``float32`` generates what plain torch generates, but for the last digit of sums;
-                ``int8`` rounds weights to 8 bits and is faster.
+            weights: ``float32`` gives the images of plain torch up to rounding; ``int8`` rounds
+                weights to 8 bits and is faster.
 
         Returns:
             Whether it is used.
@@ -151,10 +142,9 @@ class TextToImagePipeline:
 
     @property
     def native_metadata(self) -> dict[str, Any]:
-        """What to keep beside an image: ``native`` and its weights; nothing if torch generates."""
+        """The part of an image's metadata that names the compiled pass; empty without one."""
         return {"native": self.native.weights} if self.native else {}
 
-    @torch.inference_mode()
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -167,18 +157,18 @@ class TextToImagePipeline:
     ) -> PipelineOutput:
         """Generate images.
 
-        Image k of every prompt has seed ``seed + k``, so that it is the same image whatever else
-        is generated in the same call. With candidates, it is the best of the ``num_candidates`` seeds
-        from ``seed + k * num_candidates`` on.
+        Image k of every prompt has seed ``seed + k``: the same image, whatever else is generated in
+        the call. With candidates, it is the best of the ``num_candidates`` seeds from
+        ``seed + k * num_candidates`` on.
 
         Args:
             prompt: One prompt, or several.
             num_images: Images per prompt.
             seed: Of the first image of each prompt.
             num_candidates: Images generated for each one that is kept.
-            rank: Which one is kept: with ``likelihood`` that of the largest caption gain, with
-                ``none`` the first, so that the others need not be generated; else the one that this
-                object scores highest, such as a ``clip_ranker.ClipRanker``.
+            rank: ``likelihood`` keeps the candidate of the largest log-likelihood ratio, ``none``
+                the first, without generating the others; an object, such as a
+                ``clip_ranker.ClipRanker``, the one that it scores highest.
             **overrides: Fields of ``SamplingConfig`` for this call, such as ``guidance_scale``.
 
         Returns:
@@ -187,26 +177,13 @@ class TextToImagePipeline:
         Raises:
             UserError: If a prompt is empty, or a number is out of range.
         """
-        prompts = _as_list(prompt)
-        self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        sampling_config = self.resolve_sampling_config(overrides)
+        counts: dict[str, Any] = {
+            "num_images": num_images,
+            "num_candidates": num_candidates,
+            "seed": seed,
+        }
+        return self.generate(self.check(prompt, rank=rank, **counts, **overrides))
 
-        def generate_tokens(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> GeneratedTokens:
-            return generate_image_token_ids(
-                self.native or self.dalle,
-                text_token_ids,
-                seeds=seeds,
-                sampling_config=sampling_config,
-            )
-
-        seeds = torch.arange(seed, seed + num_images * num_candidates)
-        if rank == "none":
-            seeds = seeds[::num_candidates]
-        return self._generate(
-            prompts, seeds.repeat(len(prompts)), generate_tokens, num_images, sampling_config, rank
-        )
-
-    @torch.inference_mode()
     def inpaint(
         self,
         prompt: str | Sequence[str],
@@ -215,29 +192,22 @@ class TextToImagePipeline:
         mask: Image.Image | None = None,
         keep_rows: int | None = None,
         keep_fraction: float | None = None,
-        num_images: int = 1,
-        seed: int = 0,
-        num_candidates: int = 1,
-        **overrides: Any,
+        **options: Any,
     ) -> PipelineOutput:
         """Inpaint a part of an image; give exactly one of mask, keep_rows and keep_fraction.
 
-        Prompts, seeds and candidates are as in a plain call. The image is scaled and cropped to
-        the model's square. With a mask or with rows, every pixel that is not inpainted is the
-        image's own; a variation by share is sampled as a whole from the tokens that stay and the
-        new ones.
+        The image is scaled and cropped to the model's square. With a mask or rows, every pixel
+        outside of them is the image's own; a variation by fraction is decoded as a whole, from old
+        and new tokens.
 
         Args:
-            prompt: What the whole image shall show; one prompt, or several.
+            prompt: Prompts for the whole image, not for its new part alone.
             image: The image.
-            mask: As large as the image, white where it is inpainted. Every token's patch that white
-                touches is generated anew.
+            mask: As large as the image, white where it is inpainted. Every token whose patch has
+                some white is sampled anew.
             keep_rows: Rows of tokens at the top that stay.
             keep_fraction: Fraction of the tokens that stay, in (0, 1); each seed keeps others.
-            num_images: Images per prompt.
-            seed: Of the first image of each prompt.
-            num_candidates: Images generated for each one that is kept.
-            **overrides: Fields of ``SamplingConfig`` for this call.
+            **options: As in a plain call.
 
         Returns:
             ``num_images`` images per prompt, in order. Scores count the inpainted tokens alone.
@@ -245,257 +215,149 @@ class TextToImagePipeline:
         Raises:
             UserError: If a value is out of range, or the decoder cannot inpaint this part.
         """
-        prompts = _as_list(prompt)
-        self.check(prompts, num_images=num_images, num_candidates=num_candidates, seed=seed)
-        sampling_config = self.resolve_sampling_config(overrides)
-        size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
-        source_image, device = to_rgb(image), self.dalle.image_head.rows.device
-        seeds = torch.arange(seed, seed + num_images * num_candidates).repeat(len(prompts))
-        inpainting_mask = build_inpainting_mask(
-            mask=mask, keep_rows=keep_rows, keep_fraction=keep_fraction, source_size=source_image.size,
-            size=size, grid=grid, seeds=seeds.tolist(),
-        )  # fmt: skip
-        is_masked = inpainting_mask.is_masked.to(device)
-        if not self.generates_any_order and not is_raster_order(inpainting_order(is_masked)):
-            field = "mask" if keep_fraction is None else "keep_fraction"
-            raise UserError(
-                f"{field}: something stays after the first inpainted token, and this model generates "
-                "from the top left to the bottom right only; expected keep_rows, or a model trained "
-                "with --task.random_order_probability above 0 and --task.augmentation_ends_at 1.0"
-            )
-        image_token_ids = self.encode([source_image])
+        part = Inpainting(image, mask, keep_rows, keep_fraction)
+        return self.generate(self.check(prompt, inpainting=part, **options))
 
-        def generate_tokens(text_token_ids: torch.Tensor, seeds: torch.Tensor) -> GeneratedTokens:
-            return inpaint_image_token_ids(
-                self.native or self.dalle, text_token_ids,
-                image_token_ids.expand(len(seeds), -1), is_masked, seeds=seeds, sampling_config=sampling_config,
-            )  # fmt: skip
-
-        output = self._generate(prompts, seeds, generate_tokens, num_images, sampling_config)
-        if inpainting_mask.shown is None:
-            return output
-        images = [paste_back(each, source_image, inpainting_mask.shown) for each in output.images]
-        return dataclasses.replace(output, images=images)
-
-    def _generate(
+    def check(
         self,
-        prompts: list[str],
-        seeds: torch.Tensor,
-        generate_tokens: Callable[[torch.Tensor, torch.Tensor], GeneratedTokens],
-        num_images: int,
-        sampling_config: SamplingConfig,
+        prompt: str | Sequence[str],
+        *,
+        num_images: int = 1,
+        num_candidates: int = 1,
+        seed: int = 0,
         rank: Rank = "likelihood",
-    ) -> PipelineOutput:
-        """Generate captions and seeds, as many for each prompt, and keep the best candidates."""
-        per_prompt = len(seeds) // len(prompts)
-        text_token_ids = self.text_tokenizer.encode(prompts).to(self.dalle.image_head.rows.device)
+        inpainting: Inpainting | None = None,
+        **overrides: Any,
+    ) -> GenerationRequest:
+        """Check the input of a call before anything is generated.
+
+        Raises:
+            UserError: If a prompt is empty, too long or no valid Unicode, or a number out of range.
+        """
+        is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
+        prompts: list[Any] = [prompt] if is_one else list(prompt)
+        check_prompts(prompts)
+        check_counts(num_images=num_images, num_candidates=num_candidates, seed=seed)
+        return GenerationRequest(
+            prompts=prompts,
+            num_images=num_images,
+            num_candidates=num_candidates,
+            seed=seed,
+            sampling_config=self.sampling_config.override(overrides),
+            rank=rank,
+            inpainting=inpainting,
+        )
+
+    @torch.inference_mode()
+    def generate(self, request: GenerationRequest) -> PipelineOutput:
+        """Generate the images of a request that ``check`` made.
+
+        Raises:
+            UserError: If the decoder cannot inpaint the part that is asked for.
+        """
+        prompts, candidates = request.prompts, request.candidates_per_image
+        per_prompt = request.num_images * candidates
+        seeds = request.seeds().repeat(len(prompts))  # (prompts * per_prompt,)
+        text_token_ids = self.text_tokenizer.encode(prompts).to(self.device)
+        # Candidates of a prompt stand together: (prompts * per_prompt, text_length)
         text_token_ids = text_token_ids.repeat_interleave(per_prompt, dim=0)
+        inpainting = request.inpainting
+        mask = None if inpainting is None else self._build_mask(inpainting, seeds)
         was_training = self.dalle.training
         self.dalle.eval()
-        generated = generate_tokens(text_token_ids, seeds)
-        if isinstance(rank, str):
-            images = None
-            scores = self._log_likelihood_ratios(
-                generated, text_token_ids, per_prompt // num_images, sampling_config
-            )
-        else:
-            images = self.decode(generated.image_token_ids)
-            scores = rank.score(images, [text for text in prompts for _ in range(per_prompt)])
-        self.dalle.train(was_training)
-        kept = best_of(scores, num_candidates=per_prompt // num_images)
+        try:
+            # 1. sample the tokens of every candidate
+            if inpainting is None or mask is None:
+                generated = generate_image_token_ids(
+                    self.native or self.dalle,
+                    text_token_ids,
+                    seeds=seeds,
+                    sampling_config=request.sampling_config,
+                )
+            else:
+                image_token_ids = self.encode([inpainting.image])
+                generated = inpaint_image_token_ids(
+                    self.native or self.dalle,
+                    text_token_ids,
+                    image_token_ids.expand(len(seeds), -1),
+                    mask.is_masked.to(self.device),
+                    seeds=seeds,
+                    sampling_config=request.sampling_config,
+                )
+            # 2. keep the best candidates; only a ranker has to see the images of all
+            if isinstance(request.rank, str):
+                scores = self._log_likelihood_ratios(generated, text_token_ids, request)
+                kept = best_of(scores, num_candidates=candidates)
+                images = self.decode(generated.image_token_ids[kept])
+            else:
+                every = self.decode(generated.image_token_ids)
+                scores = request.rank.score(
+                    every, [text for text in prompts for _ in range(per_prompt)]
+                )
+                kept = best_of(scores, num_candidates=candidates)
+                images = [every[index] for index in kept.tolist()]
+        finally:
+            self.dalle.train(was_training)
+        # 3. outside of the mask, put the source image's own pixels back
+        if inpainting is not None and mask is not None and mask.shown is not None:
+            source = to_rgb(inpainting.image)
+            images = [paste_back(image, source, mask.shown) for image in images]
         return PipelineOutput(
-            images=[images[index] for index in kept.tolist()]
-            if images
-            else self.decode(generated.image_token_ids[kept]),
-            prompts=[text for text in prompts for _ in range(num_images)],
+            images=images,
+            prompts=[text for text in prompts for _ in range(request.num_images)],
             seeds=seeds[kept.cpu()].tolist(),
             scores=scores[kept].tolist(),
         )
 
     def _log_likelihood_ratios(
-        self,
-        generated: GeneratedTokens,
-        text_token_ids: torch.Tensor,
-        num_candidates: int,
-        sampling_config: SamplingConfig,
+        self, generated: GeneratedTokens, text_token_ids: torch.Tensor, request: GenerationRequest
     ) -> torch.Tensor:
-        """Return the caption gains, which generation without guidance has not summed up."""
-        if num_candidates > 1 and sampling_config.guidance_scale == 1.0:
-            return log_likelihood_ratio(self.dalle, text_token_ids, generated.image_token_ids)
-        return generated.log_likelihood_ratio
+        # Sampling sums the ratios up with guidance; without it there are no null logits.
+        is_guided = request.sampling_config.guidance_scale != 1.0
+        if is_guided or request.candidates_per_image == 1:
+            return generated.log_likelihood_ratio
+        return log_likelihood_ratio(self.dalle, text_token_ids, generated.image_token_ids)
 
-    def check(
-        self, prompts: Sequence[str], *, num_images: int, num_candidates: int, seed: int
-    ) -> None:
-        """Refuse what cannot be generated, before anything is.
-
-        Args:
-            prompts: One or more texts.
-            num_images: Images per prompt.
-            num_candidates: Images generated for each one that is kept.
-            seed: Of the first image of each prompt.
-
-        Raises:
-            UserError: If a prompt is empty, too long or no valid Unicode, or a number is out of
-                range.
-        """
-        if not prompts:
-            raise UserError("prompt: got none, expected some text")
-        for text in prompts:
-            if not isinstance(text, str) or not text.strip():
-                raise UserError(f"prompt: got {str(text)[:20]!r}, expected some text")
-            if len(text) > MAX_PROMPT_LENGTH:
-                raise UserError(
-                    f"prompt: got {len(text)} characters, expected at most {MAX_PROMPT_LENGTH}"
-                )
-            try:
-                text.encode()
-            except UnicodeEncodeError:
-                raise UserError(f"prompt: got {text[:20]!a}, expected valid Unicode text") from None
-        for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
-            if not isinstance(count, Integral) or count < 1:
-                raise UserError(f"{name}: got {count!r}, expected at least 1")
-        per_prompt = num_images * num_candidates
-        if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - per_prompt:
-            raise UserError(f"seed: got {seed!r}, expected 0 to 2 ** 63 - {1 + per_prompt}")
+    def _build_mask(self, inpainting: Inpainting, seeds: torch.Tensor) -> InpaintingMask:
+        mask = build_inpainting_mask(
+            mask=inpainting.mask,
+            keep_rows=inpainting.keep_rows,
+            keep_fraction=inpainting.keep_fraction,
+            source_size=to_rgb(inpainting.image).size,
+            size=self.vqvae.config.image_size,
+            grid=self.vqvae.image_grid_size,
+            seeds=seeds.tolist(),
+        )
+        # A decoder of raster order has never seen tokens to the right or below.
+        if not self.generates_any_order and not is_raster_order(inpainting_order(mask.is_masked)):
+            field = "mask" if inpainting.keep_fraction is None else "keep_fraction"
+            raise UserError(
+                f"{field}: something stays after the first inpainted token, and this model "
+                "generates from the top left to the bottom right only; expected keep_rows, or a "
+                "model trained with --task.random_order_probability above 0 and "
+                "--task.augmentation_ends_at 1.0"
+            )
+        return mask
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Turn images into rows of image tokens.
-
-        Args:
-            images: Of any size; scaled and cropped to the model's square.
+        """Scale and crop images to the model's square and tokenize them.
 
         Returns:
-            (batch, image_length), raster order, on the models' device.
+            image_token_ids: (batch, image_length), raster order, on the models' device.
         """
-        size, device = self.vqvae.config.image_size, self.dalle.image_head.rows.device
         rows = []
-        for image in images:  # one by one: an image's tokens must not depend on its neighbors
-            pixels = image_to_pixels(resize_and_crop(to_rgb(image), size)).unsqueeze(0)
-            rows.append(self.vqvae.encode_to_token_ids(pixels.to(device)).flatten(1))
+        # One by one: rounding must not depend on the other images of the batch.
+        for image in images:
+            pixels = image_to_pixels(resize_and_crop(to_rgb(image), self.vqvae.config.image_size))
+            token_ids = self.vqvae.encode_to_token_ids(pixels.unsqueeze(0).to(self.device))
+            rows.append(token_ids.flatten(1))  # (1, image_length)
         return torch.cat(rows)
 
     def decode(self, image_token_ids: torch.Tensor) -> list[Image.Image]:
-        """Turn rows of image tokens into images.
-
-        Args:
-            image_token_ids: (batch, image_length), raster order.
-
-        Returns:
-            One image per row.
-        """
+        """Turn image_token_ids (batch, image_length), raster order, into images."""
         images = []
-        for row in image_token_ids:  # one by one: an image must not depend on its neighbors
+        for row in image_token_ids:  # one by one, as in encode
             grid = row.reshape(1, *self.vqvae.image_grid_size)
             images += pixels_to_images(self.vqvae.decode_from_token_ids(grid))
         return images
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write a model folder that describes itself.
-
-        Args:
-            folder: Made if missing.
-            dtype: Of the stored weights: bfloat16 halves the folder. They are read back as float32.
-        """
-        folder = Path(folder)
-        self.vqvae.save_pretrained(folder / "vqvae", dtype=dtype)
-        self.text_tokenizer.save_pretrained(folder / "text_tokenizer")
-        (folder / "dalle").mkdir(parents=True, exist_ok=True)
-        save_weights(self.dalle, folder / "dalle" / "model.safetensors", dtype=dtype)
-        _write_json(folder / "dalle" / "config.json", dataclasses.asdict(self.dalle.config))
-        index = {
-            "format_version": FORMAT_VERSION,
-            "pipeline": type(self).__name__,
-            "sampling": dataclasses.asdict(self.sampling_config),
-            "generates_any_order": self.generates_any_order,
-            "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
-            "sha256": file_hashes(folder),
-        }
-        (folder / "README.md").write_text(self._model_card(), encoding="utf-8")
-        _write_json(folder / INDEX_NAME, index)  # last: a folder without it is not finished
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "TextToImagePipeline":
-        """Load what ``save_pretrained`` wrote, strictly.
-
-        Args:
-            folder: A model folder.
-
-        Returns:
-            The pipeline in evaluation mode, on the CPU.
-
-        Raises:
-            UserError: If the folder is no model folder, or its parts are damaged or do not fit.
-        """
-        folder = Path(folder)
-        if not (folder / INDEX_NAME).is_file():
-            raise UserError(
-                f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
-                "expected the folder that train_dalle.py wrote, for example out/demo/dalle/model"
-            )
-        try:
-            index = _read_index(folder)
-            for name in (*HASHED_FILES, *OTHER_FILES):
-                own_file(folder, name)
-            vqvae = load_tokenizer(folder / "vqvae")
-            if vqvae.fingerprint() != index["vqvae_fingerprint"]:
-                raise UserError("vqvae: not the image tokenizer that the decoder was trained on")
-            sampling_config = build_config(SamplingConfig, index["sampling"])
-            return cls(
-                dalle=_load_dalle(folder, index["sha256"]),
-                vqvae=vqvae,
-                text_tokenizer=TextTokenizer.from_pretrained(folder / "text_tokenizer"),
-                sampling_config=sampling_config,
-                generates_any_order=index.get("generates_any_order", False),
-            )
-        except (ValueError, OSError, RuntimeError, MemoryError) as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"model: {folder} does not load: {reason}") from error
-
-    def _model_card(self) -> str:
-        """Say what the folder holds and how to use it."""
-        size, grid = self.vqvae.config.image_size, self.vqvae.image_grid_size
-        millions = sum(weight.numel() for weight in self.dalle.parameters()) / 1e6
-        return MODEL_CARD.format(
-            size=size, rows=grid[0], columns=grid[1], codes=self.vqvae.codebook_size,
-            millions=millions, vocab=self.text_tokenizer.vocab_size, length=self.text_tokenizer.text_length,
-        )  # fmt: skip
-
-    def resolve_sampling_config(self, overrides: Mapping[str, Any]) -> SamplingConfig:
-        """Put the settings of a call in place of the model's own.
-
-        Args:
-            overrides: Fields of ``SamplingConfig``.
-
-        Returns:
-            All settings of the call.
-
-        Raises:
-            UserError: If a field is unknown or its value out of range.
-        """
-        known = {field.name for field in dataclasses.fields(SamplingConfig)}
-        unknown = sorted(overrides.keys() - known)
-        if unknown:
-            raise UserError(
-                f"{unknown[0]}: unknown setting, expected one of {', '.join(sorted(known))}"
-            )
-        _require_numbers(overrides)
-        try:
-            return dataclasses.replace(self.sampling_config, **overrides)
-        except ValueError as error:
-            raise UserError(str(error)) from None
-
-
-def _as_list(prompt: str | Sequence[str]) -> list[Any]:
-    is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
-    return [prompt] if is_one else list(prompt)
-
-
-def _require_numbers(sampling_config: Mapping[str, Any]) -> None:
-    """Refuse sampling settings that cannot be compared with their limits."""
-    for field in dataclasses.fields(SamplingConfig):
-        value = sampling_config.get(field.name, field.default)
-        kind, required = (Real, "a number") if field.type is float else (Integral, "a whole number")
-        if field.type in (float, int) and not isinstance(value, kind):
-            raise UserError(f"{field.name}: got {value!r}, expected {required}")

@@ -1,9 +1,6 @@
-"""Shared fixtures: tiny models, one thread, and shape checks in every test.
+"""Shared fixtures: tiny models, one thread, and checks of types and shapes in every test."""
 
-The import hook makes beartype check all type hints and jaxtyping all shapes of the two packages,
-at every call. It must stand before anything imports them.
-"""
-
+import os
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +9,13 @@ from hypothesis import settings
 from jaxtyping import config as jaxtyping_config
 from jaxtyping import install_import_hook
 
+# Before anything imports the two packages: beartype checks all their type hints, and jaxtyping all
+# their shapes, at every call.
 install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
 
 import torch  # noqa: E402
+
+from tests.reference.other_rounding import OtherRounding  # noqa: E402
 
 if TYPE_CHECKING:
     from dalle_mini_impl.models.text_to_image import TextToImageModel
@@ -27,16 +28,26 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
-    """Tensors here are so small that a second thread only costs."""
+    """Tensors here are so small that a second thread makes them slower."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def rounding() -> Iterator[None]:
+    """With `TEST_ROUNDING=1` in the environment, as a processor that does not exist would."""
+    if not (seed := os.environ.get("TEST_ROUNDING")):
+        yield
+        return
+    with OtherRounding(int(seed)):
+        yield
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
-    """For tests that pass wrong types on purpose, to see how our own checks answer them."""
+    """For tests that pass wrong types on purpose, to test our own checks."""
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
@@ -44,21 +55,13 @@ def unchecked() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def build_dalle() -> Callable[..., "TextToImageModel"]:
-    """A function that builds a tiny decoder whose logits differ widely.
-
-    A fresh decoder's heads are zero, so that all its logits are equal; here every weight is generated
-    wide enough for a mistake anywhere to move the logits by far more than rounding does.
-    """
+    """A function that builds a tiny decoder whose logits differ widely (fresh heads are zero)."""
     from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
     from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+    from tests.reference.random_weights import randomize
 
     def build(*, seed: int = 0, **changes: Any) -> TextToImageModel:
-        decoder: dict[str, Any] = {
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 2,
-            "dropout_probability": 0.1,
-        }
+        decoder: dict[str, Any] = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
         sizes: dict[str, Any] = {
             "vocab_size": 11,
             "text_length": 5,
@@ -68,11 +71,7 @@ def build_dalle() -> Callable[..., "TextToImageModel"]:
         for name, value in changes.items():
             (sizes if name in sizes else decoder)[name] = value
         model = build_text_to_image(DalleConfig(decoder=DecoderConfig(**decoder), **sizes)).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
+        randomize(model, seed=seed, scale=0.15)
         return model
 
     return build
@@ -81,6 +80,7 @@ def build_dalle() -> Callable[..., "TextToImageModel"]:
 @pytest.fixture(scope="session")
 def build_vqvae() -> Callable[..., "VQVAE"]:
     """A function that builds a tiny image tokenizer in which every weight matters."""
+    from tests.reference.random_weights import randomize
     from vqvae import VQVAE, VQVAEConfig
 
     def build(*, seed: int = 0, **changes: Any) -> VQVAE:
@@ -95,10 +95,7 @@ def build_vqvae() -> Callable[..., "VQVAE"]:
             "vq_code_dim": 4,
         }
         model = VQVAE(VQVAEConfig(**(sizes | changes))).eval()
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        randomize(model, seed=seed)
         return model
 
     return build

@@ -1,4 +1,4 @@
-"""Rankers: the same score beside anything, strict folders, and a CLIP of transformers."""
+"""Rankers: scores that do not depend on the batch, strict folders, and a CLIP of transformers."""
 
 import json
 import re
@@ -48,22 +48,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_score_is_a_cosine_and_does_not_depend_on_its_neighbours(ranker: ClipRanker) -> None:
+def test_score_is_a_cosine_of_its_pair_alone(ranker: ClipRanker) -> None:
     pil_images = [*IMAGES, *IMAGES, *IMAGES]  # more than one batch
     prompts = [tiny.CAPTIONS[number % 5] for number in range(len(pil_images))]
     together = ranker.score(pil_images, prompts)
     assert together.std() > 0.05
     for index in (0, 11, 30, 35):
         alone = ranker.score(pil_images[index : index + 1], prompts[index : index + 1])
-        assert torch.equal(alone[0], together[index])
-        images, texts = (
-            ranker.embed_images([pil_images[index]]),
-            ranker.embed_texts([prompts[index]]),
-        )
-        assert float(together[index]) == pytest.approx(float((images * texts).sum()), abs=1e-6)
+        # One shape for all, but a library may round the rows of one product in several ways.
+        assert float(alone[0]) == pytest.approx(float(together[index]), abs=1e-5)
+        images = ranker.embed_images([pil_images[index]])
+        texts = ranker.embed_texts([prompts[index]])
+        assert float(together[index]) == pytest.approx(float((images * texts).sum()), abs=1e-5)
 
 
-def test_a_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> None:
+def test_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> None:
     loaded = load_clip_ranker(clip_dir)
     assert isinstance(loaded, ClipRanker)
     assert not loaded.model.training
@@ -126,7 +125,7 @@ def other_tokenizer(folder: Path) -> None:
         (truncated, "model.safetensors: not loaded"),
         (with_nan, "tensor text_tower.positions: holds numbers that are not finite"),
         (linked, "a link that leads out of the folder"),
-        (changed(colour=1), "ClipConfig: unknown or missing fields: color"),
+        (changed(tint=1), "ClipConfig: unknown or missing fields: tint"),
         (changed(vocab_size=True), "vocab_size: got True, expected a whole number"),
         (changed(vocab_size=10**12), "vocab_size: got 1000000000000"),
         (changed(image_size=10**7), "the config asks for"),
@@ -140,9 +139,7 @@ def other_tokenizer(folder: Path) -> None:
         (lambda folder: shutil.rmtree(folder / "text_tokenizer"), "No such file"),
     ],
 )
-def test_a_damaged_folder_is_refused_in_one_line(
-    folder: Path, damage: Callable[[Path], Any], reason: str
-) -> None:
+def test_damaged_folder(folder: Path, damage: Callable[[Path], Any], reason: str) -> None:
     damage(folder)
     with pytest.raises(UserError) as caught:
         load_clip_ranker(folder)
@@ -153,7 +150,7 @@ def test_a_damaged_folder_is_refused_in_one_line(
 
 
 class Darkest:
-    """Prefers dark images, whatever the prompt."""
+    """A ranker that prefers dark images, whatever the prompt."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -164,7 +161,7 @@ class Darkest:
         return torch.tensor(means, dtype=torch.float32)
 
 
-def test_the_pipeline_keeps_what_its_ranker_prefers() -> None:
+def test_pipeline_keeps_what_its_ranker_prefers() -> None:
     pipeline, darkest = tiny.build_pipeline(), Darkest()
     prompts = ["a blue box", "a red disc"]
     every = pipeline(prompts, num_images=6, seed=5)
@@ -181,7 +178,7 @@ def test_the_pipeline_keeps_what_its_ranker_prefers() -> None:
     assert darkest.seen == [text for text in prompts for _ in range(6)]
 
 
-def test_no_ranker_keeps_the_first_of_each_block() -> None:
+def test_rank_none_keeps_the_first() -> None:
     pipeline = tiny.build_pipeline()
     every = pipeline("a blue box", num_images=6, seed=5)
     kept = pipeline("a blue box", num_images=2, num_candidates=3, seed=5, rank="none")
@@ -205,7 +202,7 @@ def generate(model: Path, out: Path, ranking: Ranking) -> dict[str, Any]:
         return json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined,no-any-return]
 
 
-def test_clip_beside_the_model_ranks_what_it_generates(
+def test_clip_ranks_by_command(
     model_dir: Path, clip_dir: Path, ranker: ClipRanker, tmp_path: Path
 ) -> None:
     every = TextToImagePipeline.from_pretrained(model_dir)("a blue box", num_images=6)
@@ -229,9 +226,7 @@ def test_clip_beside_the_model_ranks_what_it_generates(
         (Ranking("none", "x"), "clip: got x with --rank none, expected --rank clip"),
     ],
 )
-def test_invalid_ranking_is_refused_before_generation(
-    model_dir: Path, tmp_path: Path, ranking: Ranking, message: str
-) -> None:
+def test_invalid_ranking(model_dir: Path, tmp_path: Path, ranking: Ranking, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         generate(model_dir, tmp_path / "out", ranking)
     assert "\n" not in str(caught.value)
@@ -273,7 +268,7 @@ def their_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_clip_of_transformers_ranks_too(their_dir: Path, model_dir: Path, tmp_path: Path) -> None:
+def test_clip_of_transformers(their_dir: Path, model_dir: Path, tmp_path: Path) -> None:
     loaded = load_clip_ranker(their_dir)
     assert isinstance(loaded, TransformersClipRanker)
     prompts = ["a red disc", "a very long caption that is cut at the end", *["a blue box"] * 10]
@@ -287,9 +282,7 @@ def test_a_clip_of_transformers_ranks_too(their_dir: Path, model_dir: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
-def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
-    their_dir: Path, tmp_path: Path, name: str
-) -> None:
+def test_damaged_clip_of_transformers(their_dir: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(their_dir, tmp_path / "their")
     found = [path for path in folder.iterdir() if path.name in (name, "processor_config.json")]
     for path in found:
@@ -299,22 +292,8 @@ def test_a_damaged_clip_of_transformers_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_inpainting_ranks_by_likelihood_only(tmp_path: Path) -> None:
-    from dalle_mini_impl.cli.generate import InpaintingOptions, inpaint_to_folder
-
-    with pytest.raises(UserError, match=r"^rank: got none with --image, expected likelihood"):
-        inpaint_to_folder(
-            str(tmp_path / "never read"),
-            inpainting=InpaintingOptions(tmp_path / "a.png", keep_rows=1),
-            prompts=["a blue box"],
-            out=tmp_path / "out",
-            overrides={},
-            ranking=Ranking("none"),
-        )
-
-
 @pytest.mark.parametrize("name", ["/no/where", "./nowhere", "nowhere", "a/b/c"])
-def test_a_missing_folder_is_not_looked_for_on_the_network(
+def test_missing_folder_is_not_asked_for_on_the_network(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(TransformersClipRanker, "from_pretrained", pytest.fail)

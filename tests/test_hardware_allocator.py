@@ -11,7 +11,7 @@ import torch
 
 COUNT_FAULTS = """
 import resource, torch
-from dalle_mini_impl.training.allocator import keep_freed_memory
+from dalle_mini_impl.hardware import keep_freed_memory
 if {keep}:
     assert keep_freed_memory()
 net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3))
@@ -39,7 +39,7 @@ only_where_it_keeps = pytest.mark.skipif(
 
 
 @only_where_it_keeps
-def test_freed_memory_is_taken_again_without_the_kernel() -> None:
+def test_freed_memory_is_reused() -> None:
     if tuple(map(int, platform.libc_ver()[1].split("."))) < (2, 35):
         pytest.skip("keeps no blocks as large as those here")
     large_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -56,10 +56,10 @@ def test_freed_memory_is_taken_again_without_the_kernel() -> None:
         "resource.setrlimit(resource.RLIMIT_AS, (2**42, 2**42))",
     ],
 )
-def test_a_limit_or_a_choice_of_ones_own_comes_first(choice: str) -> None:
+def test_limit_or_users_choice_comes_first(choice: str) -> None:
     code = f"""
 import os, resource
-from dalle_mini_impl.training.allocator import keep_freed_memory
+from dalle_mini_impl.hardware import keep_freed_memory
 assert keep_freed_memory()
 {choice}
 assert not keep_freed_memory()

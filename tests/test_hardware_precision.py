@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dalle_mini_impl import hardware as precision
+from dalle_mini_impl import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -17,26 +17,26 @@ def _product_as_before() -> Iterator[None]:
 
 @pytest.mark.parametrize("is_amd", [False, True])
 def test_products_stay_float32(is_amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_is_made_by_amd", lambda: is_amd)
-    precision.use_fast_float32()
+    monkeypatch.setattr(hardware, "_is_made_by_amd", lambda: is_amd)
+    hardware.use_fast_float32()
     generator = torch.Generator().manual_seed(1)
     left, right = (torch.randn(300, 300, generator=generator) for _ in range(2))
     exact = left.double() @ right.double()
     assert ((left @ right).double() - exact).abs().max() / exact.abs().max() < 1e-5
 
 
-def test_only_where_the_maker_of_the_usual_library_is_another(
+def test_medium_only_on_amd(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(precision, "medium_is_float32", lambda: True)
+    monkeypatch.setattr(hardware, "medium_is_float32", lambda: True)
     for is_amd, expected in ((True, "medium"), (False, "highest")):
-        monkeypatch.setattr(precision, "_is_made_by_amd", lambda is_amd=is_amd: is_amd)
-        precision.use_fast_float32()
+        monkeypatch.setattr(hardware, "_is_made_by_amd", lambda is_amd=is_amd: is_amd)
+        hardware.use_fast_float32()
         assert torch.get_float32_matmul_precision() == expected
 
 
-def test_asking_changes_nothing() -> None:
+def test_medium_is_float32_restores_the_precision() -> None:
     torch.set_float32_matmul_precision("highest")
-    precision.medium_is_float32()
+    hardware.medium_is_float32()
     assert torch.get_float32_matmul_precision() == "highest"

@@ -74,9 +74,7 @@ def images_of(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("prompts", [("a red disc",), ("a red disc", "a blue box", "파란 상자")])
-def test_script_generates_the_same_on_two_processes(
-    tmp_path: Path, prompts: tuple[str, ...]
-) -> None:
+def test_generate_on_two_processes(tmp_path: Path, prompts: tuple[str, ...]) -> None:
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--num-images", "3", "--seed", "2"]
     options += [part for prompt in prompts for part in ("--prompt", prompt)]
@@ -138,7 +136,7 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
-def test_a_next_feature_on_two_processes_gives_every_weight_a_gradient(tmp_path: Path) -> None:
+def test_next_feature_on_two_processes(tmp_path: Path) -> None:
     """Or DDP would refuse the second step. Variances are of a process's part, so not the same."""
     data = tiny.write_data(tmp_path / "data")
     config = tiny.vqvae_run(data, tmp_path / "two", vqvae={"patch_size": 2}, max_steps=4)
@@ -160,7 +158,7 @@ def test_a_next_feature_on_two_processes_gives_every_weight_a_gradient(tmp_path:
 
 
 @pytest.mark.slow
-def test_a_discriminator_on_two_processes_does_what_it_does_on_one(tmp_path: Path) -> None:
+def test_discriminator_on_two_processes(tmp_path: Path) -> None:
     """With the adaptive weight, which both processes must find from the gradients of both."""
     data = tiny.write_data(tmp_path / "data")
     config = tiny.vqvae_run(data, tmp_path / "one", max_steps=4, gradient_clip_norm=0.0)

@@ -1,4 +1,4 @@
-"""What an image tokenizer is: one frozen dataclass, checked when it is made."""
+"""The sizes of an image tokenizer: one frozen dataclass, checked when it is made."""
 
 from dataclasses import dataclass
 from math import prod
@@ -8,6 +8,12 @@ QuantizerName = Literal["fsq", "vq", "gumbel"]
 EncoderKernelSize = Literal[1, 3]
 Architecture = Literal["patches", "dalle"]
 DecoderOutput = Literal["pixels", "logit_laplace"]
+LITERALS = {
+    "encoder_kernel_size": EncoderKernelSize,
+    "quantizer": QuantizerName,
+    "architecture": Architecture,
+    "decoder_output": DecoderOutput,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,10 +26,6 @@ class VQVAEConfig:
     DALL-E's own tokenizer (Ramesh et al. 2021, arXiv:2102.12092) has ``architecture`` dalle,
     ``decoder_output`` logit_laplace, ``image_size`` 256, ``patch_size`` 1, ``channels`` 256, 512,
     1024, 2048, two blocks per stage, and ``gumbel`` over 8192 codes of length 128.
-
-    Raises:
-        ValueError: If a size is out of range, the image does not divide into the grid or the
-            quantizer is unknown.
     """
 
     image_size: int = 64
@@ -50,54 +52,45 @@ class VQVAEConfig:
     architecture: Architecture = "patches"
     """Kind of networks: ours on patches, or those of DALL-E, whose ``patch_size`` is 1."""
     decoder_output: DecoderOutput = "pixels"
-    """What the decoder says of a pixel: its value, or a logit-Laplace distribution, by whose
-    likelihood it is then trained."""
+    """What the decoder predicts of a pixel: its value, or a logit-Laplace distribution, whose
+    likelihood is then the loss."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no network can be built from."""
-        if not self.channels or min(self.channels) < 1:
-            raise ValueError(f"channels: got {self.channels}, expected one positive size per stage")
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size: got {self.patch_size}, expected at least 1")
-        if self.image_size < 1 or self.image_size % self.downsampling:
+        for name, choices in LITERALS.items():
+            expected = get_args(choices)
+            words = f"one of {', '.join(map(str, expected))}"
+            self._require(name, getattr(self, name) in expected, words)
+        # First what the derived sizes below divide by and multiply with.
+        channels = self.channels
+        positive = bool(channels) and min(channels) >= 1
+        self._require("channels", positive, "one positive size per stage")
+        for name in ("patch_size", "vq_code_dim"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_encoder_blocks", "num_decoder_blocks"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require("vq_codebook_size", self.vq_codebook_size >= 2, "at least 2")
+        if self.architecture == "dalle":
+            self._require("patch_size", self.patch_size == 1, "1 for dalle")
+            multiples = all(width % 4 == 0 for width in channels)
+            self._require("channels", multiples, "multiples of 4 for dalle")
+        self._require(
+            "image_size",
+            self.image_size >= 1 and self.image_size % self.downsampling == 0,
+            f"a multiple of {self.downsampling} (patch_size {self.patch_size}, "
+            f"halved {len(channels) - 1} times)",
+        )
+        levels = self.fsq_levels
+        self._require("fsq_levels", levels and min(levels) >= 2, "levels of 2 or more")
+        # Token ids are int64. A hostile file may list 10^5 levels: neither multiply nor print them.
+        if len(levels) > 62 or prod(levels) >= 2**63:
             raise ValueError(
-                f"image_size: got {self.image_size}, expected a multiple of {self.downsampling} "
-                f"(patch_size {self.patch_size}, halved {len(self.channels) - 1} times)"
-            )
-        if min(self.num_encoder_blocks, self.num_decoder_blocks) < 0:
-            raise ValueError(
-                "num_encoder_blocks and num_decoder_blocks: got "
-                f"{self.num_encoder_blocks} and {self.num_decoder_blocks}, expected 0 or more"
-            )
-        if self.encoder_kernel_size not in get_args(EncoderKernelSize):
-            raise ValueError(
-                f"encoder_kernel_size: got {self.encoder_kernel_size}, expected 1 or 3"
-            )
-        self._check_words()
-        if not self.fsq_levels or min(self.fsq_levels) < 2:
-            raise ValueError(f"fsq_levels: got {self.fsq_levels}, expected levels of 2 or more")
-        if self.vq_codebook_size < 2 or self.vq_code_dim < 1:
-            raise ValueError(
-                f"vq_codebook_size and vq_code_dim: got {self.vq_codebook_size} and "
-                f"{self.vq_code_dim}, expected at least 2 and 1"
+                f"fsq_levels: got {len(levels)} of them, whose codes do not fit into 64 bits; "
+                "expected fewer or smaller levels"
             )
 
-    def _check_words(self) -> None:
-        for name, choices in (
-            ("quantizer", QuantizerName),
-            ("architecture", Architecture),
-            ("decoder_output", DecoderOutput),
-        ):
-            got, expected = getattr(self, name), get_args(choices)
-            if got not in expected:
-                raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(expected)}")
-        if self.architecture == "dalle":
-            if self.patch_size != 1:
-                raise ValueError(f"patch_size: got {self.patch_size}, expected 1 for dalle")
-            if any(width % 4 for width in self.channels):
-                raise ValueError(
-                    f"channels: got {self.channels}, expected multiples of 4 for dalle"
-                )
+    def _require(self, name: str, holds: object, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}: got {getattr(self, name)!r}, expected {expected}")
 
     @property
     def downsampling(self) -> int:

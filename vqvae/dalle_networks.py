@@ -19,19 +19,14 @@ from vqvae.logit_laplace import to_open_interval
 
 
 class BottleneckBlock(nn.Module):
-    """Four convolutions at a quarter of the width beside an identity (or a 1 x 1 convolution)."""
+    """An identity (or a 1 x 1 convolution) plus ``gain`` times four convolutions.
+
+    The four work at a quarter of the width, with the odd ``kernel_sizes``.
+    """
 
     def __init__(
         self, channels_in: int, channels_out: int, *, kernel_sizes: Sequence[int], gain: float
     ) -> None:
-        """Build the block.
-
-        Args:
-            channels_in: Feature channels in.
-            channels_out: Feature channels out.
-            kernel_sizes: Odd sides of the four kernels.
-            gain: What the residual branch is multiplied by.
-        """
         super().__init__()
         self.gain = gain
         hidden = channels_out // 4
@@ -51,16 +46,12 @@ class BottleneckBlock(nn.Module):
 
 
 class DalleEncoder(nn.Module):
-    """Pixels to logits over the codebook."""
+    """Pixels to logits over the codebook, ``latent_dim`` codes.
+
+    ``channels`` are multiples of 4, one for each group of ``num_blocks``, finest first.
+    """
 
     def __init__(self, channels: Sequence[int], *, latent_dim: int, num_blocks: int) -> None:
-        """Build the encoder.
-
-        Args:
-            channels: Feature channels of each group, finest first; multiples of 4.
-            latent_dim: Channels of the latents: the number of codes.
-            num_blocks: Blocks per group.
-        """
         super().__init__()
         gain = _gain(channels, num_blocks)
         layers: list[nn.Module] = [_convolution(3, channels[0], 7)]
@@ -79,26 +70,20 @@ class DalleEncoder(nn.Module):
     ) -> Float[Tensor, "batch latent_dim height width"]:
         """Map pixels in [-1, 1] to float32 logits, whatever the precision of the other layers."""
         features = self.layers(to_open_interval(pixels))
+        # In bfloat16 the best and the second-best of thousands of codes would often tie.
         with torch.autocast(features.device.type, enabled=False):
             return self.output(features.float())
 
 
 class DalleDecoder(nn.Module):
-    """Codes, or mixtures of codes, to pixels or to the parameters of their distributions."""
+    """Codes, or mixtures of codes, to ``num_maps`` numbers per pixel: 3 values or 6 parameters."""
 
     def __init__(
         self, channels: Sequence[int], *, code_dim: int, num_blocks: int, num_maps: int
     ) -> None:
-        """Build the decoder.
-
-        Args:
-            channels: Feature channels of each group, finest first, as the encoder's.
-            code_dim: Channels of a code.
-            num_blocks: Blocks per group.
-            num_maps: Numbers per pixel: 3 values, or 6 parameters.
-        """
         super().__init__()
         gain = _gain(channels, num_blocks)
+        # The encoder's channels in reverse, coarsest first; the grid doubles between groups.
         layers: list[nn.Module] = []
         before = code_dim
         for group, width in enumerate(reversed(channels)):
@@ -117,11 +102,12 @@ class DalleDecoder(nn.Module):
 
 
 def _gain(channels: Sequence[int], num_blocks: int) -> float:
+    # As in the published code: the more blocks, the nearer a network starts to the identity.
     return 1 / max(1, len(channels) * num_blocks) ** 2
 
 
 def _convolution(channels_in: int, channels_out: int, kernel_size: int) -> nn.Conv2d:
-    """A convolution with weights of variance 1 / (inputs of one output) and no bias at first."""
+    """A convolution with weights of variance 1 / fan-in and biases of 0."""
     layer = nn.Conv2d(channels_in, channels_out, kernel_size, padding=kernel_size // 2)
     nn.init.normal_(layer.weight, std=(channels_in * kernel_size**2) ** -0.5)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

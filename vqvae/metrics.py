@@ -1,4 +1,4 @@
-"""Measures of a discrete VAE: how well it reconstructs and how much of the codebook it uses."""
+"""Metrics of a discrete VAE: quality of the reconstruction, and use of the codebook."""
 
 import torch
 from jaxtyping import Float, Int
@@ -12,25 +12,14 @@ def psnr(
     reconstruction: Float[Tensor, "batch channels height width"],
     pixels: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, ""]:
-    """Measure the peak signal-to-noise ratio: the mean of each image's own value.
+    """Return the mean over images of the peak signal-to-noise ratio, in decibel.
 
-    Args:
-        reconstruction: Decoder output; values outside [-1, 1] count as the nearer end, as when
-            the image is written to a file.
-        pixels: Images, [-1, 1].
-
-    Returns:
-        Decibel with peak 2 (the range of pixels); at most 100, which equal images have.
-
-    Raises:
-        ValueError: If the shapes differ.
+    The peak is 2, the range of pixels in [-1, 1]. Values of the reconstruction outside of it count
+    as the nearer end, as in an image file. At most 100, the value of equal images.
     """
-    if reconstruction.shape != pixels.shape:
-        raise ValueError(
-            f"reconstruction has shape {tuple(reconstruction.shape)}; "
-            f"expected that of pixels, {tuple(pixels.shape)}"
-        )
+    require_same_shape(reconstruction, pixels)
     difference = reconstruction.float().clamp(-1, 1) - pixels.float()
+    # Per image: a mean over the batch's squared errors would hide bad images behind good ones.
     mean_squares = difference.square().mean(dim=(1, 2, 3))
     decibel = 10 * torch.log10(PIXEL_RANGE**2 / mean_squares)
     return decibel.clamp(max=MAX_PSNR_DECIBEL).mean()
@@ -41,65 +30,38 @@ def hard_soft_gap(
     hard_reconstruction: Float[Tensor, "batch channels height width"],
     pixels: Float[Tensor, "batch channels height width"],
 ) -> Float[Tensor, ""]:
-    """Measure what a relaxed (Gumbel) tokenizer loses when its mixtures become single codes.
-
-    Args:
-        soft_reconstruction: Decoded from the mixtures that training sees, [-1, 1].
-        hard_reconstruction: Decoded from the token ids, [-1, 1].
-        pixels: Images, [-1, 1].
-
-    Returns:
-        PSNR of the soft minus PSNR of the hard reconstruction, in decibel.
-    """
+    """Return the PSNR that a Gumbel tokenizer loses from mixtures of codes to token ids."""
     return psnr(soft_reconstruction, pixels) - psnr(hard_reconstruction, pixels)
 
 
 def token_counts(
     token_ids: Int[Tensor, "*shape"], codebook_size: int
 ) -> Int[Tensor, " codebook_size"]:
-    """Count how often each token id occurs; counts of several batches may be added.
-
-    Args:
-        token_ids: Ids in [0, codebook_size).
-        codebook_size: Number of codes.
-
-    Returns:
-        int64 occurrences of each id.
-
-    Raises:
-        ValueError: If an id is out of range.
-    """
+    """Count the occurrences of each token id; counts of several batches may be added."""
     counts = torch.bincount(token_ids.flatten(), minlength=codebook_size)
     if len(counts) > codebook_size:
-        raise ValueError(f"largest token id is {len(counts) - 1}; expected < {codebook_size}")
+        raise ValueError(f"token_ids: got {len(counts) - 1}, expected ids below {codebook_size}")
     return counts
 
 
 def codebook_usage(counts: Int[Tensor, " codebook_size"]) -> Float[Tensor, ""]:
-    """Measure the fraction of the codes that occur at all.
-
-    Args:
-        counts: Occurrences of each code, as from `token_counts`.
-
-    Returns:
-        A value in [0, 1].
-    """
+    """Return the fraction, in [0, 1], of the codes that occur at all."""
     return (counts > 0).float().mean()
 
 
 def codebook_perplexity(counts: Int[Tensor, " codebook_size"]) -> Float[Tensor, ""]:
-    """Find how many equally frequent codes would have the same entropy.
-
-    Args:
-        counts: Occurrences of each code, as from `token_counts`; not all 0.
-
-    Returns:
-        A value from 1 to the codebook size.
-
-    Raises:
-        ValueError: If nothing was counted.
-    """
+    """Return how many equally frequent codes would have the same entropy: 1 to codebook_size."""
     total = int(counts.sum())
     if total == 0:
-        raise ValueError("counts sum to 0; expected at least one token")
+        raise ValueError("counts: got a sum of 0, expected at least one token")
+    # In float64: counts may exceed the whole numbers that float32 can hold.
     return torch.special.entr(counts.double() / total).sum().exp().float()
+
+
+def require_same_shape(reconstruction: Tensor, pixels: Tensor) -> None:
+    """Refuse to broadcast: ``ValueError`` at two different shapes."""
+    if reconstruction.shape != pixels.shape:
+        raise ValueError(
+            f"reconstruction: got shape {tuple(reconstruction.shape)}, "
+            f"expected that of pixels, {tuple(pixels.shape)}"
+        )

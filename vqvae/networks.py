@@ -1,11 +1,9 @@
 """The convolutional encoder and decoder of the discrete VAE.
 
 Two choices differ from VQGAN. There is no GroupNorm: its statistics run over the whole image, so
-that a change of hat would change the tokens of the shoes; residual branches that start at zero
-keep training stable without it (Zhang et al. 2019, arXiv:1901.09321). And the encoder's kernels are
-1 x 1 unless asked otherwise: a token describes its own patch, so the same face gets the same
-tokens whatever stands beside it, which is what a small decoder can recombine.
-Pixels are folded into channels before the first convolution and unfolded after the last one.
+that a change of hat would change the tokens of the shoes. And the encoder's kernels are 1 x 1 by
+default: a token describes its own patch, so the same face gets the same tokens in every context,
+and a small decoder can recombine them.
 """
 
 from collections.abc import Sequence
@@ -15,19 +13,15 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside an identity; the second starts at zero."""
+    """An identity plus two convolutions with an odd kernel."""
 
     def __init__(self, channels: int, *, kernel_size: int = 3) -> None:
-        """Build the block.
-
-        Args:
-            channels: Feature channels in and out.
-            kernel_size: Odd side of both kernels, in grid cells.
-        """
         super().__init__()
-        first, last = (
-            nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2) for _ in range(2)
-        )
+        padding = kernel_size // 2
+        first = nn.Conv2d(channels, channels, kernel_size, padding=padding)
+        last = nn.Conv2d(channels, channels, kernel_size, padding=padding)
+        # Every block starts as the identity, so that training is stable without normalization
+        # (Zhang et al. 2019, arXiv:1901.09321).
         for parameter in last.parameters():
             nn.init.zeros_(parameter)
         self.layers = nn.Sequential(nn.SiLU(), first, nn.SiLU(), last)
@@ -40,7 +34,10 @@ class ResidualBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pixels to encoder latents."""
+    """Pixels to encoder latents, with ``num_blocks`` residual blocks per stage.
+
+    ``channels`` has the width of each stage, finest first.
+    """
 
     def __init__(
         self,
@@ -51,15 +48,6 @@ class Encoder(nn.Module):
         num_blocks: int,
         kernel_size: int,
     ) -> None:
-        """Build the encoder.
-
-        Args:
-            channels: Feature channels of each stage, finest first.
-            patch_size: Pixels along a side folded into channels.
-            latent_dim: Channels of the latents, as the quantizer wants them.
-            num_blocks: Residual blocks per stage.
-            kernel_size: Odd side of the kernels, in grid cells.
-        """
         super().__init__()
         last = len(channels) - 1
         layers: list[nn.Module] = [
@@ -68,6 +56,7 @@ class Encoder(nn.Module):
         ]
         for stage, width in enumerate(channels):
             layers += [ResidualBlock(width, kernel_size=kernel_size) for _ in range(num_blocks)]
+            # Halve the grid without overlap: a latent must not see its neighbors' patches.
             if stage < last:
                 layers.append(nn.Conv2d(width, channels[stage + 1], 2, stride=2))
         layers += [nn.SiLU(), nn.Conv2d(channels[-1], latent_dim, 1)]
@@ -81,7 +70,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Quantized latents to pixels."""
+    """Quantized latents to pixels; ``channels`` as the encoder's, finest first.
+
+    ``num_maps`` numbers per pixel: 3 values, or 6 parameters of a distribution.
+    """
 
     def __init__(
         self,
@@ -92,19 +84,11 @@ class Decoder(nn.Module):
         num_blocks: int,
         num_maps: int = 3,
     ) -> None:
-        """Build the decoder.
-
-        Args:
-            channels: Feature channels of each stage, finest first, as the encoder's.
-            patch_size: Pixels along a side unfolded from channels.
-            code_dim: Channels of the quantized latents.
-            num_blocks: Residual blocks per stage.
-            num_maps: Numbers per pixel: 3, or 6 parameters of a distribution.
-        """
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(code_dim, channels[-1], 3, padding=1)]
         for stage in reversed(range(len(channels))):
             layers += [ResidualBlock(channels[stage]) for _ in range(num_blocks)]
+            # Double the grid: every cell becomes 2 x 2 cells of a quarter of the channels.
             if stage > 0:
                 layers.append(nn.Conv2d(channels[stage], 4 * channels[stage - 1], 1))
                 layers.append(nn.PixelShuffle(2))

@@ -1,7 +1,7 @@
-"""Pictures with classes: scikit-learn's handwritten digits, or any attribute of captioned pictures.
+"""Images with classes: scikit-learn's handwritten digits, or any attribute of captioned images.
 
-Digits: 1,797 grey pictures of 8 x 8 from the UCI repository (Alpaydin & Kaynak 1998), part of
-scikit-learn, nothing is downloaded. Of both kinds a fixed share is held out by a hash; pictures
+Digits: 1,797 gray images of 8 x 8 from the UCI repository (Alpaydin & Kaynak 1998), part of
+scikit-learn, nothing is downloaded. Of both kinds a fixed fraction is held out by a hash; images
 that are variants of one thing, such as an emoji in all its skin tones, stay on one side.
 """
 
@@ -23,12 +23,12 @@ DIGITS = "digits"
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Pictures in memory, with their classes."""
+    """Images in memory, with their classes."""
 
     pixels: UInt8[Tensor, "samples channels height width"]
     labels: Int64[Tensor, " samples"]
     families: tuple[str, ...]
-    """Pictures of one family show variants of one thing."""
+    """Images of one family show variants of one thing."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +41,13 @@ class LabelledSplits:
 
 
 def load_digits(*, held_out_percent: int) -> LabelledSplits:
-    """Read scikit-learn's digits.
-
-    Args:
-        held_out_percent: Share to hold out, 1 to 50.
-
-    Returns:
-        Both splits.
-
-    Raises:
-        UserError: If scikit-learn is not installed.
-    """
+    """Read scikit-learn's digits; ``held_out_percent`` is 1 to 50."""
     try:
         from sklearn.datasets import load_digits as load
     except ImportError:
-        raise UserError("scikit-learn is missing; want: pip install -e '.[vision]'") from None
+        raise UserError("scikit-learn is missing; expected: pip install -e '.[vision]'") from None
     found = load()
-    bytes_of = np.rint(found.images * (255 / 16)).astype(np.uint8)  # its grey levels are 0 to 16
+    bytes_of = np.rint(found.images * (255 / 16)).astype(np.uint8)  # its gray levels are 0 to 16
     families = [f"{number}" for number in range(len(bytes_of))]
     labels = torch.from_numpy(found.target).long()
     names = tuple(str(name) for name in found.target_names)
@@ -73,21 +63,15 @@ def load_labelled_images(
     image_size: int,
     held_out_percent: int,
 ) -> LabelledSplits:
-    """Read captioned pictures of all splits, and take an attribute as their class.
+    """Read captioned images of all splits, and take an attribute as their class.
 
     Args:
         source: As ``open_pairs`` takes it.
         label: Attribute that names the class, such as ``group`` of the emoji.
-        families: Attributes of which the first one that is given names the family; a picture
-            without any is a family of its own.
-        image_size: Side of the square pictures in pixels.
-        held_out_percent: Share of the families to hold out, 1 to 50.
-
-    Returns:
-        Both splits.
-
-    Raises:
-        UserError: If there are no pictures with that attribute.
+        families: Attributes of which the first one that is given names the family; an image without
+            any is a family of its own.
+        image_size: Side of the square images in pixels.
+        held_out_percent: Percentage of the families to hold out, 1 to 50.
     """
     pairs = open_pairs(source)
     pixels, kept, _ = load_all_pixels(pairs, image_size=image_size)
@@ -99,9 +83,10 @@ def load_labelled_images(
     if not chosen:
         known = sorted({name for pair in pairs for name in pair.attributes})
         raise UserError(
-            f"data.label: no picture has the attribute {label!r}; wanted one of "
+            f"data.label: no image has the attribute {label!r}; expected one of "
             f"{', '.join(known) or 'none: this source has no attributes'}"
         )
+    # Classes in alphabetical order, so that their numbers are the same at every start.
     values = [str(pair.attributes[label]) for _, pair in chosen]
     names = tuple(sorted(set(values)))
     labels = torch.tensor([names.index(value) for value in values])
@@ -126,20 +111,18 @@ def _split(
     names: tuple[str, ...],
     held_out_percent: int,
 ) -> LabelledSplits:
+    # "picture" is a part of the key: another word would hold out other images.
     is_held_out = torch.tensor(
         [stable_hash("picture", family) % 100 < held_out_percent for family in families]
     )
     if is_held_out.all() or not is_held_out.any():
         raise UserError(
             f"data.held_out_percent: got {held_out_percent}, which leaves {int(is_held_out.sum())} "
-            f"of {len(families)} pictures to measure; wanted more pictures or another share"
+            f"of {len(families)} images to measure; expected more images or another percentage"
         )
-    train, held_out = (
-        LabelledImages(
-            pixels[part],
-            labels[part],
-            tuple(family for family, chosen in zip(families, part.tolist(), strict=True) if chosen),
-        )
-        for part in (~is_held_out, is_held_out)
-    )
-    return LabelledSplits(train, held_out, names)
+
+    def part(chosen: Tensor) -> LabelledImages:
+        kept = tuple(families[index] for index in chosen.nonzero().flatten().tolist())
+        return LabelledImages(pixels[chosen], labels[chosen], kept)
+
+    return LabelledSplits(part(~is_held_out), part(is_held_out), names)

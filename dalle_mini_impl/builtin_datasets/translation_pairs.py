@@ -1,6 +1,6 @@
 """Pairs of texts for translation: the English and Korean names of emoji, or a table of your own.
 
-Names of emoji come from Unicode CLDR through the package `emoji`; its English aliases are further
+Names of emoji come from Unicode CLDR through the package ``emoji``; its English aliases are further
 sources of the same Korean name, for training alone. Names that differ by skin tone or gender only
 ("woman firefighter: dark skin tone", "firefighter"), by their hexcodes or by their words, are one
 family, and so are pairs that share a text. Two kinds of names are held out: some families as a
@@ -55,7 +55,7 @@ class TextPairs:
         return [pair.family not in known for pair in self.held_out]
 
     def family_weights(self) -> list[float]:
-        """1 / sqrt(size of its family) for each training pair, so that no large one rules."""
+        """Weigh each training pair by 1 / sqrt(size of its family), so that no large one rules."""
         sizes = Counter(pair.family for pair in self.train)
         return [sizes[pair.family] ** -0.5 for pair in self.train]
 
@@ -65,14 +65,8 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
 
     Args:
         source: ``emoji``, or a UTF-8 file with a source and a target per line, a tab between.
-        held_out_percent: Share of the families to hold out, and of the names with a skin tone of
-            the others, 1 to 50.
-
-    Returns:
-        Both splits.
-
-    Raises:
-        UserError: If the file or a package is missing, a line is no pair, or a split is empty.
+        held_out_percent: Percentage of the families to hold out, and of the names with a skin tone
+            of the others, 1 to 50.
     """
     pairs = _emoji_pairs() if source == EMOJI else _read_table(Path(source))
     families = _merge_families(pairs)
@@ -84,12 +78,13 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
     def is_selected(purpose: str, name: str) -> bool:
         return stable_hash(purpose, name) % 100 < held_out_percent
 
-    # By its target, so that no other source of the same name is learned.
+    # A combination is chosen by its target, so that no other source of the same name is learned.
     is_held_out = [
         is_selected("translation", pair.family)
         or (not pair.is_plain and is_selected("translation of a combination", pair.target))
         for pair, _ in named
     ]
+    # Aliases are further sources of a known name: for training alone.
     train = [pair for (pair, _), held in zip(named, is_held_out, strict=True) if not held]
     held_out = [
         pair for (pair, is_main), held in zip(named, is_held_out, strict=True) if held and is_main
@@ -97,7 +92,7 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
     if not train or not held_out:
         raise UserError(
             f"data.source: {source} gives {len(train)} pairs to learn and {len(held_out)} to "
-            "measure; wanted more pairs"
+            "measure; expected more pairs"
         )
     return TextPairs(train, held_out)
 
@@ -105,14 +100,10 @@ def load_text_pairs(source: str, *, held_out_percent: int) -> TextPairs:
 def nearest_targets(sources: Sequence[str], train: Sequence[TextPair]) -> list[str]:
     """Answer each text with the translation of the training source that is most like it.
 
-    Args:
-        sources: Texts to answer.
-        train: Known pairs.
-
-    Returns:
-        Targets of the largest Dice overlap of character trigrams, the first of equal ones.
+    That is the one with the largest Dice overlap of character trigrams, the first of equal ones.
     """
     known = [_trigrams(pair.source) for pair in train]
+    # An inverted index: only sources that share a trigram are compared.
     places: dict[str, list[int]] = {}
     for number, trigrams in enumerate(known):
         for trigram in trigrams:
@@ -135,7 +126,7 @@ def _trigrams(text: str) -> set[str]:
 
 
 def _emoji_pairs() -> dict[TextPair, bool]:
-    """All names, and whether each is the emoji's main one."""
+    """List all names, and whether each is the emoji's main one."""
     index = emoji_index()
     pairs: dict[TextPair, bool] = {}
     for hexcode, english in sorted(index.english.items()):
@@ -152,7 +143,7 @@ def _read_table(path: Path) -> dict[TextPair, bool]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"data.source: cannot read {path}: {error}; wanted {EMOJI!r} or a UTF-8 file with a "
+            f"data.source: cannot read {path}: {error}; expected {EMOJI!r} or a UTF-8 file with a "
             "source and a target per line"
         ) from None
     pairs = {}
@@ -160,7 +151,7 @@ def _read_table(path: Path) -> dict[TextPair, bool]:
         parts = [part.strip() for part in line.split("\t")]
         if len(parts) != 2 or not all(parts):
             raise UserError(
-                f"data.source: {path}, line {number}: got {line[:60]!r}, wanted a source, a tab "
+                f"data.source: {path}, line {number}: got {line[:60]!r}, expected a source, a tab "
                 "and a target"
             )
         pairs[TextPair(parts[0], parts[1], f"line {number}")] = True
@@ -169,6 +160,7 @@ def _read_table(path: Path) -> dict[TextPair, bool]:
 
 def _merge_families(pairs: Iterable[TextPair]) -> dict[str, str]:
     """Join families that share a text, but for skin tones and genders; name each by its first."""
+    # Union-find over families and texts.
     parents: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -178,6 +170,7 @@ def _merge_families(pairs: Iterable[TextPair]) -> dict[str, str]:
             name = parents[name]
         return name
 
+    # Each text is a node too, so families with a text in common end up in one tree.
     for pair in pairs:
         words = " ".join(_VARYING.sub(" ", pair.source.lower()).split())
         for key in (f"source {words}", f"target {pair.target.lower()}"):

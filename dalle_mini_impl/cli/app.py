@@ -1,10 +1,10 @@
-"""The page that ``app.py`` serves: a prompt in, images out, and nothing of it leaves the machine.
+"""A page in the browser: a prompt in, images out, and nothing leaves the machine.
 
 Limits of a page hold only in the browser, so everything that arrives is checked here again. No text
 of a user is ever shown as HTML or Markdown.
 """
 
-import dataclasses
+import argparse
 import importlib.util
 import logging
 import math
@@ -14,21 +14,23 @@ import signal
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from dalle_mini_impl.cli.image_files import image_name, save_image
+from dalle_mini_impl.cli.arguments import OneLineParser, add_native, user_text
+from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.hardware import use_fast_float32
-from dalle_mini_impl.native.decoder import NativeWeights
-from dalle_mini_impl.pipeline import TextToImagePipeline
+
+if TYPE_CHECKING:
+    from dalle_mini_impl.pipeline import TextToImagePipeline
 
 logger = logging.getLogger(__name__)
 
 MAX_PROMPT_LENGTH = 500  # characters
-MAX_SEED = 2**53 - 1  # what a browser holds exactly
+MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript holds exactly
 MAX_WAITING = 16  # requests in the queue; further ones are refused
-CALLS_KEPT = 64  # of which images can still be downloaded
+CALLS_KEPT = 64  # whose images can still be downloaded
 LIMITS = {
     "num_images": (1, 16),
     "seed": (0, MAX_SEED),
@@ -37,65 +39,66 @@ LIMITS = {
 }
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(description=COMMANDS["app"])
+    add = parser.add_argument
+    add(
+        "--model",
+        type=user_text,
+        default="checkpoints/emoji-64",
+        help="model folder; default: %(default)s",
+    )
+    add("--port", type=int, default=7860, help="default: %(default)s")
+    add("--host", default="127.0.0.1", help="0.0.0.0 lets others in; default: %(default)s")
+    add_native(parser)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve the page."""
+    options = parse(arguments)
+    serve(options.model, host=options.host, port=options.port, native=options.native)
+
+
 class PageBackend:
-    """Generates for the page, one call after the other."""
+    """Generates for the page, one call after the other, into folders below ``folder``."""
 
-    def __init__(self, pipeline: TextToImagePipeline, folder: Path, *, name: str) -> None:
-        """Prepare.
-
-        Args:
-            pipeline: The model.
-            folder: For the images; empty.
-            name: Of the model, for the files.
-        """
-        self.pipeline, self.folder, self.name = pipeline, folder, name
+    def __init__(self, pipeline: "TextToImagePipeline", folder: Path, *, model: str) -> None:
+        self.pipeline, self.folder, self.model = pipeline, folder, model
         self._calls: deque[Path] = deque()
 
     def generate(
         self, prompt: Any, num_images: Any, seed: Any, guidance_scale: Any, temperature: Any
     ) -> list[tuple[str, str]]:
-        """Generate images of one prompt into files.
-
-        Args:
-            prompt: Some text, up to ``MAX_PROMPT_LENGTH`` characters.
-            num_images: How many.
-            seed: Of the first.
-            guidance_scale: Strength of the caption.
-            temperature: Below 1 plays safe.
+        """Generate images of one prompt into files; values may be of any type.
 
         Returns:
             The path of each image, and a caption with prompt and seed.
-
-        Raises:
-            UserError: If a value is of another type or outside of ``LIMITS``.
         """
-        count = int(_number("num_images", num_images, is_whole=True))
-        first = int(_number("seed", seed, is_whole=True))
-        self.pipeline.check([prompt], num_images=count, num_candidates=1, seed=first)
+        from dalle_mini_impl.cli.image_files import describe_generation, save_images
+
+        request = self.pipeline.check(
+            [prompt],
+            num_images=int(_number("num_images", num_images, is_whole=True)),
+            seed=int(_number("seed", seed, is_whole=True)),
+            guidance_scale=_number("guidance_scale", guidance_scale),
+            temperature=_number("temperature", temperature),
+        )
         if len(prompt) > MAX_PROMPT_LENGTH:
             raise UserError(
                 f"prompt: got {len(prompt)} characters, expected at most {MAX_PROMPT_LENGTH}"
             )
-        changes: dict[str, Any] = {
-            "guidance_scale": _number("guidance_scale", guidance_scale),
-            "temperature": _number("temperature", temperature),
-        }
-        generated = self.pipeline(prompt, num_images=count, seed=first, **changes)
-        metadata = {
-            "model": self.name,
-            "num_candidates": 1,
-            **dataclasses.asdict(self.pipeline.resolve_sampling_config(changes)),
-            **self.pipeline.native_metadata,
-        }
-        folder = self._new_folder()
-        images = []
-        for image, image_seed in zip(generated.images, generated.seeds, strict=True):
-            path = folder / image_name(0, prompt, image_seed)
-            save_image(image, path, prompt=prompt, seed=image_seed, metadata=metadata)
-            images.append((str(path), f"{prompt} · seed {image_seed}"))
-        return images
+        files = save_images(
+            self.pipeline.generate(request),
+            self._new_folder(),
+            numbers={prompt: 0},
+            metadata=describe_generation(self.model, self.pipeline, request),
+        )
+        return [(file.path, f"{prompt} · seed {file.seed}") for file in files]
 
     def _new_folder(self) -> Path:
+        # A page that is open for days must not fill the disk.
         if len(self._calls) == CALLS_KEPT:
             shutil.rmtree(self._calls.popleft(), ignore_errors=True)
         folder = Path(tempfile.mkdtemp(dir=self.folder))
@@ -105,6 +108,7 @@ class PageBackend:
 
 def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
     low, high = LIMITS[name]
+    # Not isinstance: True is an int, and no number of images.
     is_number = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
     if not is_number or (is_whole and value != int(value)):
         kind = "a whole number" if is_whole else "a number"
@@ -113,14 +117,7 @@ def _number(name: str, value: Any, *, is_whole: bool = False) -> float | int:
 
 
 def build_page(backend: PageBackend) -> Any:
-    """Lay out the page.
-
-    Args:
-        backend: Generates.
-
-    Returns:
-        Gradio's blocks, with a bounded queue.
-    """
+    """Lay out the page: Gradio's blocks, with a bounded queue."""
     import gradio as gr
 
     def generate(*values: Any) -> tuple[list[tuple[str, str]], list[str]]:
@@ -130,7 +127,7 @@ def build_page(backend: PageBackend) -> Any:
             raise gr.Error(str(error), print_exception=False) from None
         return images, [path for path, _ in images]
 
-    settings = backend.pipeline.sampling_config
+    config = backend.pipeline.sampling_config
     with gr.Blocks(
         title="dalle_mini_impl", analytics_enabled=False, delete_cache=(3600, 3600)
     ) as page:
@@ -140,14 +137,12 @@ def build_page(backend: PageBackend) -> Any:
             count = gr.Slider(low, high, value=4, step=1, label="Images / 그림 수")
             seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed / 시드")
             low, high = LIMITS["guidance_scale"]
-            guidance = gr.Slider(
-                low, high, value=settings.guidance_scale, label="Guidance / 충실도"
-            )
+            guidance = gr.Slider(low, high, value=config.guidance_scale, label="Guidance / 충실도")
             low, high = LIMITS["temperature"]
             temperature = gr.Slider(
-                low, high, value=settings.temperature, step=0.05, label="Temperature / 다양성"
+                low, high, value=config.temperature, step=0.05, label="Temperature / 다양성"
             )
-        button = gr.Button("Draw / 그리기", variant="primary")
+        button = gr.Button("Generate / 만들기", variant="primary")
         # Without Gradio's own share button, which sends the image out.
         gallery = gr.Gallery(
             label="Images / 그림",
@@ -167,43 +162,38 @@ def build_page(backend: PageBackend) -> Any:
 
 
 def serve(
-    model: str,
-    *,
-    host: str,
-    port: int,
-    native: NativeWeights | None = None,
+    model: str, *, host: str, port: int, native: Literal["float32", "int8"] | None = None
 ) -> None:
-    """Serve the page until Ctrl-C or SIGTERM.
+    """Serve the page until Ctrl-C or SIGTERM."""
+    from dalle_mini_impl.cli.pipelines import open_pipeline
 
-    Args:
-        model: Model folder.
-        host: Address to listen on.
-        port: Its port.
-        native: Generate with the compiled pass and weights of this kind, where that is possible.
-
-    Raises:
-        UserError: If the model does not load, Gradio is missing or the port is taken.
-    """
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
+        # Gradio reads them when it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")
         if importlib.util.find_spec("gradio") is None:
             raise UserError("app: Gradio is missing; expected pip install -e '.[app]'")
-        use_fast_float32()
-        pipeline = TextToImagePipeline.from_pretrained(model)
-        if native is not None:
-            pipeline.use_native(native)
+        pipeline = open_pipeline(model, native=native)
         import gradio as gr  # takes seconds: after the model is known to load
 
-        page = build_page(PageBackend(pipeline, Path(folder), name=Path(model).resolve().name))
+        page = build_page(PageBackend(pipeline, Path(folder), model=model))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
             page.launch(
-                server_name=host, server_port=port, fraction=False, quiet=True, theme=theme,
-                footer_links=[], ssr_mode=False, mcp_server=False, enable_monitoring=False,
-                max_file_size=1, prevent_thread_lock=True,
-            )  # fmt: skip
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                theme=theme,
+                footer_links=[],
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                max_file_size=1,
+                prevent_thread_lock=True,
+            )
         except OSError as error:
             raise UserError(f"port: got {port}: {error}; expected a free one") from None
+        # SIGTERM ends the wait below as Ctrl-C does, so that the folder is removed.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         logger.info(f"the page is at {page.local_url} ; Ctrl-C ends it")
         try:

@@ -1,174 +1,57 @@
-"""Estimates of the memory and the time of a run, from a few steps on this machine."""
+"""Find problems in captioned images, and estimate what a run on them needs."""
 
-import time
-from pathlib import Path
+import argparse
+import logging
+from collections.abc import Sequence
 
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-from dalle_mini_impl.data.check import DataReport
+from dalle_mini_impl.cli.arguments import OneLineParser, user_path, user_text
+from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.hardware import keep_freed_memory, use_fast_float32
-from dalle_mini_impl.models.dalle_config import DalleConfig
-from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
-from dalle_mini_impl.training.config import DEFAULT_MAX_STEPS, TrainingConfig
-from dalle_mini_impl.training.cross_entropy import token_nats
-from dalle_mini_impl.training.dalle import DalleRunConfig
-from dalle_mini_impl.training.vqvae import VQVAERunConfig
-from dalle_mini_impl.transformer.blocks import recompute_activations
-from vqvae import VQVAE
-from vqvae.image_tokenizer import ImageTokenizer
-from vqvae.pretrained.load import load_tokenizer
 
-_STATE_COPIES = 4  # weights, gradients, and two moments of the optimizer
-_TIMED_STEPS = 3
+logger = logging.getLogger(__name__)
 
 
-def estimate_lines(
-    config: VQVAERunConfig | DalleRunConfig,
-    vqvae: ImageTokenizer,
-    report: DataReport,
-) -> list[str]:
-    """Estimate what a run needs; memory is for each process.
-
-    Args:
-        config: Of the run.
-        vqvae: Its image tokenizer, trained or not.
-        report: On its images.
-    """
-    num_train = report.split_sizes.get(config.data.train_split, 0)
-    splits = {config.data.train_split, config.data.validation_split}
-    num_images = sum(report.split_sizes.get(split, 0) for split in splits)
-    num_captions = sum(report.num_captions.get(split, 0) for split in splits)
-    # As training sets them: both change the time of a step.
-    use_fast_float32()
-    keep_freed_memory()
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    size = vqvae.config.image_size
-    pixel_bytes = num_images * 3 * size * size
-    lines = [
-        f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {size} x {size})",
-        f"reading the images: {num_images * report.seconds_per_image:.0f} s",
-    ]
-    # A tokenizer is trained on pixels; a decoder on tokens, which are computed once before.
-    if isinstance(config, VQVAERunConfig):
-        model: nn.Module = vqvae.to(device).train()
-    else:
-        grid = vqvae.image_grid_size[0] * vqvae.image_grid_size[1]
-        token_bytes = 4 * (
-            num_images * config.num_views * grid + num_captions * config.text.text_length
-        )
-        encoding = _encoding_seconds(vqvae.to(device).eval()) * num_images * config.num_views
-        lines += [
-            f"token table: {_readable(token_bytes)} ({grid} tokens an image)",
-            f"encoding the images: {encoding:.0f} s",
-        ]
-        model = _build_dalle(config, vqvae).to(device).train()
-        if config.training.activation_checkpointing:
-            recompute_activations(model)
-    state = sum(parameter.numel() for parameter in model.parameters()) * 4 * _STATE_COPIES
-    lines.append(f"weights, gradients and optimizer: {_readable(state)}, activations come on top")
-    seconds = _step_seconds(model, config.training, vqvae, device)
-    return [*lines, _time_line(config.training, seconds, num_train)]
-
-
-def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> TextToImageModel:
-    return build_text_to_image(
-        DalleConfig(
-            decoder=config.decoder,
-            vocab_size=config.text.vocab_size,
-            text_length=config.text.text_length,
-            codebook_levels=vqvae.codebook_levels,
-            image_grid_size=vqvae.image_grid_size,
-        )
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(
+        description=COMMANDS["check_data"],
+        epilog="Exit code 0: usable; 1: problems found; 2: bad input, or nothing usable.",
     )
+    add = parser.add_argument
+    add("--source", type=user_text, help="as --data.source; default: that of the preset")
+    add("--config", type=user_path, help="preset of a run, for its sizes and its needs")
+    add("--image-size", type=int, help="side in pixels; default 64")
+    add("--text-length", type=int, help="tokens per caption; default 32")
+    return parser.parse_args(arguments)
 
 
-@torch.inference_mode()
-def _encoding_seconds(vqvae: ImageTokenizer) -> float:
-    size, device = vqvae.config.image_size, next(vqvae.parameters()).device
-    pixels = torch.zeros(16, 3, size, size, device=device)
-    vqvae.encode_to_token_ids(pixels)  # the first call also sets up kernels and memory
-    started = time.perf_counter()
-    vqvae.encode_to_token_ids(pixels).cpu()
-    return (time.perf_counter() - started) / len(pixels)
+def main(arguments: Sequence[str]) -> None:
+    """Write the report; problems end the command with exit code 1."""
+    options = parse(arguments)
+    from dalle_mini_impl.config import find_preset
+    from dalle_mini_impl.data.check import check_data, report_lines, require_usable
+    from dalle_mini_impl.progress import log_now_and_then
+    from dalle_mini_impl.training.config import DataConfig, TextConfig
+    from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.estimate import estimate_lines, read_run
 
-
-def _step_seconds(
-    model: nn.Module, training: TrainingConfig, vqvae: ImageTokenizer, device: torch.device
-) -> float:
-    """Time forward and backward of one update on one process, without the optimizer."""
-    parts = training.gradient_accumulation_steps
-    batch = max(1, training.global_batch_size // parts)
-    seconds = []
-    for _ in range(_TIMED_STEPS):
-        started = time.perf_counter()
-        loss = _some_loss(model, batch, vqvae, device)
-        loss.backward()
-        float(loss.detach())  # waits for a GPU
-        model.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    # The fastest: the first step also warms up, and other programs only ever slow one down.
-    return min(seconds) * parts
-
-
-def _some_loss(
-    model: nn.Module, batch: int, vqvae: ImageTokenizer, device: torch.device
-) -> torch.Tensor:
-    if isinstance(model, TextToImageModel):
-        config = model.config
-        # Any tokens will do: the time does not depend on them.
-        text = torch.ones(batch, config.text_length, dtype=torch.long, device=device)
-        image = torch.zeros(batch, config.image_length, dtype=torch.long, device=device)
-        logits = model(text, image)
-        return token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
-    size = vqvae.config.image_size
-    pixels = torch.zeros(batch, 3, size, size, device=device)
-    output = model(pixels, generator=torch.Generator(device).manual_seed(0))
-    return F.l1_loss(output.reconstruction, pixels) + output.quantizer_loss
-
-
-def _time_line(training: TrainingConfig, seconds: float, num_train: int) -> str:
-    steps, minutes = training.max_steps, training.max_minutes
-    if steps is None and minutes is None:
-        steps = DEFAULT_MAX_STEPS
-    if minutes is not None:
-        # The budget that ends first decides, as in training.
-        affordable = max(1, int(minutes * 60 / seconds))
-        steps = affordable if steps is None else min(steps, affordable)
-    assert steps is not None
-    epochs = steps * training.global_batch_size / max(1, num_train)
-    return (
-        f"training: a step takes about {seconds:.3f} s on one process; {steps} steps take about "
-        f"{steps * seconds / 60:.1f} minutes and show each image {epochs:.1f} times"
+    preset = None if options.config is None else find_preset(options.config)
+    config, vqvae = (None, None) if preset is None else read_run(preset)
+    text = config.text if isinstance(config, DalleRunConfig) else TextConfig()
+    source = options.source or (config and config.data.source)
+    if not source:
+        raise UserError("source: got neither --source nor --config")
+    report = check_data(
+        source,
+        image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
+        text_length=options.text_length or text.text_length,
+        vocab_size=text.vocab_size,
+        progress=log_now_and_then("images read"),
     )
-
-
-def tokenizer_of(
-    config: VQVAERunConfig | DalleRunConfig, tokenizer_run: VQVAERunConfig | None
-) -> ImageTokenizer | None:
-    """Load the image tokenizer of a run, or build it untrained.
-
-    Args:
-        config: Of the run.
-        tokenizer_run: The tokenizer's own run, for a decoder whose tokenizer is not trained yet.
-
-    Returns:
-        The tokenizer; None if neither its folder nor its run is there.
-
-    Raises:
-        UserError: If the folder holds no tokenizer.
-    """
-    if isinstance(config, VQVAERunConfig):
-        return VQVAE(config.vqvae)
-    if Path(config.vqvae_dir).is_dir():
-        try:
-            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
-        except ValueError as error:
-            raise UserError(f"vqvae_dir: {error}") from None
-    return None if tokenizer_run is None else VQVAE(tokenizer_run.vqvae)
-
-
-def _readable(num_bytes: int | float) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes < 2**30 else f"{num_bytes / 2**30:.1f} GiB"
+    logger.info("\n".join(report_lines(report)))
+    if config is not None and vqvae is not None:
+        logger.info("\n".join(estimate_lines(config, vqvae, report)))
+    limits = config.data if config else DataConfig
+    require_usable(report, max_bad_fraction=limits.max_bad_fraction)
+    if report.has_problems:
+        raise SystemExit(1)

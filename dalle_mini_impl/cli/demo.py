@@ -1,28 +1,82 @@
-"""The images at the end of a demo: fixed prompts in two languages, and held-out combinations."""
+"""The demo: emoji data, image tokenizer, decoder, and prompts that training never combined."""
 
+import argparse
+import logging
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
+from dalle_mini_impl.cli.arguments import OneLineParser, user_path
+from dalle_mini_impl.cli.main import COMMANDS, show_elapsed_minutes
 
-from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
-from dalle_mini_impl.data.image_grid import make_grid
-from dalle_mini_impl.evaluation.emoji import GridReport, evaluate_grid
-from dalle_mini_impl.pipeline import TextToImagePipeline
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dalle_mini_impl.evaluation.emoji import GridReport
+
+logger = logging.getLogger(__name__)
 
 NUM_HELD_OUT_SHOWN = 16
 README_STEPS = 1_850  # of configs/demo/dalle.yaml in its 9.5 minutes, on two idle cores
 
 
-def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Generate ``prompts.png``, ``prompts_ko.png`` and ``held_out.png`` in ``out``.
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(description=COMMANDS["demo"])
+    add = parser.add_argument
+    add("--out", type=user_path, default="out/demo", help="output folder; default: %(default)s")
+    add("--configs", type=user_path, default="configs/demo", help="folder of the two presets")
+    return parser.parse_args(arguments)
 
-    Returns:
-        Lines that say where the images are and how well the model composes.
-    """
-    pipeline = TextToImagePipeline.from_pretrained(model_dir)
+
+def main(arguments: Sequence[str]) -> None:
+    """Run all steps but those whose result is there already."""
+    options = parse(arguments)
+    show_elapsed_minutes()
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
+    from dalle_mini_impl.config import find_preset, load_config
+    from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
+
+    out, presets = options.out, find_preset(options.configs)
+    data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
+    # Each step's last file says that it is done.
+    if not (data / "metadata.jsonl").is_file():
+        logger.info("writing the Twemoji data set")
+        prepare_emoji(data, size=64)
+
+    def shared(run: Path) -> list[str]:
+        is_begun = any((run / "checkpoints").glob("step-*"))
+        resume = ["--resume", "latest"] if is_begun else []
+        return ["--data.source", str(data), "--output_dir", str(run), *resume]
+
+    if not (vqvae / "model" / "config.json").is_file():
+        logger.info("training the image tokenizer")
+        preset = ["--config", str(presets / "vqvae.yaml"), *shared(vqvae)]
+        config, resume = load_config(VQVAERunConfig, preset, description="")
+        train_vqvae(config, resume=resume)
+    if not (dalle / "model" / "model_index.json").is_file():
+        logger.info("training the decoder")
+        preset = ["--config", str(presets / "dalle.yaml"), *shared(dalle)]
+        preset += ["--vqvae_dir", str(vqvae / "model")]
+        run_config, resume = load_config(DalleRunConfig, preset, description="")
+        train_dalle(run_config, resume=resume)
+    logger.info("generating images")
+    for line in generate_demo(dalle / "model", data, out):
+        logger.info(line)
+
+
+def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
+    """Write three grids of images; return lines on where they are and how well they are right."""
+    from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
+    from dalle_mini_impl.cli.pipelines import open_pipeline
+    from dalle_mini_impl.data.image_grid import make_grid
+    from dalle_mini_impl.evaluation.emoji import evaluate_grid
+
+    pipeline = open_pipeline(str(model_dir))
     for name, prompts in (("prompts.png", FIXED_PROMPTS), ("prompts_ko.png", FIXED_PROMPTS_KO)):
         images = pipeline(list(prompts), num_images=2, num_candidates=2).images
-        # English captions under both grids: readers compare them image by image.
+        # In English on both: not every machine has a font for Hangul.
         captions = [prompt for prompt in FIXED_PROMPTS for _ in range(2)]
         make_grid(images, columns=8, captions=captions).save(out / name)
     report = evaluate_grid(pipeline, data_dir)
@@ -33,16 +87,15 @@ def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
         f"{report.tone_accuracy:.0%} (chance 20%), right gender {report.gender_accuracy:.0%}",
         f"fixed prompts: {out / 'prompts.png'}",
         f"the same in Korean: {out / 'prompts_ko.png'}",
-        f"unseen combinations and reference images: {out / 'held_out.png'}",
+        f"held-out combinations next to the reference images: {out / 'held_out.png'}",
         *steps_report(model_dir.parent),
     ]
 
 
 def steps_report(run_dir: Path) -> list[str]:
-    """Return a line if the run made far fewer steps than that of the README's images, else none."""
+    """Warn, in one line, of far fewer steps than the decoder behind the README's images had."""
     names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     steps = int(max(names, default="step-0").removeprefix("step-"))
-    # 0 steps: no checkpoint is left, which says nothing about the run.
     if not 0 < steps < 0.8 * README_STEPS:
         return []
     return [
@@ -51,9 +104,10 @@ def steps_report(run_dir: Path) -> list[str]:
     ]
 
 
-def held_out_sheet(report: GridReport) -> Image.Image:
-    """Lay generated images of held-out cells out, each next to its reference image."""
-    # Every nth cell: the first ones are all of the same role.
+def held_out_sheet(report: "GridReport") -> "Image.Image":
+    """Lay pairs of generated and reference images of held-out combinations out."""
+    from dalle_mini_impl.data.image_grid import make_grid
+
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
     for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):

@@ -1,6 +1,9 @@
-"""How a script starts and ends: quietly, or with one line that says what to change."""
+"""How a command starts and ends: quietly, or with one line that says what to change.
 
-import argparse
+``python scripts/generate.py ...`` and ``dalle-mini generate ...`` are the same command.
+"""
+
+import importlib
 import logging
 import os
 import shlex
@@ -8,27 +11,58 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
 
 from dalle_mini_impl.errors import StoppedError, UserError, without_secrets
 
+CONSOLE = "dalle-mini"
+COMMANDS = {
+    "generate": "Generate images from prompts, or inpaint a part of an image.",
+    "app": "Generate images on a page in the browser.",
+    "caption": "Rank captions of an image by the likelihood of the model that generates.",
+    "check_data": "Find problems in captioned images, and estimate a run on them.",
+    "train_vqvae": "Train an image tokenizer (discrete VAE).",
+    "train_dalle": "Train a decoder on captioned images.",
+    "train_clip": "Train a CLIP on captioned images, to rank generated ones.",
+    "train_vit": "Train a Vision Transformer to classify images.",
+    "train_translation": "Train a translator on pairs of texts.",
+    "evaluate": "Measure a model on held-out images: report.md and report.json.",
+    "prepare_emoji": "Write emoji images and captions as an image folder.",
+    "prepare_shapes": "Write images of shapes with captions and facts.",
+    "demo": "Run the demo: emoji data, image tokenizer, decoder, and held-out prompts.",
+}
 
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are like all others: one line."""
 
-    def error(self, message: str) -> NoReturn:
-        """Refuse the command line.
+def console() -> None:
+    """Run ``dalle-mini COMMAND ...``."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("none", [])
+    if name in ("-h", "--help"):
+        sys.stdout.write(f"usage: {CONSOLE} COMMAND ...\n\n")
+        for command, summary in COMMANDS.items():
+            sys.stdout.write(f"  {command:18} {summary}\n")
+        sys.stdout.write(f"\n{CONSOLE} COMMAND --help lists its options.\n")
+        return
+    # Parsers and the line that says how to resume read here what the user typed.
+    sys.argv = [f"{CONSOLE} {name}" if name in COMMANDS else CONSOLE, *arguments]
+    run_command(name, arguments)
 
-        Args:
-            message: What is wrong with it.
 
-        Raises:
-            UserError: Always.
-        """
-        raise UserError(f"{message}; {self.prog} --help lists all options")
+def run_command(name: str, arguments: Sequence[str]) -> None:
+    """Run the command of a name: the function ``main`` of its module."""
+
+    def main(arguments: Sequence[str]) -> None:
+        if name not in COMMANDS:
+            raise UserError(
+                f"command: got {name}, expected one of {', '.join(COMMANDS)}; {CONSOLE} --help "
+                "says what they do"
+            )
+        # Only now: another command's libraries take seconds.
+        importlib.import_module(f"dalle_mini_impl.cli.{name}").main(arguments)
+
+    run_script(main, arguments, takes_resume=name.startswith("train_"))
 
 
 class _TerminatedError(BaseException):
@@ -38,21 +72,17 @@ class _TerminatedError(BaseException):
 def run_script(
     main: Callable[[Sequence[str]], None], arguments: Sequence[str], *, takes_resume: bool = False
 ) -> None:
-    """Run a script's main function; bad input ends it with one line and exit code 2.
+    """Call a main function; bad input ends it with one line and exit code 2.
 
-    A signal ends it with one line that says how to go on, and exit code 128 + its number.
-
-    Args:
-        main: Takes the command line without the program.
-        arguments: That command line.
-        takes_resume: Whether the script goes on where it was with ``--resume latest``.
+    A signal ends it with one line that says how to resume, and exit code 128 + its number. With
+    ``takes_resume``, that is ``--resume latest``.
 
     Raises:
-        SystemExit: The script did not end well.
+        SystemExit: The exit code is not 0.
     """
     is_main_process = int(os.environ.get("RANK", "0")) == 0
     _set_up_logging(is_main_process)
-    go_on = f"to go on: {_resume_command(arguments)}" if takes_resume else "run it again"
+    resume = f"to resume: {_resume_command(arguments)}" if takes_resume else "run it again"
     code, line = 0, ""
     with _termination_raised():
         try:
@@ -60,11 +90,11 @@ def run_script(
         except UserError as error:
             code, line = 2, f"error: {printable(str(error))}"
         except StoppedError as stop:
-            code, line = 128 + stop.signal, f"{stop}; {go_on}"
+            code, line = 128 + stop.signal, f"{stop}; {resume}"
         except KeyboardInterrupt:
-            code, line = 128 + signal.SIGINT, f"stopped; {go_on}"
+            code, line = 128 + signal.SIGINT, f"stopped; {resume}"
         except _TerminatedError:
-            code, line = 128 + signal.SIGTERM, f"stopped; {go_on}"
+            code, line = 128 + signal.SIGTERM, f"stopped; {resume}"
         except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
@@ -79,7 +109,8 @@ def run_script(
 
 @contextmanager
 def _termination_raised() -> Iterator[None]:
-    """Make SIGTERM end what is under way as Ctrl-C does, so that files are closed and put away."""
+    """Raise an exception at SIGTERM, as Ctrl-C does, so that files are closed and removed."""
+    # Python sets signal handlers in the main thread only.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,57 +126,76 @@ def _termination_raised() -> Iterator[None]:
 
 
 def _set_up_logging(is_main_process: bool) -> None:
-    """Progress of our packages goes to stdout, warnings of all to stderr, secrets nowhere."""
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    """Send progress of our packages to stdout, warnings of all to stderr, secrets nowhere."""
+    # Names of files may hold letters that the terminal's encoding has not.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
+    sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings = logging.StreamHandler()
     warnings.setLevel(logging.WARNING)
-    warnings.setFormatter(_PlainFormatter("%(levelname)s: %(message)s"))
+    warnings.setFormatter(_RedactingFormatter("%(levelname)s: %(message)s"))
     progress = logging.StreamHandler(sys.stdout)
     progress.addFilter(lambda record: record.levelno < logging.WARNING)
-    progress.setFormatter(_PlainFormatter("%(message)s"))
+    progress.setFormatter(_RedactingFormatter("%(message)s"))
     # The other processes of a run would only repeat what the first one says.
     level = logging.WARNING if is_main_process else logging.CRITICAL
-    logging.basicConfig(level=level, handlers=[warnings, progress])
+    root = logging.getLogger()
+    root.setLevel(level)
+    root.handlers[:] = [warnings, progress]  # not added: a program may run several commands
     for package in ("dalle_mini_impl", "vqvae"):
         logging.getLogger(package).setLevel(logging.INFO if is_main_process else level)
 
 
-class _PlainFormatter(logging.Formatter):
+class _RedactingFormatter(logging.Formatter):
     """Writes a record without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Write the record as text."""
         return without_secrets(super().format(record))
 
 
+class _MinutesFormatter(_RedactingFormatter):
+    """Begins each line with the minutes since the formatter was made."""
+
+    def __init__(self) -> None:
+        super().__init__("%(message)s")
+        self._started = time.time()
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"[{(record.created - self._started) / 60:4.1f} min] {super().format(record)}"
+
+
+def show_elapsed_minutes() -> None:
+    """Begin each line of progress with the minutes since this call."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+            handler.setFormatter(_MinutesFormatter())
+
+
 def printable(text: str) -> str:
-    """Make a message safe for a terminal: names of files may hold its control codes.
-
-    Args:
-        text: Of any characters.
-
-    Returns:
-        One line, with what cannot be printed written out.
-    """
+    """Make a message one line without control codes, which names of files may hold."""
     line = " ".join(text.splitlines())
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
 
 def _resume_command(arguments: Sequence[str]) -> str:
-    """Write the command that goes on where this one was."""
-    kept, skip = [sys.argv[0]], False
+    """Write the command that resumes this one, in the form that the user typed."""
+    kept, skip = [], False
     for argument in arguments:
         if not skip and argument != "--resume" and not argument.startswith("--resume="):
             kept.append(argument)
         skip = argument == "--resume"
+    is_console = sys.argv[0].startswith(f"{CONSOLE} ")
+    program = sys.argv[0].split() if is_console else [sys.argv[0]]
     size, local_size = (os.environ.get(f"{name}WORLD_SIZE", "1") for name in ("", "LOCAL_"))
+    launcher: list[str] = []
     if size == "1":
-        launcher = ["python" if shutil.which("python") == sys.executable else sys.executable]
-    elif size == local_size:
-        launcher = ["torchrun", "--standalone", "--nproc_per_node", size]
+        if not is_console:
+            python = "python" if shutil.which("python") == sys.executable else sys.executable
+            launcher = [python]
     else:
-        launcher = ["torchrun", "..."]
-    return shlex.join([*launcher, *kept, "--resume", "latest"])
+        # The address of another machine's process is not known here.
+        nodes = ["--standalone", "--nproc_per_node", size] if size == local_size else ["..."]
+        launcher = ["torchrun", *nodes, *(["--no-python"] if is_console else [])]
+    return shlex.join([*launcher, *program, *kept, "--resume", "latest"])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -9,19 +9,13 @@ from torch.nn import functional as F
 def shift_images(
     pixels: UInt8[Tensor, "batch channels height width"], offsets: Int[Tensor, "batch 2"]
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Move images by whole pixels; edges are repeated into the space that opens.
-
-    Args:
-        pixels: Bytes.
-        offsets: (down, right) in pixels, negative for up and left.
-
-    Returns:
-        Shifted copies.
-    """
+    """Move images by whole pixels (down, right); edges are repeated into the space that opens."""
     _, _, height, width = pixels.shape
+    # Where each pixel comes from; clamping repeats the edge.
     rows = (torch.arange(height) - offsets[:, :1]).clamp(0, height - 1)  # (batch, height)
     columns = (torch.arange(width) - offsets[:, 1:]).clamp(0, width - 1)
     batch = torch.arange(len(pixels))[:, None, None]
+    # (batch, height, width, channels): advanced indexing of both axes at once
     moved = pixels.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
     return moved.permute(0, 3, 1, 2).contiguous()
 
@@ -32,15 +26,9 @@ def zoom_images(
     *,
     max_zoom: float,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Enlarge images and keep a window of the old size from each.
+    """Enlarge images up to ``max_zoom`` and keep a window of the old size from each.
 
-    Args:
-        pixels: Bytes.
-        uniforms: Uniform in [0, 1): how much each grows, and where its window is, (down, right).
-        max_zoom: Largest enlargement, at least 1.
-
-    Returns:
-        The windows.
+    ``uniforms`` in [0, 1) say how much each grows and where its window is, (down, right).
 
     Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
         image is scaled down to its new size and cropped to a square near its middle; here the
@@ -49,8 +37,9 @@ def zoom_images(
     height, width = pixels.shape[-2:]
     results = []
     for image, (growth, down, right) in zip(pixels, uniforms.tolist(), strict=True):
+        # Every whole number of pixels between no growth and the largest is as likely.
         sides = [
-            size + int(growth * (round(max_zoom * size) - size + 1)) for size in (height, width)
+            size + int(growth * (round(max_zoom * size) - size + 1)) for size in image.shape[1:]
         ]
         top, left = int(down * (sides[0] - height + 1)), int(right * (sides[1] - width + 1))
         large = F.interpolate(image[None].float(), size=sides, mode="bilinear")

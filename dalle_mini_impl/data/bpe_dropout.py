@@ -2,8 +2,8 @@
 
 While a word's letters are merged, each merge is left out with some probability, so that shorter
 tokens occur in places where the usual encoding never has them. The dropout of the library
-`tokenizers` cannot be seeded. This one is a function of the caption and of a variant's number, so
-that a run that is made again, or goes on, learns the same tokens.
+``tokenizers`` cannot be seeded. This one is a function of the caption and of a variant's number, so
+that a repeated or resumed run learns the same tokens.
 
 Source: Provilkov et al. 2020, arXiv:1910.13267, algorithm 1; DALL-E (Ramesh et al. 2021,
 arXiv:2102.12092, appendix B.2) used it at 10 %. There every reading of a caption is split anew;
@@ -35,29 +35,22 @@ class MergeRules(NamedTuple):
 def encode_variants(
     text_tokenizer: TextTokenizer, texts: Sequence[str], *, dropout: float
 ) -> Int64[Tensor, "rows text_length"]:
-    """Encode every caption in `NUM_VARIANTS` ways; the first is the usual one.
+    """Encode every caption in ``NUM_VARIANTS`` ways, one after the other; the first is the usual.
 
-    Args:
-        text_tokenizer: The caption tokenizer.
-        texts: Captions as `TextTokenizer.encode` takes them.
-        dropout: Probability that a merge is left out at a step, in [0, 1].
-
-    Returns:
-        Token ids; all variants of a caption stand together.
-
-    Raises:
-        UserError: As `TextTokenizer.encode`.
+    Raises UserError as ``TextTokenizer.encode`` does, and logs how many rows were cut.
     """
-    rows = text_tokenizer.encode(texts).repeat_interleave(NUM_VARIANTS, dim=0)
+    usual = text_tokenizer.tokenize(texts)
     rules = merge_rules(text_tokenizer.tokenizer)
-    words = [words_of(text_tokenizer.tokenizer, text) for text in texts]
-    for variant in range(1, NUM_VARIANTS):
-        split = [
-            split_with_dropout(each, rules, dropout=dropout, seed=f"{variant} {text}")
-            for each, text in zip(words, texts, strict=True)
+    rows = []
+    for text, tokens in zip(texts, usual, strict=True):
+        words = words_of(text_tokenizer.tokenizer, text)
+        rows.append(tokens)
+        # The seed names variant and caption alone: what else is in the data set changes nothing.
+        rows += [
+            split_with_dropout(words, rules, dropout=dropout, seed=f"{variant} {text}")
+            for variant in range(1, NUM_VARIANTS)
         ]
-        rows[variant::NUM_VARIANTS] = text_tokenizer.pad(texts, split)
-    return rows
+    return text_tokenizer.pad(rows, log_truncated=True)
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
@@ -69,17 +62,7 @@ def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
 def split_with_dropout(
     words: Sequence[str], rules: MergeRules, *, dropout: float, seed: str
 ) -> list[int]:
-    """Encode one caption.
-
-    Args:
-        words: Of the caption, as `words_of` gives them.
-        rules: Vocabulary and merges.
-        dropout: Probability that a merge is left out at a step; 0 is the usual encoding.
-        seed: Decides which; any text.
-
-    Returns:
-        Token ids.
-    """
+    """Encode one caption, cut into words by ``words_of``; without dropout as the library does."""
     generator = random.Random(seed)
     return [
         rules.ids[token]
@@ -93,6 +76,7 @@ def _merged(
 ) -> list[str]:
     tokens = list(word)
     while True:
+        # Each possible merge is left out with its own coin; of the others the oldest is done.
         possible = (
             (ranks[pair], place)
             for place, pair in enumerate(itertools.pairwise(tokens))

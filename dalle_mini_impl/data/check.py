@@ -1,4 +1,4 @@
-"""What is wrong with a source of captioned images: found, counted and named before training.
+"""Problems of a source of captioned images: found, counted and named before training.
 
 Every image is decoded once, as training does it. Nothing is changed.
 """
@@ -14,21 +14,22 @@ from dalle_mini_impl.data.images import decode_image, describe_image
 from dalle_mini_impl.data.loading import each_image
 from dalle_mini_impl.data.pairs import Pairs, open_all_splits
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
-from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 
 HUGE_PIXELS = 8_000_000
 LONG_SIDE_RATIO = 3
 COMMON_KINDS = (
-    "JPEG RGB",
-    "JPEG L",
-    "PNG RGB",
-    "PNG RGBA",
-    "PNG L",
-    "PNG P",
-    "WEBP RGB",
-    "BMP RGB",
+    *("JPEG RGB", "JPEG L", "WEBP RGB", "BMP RGB"),
+    *("PNG RGB", "PNG RGBA", "PNG L", "PNG P"),
 )
+_FORMAT_OF_SUFFIX = {
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".png": "PNG",
+    ".webp": "WEBP",
+    ".bmp": "BMP",
+}
 _BAR = 40  # letters
 _MAX_NAMED = 5
 
@@ -47,7 +48,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found."""
+    """What ``check_data`` found."""
 
     source: str
     num_records: int
@@ -78,11 +79,17 @@ class DataReport:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _Image:
+    path: str
+    split: str
+    captions: tuple[str, ...]
     kind: str
     width: int
     height: int
-    pixels: bytes
+    pixels: bytes  # a hash of them
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.kind}, {self.width}x{self.height})"
 
 
 def check_data(
@@ -93,42 +100,37 @@ def check_data(
     vocab_size: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataReport:
-    """Read a whole source and say what is wrong with it.
+    """Read any source that training takes, all of it, and find what is wrong with it.
 
-    Args:
-        source: Any source that training takes.
-        image_size: Side in pixels that training scales to.
-        text_length: Tokens per caption that training keeps.
-        vocab_size: Of the caption tokenizer.
-        progress: Called with (done, total).
-
-    Returns:
-        Counts and findings.
+    ``image_size``, ``text_length`` and ``vocab_size`` are those of the training to come;
+    ``progress`` is called with (done, total).
 
     Raises:
-        UserError: If the source holds no captioned image at all.
+        UserError: The source holds no captioned image at all.
     """
     pairs, splits = open_all_splits(source)
     started = time.monotonic()
-    facts, unreadable = _read_all(pairs, progress)
+    images, unreadable = _read_all(pairs, splits, progress)
     seconds = (time.monotonic() - started) / len(pairs)
-    captions = [pair.captions for pair in pairs]
-    texts = [text for index in facts for text in captions[index]]
+    # The tokenizer that training would learn tells how many captions would be cut.
+    texts = [text for image in images for text in image.captions]
     lengths = _token_counts(texts, text_length=text_length, vocab_size=vocab_size) if texts else []
-    paths = [printable(pair.path) for pair in pairs]
     findings = [
-        _listed("not usable, as the image cannot be read", unreadable),
-        _listed("not usable, as image or caption is missing", pairs.skipped),
-        *_duplicates(facts, paths, splits),
-        *_unusual_images(facts, paths, image_size),
+        _left_out("not usable, as the image cannot be read", unreadable),
+        _left_out("not usable, as image or caption is missing", pairs.skipped),
+        *_duplicates(images),
+        *_unusual_images(images, image_size),
         _long_captions(texts, lengths, text_length),
     ]
+    num_captions: Counter[str] = Counter()
+    for image in images:
+        num_captions[image.split] += len(image.captions)
     return DataReport(
         source=source,
         num_records=pairs.num_records,
-        split_sizes=dict(Counter(splits[index] for index in facts)),
-        num_captions=dict(_sum_by(splits, {index: len(captions[index]) for index in facts})),
-        kinds=dict(Counter(fact.kind for fact in facts.values()).most_common()),
+        split_sizes=dict(Counter(image.split for image in images)),
+        num_captions=dict(num_captions),
+        kinds=dict(Counter(image.kind for image in images).most_common()),
         caption_lengths=tuple(sorted(lengths)),
         text_length=text_length,
         seconds_per_image=seconds,
@@ -137,99 +139,81 @@ def check_data(
 
 
 def _read_all(
-    pairs: Pairs, progress: Callable[[int, int], None]
-) -> tuple[dict[int, _Facts], list[SkippedRecord]]:
-    facts: dict[int, _Facts] = {}
+    pairs: Pairs, splits: Sequence[str], progress: Callable[[int, int], None]
+) -> tuple[list[_Image], list[SkippedRecord]]:
+    images: list[_Image] = []
     unreadable: list[SkippedRecord] = []
 
-    def read(index: int, data: bytes, path: str) -> tuple[int, _Facts]:
+    def read(index: int, data: bytes, path: str) -> _Image:
         decoded = decode_image(data, source=path)
+        # Equal bytes of other width and height are another image.
         digest = hashlib.sha256(f"{decoded.size}".encode())
         digest.update(decoded.tobytes())
-        return index, _Facts(*describe_image(data), pixels=digest.digest()[:16])
+        kind, width, height = describe_image(data)
+        captions, pixels = pairs[index].captions, digest.digest()[:16]
+        return _Image(printable(path), splits[index], captions, kind, width, height, pixels)
 
     for done, result in enumerate(each_image(pairs, read), start=1):
         if isinstance(result, SkippedRecord):
             unreadable.append(result)
         else:
-            facts[result[0]] = result[1]
+            images.append(result)
         progress(done, len(pairs))
-    return facts, unreadable
+    return images, unreadable
 
 
 def _token_counts(texts: Sequence[str], *, text_length: int, vocab_size: int) -> list[int]:
-    encoder = TextTokenizer(train_text_tokenizer(texts, vocab_size=vocab_size), text_length)
-    return [len(row) for row in encoder.tokenizer.encode_batch_fast(list(texts))]
+    text_tokenizer = TextTokenizer.learn(texts, vocab_size=vocab_size, text_length=text_length)
+    return [len(row) for row in text_tokenizer.tokenize(texts)]
 
 
-def _sum_by(names: Sequence[str], values: dict[int, int]) -> Counter[str]:
-    total: Counter[str] = Counter()
-    for index, value in values.items():
-        total[names[index]] += value
-    return total
-
-
-def _listed(what: str, records: Sequence[SkippedRecord]) -> Finding:
+def _left_out(what: str, records: Sequence[SkippedRecord]) -> Finding:
     return Finding(what, tuple(f"{record.path}: {record.reason}" for record in records), True)
 
 
-def _duplicates(
-    facts: dict[int, _Facts], paths: Sequence[str], splits: Sequence[str]
-) -> list[Finding]:
-    groups: dict[bytes, list[int]] = defaultdict(list)
-    for index, fact in facts.items():
-        groups[fact.pixels].append(index)
+def _duplicates(images: Sequence[_Image]) -> list[Finding]:
+    groups: dict[bytes, list[_Image]] = defaultdict(list)
+    for image in images:
+        groups[image.pixels].append(image)
     within, across = [], []
+    # A copy in another split is worse than one in the same: it makes evaluation too good.
     for group in groups.values():
-        if len(group) < 2:
-            continue
-        if len({splits[index] for index in group}) > 1:
-            across.append(" = ".join(f"{paths[index]} ({splits[index]})" for index in group))
-        else:
-            within.append(" = ".join(paths[index] for index in group))
+        if len({image.split for image in group}) > 1:
+            across.append(" = ".join(f"{image.path} ({image.split})" for image in group))
+        elif len(group) > 1:
+            within.append(" = ".join(image.path for image in group))
+    leak = "same pixels in different splits: evaluation would measure what was learned"
     return [
-        Finding(
-            "same pixels in different splits: what is measured was learned", tuple(across), True
-        ),
+        Finding(leak, tuple(across), True),
         Finding("same pixels within a split", tuple(within), True),
     ]
 
 
-def _unusual_images(
-    facts: dict[int, _Facts], paths: Sequence[str], image_size: int
-) -> list[Finding]:
-    def named(holds: Callable[[int, _Facts], bool]) -> tuple[str, ...]:
-        return tuple(
-            f"{paths[index]} ({fact.kind}, {fact.width}x{fact.height})"
-            for index, fact in facts.items()
-            if holds(index, fact)
-        )
-
-    suffixes = {"JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "BMP": (".bmp",)}
-
-    def is_misnamed(index: int, fact: _Facts) -> bool:
-        suffix = PurePath(paths[index]).suffix.lower()
-        known = {name for names in suffixes.values() for name in names}
-        return suffix in known and suffix not in suffixes.get(fact.kind.split()[0], ())
-
-    tiny = named(lambda _, fact: min(fact.width, fact.height) < image_size)
-    huge = named(lambda _, fact: fact.width * fact.height > HUGE_PIXELS)
-    long = named(
-        lambda _, fact: (
-            max(fact.width, fact.height) > LONG_SIDE_RATIO * min(fact.width, fact.height)
-        )
-    )
-    return [
-        Finding(f"tiny: smaller than {image_size} pixels, and so enlarged", tiny, True),
-        Finding(f"more than {LONG_SIDE_RATIO} times as long as wide: most is cut off", long, True),
-        Finding(f"huge: over {HUGE_PIXELS // 10**6} million pixels, and so slow", huge, False),
-        Finding(
-            "odd format or mode, read all the same",
-            named(lambda _, fact: fact.kind not in COMMON_KINDS),
-            False,
-        ),
-        Finding("named as another format, read all the same", named(is_misnamed), False),
+def _unusual_images(images: Sequence[_Image], image_size: int) -> list[Finding]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for image in images:
+        short, long = sorted((image.width, image.height))
+        suffix = PurePath(image.path).suffix.lower()
+        named_format = _FORMAT_OF_SUFFIX.get(suffix)
+        checks = {
+            "tiny": short < image_size,
+            "long": long > LONG_SIDE_RATIO * short,
+            "huge": short * long > HUGE_PIXELS,
+            "odd": image.kind not in COMMON_KINDS,
+            "misnamed": named_format not in (None, image.kind.split()[0]),
+        }
+        for name, applies in checks.items():
+            if applies:
+                found[name].append(str(image))
+    million = HUGE_PIXELS // 10**6
+    rows = [
+        ("tiny", f"tiny: smaller than {image_size} pixels, and so enlarged", True),
+        ("long", f"more than {LONG_SIDE_RATIO} times as long as wide: most is cut off", True),
+        ("huge", f"huge: over {million} million pixels, and so slow", False),
+        ("odd", "odd format or mode, read all the same", False),
+        ("misnamed", "named as another format, read all the same", False),
     ]
+    return [Finding(what, tuple(found[name]), is_problem) for name, what, is_problem in rows]
 
 
 def _long_captions(texts: Sequence[str], lengths: Sequence[int], text_length: int) -> Finding:
@@ -242,14 +226,7 @@ def _long_captions(texts: Sequence[str], lengths: Sequence[int], text_length: in
 
 
 def report_lines(report: DataReport) -> list[str]:
-    """Put a report into plain text.
-
-    Args:
-        report: Of `check_data`.
-
-    Returns:
-        Lines without line ends.
-    """
+    """Put a report into lines of plain text."""
     usable = sum(report.split_sizes.values())
     lines = [f"{printable(report.source)}: {usable} of {report.num_records} records can be used"]
     for split, size in sorted(report.split_sizes.items()):
@@ -266,14 +243,10 @@ def report_lines(report: DataReport) -> list[str]:
 
 
 def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
-    """Refuse data that training would refuse.
-
-    Args:
-        report: Of `check_data`.
-        max_bad_fraction: Fraction of bad records that training takes; one is always taken.
+    """Refuse data that training would refuse: nothing, or too little, can be used.
 
     Raises:
-        UserError: If nothing, or too little, can be used.
+        UserError: Says how many records are bad.
     """
     if not report.split_sizes:
         raise UserError(f"source: none of the {report.num_records} records can be used")
@@ -287,6 +260,7 @@ def require_usable(report: DataReport, *, max_bad_fraction: float) -> None:
 def _histogram(lengths: Sequence[int], text_length: int) -> list[str]:
     if not lengths:
         return []
+    # Eight bins for what fits, and one for all that is cut.
     width = max(1, -(-text_length // 8))
     bins = Counter(min((length - 1) // width, -(-text_length // width)) for length in lengths)
     middle = lengths[len(lengths) // 2]

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dalle_mini_impl.data.images import WHITE, to_rgb
 
+_PADDING = 2  # pixels of white between and around the images
 _CAPTION_FONT_SIZE = 11  # pixels
 # With Hangul; Pillow finds them by name where each system keeps its fonts.
 _WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NanumGothic.ttf", "malgun.ttf", "AppleSDGothicNeo.ttc")
@@ -19,25 +20,12 @@ def make_grid(
     *,
     columns: int,
     captions: Sequence[str] | None = None,
-    padding: int = 2,
 ) -> Image.Image:
-    """Lays images out in rows on white, with captions under them if given.
+    """Lay images out in rows on white, with captions under them if given.
 
     With captions, images narrower than 96 pixels are doubled (nearest) until the text fits.
-    Pillow's built-in font knows Latin only. Other letters are generated in the first font of
-    `_WIDE_FONTS` that is installed, or as "?" where none is.
-
-    Args:
-        images: The images, row by row; sizes may differ.
-        columns: Images per row.
-        captions: One text per image, or None.
-        padding: Pixels of white between and around the images.
-
-    Returns:
-        One RGB image.
-
-    Raises:
-        ValueError: No images, `columns` below 1, or not one caption per image.
+    Pillow's built-in font knows Latin only. Other letters are drawn in the first font of
+    ``_WIDE_FONTS`` that is installed, or as "?" where none is.
     """
     if not images or columns < 1:
         raise ValueError(
@@ -50,16 +38,18 @@ def make_grid(
         tiles = [_double_until_legible(tile) for tile in tiles]
     width = max(tile.width for tile in tiles)
     height = max(tile.height for tile in tiles)
+    # Every row of the sheet has room for the longest caption.
     texts = [_wrap(text, width) for text in captions] if captions is not None else []
     text_height = _text_height(max((text.count("\n") + 1 for text in texts), default=0))
+    # All cells of the sheet are as large as the widest and the highest tile.
     columns = min(columns, len(tiles))
     rows = -(-len(tiles) // columns)
-    step_x, step_y = width + padding, height + text_height + padding
-    sheet = Image.new("RGB", (columns * step_x + padding, rows * step_y + padding), WHITE)
+    step_x, step_y = width + _PADDING, height + text_height + _PADDING
+    sheet = Image.new("RGB", (columns * step_x + _PADDING, rows * step_y + _PADDING), WHITE)
     draw = ImageDraw.Draw(sheet)
     for index, tile in enumerate(tiles):
         row, column = divmod(index, columns)
-        x, y = padding + column * step_x, padding + row * step_y
+        x, y = _PADDING + column * step_x, _PADDING + row * step_y
         sheet.paste(tile, (x, y))
         if texts:
             text = texts[index]
@@ -102,10 +92,11 @@ def _text_height(num_lines: int) -> int:
 
 
 def _wrap(text: str, width: int) -> str:
-    """Breaks a caption into lines of at most `width` pixels; what does not fit ends in "..."."""
+    """Break a caption into lines of at most ``width`` pixels; what does not fit ends in "..."."""
     # A letter is wider than a pixel: what is cut here would not fit anyway.
     text = text[: width * (_CAPTION_MAX_LINES + 1)]
     if _wide_font() is None:
+        # Without such a font Pillow would show empty boxes.
         text = text.encode("latin-1", "replace").decode("latin-1")
     font = _font(text)
     lines = [""]

@@ -1,7 +1,7 @@
-"""Images in and out: strict decoding to RGB, square crops, pixel tensors, contact sheets.
+"""Images in and out: strict decoding to RGB, square crops, pixel tensors.
 
 Bytes from outside are hostile until decoded: the size is judged from the header before any pixel
-is read, only four formats are tried, and every failure becomes one `BadImageError` with the
+is read, only four formats are tried, and every failure becomes one ``BadImageError`` with the
 image's name. Color profiles are ignored; everything is taken as sRGB.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from PIL.ExifTags import Base as ExifTag
 from torch import Tensor
@@ -20,6 +20,7 @@ from dalle_mini_impl.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 16384
+MAX_PIXELS = 50_000_000
 WHITE = (255, 255, 255)
 _BIG_PIXELS = 8_000_000
 _STRIP = 64  # rows
@@ -39,47 +40,32 @@ class BadImageError(UserError):
     """An image that cannot be read; the message holds its path and the reason."""
 
     def __init__(self, source: str, reason: str) -> None:
-        """Keeps both parts, so that lists of bad images can be made.
-
-        Args:
-            source: Path or key of the image, as the user knows it.
-            reason: What is wrong with it.
-        """
         super().__init__(f"{source}: {reason}")
         self.source = source
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
-        """Rebuilds from both arguments, so the error survives the way between processes."""
+        """Rebuild from both arguments, so that the error survives the way between processes."""
         return BadImageError, (self.source, self.reason)
 
 
-def decode_image(
-    data: bytes, *, source: str, max_pixels: int = 50_000_000, min_side: int | None = None
-) -> Image.Image:
-    """Decodes a JPEG, PNG, WebP or BMP file to an upright RGB image, or says why it cannot.
+def decode_image(data: bytes, *, source: str, min_side: int | None = None) -> Image.Image:
+    """Decode a JPEG, PNG, WebP or BMP file to an upright RGB image, or say why it cannot.
 
     Transparency is laid over white, EXIF rotation is applied, 16-bit gray is rounded to 8 bits.
-
-    Args:
-        data: The file's bytes.
-        source: Path or key for the error message.
-        max_pixels: Largest width * height taken, read from the header before decoding.
-        min_side: If given, a JPEG may be decoded 2, 4 or 8 times smaller (much faster), as long as
-            both sides stay at least this many pixels.
-
-    Returns:
-        A fully loaded image in mode RGB.
+    With ``min_side``, a JPEG may be decoded 2, 4 or 8 times smaller (much faster), as long as both
+    sides stay at least so many pixels.
 
     Raises:
-        BadImageError: Unknown format, too large, damaged.
+        BadImageError: Unknown format, too large, damaged; it names ``source``.
     """
     if not data:
         raise BadImageError(source, "empty file (0 bytes)")
     # Decoders fed hostile bytes have raised nearly every type of exception, so all are caught.
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            _check_size(image, source, max_pixels)
+            _check_size(image, source)  # from the header: no pixel is decoded yet
+            # Only JPEG has a draft mode: its decoder skips high frequencies.
             if min_side is not None:
                 image.draft(None, (min_side, min_side))
             image.load()
@@ -99,14 +85,10 @@ def decode_image(
 
 
 def is_big(data: bytes, *, min_side: int | None = None) -> bool:
-    """Tell from an image's header whether it takes much memory while it is decoded.
+    """Tell from the header whether an image takes much memory while it is decoded.
 
-    Args:
-        data: The file's bytes, good or bad.
-        min_side: As `decode_image` will be given it.
-
-    Returns:
-        True above 8 million pixels; a bad image is not big.
+    That is above 8 million pixels, with ``min_side`` as for ``decode_image``; a bad image is not
+    big.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -118,31 +100,16 @@ def is_big(data: bytes, *, min_side: int | None = None) -> bool:
 
 
 def describe_image(data: bytes) -> tuple[str, int, int]:
-    """Reads an image's header.
+    """Read format and mode in Pillow's words ("JPEG CMYK"), width and height as stored.
 
-    Args:
-        data: The bytes of an image that `decode_image` takes.
-
-    Returns:
-        Format and mode in Pillow's words ("JPEG CMYK"), width and height in pixels as stored.
+    ``data`` is an image that ``decode_image`` takes.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return f"{image.format} {image.mode}", image.width, image.height
 
 
 def read_image_file(path: Path, *, field: str) -> Image.Image:
-    """Reads one image that a user names.
-
-    Args:
-        path: A JPEG, PNG, WebP or BMP file.
-        field: The option that names it, for the error message.
-
-    Returns:
-        A fully loaded image in mode RGB.
-
-    Raises:
-        UserError: It cannot be read, or is no image.
-    """
+    """Read one image that a user names by the option ``field``; UserError if it cannot be read."""
     try:
         return decode_image(path.read_bytes(), source=str(path))
     except BadImageError as error:
@@ -151,10 +118,10 @@ def read_image_file(path: Path, *, field: str) -> Image.Image:
         raise UserError(f"{field}: {path}: {error.strerror}; expected an image file") from None
 
 
-def _check_size(image: Image.Image, source: str, max_pixels: int) -> None:
+def _check_size(image: Image.Image, source: str) -> None:
     width, height = image.size
-    if width * height > max_pixels or max(width, height) > MAX_SIDE:
-        limits = f"at most {max_pixels} pixels in all and {MAX_SIDE} a side"
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        limits = f"at most {MAX_PIXELS} pixels in all and {MAX_SIDE} a side"
         raise BadImageError(source, f"{width}x{height} pixels, expected {limits}")
 
 
@@ -168,14 +135,8 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image of any mode to RGB, with transparent parts over white.
-
-    Args:
-        image: An image in any of Pillow's modes (palette, alpha, CMYK, gray, 16-bit, ...).
-
-    Returns:
-        The image in mode RGB (the same object if it already is).
-    """
+    """Convert an image of any mode to RGB, with transparent parts over white."""
+    # Modes I, I;16, I;16B: sixteen bits, which convert("RGB") would clip.
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
     if image.has_transparency_data:
@@ -191,71 +152,59 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     # Pillow's own conversion clips at 255 or cuts the low byte; this one rounds.
     values = np.asarray(image)
-    grey = np.empty(values.shape, dtype=np.uint8)
+    gray = np.empty(values.shape, dtype=np.uint8)
     for top in range(0, len(values), _STRIP):  # in strips: the sums need four bytes a pixel
         strip = values[top : top + _STRIP].astype(np.int32).clip(0, 65535)
-        grey[top : top + _STRIP] = (strip + 128) // 257
+        gray[top : top + _STRIP] = (strip + 128) // 257
     transparent_value = image.info.get("transparency")
     if isinstance(transparent_value, int):
-        grey[values == transparent_value] = 255
-    return Image.fromarray(grey).convert("RGB")
+        gray[values == transparent_value] = 255
+    return Image.fromarray(gray).convert("RGB")
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scales the short side to `size` with Lanczos and cuts the middle square out.
+    """Scale the short side to ``size`` with Lanczos and cut the middle square out.
 
     Both are done in one resampling of the middle square, so a long thin image costs no memory.
-
-    Args:
-        image: An RGB image.
-        size: Side of the square in pixels.
-
-    Returns:
-        An RGB image of `size` x `size` pixels.
-
-    Raises:
-        ValueError: `size` is below 1.
     """
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
-    side = min(image.size)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
+    box = middle_square(image.size)
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
+def middle_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Find the box (left, top, right, bottom) that the model sees of an image (width, height)."""
+    width, height = size
+    side = min(size)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "channels height width"]:
-    """Turns an image into a float tensor.
+    """Turn an image of any mode into pixels in [-1, 1], three channels."""
+    values = torch.from_numpy(np.array(to_rgb(image)))
+    return bytes_to_pixels(rearrange(values, "height width channels -> channels height width"))
 
-    Args:
-        image: An image; other modes than RGB go through `to_rgb`.
 
-    Returns:
-        Pixels in [-1, 1], three channels.
-    """
-    values = torch.from_numpy(np.array(to_rgb(image), dtype=np.float32))
-    return rearrange(values, "height width channels -> channels height width") / 127.5 - 1.0
+def bytes_to_pixels(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Turn bytes into pixels in [-1, 1], on their device."""
+    return images.float() / 127.5 - 1
 
 
 def pixels_to_images(
     pixels: Float[Tensor, "batch channels height width"],
 ) -> list[Image.Image]:
-    """Turns a batch of float pixels into images; values outside [-1, 1] are clamped.
+    """Turn pixels in [-1, 1], three channels, on any device, into RGB images.
 
-    Args:
-        pixels: Values in [-1, 1], three channels, on any device.
-
-    Returns:
-        One RGB image per batch element.
-
-    Raises:
-        ValueError: Wrong shape, or NaN among the values.
+    Values outside are clamped; ValueError for another shape or NaN.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels have shape {tuple(pixels.shape)}, expected (batch, 3, h, w)")
+    # The cast of NaN to a byte is undefined: black here, white there.
     if pixels.isnan().any():
         raise ValueError("pixels hold NaN, expected numbers in [-1, 1]")
     scaled = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
-    bytes_ = scaled.to(device="cpu", dtype=torch.uint8)
-    arrays = rearrange(bytes_, "batch channels height width -> batch height width channels")
+    arrays = scaled.to(device="cpu", dtype=torch.uint8)
+    arrays = rearrange(arrays, "batch channels height width -> batch height width channels")
     return [Image.fromarray(array.numpy()) for array in arrays.contiguous()]

@@ -1,6 +1,6 @@
-"""Which part of an image is inpainted: masks, rows, shares; and what is left of the image.
+"""Which part of an image is inpainted: by mask, rows or fraction; and what stays of the image.
 
-A mask is an image of the same size, white where something new shall stand (black stays), as in
+A mask is an image of the same size, white where it is generated anew (black stays), as in
 other inpainting programs. Image tokens stand for square patches: every patch that white touches is
 inpainted. In the result the black pixels are those of the image itself, not of its reconstruction.
 """
@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.images import resize_and_crop, to_rgb
+from dalle_mini_impl.data.images import middle_square, resize_and_crop, to_rgb
 from dalle_mini_impl.errors import UserError
 
 WHITE_FROM = 128  # of 255
@@ -22,10 +22,10 @@ WHITE_FROM = 128  # of 255
 
 @dataclass(frozen=True)
 class InpaintingMask:
-    """What is generated anew in each of several versions of one image."""
+    """The part to generate anew in each of several versions of one image."""
 
     is_masked: Bool[Tensor, "batch image_length"]
-    """Which tokens, raster order; as many in each row."""
+    """Which tokens, raster order; every row has the same number of them."""
     shown: Bool[Tensor, "height width"] | None
     """Where the generation shows; elsewhere the image's own pixels do. None: everywhere."""
 
@@ -40,22 +40,19 @@ def build_inpainting_mask(
     grid: tuple[int, int],
     seeds: list[int],
 ) -> InpaintingMask:
-    """Find what is inpainted, from whichever of the three ways to say it was taken.
+    """Find what is inpainted from exactly one of ``mask``, ``keep_rows`` and ``keep_fraction``.
 
     Args:
-        mask: White where the image is inpainted, or None.
-        keep_rows: Rows of tokens at the top that stay, or None.
-        keep_fraction: Fraction of the tokens that stay, others for each seed, or None.
+        mask: White where the image is inpainted.
+        keep_rows: Rows of tokens at the top that stay.
+        keep_fraction: Fraction of the tokens that stay, others for each seed.
         source_size: Width and height of the image, in pixels.
         size: Side of the model's images, in pixels.
         grid: Image tokens along (height, width).
-        seeds: One per image that will be generated.
-
-    Returns:
-        The region.
+        seeds: One per image to generate.
 
     Raises:
-        UserError: If not one of the three is given, it is out of range, or it inpaints nothing.
+        UserError: Not exactly one is given, it is out of range, or it inpaints nothing.
     """
     if [mask, keep_rows, keep_fraction].count(None) != 2:
         ways = {"mask": mask, "keep_rows": keep_rows, "keep_fraction": keep_fraction}
@@ -69,6 +66,7 @@ def build_inpainting_mask(
     elif mask is not None:
         shown = mask_pixels(mask, source_size=source_size, size=size)
         cells = touched_cells(shown, grid=grid)
+    # keep_rows always leaves a row; a mask may be black, or white only where the crop cuts.
     if not cells.any():
         raise UserError(
             "mask: no white in the middle square, which is what the model sees of the image; "
@@ -80,63 +78,35 @@ def build_inpainting_mask(
 def mask_pixels(
     mask: Image.Image, *, source_size: tuple[int, int], size: int
 ) -> Bool[Tensor, "height width"]:
-    """Bring a mask to the size of the model's images.
+    """Scale a mask to the model's images: True where any of its own pixels is white.
 
-    Args:
-        mask: White where the image is inpainted; transparent counts as white.
-        source_size: Width and height of the image that it belongs to, in pixels.
-        size: Side of the model's images, in pixels.
-
-    Returns:
-        True where any of the mask's own pixels is white.
-
-    Raises:
-        UserError: If the mask is not as large as the image.
+    Transparent counts as white. Raises UserError if the mask is not as large as the image.
     """
     if mask.size != source_size:
         raise UserError(
             f"mask: got {mask.width}x{mask.height} pixels, "
             f"expected {source_size[0]}x{source_size[1]}, as the image has"
         )
+    # to_rgb lays transparent parts over white, so they count as masked.
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
-    side = min(white.size)
-    left, top = (white.width - side) / 2, (white.height - side) / 2
-    box = (left, top, left + side, top + side)
     # In float32, where one white pixel of a thousand is not rounded away.
-    fractions = white.convert("F").resize((size, size), Image.Resampling.BOX, box=box)
+    fractions = white.convert("F").resize(
+        (size, size), Image.Resampling.BOX, box=middle_square(white.size)
+    )
     return torch.from_numpy(np.array(fractions) > 0)
 
 
 def touched_cells(
     pixels: Bool[Tensor, "height width"], *, grid: tuple[int, int]
 ) -> Bool[Tensor, " image_length"]:
-    """Find the cells of the token grid that hold a pixel of a mask.
-
-    Args:
-        pixels: True where the image is inpainted.
-        grid: Image tokens along (height, width).
-
-    Returns:
-        One truth per cell, raster order.
-    """
+    """Mark the cells of the token grid, raster order, that hold a pixel of a mask."""
     rows, columns = grid
     blocks = "(rows down) (columns right) -> (rows columns)"
     return reduce(pixels.byte(), blocks, "max", rows=rows, columns=columns).bool()
 
 
 def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_length"]:
-    """Mark all rows of tokens but the first ones.
-
-    Args:
-        num_rows: Rows that stay.
-        grid: Image tokens along (height, width).
-
-    Returns:
-        One truth per cell, raster order: True below those rows.
-
-    Raises:
-        UserError: If no row stays, or all.
-    """
+    """Mark all rows of tokens but the first ones, which stay."""
     if not 1 <= num_rows < grid[0]:
         raise UserError(f"keep_rows: got {num_rows}, expected 1 to {grid[0] - 1} rows of tokens")
     return torch.arange(grid[0]).repeat_interleave(grid[1]) >= num_rows
@@ -145,44 +115,23 @@ def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_
 def random_cells(
     fraction: float, *, grid: tuple[int, int], seeds: list[int]
 ) -> Bool[Tensor, "batch image_length"]:
-    """Mark random cells, others for each seed.
-
-    Args:
-        fraction: Of the cells that stay unmarked, above 0 and below 1.
-        grid: Image tokens along (height, width).
-        seeds: One per image.
-
-    Returns:
-        True where a cell is inpainted; at least one in each image.
-
-    Raises:
-        UserError: If the share is out of range.
-    """
+    """Mark random cells, others for each seed, but for ``fraction``; at least one in each image."""
     if not 0 < fraction < 1:
         raise UserError(f"keep_fraction: got {fraction}, expected above 0 and below 1")
+    # At least one cell is generated, whatever the fraction rounds to.
     length = grid[0] * grid[1]
     num_kept = min(round(fraction * length), length - 1)
     is_masked = torch.ones(len(seeds), length, dtype=torch.bool)
     for row, seed in zip(is_masked, seeds, strict=True):
-        row[torch.randperm(length, generator=torch.Generator().manual_seed(seed))[:num_kept]] = (
-            False
-        )
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
+        row[order[:num_kept]] = False
     return is_masked
 
 
 def enlarged(
     cells: Bool[Tensor, " image_length"], *, grid: tuple[int, int], size: int
 ) -> Bool[Tensor, "height width"]:
-    """Turn cells of the token grid into the pixels that they stand for.
-
-    Args:
-        cells: One truth per cell, raster order.
-        grid: Image tokens along (height, width).
-        size: Side of the image in pixels.
-
-    Returns:
-        One truth per pixel.
-    """
+    """Enlarge cells of the token grid to the pixels that they stand for."""
     rows = rearrange(cells, "(rows columns) -> rows columns", rows=grid[0])
     return rows.repeat_interleave(size // grid[0], 0).repeat_interleave(size // grid[1], 1)
 
@@ -190,15 +139,6 @@ def enlarged(
 def paste_back(
     generated: Image.Image, image: Image.Image, masked_pixels: Bool[Tensor, "height width"]
 ) -> Image.Image:
-    """Put the pixels that were not to change back.
-
-    Args:
-        generated: Square, as the model generates.
-        image: The image itself, RGB; scaled and cropped as the model reads it.
-        masked_pixels: True where the generation shows.
-
-    Returns:
-        A new image of the generation's size.
-    """
+    """Put the image's own pixels back where ``masked_pixels`` is False."""
     mask = Image.fromarray(masked_pixels.numpy().astype(np.uint8) * 255)
     return Image.composite(generated, resize_and_crop(image, generated.width), mask)

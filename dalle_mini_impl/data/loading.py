@@ -9,14 +9,13 @@ from typing import TypeVar
 import numpy as np
 import torch
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.images import (
     BadImageError,
     decode_image,
-    image_to_pixels,
     is_big,
     resize_and_crop,
 )
@@ -28,28 +27,12 @@ Result = TypeVar("Result")
 _MAX_LISTED = 5
 
 
-def read_pixels(pairs: Pairs, index: int, size: int) -> Float[Tensor, "channels size size"]:
-    """Reads, decodes, scales and crops one image.
-
-    Args:
-        pairs: Where it is.
-        index: Which pair.
-        size: Side of the square in pixels.
-
-    Returns:
-        Pixels in [-1, 1].
+def decode_square(data: bytes, path: str, size: int) -> Image.Image:
+    """Decode an encoded image, scale it and crop it to ``size`` x ``size`` pixels, RGB.
 
     Raises:
-        BadImageError: The image cannot be read.
+        BadImageError: As ``decode_image``.
     """
-    return image_to_pixels(_read_square(pairs, index, size))
-
-
-def _read_square(pairs: Pairs, index: int, size: int) -> Image.Image:
-    return _square(pairs.read_image(index), pairs[index].path, size)
-
-
-def _square(data: bytes, path: str, size: int) -> Image.Image:
     # Half of the final resampling may be left to the JPEG decoder without a visible difference.
     return resize_and_crop(decode_image(data, source=path, min_side=2 * size), size)
 
@@ -57,18 +40,10 @@ def _square(data: bytes, path: str, size: int) -> Image.Image:
 def each_image(
     pairs: Pairs, work: Callable[[int, bytes, str], Result], *, min_side: int | None = None
 ) -> Generator[Result | SkippedRecord, None, None]:
-    """Works on all images, in one thread per processor.
+    """Call ``work`` with index, bytes and path of every image, in one thread per processor.
 
-    An image of 50 million pixels takes 400 MB while it is decoded, and the system's memory
-    allocator keeps that for the thread. So the calling thread does the big ones itself.
-
-    Args:
-        pairs: The set.
-        work: Called with index, bytes and path; may raise BadImageError.
-        min_side: What `work` gives to `decode_image`.
-
-    Yields:
-        What `work` returns, in order; a record for each image that cannot be read.
+    ``min_side`` is what ``work`` gives to ``decode_image``. Yields what ``work`` returns, in order,
+    and a record for each image that cannot be read (``work`` raises BadImageError).
     """
 
     def attempt(index: int, *, takes_big: bool = False) -> Result | SkippedRecord | None:
@@ -78,10 +53,13 @@ def each_image(
                 return None
             return work(index, data, pairs[index].path)
         except BadImageError as error:
+            # In a thread an exception would end the whole read.
             return SkippedRecord(printable(error.source), printable(error.reason))
 
     executor = ThreadPoolExecutor(os.cpu_count())
     try:
+        # An image of 50 million pixels takes 400 MB while it is decoded, and the system's memory
+        # allocator keeps that for the thread. So this thread decodes the big ones itself.
         for index, result in enumerate(executor.map(attempt, range(len(pairs)))):
             whole = attempt(index, takes_big=True) if result is None else result
             assert whole is not None
@@ -97,25 +75,20 @@ def load_all_pixels(
     max_bad_fraction: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
-    """Loads all images of a small set into memory, decoding in one thread per processor.
+    """Load all images into memory as bytes, decoding in one thread per processor.
 
-    Args:
-        pairs: The set.
-        image_size: Side of the square images in pixels.
-        max_bad_fraction: Largest fraction of unreadable images taken, in [0, 1].
-        progress: Called with (done, total) after each image, in the calling thread.
-
-    Returns:
-        Bytes of the images that could be read, their indices in `pairs`, and the others.
+    ``progress`` is called with (done, total) after each image, in the calling thread. Returns the
+    images that could be read, their indices in ``pairs``, and the others.
 
     Raises:
-        UserError: More bad images than `max_bad_fraction`, or nothing but bad ones.
+        UserError: More bad images than ``max_bad_fraction``, in [0, 1], or nothing but bad ones.
     """
     total = len(pairs)
+    # Room for all, filled by the threads in place; copied once if some are bad.
     pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
 
     def load(index: int, data: bytes, path: str) -> int:
-        array = np.array(_square(data, path, image_size))
+        array = np.array(decode_square(data, path, image_size))
         pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
         return index
 

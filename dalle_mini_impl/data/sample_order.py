@@ -1,9 +1,10 @@
 """Which samples belong to which optimizer step, and with which randomness: functions, not state.
 
-The samples form one endless stream, epoch after epoch, each epoch in an order generated from
-(seed, epoch). Step `k` (from 0) takes the global batch at stream position `k * global_batch_size`,
-so a resumed run needs to remember nothing but `step`. Every process computes the whole global
-batch and takes its own part, so the number of processes does not change what a step sees.
+The samples form one endless stream, epoch after epoch, each epoch in an order that is a function of
+(seed, epoch). Step ``k`` (from 0) takes the global batch at stream position
+``k * global_batch_size``, so a resumed run needs to remember nothing but ``step``. Every process
+computes the whole global batch and takes its own part, so the number of processes does not change
+what a step sees.
 """
 
 import hashlib
@@ -20,23 +21,12 @@ def epoch_order(
     epoch: int,
     weights: Float[Tensor, " num_samples"] | None = None,
 ) -> Int64[Tensor, " num_samples"]:
-    """Generates the order of one epoch as a function of (seed, epoch); the global RNG is not touched.
+    """Compute the order of one epoch as a function of (seed, epoch); the global RNG is not touched.
 
-    Without weights, a permutation. With weights, an epoch still has `num_samples` generates; sample i
-    is expected n * w_i / sum(w) times and appears that often rounded down or up (systematic
-    resampling: evenly spaced points with one random offset on the cumulated weights), shuffled.
-
-    Args:
-        num_samples: Number of samples.
-        seed: Any integer.
-        epoch: Epoch number, from 0.
-        weights: Relative sampling weights, finite, not negative, not all zero.
-
-    Returns:
-        Sample indices.
-
-    Raises:
-        ValueError: Fewer than one sample, a negative epoch, or bad weights.
+    Without weights, a permutation. With weights (finite, not negative, not all zero), an epoch
+    still has ``num_samples`` entries; sample i is expected n * w_i / sum(w) times and appears that
+    often rounded down or up (systematic resampling: evenly spaced points with one random offset on
+    the cumulated weights), shuffled.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
@@ -45,22 +35,20 @@ def epoch_order(
     generator = _generator("order", seed, epoch)
     if weights is None:
         return torch.randperm(num_samples, generator=generator)
-    _check_weights(weights, num_samples)
-    cumulated = weights.double().cpu().cumsum(0)
-    ends = cumulated / cumulated[-1] * num_samples
-    offset = torch.rand(1, dtype=torch.float64, generator=generator)
-    points = torch.arange(num_samples, dtype=torch.float64) + offset
-    generated = torch.searchsorted(ends, points, right=True)
-    # Rounding may push the last point past the end; it then belongs to the last sample in use.
-    generated = generated.clamp(max=int(weights.nonzero().max()))
-    return generated[torch.randperm(num_samples, generator=generator)]
-
-
-def _check_weights(weights: Tensor, num_samples: int) -> None:
     if weights.shape != (num_samples,):
         raise ValueError(f"weights have shape {tuple(weights.shape)}, expected ({num_samples},)")
     if not weights.isfinite().all() or (weights < 0).any() or not (weights > 0).any():
         raise ValueError("weights hold negative, non-finite or only zero values, expected w >= 0")
+    # Systematic resampling: points at distance 1 on a line on which sample i covers its expected
+    # count, so it is hit that often, rounded down or up.
+    cumulated = weights.double().cpu().cumsum(0)
+    ends = cumulated / cumulated[-1] * num_samples
+    offset = torch.rand(1, dtype=torch.float64, generator=generator)
+    points = torch.arange(num_samples, dtype=torch.float64) + offset
+    order = torch.searchsorted(ends, points, right=True)
+    # Rounding may push the last point past the end; it then belongs to the last sample in use.
+    order = order.clamp(max=int(weights.nonzero().max()))
+    return order[torch.randperm(num_samples, generator=generator)]
 
 
 class SampleOrder:
@@ -74,43 +62,20 @@ class SampleOrder:
         seed: int,
         weights: Float[Tensor, " num_samples"] | None = None,
     ) -> None:
-        """Fixes the stream of samples.
-
-        Args:
-            num_samples: Number of samples.
-            global_batch_size: Samples per optimizer step over all processes.
-            seed: Any integer.
-            weights: Relative sampling weights, see `epoch_order`.
-
-        Raises:
-            ValueError: A size below 1, or bad weights.
-        """
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
         if global_batch_size < 1:
             raise ValueError(f"global_batch_size is {global_batch_size}, expected at least 1")
-        if weights is not None:
-            _check_weights(weights, num_samples)
         self.num_samples = num_samples
         self.global_batch_size = global_batch_size
         self.seed = seed
         self._weights = weights
-        self._orders: dict[int, Tensor] = {}
+        # The first epoch now: bad sizes and weights are refused here, not at the first step.
+        self._orders = {0: epoch_order(num_samples, seed=seed, epoch=0, weights=weights)}
 
     def indices(self, step: int) -> Int64[Tensor, " global_batch_size"]:
-        """Returns the samples of one optimizer step; a batch may straddle epochs.
-
-        Args:
-            step: Optimizer step, from 0.
-
-        Returns:
-            Sample indices of the global batch.
-
-        Raises:
-            ValueError: A negative step.
-        """
+        """Return the samples of one optimizer step; a batch may straddle epochs."""
         if step < 0:
             raise ValueError(f"step is {step}, expected at least 0")
+        # The place in the endless stream is all the state there is.
         position = step * self.global_batch_size
         end = position + self.global_batch_size
         parts = []
@@ -123,6 +88,7 @@ class SampleOrder:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch not in self._orders:
+            # A batch may straddle two epochs; older ones are not asked for again.
             self._orders = {key: kept for key, kept in self._orders.items() if key == epoch - 1}
             self._orders[epoch] = epoch_order(
                 self.num_samples, seed=self.seed, epoch=epoch, weights=self._weights
@@ -131,16 +97,9 @@ class SampleOrder:
 
 
 def step_generator(seed: int, step: int, rank: int, purpose: int = 0) -> torch.Generator:
-    """Makes the CPU generator for one step: its state is a function of the arguments alone.
+    """Make the CPU generator for one step: its state is a function of the arguments alone.
 
-    Args:
-        seed: The run's seed.
-        step: Optimizer step.
-        rank: Process number.
-        purpose: Tells independent uses within a step apart (augmentation, caption dropout, ...).
-
-    Returns:
-        A fresh generator.
+    ``purpose`` tells independent uses within a step apart (augmentation, caption dropout, ...).
     """
     return _generator("step", seed, step, rank, purpose)
 

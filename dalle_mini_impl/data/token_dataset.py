@@ -1,17 +1,16 @@
 """Images tokenized once: what the decoder trains on instead of pixels.
 
 A token data set is a safetensors file beside the run. Its name is a hash of the tokenizers, the
-captions and the pixels, so that it is made again whenever one of them changes, and never
-otherwise. Each image is stored in several views (slightly shifted or enlarged copies): view 0 is
-the image as it is. With BPE dropout each caption is stored in several variants: variant 0 is the
-usual encoding.
+captions and the pixels, so that it is made again whenever one of them changes, and never otherwise.
+Each image is stored in several views (slightly shifted or enlarged copies): view 0 is the image as
+it is. With BPE dropout each caption is stored in several variants: variant 0 is the usual encoding.
 """
 
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.augmentation import shift_images, zoom_images
 from dalle_mini_impl.data.bpe_dropout import encode_variants
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
@@ -47,17 +47,10 @@ class Variation:
     bpe_dropout: float = 0.0
     """Probability that a merge is left out when a caption is split, in [0, 1]."""
 
-    def key(self) -> tuple[int | float, ...]:
-        """Tell what data sets of other variations differ in; older ones know shifts alone."""
-        key: tuple[int | float, ...] = (self.num_views, self.max_shift)
-        if self.max_zoom > 1 or self.bpe_dropout:
-            key += (self.max_zoom, self.bpe_dropout)
-        return key
-
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Image tokens in several views and caption tokens, all in memory.
+    """Image tokens in several views and caption tokens in several variants, all in memory.
 
     Captions of all samples are counted through; ``caption_offsets[i]`` is where those of sample i
     begin and ``caption_offsets[i + 1]`` where they end. Each has as many rows in the table of
@@ -69,7 +62,6 @@ class TokenDataset:
     caption_offsets: Int[Tensor, " samples_plus_1"]
 
     def __len__(self) -> int:
-        """Count the samples."""
         return len(self.image_token_ids)
 
     def captions_of(
@@ -78,37 +70,25 @@ class TokenDataset:
         """Choose one caption for each sample: half of the time one of the first two.
 
         The main captions of a source stand first, often in two languages, and a prompt is more
-        often one of them. The other half of the time every caption is as likely.
-
-        Args:
-            sample_ids: Which samples.
-            uniforms: Uniform in [0, 1): which of a sample's captions, and which variant of it; 0 is
-                the first caption as it is.
-
-        Returns:
-            Caption tokens.
+        often one of them. The other half of the time every caption is as likely. ``uniforms`` in
+        [0, 1) choose caption and variant; 0 is the first caption as it is.
         """
+        # (batch,) each: rows of the table of captions
         start, end = self.caption_offsets[sample_ids], self.caption_offsets[sample_ids + 1]
         count = end - start
+        # The lower half of [0, 1) stretched over the main captions, the upper half over all.
         main = 2 * uniforms * count.clamp(max=NUM_MAIN_CAPTIONS)
         any_of_all = (2 * uniforms - 1) * count
         place = torch.where(uniforms < 0.5, main, any_of_all)
         num_variants = len(self.text_token_ids) // int(self.caption_offsets[-1])
+        # The fraction that is left of the random number chooses the variant.
         variant = (place.frac() * num_variants).long()
         return self.text_token_ids[(start + place.long()) * num_variants + variant].long()
 
     def images_of(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, " batch"]
     ) -> Int[Tensor, "batch image_length"]:
-        """Choose one view of each sample.
-
-        Args:
-            sample_ids: Which samples.
-            uniforms: Uniform in [0, 1): which of the views; 0 is the image as it is.
-
-        Returns:
-            Image tokens in raster order.
-        """
+        """Choose one view of each sample by ``uniforms`` in [0, 1); 0 is the image as it is."""
         num_views = self.image_token_ids.shape[1]
         return self.image_token_ids[sample_ids, (uniforms * num_views).long()].long()
 
@@ -127,18 +107,12 @@ def build_token_dataset(
     Args:
         pairs: One per image.
         pixels: The images as bytes, at the tokenizer's size.
-        vqvae: The frozen tokenizer, in evaluation mode.
+        vqvae: Frozen, in evaluation mode.
         text_tokenizer: The caption tokenizer.
         variation: Views of each image and variants of each caption.
         cache_dir: Where token data sets are kept.
-
-    Returns:
-        The token data set.
-
-    Raises:
-        UserError: If it cannot be written.
     """
-    key = _fingerprint(pairs, pixels, vqvae, text_tokenizer, variation.key())
+    key = _fingerprint(pairs, pixels, vqvae, text_tokenizer, variation)
     path = cache_dir / f"tokens-{key}.safetensors"
     if path.is_file():
         try:
@@ -152,19 +126,12 @@ def build_token_dataset(
         f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
         "they are kept when all are done"
     )
-    text_tokenizer.num_encoded = text_tokenizer.num_truncated = 0  # reported for this set alone
     dataset = TokenDataset(
-        image_token_ids=_encode_views(
-            pixels,
-            vqvae,
-            variation,
-            progress=log_now_and_then("image tokens: encoded"),
-        ),
+        image_token_ids=_encode_views(pixels, vqvae, variation),
         text_token_ids=_encode_captions(pairs, text_tokenizer, variation.bpe_dropout).int(),
         caption_offsets=torch.tensor([0, *(len(pair.captions) for pair in pairs)]).cumsum(0),
     )
-    if text_tokenizer.num_truncated:
-        logger.info(text_tokenizer.truncation_report())
+    # Several processes may write the same file: each its own, and the last rename wins.
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
@@ -178,17 +145,15 @@ def build_token_dataset(
 
 @torch.inference_mode()
 def _encode_views(
-    pixels: Tensor,
-    vqvae: ImageTokenizer,
-    variation: Variation,
-    *,
-    progress: Callable[[int, int], None],
+    pixels: Tensor, vqvae: ImageTokenizer, variation: Variation
 ) -> Int[Tensor, "samples views image_length"]:
+    progress = log_now_and_then("image tokens: encoded")
     device = next(vqvae.parameters()).device
     generator = torch.Generator().manual_seed(0)
     views = []
     num_views, max_shift = variation.num_views, variation.max_shift
     for view in range(num_views):
+        # For view 0 too, though unused: the numbers of a view depend on its place alone.
         shape = (len(pixels), 2)
         offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
         windows = None
@@ -201,7 +166,7 @@ def _encode_views(
                 part = zoom_images(part, windows[rows], max_zoom=variation.max_zoom)
             if view > 0:
                 part = shift_images(part, offsets[rows])
-            part_ids = vqvae.encode_to_token_ids(part.to(device).float() / 127.5 - 1)
+            part_ids = vqvae.encode_to_token_ids(bytes_to_pixels(part.to(device)))
             ids.append(part_ids.flatten(1).int().cpu())
             progress(view * len(pixels) + int(rows[-1]) + 1, num_views * len(pixels))
         views.append(torch.cat(ids))
@@ -213,7 +178,7 @@ def _encode_captions(
 ) -> Int[Tensor, "rows text_length"]:
     texts = [text for pair in pairs for text in pair.captions]
     if bpe_dropout == 0:
-        return text_tokenizer.encode(texts)
+        return text_tokenizer.encode(texts, log_truncated=True)
     return encode_variants(text_tokenizer, texts, dropout=bpe_dropout)
 
 
@@ -222,11 +187,12 @@ def _fingerprint(
     pixels: Tensor,
     vqvae: ImageTokenizer,
     text_tokenizer: TextTokenizer,
-    variation_key: tuple[int | float, ...],
+    variation: Variation,
 ) -> str:
+    # All that the tokens depend on, pixels included: a stale cache would train on wrong tokens.
     digest = hashlib.sha256(vqvae.fingerprint().encode())
     digest.update(pixels.contiguous().numpy().data)
     digest.update(text_tokenizer.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]
-    digest.update(json.dumps([text_tokenizer.text_length, variation_key, texts]).encode())
+    digest.update(json.dumps([text_tokenizer.text_length, vars(variation), texts]).encode())
     return digest.hexdigest()[:16]

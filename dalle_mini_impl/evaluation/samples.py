@@ -1,6 +1,5 @@
 """The images of an evaluation: those of a data set, and those that the model generates."""
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -187,7 +186,7 @@ def read_data(
         pairs = [listed.pairs[index] for index in chosen]
         by_split[split] = Samples(pairs, part, encode(vqvae, part))
         digest.update(part.numpy().tobytes())
-        texts = [dataclasses.astuple(pair) for pair in pairs]
+        texts = [(pair.path, pair.captions, pair.attributes) for pair in pairs]
         digest.update(json.dumps(texts, sort_keys=True).encode())
     return EvaluationData(listed.kind, by_split.pop(TRAIN), by_split, digest.hexdigest()[:16])
 

@@ -113,7 +113,7 @@ def kind_of(fact: Fact) -> str:
     if fact.kind != "count":
         return fact.kind
     # "there are two red discs" counts objects of some attributes: one of them is named by itself
-    stated = [name for name in ("colour", "shape", "size") if getattr(fact.subject, name)]
+    stated = [name for name in ("color", "shape", "size") if getattr(fact.subject, name)]
     if len(stated) == 1:
         return stated[0]
     return "object" if stated else "number"

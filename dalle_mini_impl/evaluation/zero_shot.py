@@ -17,7 +17,7 @@ from PIL import Image
 from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
 from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene
 from dalle_mini_impl.builtin_datasets.shapes.scene import (
-    COLOURS,
+    COLORS,
     MIN_IMAGE_SIZE,
     SHAPES,
     make_scene,
@@ -103,7 +103,7 @@ def zero_shot_shapes(
     UserError if ``num_images`` is below 1.
     """
     _require_some(num_images)
-    labels = tuple((color, shape) for color in COLOURS for shape in SHAPES)
+    labels = tuple((color, shape) for color in COLORS for shape in SHAPES)
     questions = []
     for index in range(num_images):
         # Different seeds give different scenes.
@@ -113,10 +113,10 @@ def zero_shot_shapes(
         captions = []
         # Only the object changes: every other word of the 48 captions is the same.
         for color, shape in labels:
-            other = dataclasses.replace(item, colour=color, shape=shape)
+            other = dataclasses.replace(item, color=color, shape=shape)
             captions.append(describe_scene(dataclasses.replace(scene, objects=(other,))).text)
         image = render_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
-        correct = labels.index((item.colour, item.shape))
+        correct = labels.index((item.color, item.shape))
         questions.append(MultipleChoice(image, tuple(captions), labels, correct))
     return classify(pipeline, questions, parts=("color", "shape"))
 

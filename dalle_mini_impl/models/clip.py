@@ -1,12 +1,12 @@
-"""CLIP: two towers that put an image and its caption at the same place.
+"""CLIP: two towers that embed an image and its caption at the same point of the unit sphere.
 
 After Radford et al. 2021 (arXiv:2103.00020): a causal Transformer reads the caption and the state
-of its last token is projected, a Vision Transformer reads the image, both results are scaled to
+of its last token is projected, a Vision Transformer reads the image, both embeddings are scaled to
 length one, and training pulls each image towards its own caption and away from the others of the
-batch. By softmax over the batch, as in that paper, or by a sigmoid of each pair (SigLIP, Zhai et
-al. 2023, arXiv:2303.15343). Otherwise than there, a batch may hold a caption or an image twice:
-all pairs that belong together count (Yang et al. 2022, arXiv:2204.03610). GELU is the exact one,
-and the caption has no marks at its start and end.
+batch, by softmax over the batch as in that paper, or by a sigmoid of each pair (SigLIP, Zhai et
+al. 2023, arXiv:2303.15343). Deviations: a batch may hold a caption or an image twice, and all
+matching pairs count (Yang et al. 2022, arXiv:2204.03610); GELU is exact; captions have no start
+and end tokens.
 """
 
 import math
@@ -20,21 +20,22 @@ from torch.nn import functional as F
 
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, build_blocks
+from dalle_mini_impl.transformer.block_config import (
+    DOSOVITSKIY_2021,
+    require_dropout_probability,
+    require_positive,
+)
+from dalle_mini_impl.transformer.blocks import build_blocks
 from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 
-PAD_TOKEN_ID = 0  # on the right of shorter captions; causal attention hides it from what counts
+PAD_TOKEN_ID = 0  # on the right of shorter captions
 MAX_SCALE = 100.0  # Radford et al. 2021, section 2.5
 START = {"softmax": (1 / 0.07, 0.0), "sigmoid": (10.0, -10.0)}  # scale and bias, of both papers
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextTowerConfig:
-    """Sizes of the Transformer that reads captions.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """Sizes of the Transformer that reads captions."""
 
     hidden_size: int = 128
     """Width of the residual stream."""
@@ -48,56 +49,36 @@ class TextTowerConfig:
     """Fraction of the channels of each branch, and of the embeddings, dropped in training."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model can be built from."""
-        for name in ("hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"model.text.{name}: got {getattr(self, name)}, expected at least 1"
-                )
+        sizes = ("hidden_size", "num_layers", "num_heads", "intermediate_size")
+        require_positive(self, sizes, prefix="model.text.")
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.text.hidden_size: got {self.hidden_size}, expected a multiple of num_heads "
                 f"{self.num_heads}"
             )
-        if not 0 <= self.dropout_probability < 1:
-            raise ValueError(
-                f"model.text.dropout_probability: got {self.dropout_probability}, "
-                "expected 0 to below 1"
-            )
+        require_dropout_probability(self, prefix="model.text.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowersConfig:
-    """Sizes of both towers, and how they are compared.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """Sizes of both towers, and how they are compared."""
 
     image: ViTConfig = field(default_factory=ViTConfig)
     """The tower that reads images."""
     text: TextTowerConfig = field(default_factory=TextTowerConfig)
     """The tower that reads captions."""
     embedding_size: int = 128
-    """Numbers that an image or a caption becomes."""
+    """Length of the embedding of an image or a caption."""
     loss: Literal["softmax", "sigmoid"] = "softmax"
-    """Over the batch (CLIP), or of each pair (SigLIP), which has a bias to learn."""
+    """Over the batch (CLIP), or of each pair (SigLIP, which also learns a bias)."""
 
     def __post_init__(self) -> None:
-        """Refuse an embedding of nothing."""
-        if self.embedding_size < 1:
-            raise ValueError(
-                f"model.embedding_size: got {self.embedding_size}, expected at least 1"
-            )
+        require_positive(self, ("embedding_size",), prefix="model.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipConfig:
-    """A whole model: its towers, and what they read.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """A whole model: its towers, and what they read."""
 
     towers: TowersConfig
     """Sizes of both."""
@@ -109,10 +90,7 @@ class ClipConfig:
     """Tokens per caption, padding included."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model can be built from."""
-        for name in ("image_size", "vocab_size", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        require_positive(self, ("image_size", "vocab_size", "text_length"))
 
 
 class TextTower(nn.Module):
@@ -121,14 +99,6 @@ class TextTower(nn.Module):
     def __init__(
         self, config: TextTowerConfig, *, vocab_size: int, text_length: int, embedding_size: int
     ) -> None:
-        """Build it with fresh weights.
-
-        Args:
-            config: Its sizes.
-            vocab_size: Number of different tokens, pad included.
-            text_length: Tokens per caption.
-            embedding_size: Of the result.
-        """
         super().__init__()
         width = config.hidden_size
         self.embedding = nn.Embedding(vocab_size, width)
@@ -141,35 +111,24 @@ class TextTower(nn.Module):
     def forward(
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Read captions.
+        """Project the state of each caption's last token, of the first pad if it has none.
 
-        Args:
-            text_token_ids: Padded on the right, or cut where all others are padded.
-
-        Returns:
-            The projected state of each caption's last token; of the first pad, if it has none.
+        Columns that hold nothing but pads may be cut off.
         """
         length = text_token_ids.shape[1]
         hidden_states = self.dropout(self.embedding(text_token_ids) + self.positions[:length])
         for block in self.blocks:
             hidden_states = block(hidden_states, is_causal=True)
+        # Pads follow the last token, and causal attention hides them from it.
         last = ((text_token_ids != PAD_TOKEN_ID).sum(dim=1) - 1).clamp_min(0)  # (batch)
         rows = torch.arange(len(last), device=last.device)
         return self.head(self.output_norm(hidden_states[rows, last]))
 
 
 class Clip(nn.Module):
-    """Says how well images and captions fit."""
+    """Scores how well images, in [-1, 1], and padded captions fit."""
 
     def __init__(self, config: ClipConfig) -> None:
-        """Build the model with fresh weights.
-
-        Args:
-            config: Its sizes.
-
-        Raises:
-            ValueError: If the patches do not fill the image.
-        """
         super().__init__()
         self.config, towers = config, config.towers
         self.text_tower = TextTower(
@@ -196,20 +155,15 @@ class Clip(nn.Module):
         text_token_ids: Int[Tensor, "texts text_length"],
         pixels: Float[Tensor, "images 3 height width"],
     ) -> Float[Tensor, "images texts"]:
-        """Compare every image with every caption.
-
-        Args:
-            text_token_ids: Padded captions.
-            pixels: In [-1, 1].
-
-        Returns:
-            Logits: scale x cosine, plus the bias of the sigmoid loss.
-        """
+        """Compare every image with every caption: scale x cosine, plus the sigmoid loss's bias."""
         images, texts = self.embed_images(pixels), self.embed_texts(text_token_ids)
-        with torch.autocast(images.device.type, enabled=False):  # bf16 is too coarse at scale 100
+        # bf16 is too coarse for cosines that are scaled by up to 100.
+        with torch.autocast(images.device.type, enabled=False):
             cosines = images @ texts.T
         if self.training:
-            with torch.no_grad():  # the weight itself, so that it can come back from the limit
+            # The weight itself is clamped, not its value here: a clamped value has no gradient, and
+            # could not come back from the limit.
+            with torch.no_grad():
                 self.log_scale.clamp_(max=math.log(MAX_SCALE))
         logits = self.log_scale.exp() * cosines
         return logits + self.bias if self.config.towers.loss == "sigmoid" else logits
@@ -217,46 +171,27 @@ class Clip(nn.Module):
     def embed_texts(
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Place captions on the unit sphere.
-
-        Args:
-            text_token_ids: Padded.
-
-        Returns:
-            float32 or better, of length one.
-        """
+        """Embed captions on the unit sphere, in float32 or better."""
         return F.normalize(_at_least_float32(self.text_tower(text_token_ids)), dim=-1)
 
     def embed_images(
         self, pixels: Float[Tensor, "batch 3 height width"]
     ) -> Float[Tensor, "batch embedding"]:
-        """Place images on the unit sphere.
-
-        Args:
-            pixels: In [-1, 1].
-
-        Returns:
-            float32 or better, of length one.
-        """
+        """Embed images on the unit sphere, in float32 or better."""
         return F.normalize(_at_least_float32(self.image_tower(pixels)), dim=-1)
 
 
 def softmax_loss(
     logits: Float[Tensor, "images texts"], is_match: Bool[Tensor, "images texts"]
 ) -> Float[Tensor, ""]:
-    """Ask for the captions of each image, and for the images of each caption.
+    """Average the cross-entropies of images over captions and of captions over images, in nats.
 
-    Args:
-        logits: Of all pairs.
-        is_match: True where both belong together; one per row and column at least. Several share
-            the target evenly.
-
-    Returns:
-        The mean of both cross-entropies, in nats.
+    Every row and column has at least one match; several share the target evenly.
 
     Source: Radford et al. 2021, arXiv:2103.00020, figure 3; targets as in Yang et al. 2022,
     arXiv:2204.03610, equations 2 and 3.
     """
+    # The targets: equal probabilities of all matches of an image, and of a caption.
     matches = is_match.to(logits.dtype)
     images = F.cross_entropy(logits, matches / matches.sum(dim=1, keepdim=True))
     texts = F.cross_entropy(logits.T, (matches / matches.sum(dim=0, keepdim=True)).T)
@@ -266,30 +201,18 @@ def softmax_loss(
 def sigmoid_loss(
     logits: Float[Tensor, "images texts"], is_match: Bool[Tensor, "images texts"]
 ) -> Float[Tensor, ""]:
-    """Ask of each pair whether it belongs together.
-
-    Args:
-        logits: Of all pairs.
-        is_match: True where both belong together.
-
-    Returns:
-        Nats per image, summed over the captions.
+    """Classify each pair as match or not: nats per image, summed over the captions.
 
     Source: Zhai et al. 2023, arXiv:2303.15343, equation in section 3.2.
     """
+    # log p(right answer) = log sigmoid(logit) for a match, log sigmoid(-logit) for any other pair.
     signs = torch.where(is_match, 1.0, -1.0).to(logits.dtype)
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()
 
 
 def initialize_weights(model: Clip) -> None:
-    """Generate the weights that the Vision Transformer has not generated itself.
-
-    Embeddings normal with standard deviation 0.02, biases zero, matrices by Glorot, projections
-    normal with width ** -0.5; near to CLIP's own, whose matrices have about that size too.
-
-    Args:
-        model: Changed in place.
-    """
+    """Set the weights that the Vision Transformer has not set itself."""
+    # Close to CLIP's own initialization, whose matrices have about the size of Glorot's.
     for name, parameter in model.text_tower.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)

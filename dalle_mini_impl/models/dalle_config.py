@@ -1,32 +1,40 @@
-"""What a text-to-image decoder is made of: two frozen dataclasses, checked when they are made.
+"""The config of a text-to-image decoder: two frozen dataclasses that check themselves.
 
 The defaults are ours; the other choices are those of the papers that their fields name.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from math import prod
 from typing import Literal, get_args
 
-from dalle_mini_impl.transformer.blocks import RADFORD_2019, BlockOptions
+from dalle_mini_impl.transformer.block_config import (
+    DEFAULT_OPTIONS,
+    RADFORD_2019,
+    BlockOptions,
+    require_dropout_probability,
+    require_positive,
+)
+from dalle_mini_impl.transformer.positions import ImagePositions
 
 PAD_TOKEN_ID = 0  # of captions; a caption of pads alone is the null caption
 MAX_MASKED_LENGTH = 8192  # positions; a mask of the whole sequence has their square
-ImagePositions = Literal["rotary", "learned", "sinusoidal", "axial"]
 Architecture = Literal["decoder_only", "encoder_decoder"]
-# What a user may choose with an encoder; all else is as it is by default.
-ENCODER_DECODER_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability",
-                          "architecture", "num_encoder_layers")  # fmt: skip
 Attention = Literal["dense", "dalle"]
 Block = Literal["swiglu", "gelu"]
+# Options available with an encoder; the others keep their defaults.
+ENCODER_DECODER_FIELDS = {
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "dropout_probability",
+    "architecture",
+    "num_encoder_layers",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The part of a decoder that a user chooses; the rest follows from the data.
-
-    Raises:
-        ValueError: If a size is out of range or a word unknown.
-    """
+    """The part of a decoder that a user chooses; the rest follows from the data."""
 
     hidden_size: int = 256
     """Width of the residual stream."""
@@ -35,45 +43,44 @@ class DecoderConfig:
     num_heads: int = 4
     """Attention heads per block."""
     dropout_probability: float = 0.1
-    """Fraction of each branch's output dropped in training."""
+    """Fraction of each branch's channels dropped in training."""
     positions: ImagePositions = "rotary"
     """Image positions: rotary on the grid, a learned table, the table of 2017, or learned row
     and column embeddings as in DALL-E."""
-    architecture: Architecture = field(default="decoder_only", metadata={"later": True})
+    architecture: Architecture = "decoder_only"
     """One causal Transformer over caption and image as in DALL-E, or a caption encoder and an
     image decoder as in DALL-E mini."""
-    num_encoder_layers: int = field(default=0, metadata={"later": True})
+    num_encoder_layers: int = 0
     """Transformer blocks of the caption encoder, if there is one; ``num_layers`` are the
     decoder's."""
-    attention: Attention = field(default="dense", metadata={"later": True})
+    attention: Attention = "dense"
     """What an image token attends to: all before it, or row, column and, in the last layer,
     convolutional masks as in DALL-E (Ramesh et al. 2021, arXiv:2102.12092, figure 11), for raster
     order only."""
-    kernel_size: int = field(default=11, metadata={"later": True})
+    kernel_size: int = 11
     """Side of the convolutional mask, odd; 11 on the 32 x 32 tokens of DALL-E."""
-    block: Block = field(default="swiglu", metadata={"later": True})
+    block: Block = "swiglu"
     """``swiglu``: SwiGLU (Shazeer 2020, arXiv:2002.05202), QK-norm, no biases. ``gelu``: GELU of
     four times the width, biases, no QK-norm, as in GPT-2 (Radford et al. 2019) and DALL-E."""
-    has_target_positions: bool = field(default=True, metadata={"later": True})
+    has_target_positions: bool = True
     """Tell each position which grid cell comes next (RAR, Yu et al. 2024, arXiv:2411.00776);
     without it, as in DALL-E, raster order only."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no decoder can be built from."""
-        for name in ("hidden_size", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"decoder.{name}: got {getattr(self, name)}, expected at least 1")
+        require_positive(self, ("hidden_size", "num_layers", "num_heads"), prefix="decoder.")
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"decoder.hidden_size: got {self.hidden_size}, expected a multiple of "
                 f"4 * num_heads = {4 * self.num_heads}"
             )
-        if not 0 <= self.dropout_probability < 1:
-            raise ValueError(
-                f"decoder.dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
-            )
-        for name, words in (("positions", ImagePositions), ("attention", Attention),
-                            ("block", Block), ("architecture", Architecture)):  # fmt: skip
+        require_dropout_probability(self, prefix="decoder.")
+        choices = {
+            "positions": ImagePositions,
+            "attention": Attention,
+            "block": Block,
+            "architecture": Architecture,
+        }
+        for name, words in choices.items():
             if getattr(self, name) not in get_args(words):
                 raise ValueError(
                     f"decoder.{name}: got {getattr(self, name)!r}, "
@@ -92,14 +99,15 @@ class DecoderConfig:
                 f"decoder.num_encoder_layers: got {self.num_encoder_layers}, "
                 f"expected {expected} with architecture {self.architecture}"
             )
-        if self.has_encoder:
-            others = (each for each in fields(self) if each.name not in ENCODER_DECODER_FIELDS)
-            for each in others:
-                if (value := getattr(self, each.name)) != each.default:
-                    raise ValueError(
-                        f"decoder.{each.name}: got {value!r}, expected {each.default!r} with "
-                        f"architecture {self.architecture}"
-                    )
+        if not self.has_encoder:
+            return
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ENCODER_DECODER_FIELDS and value != field.default:
+                raise ValueError(
+                    f"decoder.{field.name}: got {value!r}, expected {field.default!r} with "
+                    f"architecture {self.architecture}"
+                )
 
     @property
     def has_encoder(self) -> bool:
@@ -113,19 +121,17 @@ class DecoderConfig:
 
     @property
     def intermediate_size(self) -> int:
-        """Width inside the feed-forward network.
-
-        4 times the hidden size for ``gelu``; for ``swiglu``, which has one matrix more, 8/3 of it,
-        rounded up to 64.
-        """
+        """Width inside the feed-forward network."""
         if self.block == "gelu":
             return 4 * self.hidden_size
+        # SwiGLU has three matrices instead of two: 8/3 of the width makes as many weights. Rounded
+        # up to a multiple of 64 for fast products.
         return -(-8 * self.hidden_size // (3 * 64)) * 64
 
     @property
     def block_options(self) -> BlockOptions:
         """How the blocks are built."""
-        return RADFORD_2019 if self.block == "gelu" else BlockOptions()
+        return RADFORD_2019 if self.block == "gelu" else DEFAULT_OPTIONS
 
     @property
     def raster_order_only(self) -> bool:
@@ -135,11 +141,7 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DalleConfig:
-    """Everything that decides a decoder's weights' shapes.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """Everything that decides the shapes of a decoder's weights."""
 
     decoder: DecoderConfig
     """Width, depth and positions."""
@@ -154,10 +156,7 @@ class DalleConfig:
     """Image tokens along (height, width)."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no decoder can be built from."""
-        for name in ("vocab_size", "text_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        require_positive(self, ("vocab_size", "text_length"))
         if not self.codebook_levels or min(self.codebook_levels) < 1:
             raise ValueError(
                 f"codebook_levels: got {self.codebook_levels}, expected positive sizes"

@@ -6,19 +6,15 @@
       i0   i1  i2 ...  im                          what each position predicts
 
 Every caption token sees the whole caption (Vaswani et al. 2017, arXiv:1706.03762, section 3.1),
-which no token of a decoder-only model does; in return captions are not predicted, so that no loss
-teaches the model about captions but that of the images. All else is as in ``dalle.py``: pads that
-are learned and attended, the blocks, rotary positions of the grid, and the next cell that each
-position is told.
+which no token of a decoder-only model does; in return captions are not predicted, so that only
+the loss of the images teaches the model about captions. All else is as in ``dalle.py``: pads are
+learned and attended, blocks, rotary positions on the grid, and target positions.
 
 Source: Dayma et al. 2021, https://github.com/borisdayma/dalle-mini (a BART encoder and decoder);
 it masks pads and has learned positions, GLU and other norms.
 """
 
-from dataclasses import replace
-
 import torch
-from einops import repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,28 +25,20 @@ from dalle_mini_impl.models.dalle_shared import (
     FactorizedEmbedding,
     build_cache,
     initialize_weights,
+    raster_order,
     steps_and_cells,
 )
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import BlockOptions, build_blocks
+from dalle_mini_impl.transformer.block_config import BlockOptions
+from dalle_mini_impl.transformer.blocks import build_blocks, project_context
 from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
-from dalle_mini_impl.transformer.positions import Rotation, grid_coordinates, rotation_after
+from dalle_mini_impl.transformer.positions import Rotation, grid_rotation
 
 
 class DalleEncoderDecoder(nn.Module):
-    """A caption encoder and a decoder of image tokens; used like ``Dalle``."""
-
-    grid_coordinates: Tensor
+    """A caption encoder and a decoder of image tokens, with the methods of ``Dalle``."""
 
     def __init__(self, config: DalleConfig) -> None:
-        """Build the model with fresh weights.
-
-        Args:
-            config: Its sizes.
-
-        Raises:
-            ValueError: If they are those of another architecture.
-        """
         super().__init__()
         decoder, width = config.decoder, config.decoder.hidden_size
         if not decoder.has_encoder:
@@ -67,13 +55,12 @@ class DalleEncoderDecoder(nn.Module):
         self.image_start = nn.Parameter(torch.empty(width))
         self.image_embedding = FactorizedEmbedding(config.codebook_levels, width)
         self.target_positions = nn.Embedding(config.image_length, width)
-        options = replace(BlockOptions(), has_cross_attention=True)
-        self.blocks = build_blocks(decoder, decoder.num_layers, options)
+        self.blocks = build_blocks(
+            decoder, decoder.num_layers, BlockOptions(has_cross_attention=True)
+        )
         self.output_norm = build_norm(width)
         self.image_head = FactorizedEmbedding(config.codebook_levels, width)
-        self.register_buffer(
-            "grid_coordinates", grid_coordinates(*config.image_grid_size), persistent=False
-        )
+        # Three branches per decoder block: self-attention, cross-attention, feed-forward.
         initialize_weights(self, num_branches=3 * decoder.num_layers)
 
     def forward(
@@ -83,41 +70,24 @@ class DalleEncoderDecoder(nn.Module):
         *,
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> DalleLogits:
-        """Predict every image token from the caption and the image tokens before it.
-
-        Args:
-            text_token_ids: Captions, padded with ``PAD_TOKEN_ID``.
-            image_token_ids: Tokens in the order in which they are generated.
-            image_order: Grid cell (raster index) of each of them; raster order when None.
-
-        Returns:
-            Logits of the image tokens, in generation order, and none of the caption.
-        """
+        """Predict every image token from the caption and the image tokens before it."""
         if image_order is None:
-            cells = torch.arange(self.config.image_length, device=image_token_ids.device)
-            image_order = repeat(cells, "cell -> batch cell", batch=len(image_token_ids))
+            image_order = raster_order(self.config, image_token_ids)
         context = self.encode(text_token_ids)
-        cells, next_cells = image_order[:, :-1], image_order[:, 1:]
+        # As in ``Dalle``: position i holds token i and predicts the token of the next cell.
         start = self.embed_start(image_order[:, 0])
-        hidden_states = torch.cat(
-            [start, self.embed_image(image_token_ids[:, :-1], next_cells)], dim=1
-        )
-        rotation = self.rotation(cells, num_starts=1)
+        image = self.embed_image(image_token_ids[:, :-1], image_order[:, 1:])
+        hidden_states = torch.cat([start, image], dim=1)  # (batch, image_length, hidden)
+        rotation = self.rotation(image_order[:, :-1], num_starts=1)
         for block in self.blocks:
             hidden_states = block(hidden_states, rotation=rotation, is_causal=True, context=context)
-        return DalleLogits(text=None, image=self.logits(hidden_states))
+        return DalleLogits(text=None, image=self.image_logits(hidden_states))
 
     def encode(
         self, text_token_ids: Int[Tensor, "batch text_length"]
     ) -> Float[Tensor, "batch text_length hidden"]:
-        """Read the captions; their pads are learned, so that a null caption has something to say.
-
-        Args:
-            text_token_ids: Captions, padded.
-
-        Returns:
-            What cross-attention reads.
-        """
+        """Read the captions for cross-attention."""
+        # Pads are learned and attended, so that a null caption has content as well.
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         hidden_states = tokens + self.text_positions.weight
@@ -130,50 +100,20 @@ class DalleEncoderDecoder(nn.Module):
         text_token_ids: Int[Tensor, "batch text_length"],
         cache: KeyValueCache,
         *,
-        first_cell: int | Int[Tensor, " batch"] = 0,
+        image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Read the captions, once for all steps, and begin the images.
-
-        Args:
-            text_token_ids: Captions, padded.
-            cache: Empty; holds what the captions say to each layer, and the start, afterwards.
-            first_cell: Grid cell that is generated first, of all rows or of each.
-
-        Returns:
-            Logits of the first image token.
-        """
-        context = self.encode(text_token_ids)
-        cache.contexts = [
-            block.get_submodule("cross_attention").project(context)  # type: ignore[operator]
-            for block in self.blocks
-        ]
-        target = first_cell
-        if not isinstance(target, Tensor):
-            target = torch.full((len(text_token_ids),), target, device=text_token_ids.device)
-        return self._advance(self.embed_start(target), cache, rotation=None)
-
-    def decode_one(
-        self,
-        image_token_ids: Int[Tensor, " batch"],
-        cache: KeyValueCache,
-        *,
-        cell: int,
-        next_cell: int,
-    ) -> Float[Tensor, "batch codebook_size"]:
-        """Add one sampled token to the cache and predict the next one.
-
-        Args:
-            image_token_ids: The token just generated in each row.
-            cache: Holds everything before it.
-            cell: Grid cell of the sampled token.
-            next_cell: Grid cell that is generated next.
-
-        Returns:
-            Logits of the token of ``next_cell``.
-        """
-        own = torch.full((len(image_token_ids), 1), cell, device=image_token_ids.device)
-        hidden_states = self.embed_image(image_token_ids[:, None], torch.full_like(own, next_cell))
-        return self._advance(hidden_states, cache, rotation=self.rotation(own))
+        """Encode the captions and read the start; return the logits of the first image token."""
+        # The captions are projected here, once for all steps.
+        cache.contexts = project_context(self.blocks, self.encode(text_token_ids))
+        first_cell = torch.zeros_like(text_token_ids[:, 0])
+        if image_order is not None:
+            first_cell = image_order[:, 0]
+        hidden_states = self.embed_start(first_cell)
+        for index, block in enumerate(self.blocks):
+            hidden_states = block(
+                hidden_states, cache=cache.layer(index), context=cache.contexts[index]
+            )
+        return self.image_logits(hidden_states)[:, -1]
 
     def decode_window(
         self,
@@ -183,48 +123,24 @@ class DalleEncoderDecoder(nn.Module):
         first_steps: Int[Tensor, " batch"],
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict what follows each of several sampled or guessed tokens, as ``Dalle`` does.
-
-        Args:
-            image_token_ids: Tokens of consecutive steps.
-            cache: Holds the caption and every earlier image token of each row.
-            first_steps: Step of each row's first token; no window may reach beyond the last step
-                but one.
-            image_order: Grid cell (raster index) of each step; raster order when None.
-
-        Returns:
-            Logits of the token of the next step after each one.
-        """
+        """Predict the token after each token of a window, as ``Dalle.decode_window`` does."""
         steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self.embed_image(image_token_ids, next_cells)
-        rotation = self.rotation(cells)
-        positions = steps + 1  # the start stands before the image
+        rotation = self.rotation(cells, num_starts=0)
+        positions = steps + 1  # image_start comes first
         mask = cache.mask_at(positions)
         for index, block in enumerate(self.blocks):
             hidden_states = block(
                 hidden_states,
                 rotation=rotation,
                 attention_mask=mask,
-                cache=cache.scatter_layer(index, positions),
+                cache=cache.layer(index, positions),
                 context=cache.contexts[index],
             )
-        return self.logits(hidden_states)
-
-    def _advance(
-        self, hidden_states: Tensor, cache: KeyValueCache, *, rotation: Rotation | None
-    ) -> Tensor:
-        """Run one more position of each row through the decoder; return the logits after it."""
-        for index, block in enumerate(self.blocks):
-            hidden_states = block(
-                hidden_states,
-                rotation=rotation,
-                cache=cache.layer(index),
-                context=cache.contexts[index],
-            )
-        return self.logits(hidden_states)[:, -1]
+        return self.image_logits(hidden_states)
 
     def embed_start(self, first_cell: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 hidden"]:
-        """Embed the position before the image, which is told the first grid cell."""
+        """Embed the position before the image, which predicts ``first_cell``."""
         return (self.image_start + self.target_positions(first_cell)).unsqueeze(1)
 
     def embed_image(
@@ -232,19 +148,22 @@ class DalleEncoderDecoder(nn.Module):
         image_token_ids: Int[Tensor, "batch length"],
         next_cells: Int[Tensor, "batch length"],
     ) -> Float[Tensor, "batch length hidden"]:
-        """Embed sampled tokens, and which cell comes next."""
-        embedded = F.embedding(image_token_ids, self.image_embedding.table())
-        return embedded + self.target_positions(next_cells)
+        """Embed image tokens and the cells that they predict."""
+        return self.image_embedding(image_token_ids) + self.target_positions(next_cells)
 
-    def rotation(self, cells: Int[Tensor, "batch length"], *, num_starts: int = 0) -> Rotation:
-        """Rotary angles of the start (zero) and of grid cells."""
-        coordinates, head_dim = self.grid_coordinates[cells], self.config.decoder.head_dim
-        return rotation_after(num_starts, coordinates, head_dim=head_dim)
+    def rotation(self, cells: Int[Tensor, "batch length"], *, num_starts: int) -> Rotation:
+        """Compute the rotary angles of grid cells, after a start that is not rotated."""
+        return grid_rotation(
+            cells,
+            grid_width=self.config.image_grid_size[1],
+            head_dim=self.config.decoder.head_dim,
+            num_unrotated=num_starts,
+        )
 
-    def logits(
+    def image_logits(
         self, hidden_states: Float[Tensor, "batch length hidden"]
     ) -> Float[Tensor, "batch length codebook_size"]:
-        """Score every image token."""
+        """Score every image token by the factorized head."""
         return F.linear(self.output_norm(hidden_states), self.image_head.table())
 
     def new_cache(self, batch_size: int) -> KeyValueCache:

@@ -1,4 +1,4 @@
-"""What both text-to-image models share: output heads, embeddings, caches, initialization."""
+"""Parts of both text-to-image models: output, embeddings, caches, initialization."""
 
 from math import prod
 from typing import NamedTuple
@@ -13,38 +13,36 @@ from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 
 class DalleLogits(NamedTuple):
-    """Unnormalised log-probabilities of the next token, in nats."""
+    """Unnormalized log-probabilities of the next token, in nats."""
 
     text: Float[Tensor, "batch text_length vocab"] | None
-    """None of a model that reads captions and does not write them."""
+    """None from the encoder-decoder, which reads captions and does not predict them."""
     image: Float[Tensor, "batch image_length codebook_size"]
 
 
 class FactorizedEmbedding(nn.Module):
-    """One row per image token: a row of its own plus a shared row for each of its digits.
+    """One row per image token: its own row plus a shared row for each of its digits.
 
-    An FSQ token is a number whose digits are its levels. Tokens that share a level share a row, so
-    that what is learned of a common token serves its rare neighbors. With a single digit the
-    shared rows are left out and this is a plain table.
+    An FSQ token is a number whose digits are its levels (the least significant first).
     """
 
-    def __init__(self, levels: tuple[int, ...], width: int) -> None:
-        """Build the table.
+    # Tokens with a common digit share that digit's row, so that frequent tokens teach their rare
+    # neighbors. With a single digit there are no shared rows, and this is a plain embedding.
 
-        Args:
-            levels: Size of each digit, the least significant first.
-            width: Length of a row.
-        """
+    def __init__(self, levels: tuple[int, ...], width: int) -> None:
         super().__init__()
         self.rows = nn.Parameter(torch.empty(prod(levels), width))
-        self.digit_rows = nn.ParameterList(
-            nn.Parameter(torch.empty(size, width)) for size in (levels if len(levels) > 1 else ())
-        )
-        place = 1
-        for index, size in enumerate(levels[: len(self.digit_rows)]):
-            digits = torch.arange(prod(levels)) // place % size
+        sizes = levels if len(levels) > 1 else ()
+        self.digit_rows = nn.ParameterList(nn.Parameter(torch.empty(size, width)) for size in sizes)
+        place_value = 1
+        for index, size in enumerate(sizes):
+            digits = torch.arange(prod(levels)) // place_value % size
             self.register_buffer(f"digits_{index}", digits, persistent=False)
-            place *= size
+            place_value *= size
+
+    def forward(self, token_ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape width"]:
+        """Look tokens up."""
+        return F.embedding(token_ids, self.table())
 
     def table(self) -> Float[Tensor, "codebook_size width"]:
         """Add the shared rows to each token's own row."""
@@ -55,40 +53,29 @@ class FactorizedEmbedding(nn.Module):
         return table
 
 
+def raster_order(config: DalleConfig, rows: Tensor) -> Int[Tensor, "batch image_length"]:
+    """List the grid cells of each of ``rows`` from the top left to the bottom right."""
+    return torch.arange(config.image_length, device=rows.device).expand(len(rows), -1)
+
+
 def steps_and_cells(
     first_steps: Int[Tensor, " batch"],
     image_token_ids: Int[Tensor, "batch window"],
     image_order: Int[Tensor, "batch image_length"] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tell where the tokens of a window stand.
+    """Compute the step and the grid cell of each token of a window, and the cell that comes next.
 
-    Args:
-        first_steps: Step of each row's first token.
-        image_token_ids: Tokens of consecutive steps.
-        image_order: Grid cell of each step; raster order when None.
-
-    Returns:
-        Step and grid cell of each token, and the cell that comes next: each (batch, window).
+    Each is (batch, window). ``image_order`` is the grid cell of each step, raster order when None.
     """
-    steps = first_steps.unsqueeze(1) + torch.arange(
-        image_token_ids.shape[1], device=image_token_ids.device
-    )
+    window = torch.arange(image_token_ids.shape[1], device=image_token_ids.device)
+    steps = first_steps.unsqueeze(1) + window
     if image_order is None:
         return steps, steps, steps + 1
     return steps, image_order.gather(1, steps), image_order.gather(1, steps + 1)
 
 
 def build_cache(config: DalleConfig, batch_size: int, *, like: Tensor) -> KeyValueCache:
-    """Reserve a cache for one batch.
-
-    Args:
-        config: Of the decoder.
-        batch_size: Rows.
-        like: A tensor of the device and dtype that are expected.
-
-    Returns:
-        An empty cache for all positions.
-    """
+    """Reserve an empty cache for all positions, on the device and of the dtype of ``like``."""
     return KeyValueCache(
         num_layers=config.decoder.num_layers,
         batch_size=batch_size,
@@ -101,19 +88,12 @@ def build_cache(config: DalleConfig, batch_size: int, *, like: Tensor) -> KeyVal
 
 
 def initialize_weights(model: nn.Module, *, num_branches: int) -> None:
-    """Set every weight of a fresh decoder.
-
-    Matrices and embeddings are normal with standard deviation 0.02; the matrices that write into
-    the residual stream are divided by sqrt(num_branches), so that its variance does not grow
-    with depth (GPT-2); all heads are zero, so that training starts at the uniform distribution,
-    and so are biases.
-
-    Args:
-        model: Changed in place.
-        num_branches: Of the residual stream, two per block without cross-attention.
-    """
+    """Set every weight of a fresh model whose residual stream has ``num_branches`` branches."""
+    # Divided by sqrt(num_branches), the matrices that write into the residual stream keep its
+    # variance from growing with depth (GPT-2).
     residual_std = 0.02 / num_branches**0.5
     for name, parameter in model.named_parameters():
+        # With heads of zero, training starts at the uniform distribution. Norms start at one.
         if "_head." in name or name.endswith(".bias"):
             nn.init.zeros_(parameter)
         elif name.endswith("output.weight"):

@@ -8,7 +8,7 @@
 As in Vaswani et al. 2017 (arXiv:1706.03762), one table serves both embeddings and the output, and
 is scaled by sqrt(hidden_size) on the way in (section 3.4); positions are sinusoidal (3.5). With
 ``norm: pre`` (Xiong et al. 2020, arXiv:2002.04745) each of the two stacks ends with a norm.
-Dropout hides whole channels instead of single numbers, as in all our blocks.
+Dropout drops whole channels instead of single numbers, as in all our blocks.
 """
 
 from dataclasses import dataclass, replace
@@ -19,10 +19,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.attention import KeysAndValues, build_norm
-from dalle_mini_impl.transformer.blocks import VASWANI_2017, build_blocks
+from dalle_mini_impl.transformer.attention import build_norm
+from dalle_mini_impl.transformer.block_config import (
+    VASWANI_2017,
+    require_dropout_probability,
+    require_positive,
+)
+from dalle_mini_impl.transformer.blocks import build_blocks, project_context
 from dalle_mini_impl.transformer.feed_forward import ChannelDropout
-from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
+from dalle_mini_impl.transformer.key_value_cache import KeysAndValues, KeyValueCache
 from dalle_mini_impl.transformer.masks import padding_mask
 from dalle_mini_impl.transformer.positions import sinusoidal_positions
 
@@ -31,18 +36,14 @@ PAD_TOKEN_ID = 0  # on the right of shorter rows; never attended in a source, ne
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderDecoderConfig:
-    """Sizes of an encoder-decoder Transformer.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """Sizes of an encoder-decoder Transformer."""
 
     hidden_size: int = 256
     """Width of the residual stream."""
     num_encoder_layers: int = 3
-    """Blocks that read."""
+    """Blocks of the encoder."""
     num_decoder_layers: int = 3
-    """Blocks that write."""
+    """Blocks of the decoder."""
     num_heads: int = 4
     """Attention heads per block."""
     intermediate_size: int = 1024
@@ -53,72 +54,38 @@ class EncoderDecoderConfig:
     """After each sum as in the paper, or before each branch."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model can be built from."""
-        for name in (
-            "hidden_size",
-            "num_encoder_layers",
-            "num_decoder_layers",
-            "num_heads",
-            "intermediate_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}: got {getattr(self, name)}, expected at least 1")
+        counts = ("hidden_size", "num_encoder_layers", "num_decoder_layers", "num_heads")
+        require_positive(self, (*counts, "intermediate_size"), prefix="model.")
         if self.hidden_size % self.num_heads or self.hidden_size % 2:
             raise ValueError(
                 f"model.hidden_size: got {self.hidden_size}, expected an even multiple of "
                 f"num_heads {self.num_heads}"
             )
-        if not 0 <= self.dropout_probability < 1:
-            raise ValueError(
-                f"model.dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
-            )
-
-
-class Context(NamedTuple):
-    """What the encoder made of the sources."""
-
-    hidden_states: Float[Tensor, "batch source_length hidden"]
-    attention_mask: Bool[Tensor, "batch 1 1 source_length"]
-
-
-class DecoderState:
-    """Where a token-by-token decoder stands: its cache, and the projected context."""
-
-    def __init__(
-        self, cache: KeyValueCache, contexts: list[KeysAndValues], context_mask: Tensor
-    ) -> None:
-        """Begin before the first token.
-
-        Args:
-            cache: Empty.
-            contexts: Of each decoder block.
-            context_mask: True = may attend.
-        """
-        self.cache, self.contexts, self.context_mask = cache, contexts, context_mask
+        require_dropout_probability(self, prefix="model.")
 
 
 class EncoderDecoder(nn.Module):
-    """Reads a row of tokens and writes another one, both of one vocabulary."""
+    """Reads a row of tokens and writes another one, both of one vocabulary.
+
+    ``vocab_size`` counts the pad; two tokens are added to it, start and end. Sources and targets
+    are padded on the right with ``PAD_TOKEN_ID``, and every source holds at least one token.
+    """
 
     def __init__(self, config: EncoderDecoderConfig, *, vocab_size: int) -> None:
-        """Build the model with fresh weights.
-
-        Args:
-            config: Its sizes.
-            vocab_size: Number of different tokens, pad included. Two are added: start and end.
-        """
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
         self.start_token_id, self.end_token_id = vocab_size, vocab_size + 1
         width = config.hidden_size
         self.embedding = nn.Embedding(vocab_size + 2, width)
         self.dropout = ChannelDropout(config.dropout_probability)
-        self.encoder_blocks = _build_blocks(config, config.num_encoder_layers, is_decoder=False)
-        self.decoder_blocks = _build_blocks(config, config.num_decoder_layers, is_decoder=True)
+        encoder_options = replace(VASWANI_2017, norm=config.norm)
+        decoder_options = replace(encoder_options, has_cross_attention=True)
+        self.encoder_blocks = build_blocks(config, config.num_encoder_layers, encoder_options)
+        self.decoder_blocks = build_blocks(config, config.num_decoder_layers, decoder_options)
+        # A post-norm stack ends with the norm of its last block; a pre-norm stack needs its own.
         is_pre = config.norm == "pre"
-        self.encoder_norm, self.decoder_norm = (
-            build_norm(width, use_bias=True) if is_pre else nn.Identity() for _ in range(2)
-        )
+        self.encoder_norm = build_norm(width, use_bias=True) if is_pre else nn.Identity()
+        self.decoder_norm = build_norm(width, use_bias=True) if is_pre else nn.Identity()
         initialize_weights(self)
 
     def forward(
@@ -128,29 +95,20 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Tensor, "batch target_length_plus_1 vocab_plus_2"]:
         """Predict every target token, and the end after the last one.
 
-        Args:
-            source_token_ids: Padded on the right; every row holds a token at least.
-            target_token_ids: Padded on the right, without start and end.
-
-        Returns:
-            Logits in nats; those after a row's end mean nothing.
+        Targets come without start and end. Logits after a row's end mean nothing.
         """
-        context, mask = self.encode(source_token_ids)
+        context, context_mask = self.encode(source_token_ids)
         start = target_token_ids.new_full((len(target_token_ids), 1), self.start_token_id)
         hidden_states = self.embed(torch.cat([start, target_token_ids], dim=1))
-        for block in self.decoder_blocks:  # pads stand after all tokens: causal hides them
-            hidden_states = block(hidden_states, is_causal=True, context=context, context_mask=mask)
+        for block in self.decoder_blocks:
+            # Target pads need no mask: they follow all tokens, so that causality hides them.
+            hidden_states = block(
+                hidden_states, is_causal=True, context=context, context_mask=context_mask
+            )
         return self.logits(hidden_states)
 
-    def encode(self, source_token_ids: Int[Tensor, "batch source_length"]) -> Context:
-        """Read the sources.
-
-        Args:
-            source_token_ids: Padded on the right; every row holds a token at least.
-
-        Returns:
-            One row per source token, and where there is one.
-        """
+    def encode(self, source_token_ids: Int[Tensor, "batch source_length"]) -> "Context":
+        """Read the sources."""
         mask = padding_mask(source_token_ids != PAD_TOKEN_ID)
         hidden_states = self.embed(source_token_ids)
         for block in self.encoder_blocks:
@@ -163,19 +121,12 @@ class EncoderDecoder(nn.Module):
         *,
         rows_per_source: int,
         max_length: int,
-    ) -> DecoderState:
-        """Read the sources and reserve a cache.
-
-        Args:
-            source_token_ids: Padded on the right.
-            rows_per_source: Hypotheses that are written side by side for each source.
-            max_length: Calls of ``decode_one`` that will come.
-
-        Returns:
-            The state for ``decode_one``; the rows of a source stand together.
-        """
+    ) -> "DecoderState":
+        """Read the sources and reserve a cache for ``max_length`` calls of ``decode_one``."""
+        # Each source has ``rows_per_source`` adjacent rows, the hypotheses of a beam search.
         context, mask = self.encode(source_token_ids)
-        context, mask = (part.repeat_interleave(rows_per_source, dim=0) for part in (context, mask))
+        context = context.repeat_interleave(rows_per_source, dim=0)
+        mask = mask.repeat_interleave(rows_per_source, dim=0)
         cache = KeyValueCache(
             num_layers=self.config.num_decoder_layers,
             batch_size=len(context),
@@ -185,41 +136,34 @@ class EncoderDecoder(nn.Module):
             device=context.device,
             dtype=context.dtype,
         )
-        projected = [
-            block.get_submodule("cross_attention").project(context)  # type: ignore[operator]
-            for block in self.decoder_blocks
-        ]
-        return DecoderState(cache, projected, mask)
+        return DecoderState(cache, project_context(self.decoder_blocks, context), mask)
 
     def decode_one(
-        self, token_ids: Int[Tensor, " rows"], state: DecoderState
+        self, token_ids: Int[Tensor, " rows"], state: "DecoderState"
     ) -> Float[Tensor, "rows vocab_plus_2"]:
-        """Add one token to each row and predict the next one.
-
-        Args:
-            token_ids: The token just written in each row; the start token first.
-            state: Changed in place.
-
-        Returns:
-            Logits in nats.
-        """
-        hidden_states = self.embed(token_ids[:, None], first_position=state.cache.length)
+        """Add one token to each row, the start token first, and predict the next one."""
+        positions = torch.full_like(token_ids, state.length).unsqueeze(1)  # (rows, 1)
+        mask = state.cache.mask_at(positions)  # (rows, 1, 1, max_length)
+        hidden_states = self.embed(token_ids[:, None], first_position=state.length)
         for index, block in enumerate(self.decoder_blocks):
             hidden_states = block(
                 hidden_states,
-                cache=state.cache.layer(index),
+                attention_mask=mask,
+                cache=state.cache.layer(index, positions),
                 context=state.contexts[index],
                 context_mask=state.context_mask,
             )
+        state.length += 1
         return self.logits(hidden_states)[:, -1]
 
     def embed(
         self, token_ids: Int[Tensor, "batch length"], *, first_position: int = 0
     ) -> Float[Tensor, "batch length hidden"]:
-        """Look up tokens and add where they stand."""
+        """Look up tokens and add their positions."""
         width, length = self.config.hidden_size, token_ids.shape[1]
         positions = torch.arange(first_position, first_position + length, device=token_ids.device)
         table = sinusoidal_positions(positions[:, None], hidden_size=width)
+        # Fresh rows have length one, positions sqrt(width / 2): the factor makes both count.
         return self.dropout(self.embedding(token_ids) * width**0.5 + table)
 
     def logits(
@@ -229,24 +173,30 @@ class EncoderDecoder(nn.Module):
         return F.linear(self.decoder_norm(hidden_states), self.embedding.weight)
 
 
-def _build_blocks(
-    config: EncoderDecoderConfig, num_layers: int, *, is_decoder: bool
-) -> nn.ModuleList:
-    options = replace(VASWANI_2017, norm=config.norm, has_cross_attention=is_decoder)
-    return build_blocks(config, num_layers, options)
+class Context(NamedTuple):
+    """The encoder's output."""
+
+    hidden_states: Float[Tensor, "batch source_length hidden"]
+    attention_mask: Bool[Tensor, "batch 1 1 source_length"]
+
+
+@dataclass
+class DecoderState:
+    """What a token-by-token decoder remembers between two tokens."""
+
+    cache: KeyValueCache
+    contexts: list[KeysAndValues]
+    """What each block's cross-attention reads."""
+    context_mask: Tensor
+    length: int = 0
+    """Tokens of each row so far, the start token included."""
 
 
 def initialize_weights(model: EncoderDecoder) -> None:
-    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code.
-
-    The table is normal with standard deviation hidden_size ** -0.5, so that embeddings and logits
-    begin with variance one.
-
-    Args:
-        model: Changed in place.
-    """
+    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
+    # So that embeddings (times sqrt(hidden_size)) and logits begin with variance one.
     nn.init.normal_(model.embedding.weight, std=model.config.hidden_size**-0.5)

@@ -1,4 +1,4 @@
-"""The models that generate images from captions; ``decoder.architecture`` says which one."""
+"""The models that generate images from captions; ``decoder.architecture`` chooses one."""
 
 from typing import TypeAlias
 
@@ -10,12 +10,5 @@ TextToImageModel: TypeAlias = Dalle | DalleEncoderDecoder
 
 
 def build_text_to_image(config: DalleConfig) -> TextToImageModel:
-    """Build the model of a config with fresh weights.
-
-    Args:
-        config: Its architecture and sizes.
-
-    Returns:
-        The model, in training mode.
-    """
+    """Build the model of a config with fresh weights, in training mode."""
     return DalleEncoderDecoder(config) if config.decoder.has_encoder else Dalle(config)

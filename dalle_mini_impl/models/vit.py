@@ -2,7 +2,7 @@
 
 As in Dosovitskiy et al. 2021 (arXiv:2010.11929): a linear map of flattened patches, a learned
 position for each, pre-norm blocks with GELU and biases, and a class token whose last state is
-classified; or the mean of the patches, as in their appendix D.3. Dropout hides whole channels
+classified; or the mean of the patches, as in their appendix D.3. Dropout drops whole channels
 instead of single numbers, as in all our blocks.
 """
 
@@ -15,17 +15,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dalle_mini_impl.transformer.attention import build_norm
-from dalle_mini_impl.transformer.blocks import DOSOVITSKIY_2021, build_blocks
+from dalle_mini_impl.transformer.block_config import (
+    DOSOVITSKIY_2021,
+    require_dropout_probability,
+    require_positive,
+)
+from dalle_mini_impl.transformer.blocks import build_blocks
 from dalle_mini_impl.transformer.feed_forward import ChannelDropout
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """Sizes of a Vision Transformer; the image's size and the classes follow from the data.
-
-    Raises:
-        ValueError: If a size is out of range.
-    """
+    """Sizes of a Vision Transformer; the image's size and the classes follow from the data."""
 
     patch_size: int = 4
     """Side of a patch in pixels; must divide the image's side."""
@@ -43,38 +44,22 @@ class ViTConfig:
     """What is classified: a token of its own as in the paper, or the mean of the patches."""
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no model can be built from."""
-        for name in ("patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        sizes = ("patch_size", "hidden_size", "num_layers", "num_heads", "intermediate_size")
+        require_positive(self, sizes)
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size: got {self.hidden_size}, expected a multiple of num_heads "
                 f"{self.num_heads}"
             )
-        if not 0 <= self.dropout_probability < 1:
-            raise ValueError(
-                f"dropout_probability: got {self.dropout_probability}, expected 0 to below 1"
-            )
+        require_dropout_probability(self)
 
 
 class VisionTransformer(nn.Module):
-    """Tells the class of a square image."""
+    """Classifies square images, in [-1, 1], with ``image_size`` pixels along each side."""
 
     def __init__(
         self, config: ViTConfig, *, image_size: int, num_channels: int, num_classes: int
     ) -> None:
-        """Build the model with fresh weights.
-
-        Args:
-            config: Its sizes.
-            image_size: Side of the images in pixels.
-            num_channels: 3 for color, 1 for gray.
-            num_classes: Classes to tell apart.
-
-        Raises:
-            ValueError: If the patches do not fill the image.
-        """
         super().__init__()
         if image_size % config.patch_size:
             raise ValueError(
@@ -98,29 +83,16 @@ class VisionTransformer(nn.Module):
     def forward(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch num_classes"]:
-        """Score the classes.
-
-        Args:
-            pixels: In [-1, 1].
-
-        Returns:
-            Logits in nats.
-        """
+        """Score the classes: logits in nats."""
         return self.head(self.pool(self.features(pixels)))
 
     def features(
         self, pixels: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch length hidden"]:
-        """Read the images.
-
-        Args:
-            pixels: In [-1, 1].
-
-        Returns:
-            Normalised states: of the class token, if there is one, and of the patches in raster
-            order.
-        """
+        """Compute the normalized states of the patches, after that of the class token, if any."""
         side = self.config.patch_size
+        # The channel is the slowest axis of a patch, as in the kernel of a convolution, so that
+        # weights of other implementations fit.
         patches = rearrange(
             pixels,
             "batch channels (rows height) (columns width)"
@@ -128,10 +100,10 @@ class VisionTransformer(nn.Module):
             height=side,
             width=side,
         )
-        hidden_states = self.patch_embedding(patches)
+        hidden_states = self.patch_embedding(patches)  # (batch, num_patches, hidden)
         if self.config.pooling == "class_token":
-            first = self.class_token.expand(len(pixels), 1, -1)
-            hidden_states = torch.cat([first, hidden_states], dim=1)
+            class_token = self.class_token.expand(len(pixels), 1, -1)
+            hidden_states = torch.cat([class_token, hidden_states], dim=1)
         hidden_states = self.dropout(hidden_states + self.positions)
         for block in self.blocks:
             hidden_states = block(hidden_states)
@@ -143,13 +115,7 @@ class VisionTransformer(nn.Module):
 
 
 def initialize_weights(model: VisionTransformer) -> None:
-    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code.
-
-    Positions and the class token are normal with standard deviation 0.02; biases and head are zero.
-
-    Args:
-        model: Changed in place.
-    """
+    """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code."""
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or name.startswith("head"):
             nn.init.zeros_(parameter)

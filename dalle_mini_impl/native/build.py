@@ -1,7 +1,7 @@
 """Compiling ``decoder.cpp`` with the system's own compiler, once per machine, for this user alone.
 
-A library is code: it is loaded only from a folder that no one else can write to, and only if it is
-what was once compiled. Several processes may compile at once: each renames a finished file.
+A library is code: it is loaded only from a folder that no one else can write to, and only if its
+checksum matches. Several processes may compile at once: each renames a finished file.
 """
 
 import ctypes
@@ -25,15 +25,12 @@ MAX_SECONDS = 600  # a compilation takes five on an idle machine
 
 
 class UnavailableError(Exception):
-    """Why this machine or this model goes without the compiled pass."""
+    """Why this machine or this model has no compiled pass."""
 
 
 @functools.cache
 def load_library() -> ctypes.CDLL:
-    """Load the compiled pass; compile it where this machine has not yet done so.
-
-    Returns:
-        The library.
+    """Load the compiled pass, compiled before if need be.
 
     Raises:
         UnavailableError: If there is no compiler, it fails, or the cache folder is not safe.
@@ -52,14 +49,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def cache_folder() -> Path:
-    """Return the folder of compiled files: this user's own, closed to all others.
-
-    Returns:
-        The folder, made if missing.
-
-    Raises:
-        UnavailableError: If it belongs to someone else, or others may write to it.
-    """
+    """Return the folder of compiled files, created if missing; only this user may write to it."""
     if not hasattr(os, "getuid"):
         raise UnavailableError(f"not supported on {sys.platform}")
     if sys.platform == "darwin":
@@ -73,14 +63,14 @@ def cache_folder() -> Path:
 
 
 def _require_own(path: Path) -> None:
-    """Refuse what someone else owns or may write to, and links, which may point anywhere."""
+    """Refuse paths that someone else owns or may write to, and links, which may point anywhere."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UnavailableError(f"{path}: a link, not yours, or others may write to it")
 
 
 def _fingerprint(compiler: str) -> str:
-    """Name all that decides the compiled file: source, flags, compiler and processor."""
+    """Hash everything that decides the compiled file: source, flags, compiler and processor."""
     version = subprocess.run(
         [compiler, "--version"], capture_output=True, check=True, timeout=MAX_SECONDS
     ).stdout
@@ -98,7 +88,7 @@ def _fingerprint(compiler: str) -> str:
 
 
 def _is_intact(library: Path) -> bool:
-    """Say whether the library is what was compiled: a truncated one would crash on loading."""
+    """Check the library's sha256: a truncated one would crash on loading."""
     checksum = _checksum_file(library)
     if not (library.is_file() and checksum.is_file()):
         return False
@@ -128,6 +118,7 @@ def _compile(compiler: str, library: Path) -> None:
         checksum = _checksum_file(made)
         checksum.write_text(hashlib.sha256(made.read_bytes()).hexdigest())
         checksum.chmod(0o600)
+        # Library first: a process that finds a new library with an old checksum compiles again.
         # The same source, flags and compiler make the same bytes: two processes do not disagree.
         made.replace(library)
         checksum.replace(_checksum_file(library))

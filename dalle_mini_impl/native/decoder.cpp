@@ -4,12 +4,12 @@
 // biases). A row is one token of one image; the rows of a pass may be the last tokens of several
 // images, several tokens of one, or a caption. Keys and values of earlier tokens lie in a cache.
 //
-// Why not torch: at a few rows a pass is some 400 small operations, each of which torch starts and
-// splits over threads anew, and its products of a matrix with few rows do not reach the speed at
-// which weights can be read. Here threads start once per pass and meet at barriers, and weights lie
-// in memory in the order in which they are read.
+// Why not torch: for a few rows a pass is some 400 small operations, each of which torch launches
+// and splits over threads anew, and its products of a matrix with few rows do not reach the speed
+// of memory. Here threads start once per pass and meet at barriers, and weights lie in memory in
+// the order in which they are read.
 //
-// A row's numbers never depend on the rows beside it: every sum runs over its terms in one order,
+// A row's numbers never depend on the other rows: every sum runs over its terms in one order,
 // whatever the tile, and int8 scales are chosen row by row.
 
 #include <algorithm>
@@ -29,7 +29,7 @@ namespace {
 
 constexpr long LANES = 16;          // numbers in a vector: one AVX-512 register, or several smaller
 constexpr long PANEL = 4 * LANES;   // outputs of a product that are computed together
-constexpr long TILE = 6;            // rows that are: 6 x 4 sums fit into 32 registers
+constexpr long TILE = 6;            // rows computed together: 6 x 4 sums fit into 32 registers
 constexpr float EPSILON = 1e-6f;    // of every norm
 constexpr int SPINS = 4000;         // some 50 microseconds at a barrier; then the core is given up
 
@@ -44,7 +44,7 @@ Floats load(const float* from) {
 
 void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
 
-// bfloat16, the upper half of a float32: what keys and values are kept in beside int8 weights.
+// bfloat16, the upper half of a float32: the type of cached keys and values with int8 weights.
 typedef uint16_t Half;
 typedef Half Halves __attribute__((vector_size(32)));
 
@@ -117,8 +117,9 @@ struct Decoder {
     const float *cosines, *sines;  // [cell][head_dim / 2]; a last row of angle zero for captions
 };
 
-// Float32 beside float32 weights, else bfloat16. Keys are [layer][image][head][panel of 64 positions][head_dim][64], values
-// [layer][image][head][position][head_dim]: each as its product reads it.
+// float32 with float32 weights, else bfloat16. Keys are
+// [layer][image][head][panel of 64 positions][head_dim][64], values
+// [layer][image][head][position][head_dim]: each in the order in which its product reads it.
 struct Cache {
     void *keys, *values;
     int64_t images, length;  // length: positions, a multiple of 64
@@ -173,7 +174,7 @@ struct Thread {
     long end(long items) const { return items * (index + 1) / count; }
 };
 
-// Rows as the next product wants them: float32, or int8 plus 128 with one scale per row.
+// The rows that the next product reads: float32, or int8 plus 128 with one scale per row.
 struct Inputs {
     std::vector<float> floats, scales;
     std::vector<uint8_t> bytes;
@@ -182,8 +183,8 @@ struct Inputs {
     Inputs(long rows, long row_width)
         : floats(rows * row_width), scales(rows), bytes(rows * row_width), width(row_width) {}
 
-    // Quantises row `row` of floats.
-    void quantise(long row) {
+    // Quantizes row `row` of floats.
+    void quantize(long row) {
         const float* from = &floats[row * width];
         Floats largest = {};
         for (long i = 0; i < width; i += LANES) {
@@ -261,7 +262,7 @@ void project_tile(const Matrix& m, const Inputs& x, long panel, long row, const 
         for (int b = 0; b < 4; ++b) put(row + r, panel * PANEL + b * LANES, values[r][b]);
 }
 
-// Calls put(row, output, values) for this thread's fraction of the outputs.
+// Calls put(row, output, values) for this thread's part of the outputs.
 template <class Put>
 void project(const Matrix& m, const Inputs& x, long rows, const Thread& thread, const Put& put) {
     for (long panel = thread.begin(m.panels); panel < thread.end(m.panels); ++panel)
@@ -276,20 +277,20 @@ void project(const Matrix& m, const Inputs& x, long rows, const Thread& thread, 
 }
 
 // LayerNorm without bias; from and to may be the same.
-void normalise(const float* from, const float* weight, float* to, long width) {
+void normalize(const float* from, const float* weight, float* to, long width) {
     Floats sum = {}, squares = {};
     for (long i = 0; i < width; i += LANES) sum += load(from + i);
     const float mean = total(sum) / width;
     for (long i = 0; i < width; i += LANES) {
-        const Floats centred = load(from + i) - mean;
-        squares += centred * centred;
+        const Floats centered = load(from + i) - mean;
+        squares += centered * centered;
     }
     const float scale = 1.0f / std::sqrt(total(squares) / width + EPSILON);
     for (long i = 0; i < width; i += LANES)
         store(to + i, (load(from + i) - mean) * scale * load(weight + i));
 }
 
-// What one pass works with, shared by its threads.
+// The state of one pass, shared by its threads.
 struct Pass {
     const Decoder& decoder;
     const Cache& cache;
@@ -297,7 +298,7 @@ struct Pass {
     const long head_dim;
     Inputs inputs, inner;          // of the products that read `hidden` and `intermediate` numbers
     std::vector<float> projected;  // queries, keys and values; then gates and values
-    std::vector<long> starts;  // where each image's rows begin, and where the last one's end
+    std::vector<long> starts;      // the first row of each image, and the end of the last one
 
     Pass(const Decoder& d, const Cache& c, const Rows& r)
         : decoder(d), cache(c), rows(r), head_dim(d.hidden / d.num_heads),
@@ -308,7 +309,7 @@ struct Pass {
         starts.push_back(r.count);
     }
     void run(const Thread& thread);
-    void normalise_rows(const float* weight, const Thread& thread);
+    void normalize_rows(const float* weight, const Thread& thread);
     template <class Number>
     void attend(long layer, const Thread& thread, float* weights);
     template <class Number>
@@ -320,11 +321,11 @@ struct Pass {
              const float* scales);
 };
 
-void Pass::normalise_rows(const float* weight, const Thread& thread) {
+void Pass::normalize_rows(const float* weight, const Thread& thread) {
     const long width = decoder.hidden;
     for (long row = thread.begin(rows.count); row < thread.end(rows.count); ++row) {
-        normalise(rows.hidden + row * width, weight, &inputs.floats[row * width], width);
-        if (decoder.head.scales) inputs.quantise(row);
+        normalize(rows.hidden + row * width, weight, &inputs.floats[row * width], width);
+        if (decoder.head.scales) inputs.quantize(row);
     }
 }
 
@@ -335,12 +336,14 @@ void Pass::attend_tile(const Number* keys, const Number* values, long head, long
     const long width = decoder.hidden, length = cache.length;
     const long seen = rows.positions[row + R - 1] + 1;
     const float* queries = &projected[row * 3 * width + head * head_dim];
+    // 1. Scores of all positions that the last row sees.
     for (long start = 0; start < seen; start += PANEL) {
         Floats scores[R][4];
         multiply<R, 4>(queries, 3 * width, keys + start * head_dim, PANEL, head_dim, scores);
         for (int r = 0; r < R; ++r)
             std::memcpy(weights + r * length + start, scores[r], sizeof scores[r]);
     }
+    // 2. Softmax of each row, over the positions up to its own; its divisor is applied at the end.
     float scales[R];
     for (int r = 0; r < R; ++r) {
         float* own = weights + r * length;
@@ -362,6 +365,7 @@ void Pass::attend_tile(const Number* keys, const Number* values, long head, long
         }
         scales[r] = 1.0f / total(sum);
     }
+    // 3. The weighted sum of the values.
     long start = 0;
     for (; start + PANEL <= head_dim; start += PANEL)
         mix<R, 4>(values, seen, head, row, start, weights, scales);
@@ -369,7 +373,7 @@ void Pass::attend_tile(const Number* keys, const Number* values, long head, long
         mix<R, 1>(values, seen, head, row, start, weights, scales);
 }
 
-// Numbers `start` to `start` + 16 B of what a head gathers.
+// Numbers `start` to `start` + 16 B of a head's weighted sum of values.
 template <int R, int B, class Number>
 void Pass::mix(const Number* values, long seen, long head, long row, long start,
                const float* weights, const float* scales) {
@@ -389,13 +393,14 @@ void Pass::attend_head(long layer, long head, long first, long last, float* weig
     Number* keys = (Number*)cache.keys + unit * cache.length * head_dim;
     Number* values = (Number*)cache.values + unit * cache.length * head_dim;
     const float scale = 1.0f / std::sqrt(float(head_dim));
+    // Normalize and rotate queries and keys, and store keys and values, before any row attends.
     for (long row = first; row < last; ++row) {
         float* query = &projected[row * 3 * width + head * head_dim];
         float* key = query + width;
         const float* cosine = decoder.cosines + rows.cells[row] * half;
         const float* sine = decoder.sines + rows.cells[row] * half;
-        normalise(query, decoder.layers[layer].query_norm, query, head_dim);
-        normalise(key, decoder.layers[layer].key_norm, key, head_dim);
+        normalize(query, decoder.layers[layer].query_norm, query, head_dim);
+        normalize(key, decoder.layers[layer].key_norm, key, head_dim);
         const long position = rows.positions[row];
         Number* panel = keys + position / PANEL * PANEL * head_dim + position % PANEL;
         for (long i = 0; i < half; ++i) {
@@ -440,7 +445,8 @@ void Pass::run(const Thread& thread) {
     };
     for (long layer = 0; layer < decoder.num_layers; ++layer) {
         const Layer& block = decoder.layers[layer];
-        normalise_rows(block.attention_norm, thread);
+        // 1. Attention.
+        normalize_rows(block.attention_norm, thread);
         thread.barrier->meet();
         project(block.query_key_value, inputs, count, thread, put_into(3 * width));
         thread.barrier->meet();
@@ -449,12 +455,13 @@ void Pass::run(const Thread& thread) {
         thread.barrier->meet();
         if (is_int8) {
             for (long row = thread.begin(count); row < thread.end(count); ++row)
-                inputs.quantise(row);
+                inputs.quantize(row);
             thread.barrier->meet();
         }
         project(block.attention_output, inputs, count, thread, add);
         thread.barrier->meet();
-        normalise_rows(block.feed_forward_norm, thread);
+        // 2. Feed-forward: SwiGLU.
+        normalize_rows(block.feed_forward_norm, thread);
         thread.barrier->meet();
         project(block.gate_value, inputs, count, thread, put_into(2 * inner_width));
         thread.barrier->meet();
@@ -465,16 +472,17 @@ void Pass::run(const Thread& thread) {
                 store(&inner.floats[row * inner_width + i],
                       gate / (1.0f + exponential(-gate)) * load(values + i));
             }
-            if (is_int8) inner.quantise(row);
+            if (is_int8) inner.quantize(row);
         }
         thread.barrier->meet();
         project(block.feed_forward_output, inner, count, thread, add);
         thread.barrier->meet();
     }
+    // 3. Logits of the chosen rows.
     for (long i = thread.begin(rows.num_logits); i < thread.end(rows.num_logits); ++i) {
         const float* from = rows.hidden + rows.logit_rows[i] * width;
-        normalise(from, decoder.output_norm, &inputs.floats[i * width], width);
-        if (is_int8) inputs.quantise(i);
+        normalize(from, decoder.output_norm, &inputs.floats[i * width], width);
+        if (is_int8) inputs.quantize(i);
     }
     thread.barrier->meet();
     const auto put_logits = [&](long row, long output, Floats value) {

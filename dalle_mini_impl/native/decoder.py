@@ -1,9 +1,9 @@
-"""The decoder's pass as ``decoder.cpp`` computes it, behind the methods that generation calls.
+"""The compiled pass of ``decoder.cpp``, with the methods of ``Dalle`` that generation calls.
 
-float32 gives torch's numbers but for the last digits. int8 rounds each weight to 8 bits, with one
-scale per output, and each row of inputs, with one scale per row and product (LLM.int8 of Dettmers
-et al. 2022, arXiv:2208.07339, section 2, without its outliers, of which QK-norm leaves few). In
-both, a row's numbers are the same bit for bit whatever is computed beside it.
+float32 gives torch's numbers except for the last digits. int8 rounds each weight to 8 bits, with
+one scale per output, and each row of inputs, with one scale per row and product (LLM.int8 of
+Dettmers et al. 2022, arXiv:2208.07339, section 2, without its outliers, of which QK-norm leaves
+few). In both, a row's numbers do not depend on the rest of its batch, bit for bit.
 """
 
 import contextlib
@@ -28,62 +28,81 @@ from dalle_mini_impl.transformer.key_value_cache import KeyValueCache
 
 NativeWeights = Literal["float32", "int8"]
 LANES, PANEL = 16, 64  # of decoder.cpp
+CACHE_LINE = 64  # bytes
 KNOWN_FIELDS = ("hidden_size", "num_layers", "num_heads", "dropout_probability", "positions")
+
+
+# The structures of decoder.cpp, field by field.
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("weights", "scales", "starts")),
-        *((name, ctypes.c_int64) for name in ("inputs", "panels")),
+        ("weights", _POINTER),
+        ("scales", _POINTER),
+        ("starts", _POINTER),
+        ("inputs", _INTEGER),
+        ("panels", _INTEGER),
     )
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((f"{name}_norm", ctypes.c_void_p) for name in ("attention", "query", "key", "feed")),
-        *((name, _Matrix) for name in ("qkv", "attention_output", "gate_value", "feed_output")),
+        ("attention_norm", _POINTER),
+        ("query_norm", _POINTER),
+        ("key_norm", _POINTER),
+        ("feed_forward_norm", _POINTER),
+        ("query_key_value", _Matrix),
+        ("attention_output", _Matrix),
+        ("gate_value", _Matrix),
+        ("feed_forward_output", _Matrix),
     )
 
 
 class _Decoder(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("hidden", "heads", "layers", "intermediate")),
-        ("blocks", ctypes.POINTER(_Layer)),
-        ("output_norm", ctypes.c_void_p),
+        ("hidden", _INTEGER),
+        ("num_heads", _INTEGER),
+        ("num_layers", _INTEGER),
+        ("intermediate", _INTEGER),
+        ("layers", ctypes.POINTER(_Layer)),
+        ("output_norm", _POINTER),
         ("head", _Matrix),
-        *((name, ctypes.c_void_p) for name in ("cosines", "sines")),
+        ("cosines", _POINTER),
+        ("sines", _POINTER),
     )
 
 
 class _Cache(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("keys", "values")),
-        *((name, ctypes.c_int64) for name in ("images", "length")),
+        ("keys", _POINTER),
+        ("values", _POINTER),
+        ("images", _INTEGER),
+        ("length", _INTEGER),
     )
 
 
 class _Rows(ctypes.Structure):
     _fields_ = (
-        ("count", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("hidden", "images", "positions", "cells")),
-        ("num_logits", ctypes.c_int64),
-        *((name, ctypes.c_void_p) for name in ("logit_rows", "logits")),
+        ("count", _INTEGER),
+        ("hidden", _POINTER),
+        ("images", _POINTER),
+        ("positions", _POINTER),
+        ("cells", _POINTER),
+        ("num_logits", _INTEGER),
+        ("logit_rows", _POINTER),
+        ("logits", _POINTER),
     )
 
 
 class NativeDecoder:
-    """A decoder's weights, packed once, and the compiled pass over them."""
+    """A decoder's weights, packed once, and the compiled pass over them.
+
+    Later changes of the model, which is on the CPU, do not reach it. Raises UnavailableError if
+    this machine or this model has no compiled pass.
+    """
 
     def __init__(self, model: TextToImageModel, weights: NativeWeights) -> None:
-        """Compile the pass if need be and pack the weights; later changes of the model are missed.
-
-        Args:
-            model: On the CPU.
-            weights: What they are packed as.
-
-        Raises:
-            UnavailableError: If this machine or this model goes without.
-        """
         model = _supported(model)
         self._library = load_library()
         self.config, self.weights = model.config, weights
@@ -92,40 +111,28 @@ class NativeDecoder:
             self._embedder = _with_plain_table(model)
             blocks = [block for block in model.blocks if isinstance(block, TransformerBlock)]
             self._layers = (_Layer * len(blocks))(*map(self._layer, blocks))
-            cells = torch.arange(model.config.image_length).unsqueeze(0)
-            rotation = model.rotation(cells, num_text_positions=0)
-            half = model.config.decoder.head_dim // 2
-            cosines, sines = (
-                torch.ones(cells.numel() + 1, half),
-                torch.zeros(cells.numel() + 1, half),
-            )
-            if rotation is not None:  # the last row stays without angle, for captions
-                cosines[:-1], sines[:-1] = (
-                    rotation.cosine.flatten(0, 2),
-                    rotation.sine.flatten(0, 2),
-                )
+            cosines, sines = _rotation_tables(model)
             decoder = model.config.decoder
             self._decoder = _Decoder(
-                decoder.hidden_size, decoder.num_heads, decoder.num_layers,
-                decoder.intermediate_size, self._layers, self._keep(model.output_norm.weight),
-                self._matrix([model.image_head.table()]), self._keep(cosines), self._keep(sines),
-            )  # fmt: skip
+                decoder.hidden_size,
+                decoder.num_heads,
+                decoder.num_layers,
+                decoder.intermediate_size,
+                self._layers,
+                self._keep(model.output_norm.weight),
+                self._matrix([model.image_head.table()]),
+                self._keep(cosines),
+                self._keep(sines),
+            )
 
     def new_cache(self, batch_size: int) -> KeyValueCache:
-        """Reserve a cache, whose inner order is decoder.cpp's own.
-
-        Args:
-            batch_size: Rows.
-
-        Returns:
-            The cache, for this decoder's methods only.
-        """
+        """Reserve a cache for this decoder only: its inner order is decoder.cpp's own."""
         decoder = self.config.decoder
         return KeyValueCache(
             num_layers=decoder.num_layers,
             batch_size=batch_size,
             num_heads=decoder.num_heads,
-            max_length=-(-(self.config.sequence_length) // PANEL) * PANEL,
+            max_length=_whole_panels(self.config.sequence_length),
             head_dim=decoder.head_dim,
             dtype=torch.float32 if self.weights == "float32" else torch.bfloat16,
         )
@@ -136,24 +143,19 @@ class NativeDecoder:
         text_token_ids: Int[Tensor, "batch text_length"],
         cache: KeyValueCache,
         *,
-        first_cell: int | Int[Tensor, " batch"] = 0,
+        image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch codebook_size"]:
-        """Read the captions into an empty cache, each different one once.
-
-        Args:
-            text_token_ids: Captions, padded.
-            cache: Empty; holds the captions afterwards.
-            first_cell: Grid cell that is generated first, of all rows or of each.
-
-        Returns:
-            Logits of the first image token.
-        """
-        first = torch.as_tensor(first_cell).expand(len(text_token_ids))
-        told = torch.cat([text_token_ids, first.unsqueeze(1)], dim=1)
-        different, group = torch.unique(told, dim=0, return_inverse=True)
+        """Read the captions as ``Dalle.prefill`` does, each different one once."""
+        first_cell = torch.zeros_like(text_token_ids[:, :1])
+        if image_order is not None:
+            first_cell = image_order[:, :1]
+        # Guidance repeats the null caption for every image, and candidates repeat a prompt: read
+        # each different row once, and copy its part of the cache to the others.
+        inputs = torch.cat([text_token_ids, first_cell], dim=1)  # all that a prefill depends on
+        different, group = torch.unique(inputs, dim=0, return_inverse=True)
         length = self.config.text_length + 1
         positions = torch.arange(length)
-        cells = torch.full_like(positions, self.config.image_length)
+        cells = torch.full_like(positions, self.config.image_length)  # the angle of text: zero
         logits, sources = [], []
         for index, row in enumerate(different):
             source = int((group == index).nonzero()[0])
@@ -163,11 +165,12 @@ class NativeDecoder:
                 self._decode(hidden_states[0], cache, images, positions, cells, positions[-1:])
             )
             sources.append(source)
-        copied = torch.tensor(sources)[group] if sources else group
-        shared = torch.arange(len(group))[copied != torch.arange(len(group))]
-        end = -(-length // PANEL) * PANEL  # keys lie in whole panels
+        source_of_row = torch.tensor(sources)[group] if sources else group
+        rows = torch.arange(len(group))
+        copies = rows[source_of_row != rows]
+        end = _whole_panels(length)
         for part in (cache.keys, cache.values):
-            part[:, shared, :, :end] = part[:, copied[shared], :, :end]
+            part[:, copies, :, :end] = part[:, source_of_row[copies], :, :end]
         return torch.cat(logits)[group]
 
     @torch.inference_mode()
@@ -179,17 +182,7 @@ class NativeDecoder:
         first_steps: Int[Tensor, " batch"],
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch window codebook_size"]:
-        """Predict what follows each of several tokens, as ``Dalle.decode_window`` does.
-
-        Args:
-            image_token_ids: Tokens of consecutive steps.
-            cache: Holds the caption and every earlier image token of each row.
-            first_steps: Step of each row's first token.
-            image_order: Grid cell of each step; raster order when None.
-
-        Returns:
-            Logits of the token of the next step after each one.
-        """
+        """Predict the token after each token of a window, as ``Dalle.decode_window`` does."""
         batch, window = image_token_ids.shape
         steps, cells, next_cells = steps_and_cells(first_steps, image_token_ids, image_order)
         hidden_states = self._embedder.embed_image(image_token_ids, cells, next_cells)
@@ -207,24 +200,18 @@ class NativeDecoder:
     def gumbel_noise(
         self, seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "batch 1"], vocab_size: int
     ) -> Float[Tensor, "batch vocab"]:
-        """Generate the noise of ``sampling.logits.gumbel_noise``, the very same numbers.
-
-        Args:
-            seeds: One per row.
-            steps: Index of each row's token.
-            vocab_size: Number of different tokens.
-
-        Returns:
-            Standard Gumbel noise.
-        """
+        """Compute the noise of ``sampling.logits.gumbel_noise``, the very same numbers."""
         uniform = torch.empty(len(seeds), vocab_size)
         seeds, steps = seeds.contiguous(), steps.contiguous()
         self._library.uniforms(
-            *(ctypes.c_void_p(each.data_ptr()) for each in (seeds, steps)),
-            *(ctypes.c_int64(each) for each in uniform.shape),
-            ctypes.c_void_p(uniform.data_ptr()),
+            _POINTER(seeds.data_ptr()),
+            _POINTER(steps.data_ptr()),
+            _INTEGER(len(seeds)),
+            _INTEGER(vocab_size),
+            _POINTER(uniform.data_ptr()),
             torch.get_num_threads(),
         )
+        # In place, as gumbel_noise computes it: the same operations give the same bits.
         return uniform.log_().neg_().log_().neg_()
 
     def _decode(
@@ -238,29 +225,38 @@ class NativeDecoder:
     ) -> Float[Tensor, "logit_rows codebook_size"]:
         logits = torch.empty(len(logit_rows), self._decoder.head.panels * PANEL)
         hidden_states = hidden_states.contiguous()
-        numbers = [each.int() for each in (images, positions, cells, logit_rows)]
+        # Named, so that the numbers outlive their addresses.
+        images, positions, cells = images.int(), positions.int(), cells.int()
+        logit_rows = logit_rows.int()
         rows = _Rows(
-            len(hidden_states), hidden_states.data_ptr(),
-            *(each.data_ptr() for each in numbers[:3]), len(logit_rows), numbers[3].data_ptr(),
+            len(hidden_states),
+            hidden_states.data_ptr(),
+            images.data_ptr(),
+            positions.data_ptr(),
+            cells.data_ptr(),
+            len(logit_rows),
+            logit_rows.data_ptr(),
             logits.data_ptr(),
-        )  # fmt: skip
+        )
         memory = _Cache(
             cache.keys.data_ptr(), cache.values.data_ptr(), cache.keys.shape[1], cache.keys.shape[3]
         )
-        self._library.decode(
-            ctypes.byref(self._decoder), ctypes.byref(memory), ctypes.byref(rows),
-            torch.get_num_threads(),
-        )  # fmt: skip
+        decoder, num_threads = ctypes.byref(self._decoder), torch.get_num_threads()
+        self._library.decode(decoder, ctypes.byref(memory), ctypes.byref(rows), num_threads)
         return logits[:, : self.config.codebook_size]
 
     def _layer(self, block: TransformerBlock) -> _Layer:
         def matrix(*names: str) -> _Matrix:
             return self._matrix([block.get_parameter(f"{name}.weight") for name in names])
 
-        norms = ("attention_norm", "attention.query_norm", "attention.key_norm",
-                 "feed_forward_norm")  # fmt: skip
+        def norm(name: str) -> int:
+            return self._keep(block.get_parameter(f"{name}.weight"))
+
         return _Layer(
-            *(self._keep(block.get_parameter(f"{name}.weight")) for name in norms),
+            norm("attention_norm"),
+            norm("attention.query_norm"),
+            norm("attention.key_norm"),
+            norm("feed_forward_norm"),
             matrix("attention.query", "attention.key", "attention.value"),
             matrix("attention.output"),
             matrix("feed_forward.gate", "feed_forward.value"),
@@ -268,28 +264,46 @@ class NativeDecoder:
         )
 
     def _keep(self, tensor: Tensor) -> int:
-        """Copy a tensor to where the structures point and return its address."""
+        """Copy a tensor into the reserved memory and return its address there."""
         flat = tensor.detach().contiguous().flatten().view(torch.uint8)
         kept = self._memory[self._used : self._used + len(flat)]
         kept.copy_(flat)
-        self._used += -(-len(flat) // 64) * 64  # a vector never lies across two cache lines
+        self._used += -(-len(flat) // CACHE_LINE) * CACHE_LINE  # so that no vector crosses one
         return kept.data_ptr()
 
     def _matrix(self, parts: Iterable[Tensor]) -> _Matrix:
-        """Pack the weights of products that share their inputs, as decoder.cpp wants them."""
+        """Pack the weights of products that share their inputs, in the order of decoder.cpp."""
         weights = torch.cat([part.detach() for part in parts])
-        num_panels = -(-len(weights) // PANEL)
+        num_panels = _whole_panels(len(weights)) // PANEL
         weights = nn.functional.pad(weights, (0, 0, 0, num_panels * PANEL - len(weights)))
         num_inputs = weights.shape[1]
         if self.weights == "float32":
             packed = weights.view(num_panels, PANEL, num_inputs).transpose(1, 2)
             return _Matrix(self._keep(packed), None, None, num_inputs, num_panels)
+        # Inputs are stored plus 128, since the processor multiplies unsigned by signed bytes; each
+        # output starts at -128 times the sum of its weights, which takes that back.
         scales = weights.abs().amax(dim=1).clamp_min(1e-30) / 127
         rounded = (weights / scales.unsqueeze(1)).round()
         packed = rounded.to(torch.int8).view(num_panels, PANEL, num_inputs // 4, 4).transpose(1, 2)
         starts = (-128 * rounded.sum(dim=1)).int()
         addresses = (self._keep(packed), self._keep(scales), self._keep(starts))
         return _Matrix(*addresses, num_inputs, num_panels)
+
+
+def _whole_panels(count: int) -> int:
+    return -(-count // PANEL) * PANEL
+
+
+def _rotation_tables(model: Dalle) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every grid cell; a last row of angle zero is for text."""
+    cells = torch.arange(model.config.image_length).unsqueeze(0)
+    shape = (cells.numel() + 1, model.config.decoder.head_dim // 2)
+    cosines, sines = torch.ones(shape), torch.zeros(shape)
+    rotation = model.rotation(cells, num_text_positions=0)
+    if rotation is not None:
+        cosines[:-1] = rotation.cosine.flatten(0, 2)
+        sines[:-1] = rotation.sine.flatten(0, 2)
+    return cosines, sines
 
 
 def _reserve(model: Dalle) -> Tensor:
@@ -310,10 +324,11 @@ def _reserve(model: Dalle) -> Tensor:
 
 
 def _supported(model: TextToImageModel) -> Dalle:
-    """Return the model if decoder.cpp knows all that it is made of, and refuse it if not."""
+    """Return the model if decoder.cpp has all of its parts; else raise UnavailableError."""
     if not isinstance(model, Dalle):
         raise UnavailableError(f"not made for a {type(model).__name__}")
     decoder = model.config.decoder
+    # A new option of the decoder is refused until it is listed here.
     for field in dataclasses.fields(decoder):
         if field.name not in KNOWN_FIELDS and getattr(decoder, field.name) != field.default:
             value = getattr(decoder, field.name)
@@ -337,7 +352,7 @@ def _supported(model: TextToImageModel) -> Dalle:
 
 
 def _with_plain_table(model: Dalle) -> Dalle:
-    """Share the model's embeddings, but with the rows of image tokens added up once for all."""
+    """Share the model's embeddings, with the factorized rows of image tokens summed once."""
     embedder = copy.copy(model)
     embedder._modules = dict(model._modules)
     table = FactorizedEmbedding((model.config.codebook_size,), model.config.decoder.hidden_size)

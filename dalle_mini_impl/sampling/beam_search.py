@@ -1,4 +1,4 @@
-"""The likeliest row of tokens that a decoder can write: greedy and beam search.
+"""Beam search for the likeliest row of tokens, and greedy search.
 
 Beam search keeps the ``num_beams`` likeliest unfinished rows; one beam is greedy search. Finished
 rows are compared by log-probability over the length penalty of Wu et al. 2016 (arXiv:1609.08144,
@@ -17,20 +17,15 @@ from dalle_mini_impl.models.seq2seq import PAD_TOKEN_ID, EncoderDecoder
 
 @dataclass(frozen=True, kw_only=True)
 class BeamConfig:
-    """How targets are searched.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """How targets are searched."""
 
     num_beams: int = 4
-    """Rows kept side by side; 1 is greedy."""
+    """Hypotheses per source; 1 is greedy search."""
     length_penalty: float = 0.6
-    """Exponent of the length, at least 0; 0 compares plain log-probabilities, which favours short
+    """Exponent of the length, at least 0; 0 compares plain log-probabilities, which favors short
     rows."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no search can use."""
         if self.num_beams < 1:
             raise ValueError(f"beam.num_beams: got {self.num_beams}, expected at least 1")
         if not 0 <= self.length_penalty < float("inf"):
@@ -47,15 +42,7 @@ class BeamOutput(NamedTuple):
 
 
 def length_divisor(length: int, length_penalty: float) -> float:
-    """Say by what a log-probability is divided: ((5 + length) / 6) ** length_penalty.
-
-    Args:
-        length: Tokens of the row, end included.
-        length_penalty: Exponent.
-
-    Returns:
-        1 for a row of one token, more for longer ones.
-    """
+    """Compute ((5 + length) / 6) ** length_penalty; ``length`` counts the end as well."""
     return ((5 + length) / 6) ** length_penalty
 
 
@@ -67,16 +54,9 @@ def beam_search(
     *,
     max_length: int,
 ) -> BeamOutput:
-    """Search the best target of each source; a row's result does not depend on its neighbors.
+    """Search the best target of each source, of at most ``max_length`` tokens before the end.
 
-    Args:
-        model: In evaluation mode.
-        source_token_ids: Padded on the right.
-        config: Beams and length penalty.
-        max_length: Tokens after which a row must end.
-
-    Returns:
-        The finished rows of the highest score.
+    A result does not depend on the other sources.
     """
     batch, beams, device = len(source_token_ids), config.num_beams, source_token_ids.device
     state = model.start_decoding(source_token_ids, rows_per_source=beams, max_length=max_length + 1)
@@ -84,7 +64,8 @@ def beam_search(
     last = torch.full((batch * beams,), model.start_token_id, device=device)
     for length in range(max_length + 1):
         log_probs = _log_probs(model, model.decode_one(last, state))
-        if length == max_length:  # only the end may follow
+        if length == max_length:
+            # Only the end may follow.
             others = torch.arange(log_probs.shape[-1], device=device) != model.end_token_id
             log_probs = log_probs.masked_fill(others, float("-inf"))
         rows = search.advance(log_probs, length, model.end_token_id, config.length_penalty)
@@ -96,7 +77,7 @@ def beam_search(
 
 
 def _log_probs(model: EncoderDecoder, logits: Tensor) -> Tensor:
-    """Normalise over what may be written: neither pad nor start."""
+    """Normalize over the tokens that may follow: neither pad nor start."""
     logits = logits.float().clone()
     logits[:, [PAD_TOKEN_ID, model.start_token_id]] = float("-inf")
     return logits.log_softmax(dim=-1)
@@ -109,7 +90,8 @@ class _Search:
         self.max_length = max_length
         self.tokens = torch.full((batch, beams, max_length), PAD_TOKEN_ID, device=device)
         self.log_probs = torch.full((batch, beams), float("-inf"), device=device)
-        self.log_probs[:, 0] = 0.0  # all rows are the same at first: one of them counts
+        # All rows are equal at first: only one of them counts, or the beams would stay equal.
+        self.log_probs[:, 0] = 0.0
         self.best_tokens = self.tokens[:, 0].clone()
         self.best_scores = torch.full((batch,), float("-inf"), device=device)
         self.num_finished = torch.zeros(batch, dtype=torch.long, device=device)
@@ -120,11 +102,13 @@ class _Search:
     ) -> Tensor:
         """Add a token to each row; return which old row each row continues."""
         batch, beams = self.log_probs.shape
+        # 1. Rank all continuations of all rows of a source together.
         totals = self.log_probs[:, :, None] + log_probs.unflatten(0, (batch, beams))
-        # At most one end per row: twice the beams hold enough that go on.
+        # Each row ends in one way only: among the best 2 * beams at least ``beams`` do not end.
         count = min(2 * beams, totals[0].numel())
         values, places = totals.flatten(1).topk(count)
         parents, tokens = places // totals.shape[-1], places % totals.shape[-1]
+        # 2. Those that end among the best ``beams`` are finished rows.
         is_end = tokens == end_token_id
         ranks = torch.arange(count, device=values.device)
         self._finish(
@@ -132,19 +116,21 @@ class _Search:
             parents,
             length_divisor(length + 1, length_penalty),
         )
+        # 3. The best of the others are the new rows.
         self.log_probs, chosen = values.masked_fill(is_end, float("-inf")).topk(beams)
         parents = parents.gather(1, chosen)
         if length < self.max_length:
             self.tokens = self._rows(parents)
             self.tokens[:, :, length] = tokens.gather(1, chosen)
-        # No unfinished row can end with more than it has now, over the largest divisor.
+        # 4. A source is done after ``beams`` finished rows, or when no unfinished row can win: its
+        # log-probability only falls, and at best it is divided by the largest divisor.
         longest = length_divisor(self.max_length + 1, length_penalty)
         self.is_done |= self.num_finished >= beams
         self.is_done |= self.best_scores >= self.log_probs[:, 0] / longest
         return (parents + beams * torch.arange(batch, device=values.device)[:, None]).flatten()
 
     def _finish(self, ended: Tensor, parents: Tensor, divisor: float) -> None:
-        """Take note of rows that end; ``ended`` is -inf where a candidate does not."""
+        """Keep the best finished row; ``ended`` is -inf where a candidate does not end."""
         self.num_finished += ended.isfinite().sum(dim=1)
         value, place = ended.max(dim=1)
         is_better = (value / divisor > self.best_scores) & ~self.is_done

@@ -1,12 +1,12 @@
-"""The other direction: which caption fits an image, by the decoder that generates.
+"""Image to text: which caption fits an image, by the decoder that generates images.
 
-The decoder reads the caption first, so p(caption | image) follows from Bayes' rule: it is in
-proportion to p(image | caption) p(caption), and both are at hand. Over a list of captions this
+The decoder reads the caption first, so p(caption | image) follows from Bayes' rule: it is
+proportional to p(image | caption) p(caption), and both are known. Over a list of captions this
 captions an image and classifies it without any training for that (zero-shot classification).
 
-Captions have no end mark (pads are never predicted), so p(caption) is the probability that a
-caption begins so: of two captions the longer one has less of it. Where all candidates are equally
-welcome, p(image | caption) alone is the better judge; it is the default everywhere here.
+Captions have no end token (pads are never predicted), so p(caption) is the probability that a
+caption begins like this, which is smaller for longer ones. The default everywhere is therefore
+p(image | caption) alone: all candidates are equally likely beforehand.
 
 Source: Ramesh et al. 2021, arXiv:2102.12092, section 2 (one model of caption and image); Li et
 al. 2023, arXiv:2303.16203 (zero-shot classification by likelihood; theirs is a bound, ours exact).
@@ -29,22 +29,17 @@ def complete_text(
     num_tokens: int,
     seeds: Int[Tensor, " batch"] | None = None,
 ) -> Int[Tensor, "batch text_length"]:
-    """Go on with captions from their beginnings.
+    """Continue captions by ``num_tokens`` tokens, or fewer where ``text_length`` ends.
 
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Beginnings, padded; a row of pads starts from nothing.
-        num_tokens: Tokens that each caption grows by, or fewer where it gets too long.
-        seeds: Of each row's generates, in [0, 2 ** 63); None takes the likeliest token each time.
-
-    Returns:
-        Longer captions, padded. None of the added tokens is a pad.
+    A row of pads starts from nothing, and no pad is added. ``seeds`` are one per row, in
+    [0, 2 ** 63); None takes the likeliest token each time.
     """
     text = text_token_ids.clone()
     rows = torch.arange(len(text), device=text.device)
     ends = (text != PAD_TOKEN_ID).sum(dim=1)  # where the next token goes
     for _ in range(num_tokens):
         logits = model.predict_text(text).float()
+        # Full rows are computed as well and written back unchanged.
         places = ends.clamp_max(text.shape[1] - 1)
         next_logits = logits[rows, places].log_softmax(-1)
         next_logits[:, PAD_TOKEN_ID] = float("-inf")

@@ -1,31 +1,21 @@
-"""Generating image tokens from a decoder, with a key-value cache and batched guidance.
+"""Generating image tokens: the entry point, which chooses the fastest path.
 
-An image depends on its prompt, its seed and the settings alone: its noise comes from its seed.
-Only rounding differs with what is generated beside it, since matrix products of other shapes add up in
-another order; that tips a token only where two are equally likely to six digits.
+An image depends on its prompt, its seed and the sampling config alone: its noise comes from its
+seed. Only rounding differs with the rest of its batch, since matrix products of other shapes add
+up in another order; that tips a token only where two are equally likely to six digits.
 """
 
-from typing import NamedTuple
-
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.native.decoder import NativeDecoder
 from dalle_mini_impl.sampling.cuda_graph import run_cuda_graph
 from dalle_mini_impl.sampling.jacobi import best_window, jacobi_decode
-from dalle_mini_impl.sampling.sampler import Sampler, SamplingConfig
+from dalle_mini_impl.sampling.sampler import GeneratedTokens, Sampler, SamplingConfig
 
 ROWS_PER_BATCH = 16  # images generated together
-
-
-class GeneratedTokens(NamedTuple):
-    """Image tokens, and how much more likely the caption makes them."""
-
-    image_token_ids: Int[Tensor, "batch image_length"]
-    log_likelihood_ratio: Float[Tensor, " batch"]
-    """log p(image | caption) - log p(image) in nats; zeros when guidance is off."""
 
 
 @torch.inference_mode()
@@ -35,41 +25,45 @@ def generate_image_token_ids(
     *,
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
+    image_order: Int[Tensor, "batch image_length"] | None = None,
+    known_token_ids: Int[Tensor, "batch num_known"] | None = None,
 ) -> GeneratedTokens:
-    """Generate one image's tokens for every caption.
+    """Generate one image's tokens for every caption; the batch may have any size.
 
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; the batch may have any size.
-        seeds: One per image, in [0, 2 ** 63).
-        sampling_config: Guidance and filters.
-
-    Returns:
-        Tokens in raster order, and the caption's gain.
-
-    Raises:
-        ValueError: If there is not one seed per caption.
+    Seeds are in [0, 2 ** 63). Tokens come in the order of ``image_order``, the grid cell of each
+    step (raster order when None); ``known_token_ids`` are those of the first steps, given.
     """
     if len(seeds) != len(text_token_ids):
         raise ValueError(
             f"seeds: got {len(seeds)}, expected one per caption, {len(text_token_ids)}"
         )
-    generated = []
+    parts = []
     for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
-        text = text_token_ids[start : start + ROWS_PER_BATCH]
-        some_seeds = seeds[start : start + ROWS_PER_BATCH]
-        if text.is_cuda and not isinstance(model, NativeDecoder):
+        rows = slice(start, start + ROWS_PER_BATCH)
+        text = text_token_ids[rows]
+        # GPUs are fastest at one captured step after the other, CPUs at few passes over several
+        # tokens. Orders and known tokens are known to Jacobi decoding alone.
+        is_plain = image_order is None and known_token_ids is None
+        if text.is_cuda and is_plain and not isinstance(model, NativeDecoder):
             part = generate_sequentially(
-                model, text, seeds=some_seeds, sampling_config=sampling_config
+                model, text, seeds=seeds[rows], sampling_config=sampling_config
             )
         else:
-            window = best_window(model, len(text))
-            tokens, log_likelihood_ratio, _ = jacobi_decode(
-                model, text, seeds=some_seeds, sampling_config=sampling_config, window=window
+            part = jacobi_decode(
+                model,
+                text,
+                seeds=seeds[rows],
+                sampling_config=sampling_config,
+                window=best_window(model, len(text)),
+                image_order=None if image_order is None else image_order[rows],
+                known_token_ids=None if known_token_ids is None else known_token_ids[rows],
             )
-            part = GeneratedTokens(tokens, log_likelihood_ratio)
-        generated.append(part)
-    return GeneratedTokens(*(torch.cat(parts) for parts in zip(*generated, strict=True)))
+        parts.append(part)
+    return GeneratedTokens(
+        torch.cat([part.image_token_ids for part in parts]),
+        torch.cat([part.log_likelihood_ratio for part in parts]),
+        sum(part.num_passes for part in parts),
+    )
 
 
 @torch.inference_mode()
@@ -80,29 +74,33 @@ def generate_sequentially(
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
 ) -> GeneratedTokens:
-    """Generate one batch token by token: what GPUs do best, and the plain way elsewhere.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded.
-        seeds: One per image.
-        sampling_config: Guidance and filters.
-
-    Returns:
-        Tokens in raster order, and the caption's gain.
-    """
+    """Generate one batch token by token, in raster order: the fast path on GPUs."""
     seeds = seeds.to(text_token_ids.device)
     sampler = Sampler(model.config, seeds=seeds, sampling_config=sampling_config)
     captions = sampler.caption_rows(text_token_ids)
     cache = model.new_cache(len(captions))
-    steps = torch.arange(model.config.image_length, device=seeds.device).split(1)
-    sampler.sample_and_record(model.prefill(captions, cache), steps[0])
+    num_images, num_steps = len(seeds), sampler.num_steps
+    image_token_ids = torch.zeros(num_images, num_steps, dtype=torch.long, device=seeds.device)
+    log_likelihood_ratio = torch.zeros(num_images, device=seeds.device)
+    step = torch.zeros(1, dtype=torch.long, device=seeds.device)
+
+    def sample_and_record(logits: Tensor) -> None:
+        token, log_ratio = sampler.sample(logits.unsqueeze(1), step.expand(num_images, 1))
+        image_token_ids.index_copy_(1, step, token)
+        log_likelihood_ratio.add_(log_ratio.squeeze(1))
+        step.add_(1)
+
+    # The very same operations on the same tensors at every step, so that one captured CUDA graph
+    # serves all of them: what changes, the step included, lies in tensors that it updates in place.
+    def advance() -> None:
+        last = sampler.for_each_row(image_token_ids.index_select(1, step - 1))  # (rows, 1)
+        logits = model.decode_window(last, cache, first_steps=(step - 1).expand(len(captions)))
+        sample_and_record(logits[:, 0])
+
+    sample_and_record(model.prefill(captions, cache))
     if text_token_ids.is_cuda:
-        run_cuda_graph(model, sampler, cache)
+        run_cuda_graph(advance, num_steps - 1)
     else:
-        for index, step in enumerate(steps[1:]):
-            last = sampler.for_each_row(sampler.tokens[:, index])
-            sampler.sample_and_record(
-                model.decode_one(last, cache, cell=index, next_cell=index + 1), step
-            )
-    return GeneratedTokens(sampler.tokens, sampler.log_likelihood_ratio)
+        for _ in range(num_steps - 1):
+            advance()
+    return GeneratedTokens(image_token_ids, log_likelihood_ratio, num_passes=num_steps)

@@ -1,4 +1,4 @@
-"""Log-likelihoods of images and captions under a decoder."""
+"""Log-likelihoods of images and captions under a decoder, in nats."""
 
 from typing import NamedTuple
 
@@ -14,26 +14,20 @@ from dalle_mini_impl.sampling.generate import ROWS_PER_BATCH
 
 
 class PairScores(NamedTuple):
-    """Natural logarithms of what the decoder thinks of every image with every caption."""
+    """Log-likelihoods of every image with every caption."""
 
     image_given_text: Float[Tensor, "images captions"]
     """log p(image | caption)."""
     text: Float[Tensor, " captions"] | None
-    """log p(caption); None of a model that does not write captions."""
+    """log p(caption); None from a model that does not predict captions."""
     image: Float[Tensor, " images"]
     """log p(image), under the null caption."""
 
     def probabilities(self, *, use_prior: bool = False) -> Float[Tensor, "images captions"]:
-        """Compute p(caption | image), as if each image had one of these captions.
+        """Compute p(caption | image), as if each image had exactly one of these captions.
 
-        Args:
-            use_prior: Weigh captions by p(caption); otherwise all are equally likely beforehand.
-
-        Returns:
-            Probabilities; each row sums to one.
-
-        Raises:
-            ValueError: If captions shall be weighed by what the model does not know.
+        With ``use_prior`` captions are weighted by p(caption), which only a model that predicts
+        captions knows (else ValueError); otherwise all have the same prior.
         """
         if not use_prior:
             return self.image_given_text.softmax(dim=1)
@@ -48,16 +42,8 @@ def score_pairs(
     text_token_ids: Int[Tensor, "captions text_length"],
     image_token_ids: Int[Tensor, "images image_length"],
 ) -> PairScores:
-    """Score every image with every caption: one row of the decoder for each pair.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; at least one.
-        image_token_ids: Images, raster order; at least one.
-
-    Returns:
-        The scores.
-    """
+    """Score every image with every caption: one row of the decoder for each pair."""
+    # The null caption is one more caption, whose column is log p(image).
     null = torch.full_like(text_token_ids[:1], PAD_TOKEN_ID)
     text = torch.cat([text_token_ids, null])
     scores = torch.stack(
@@ -65,7 +51,7 @@ def score_pairs(
             image_log_likelihood(model, text, image.expand(len(text), -1))
             for image in image_token_ids
         ]
-    )
+    )  # (images, captions + 1)
     return PairScores(
         image_given_text=scores[:, :-1],
         text=text_log_likelihood(model, text_token_ids) if isinstance(model, Dalle) else None,
@@ -74,51 +60,19 @@ def score_pairs(
 
 
 @torch.inference_mode()
-def text_log_likelihood(
-    model: Dalle, text_token_ids: Int[Tensor, "batch text_length"]
-) -> Float[Tensor, " batch"]:
-    """Compute log p(caption): the probability that a caption begins like this.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; pads count nothing.
-
-    Returns:
-        Natural logarithms, summed over the caption's tokens.
-    """
-    sums = []
-    for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
-        text = text_token_ids[start : start + ROWS_PER_BATCH]
-        # Always as many rows: a caption's score must not depend on what is scored beside it.
-        padded = F.pad(text, (0, 0, 0, ROWS_PER_BATCH - len(text)))
-        logits = model.predict_text(padded)[: len(text)].float()
-        logs = logits.log_softmax(-1).gather(2, text.unsqueeze(2)).squeeze(2)
-        sums.append(logs.masked_fill(text == PAD_TOKEN_ID, 0).sum(dim=1))
-    return torch.cat(sums)
-
-
-@torch.inference_mode()
 def log_likelihood_ratio(
     model: TextToImageModel,
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, " batch"]:
-    """Measure how much likelier the caption makes each image.
+    """Compute log p(image | text) - log p(image), how much likelier the caption makes each image.
 
-    This is log p(image | text) - log p(image), the pointwise mutual information of image and
-    caption: unlike log p(image | text) it does not favour images that are plain.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded.
-        image_token_ids: One image per caption.
-
-    Returns:
-        Gains in nats.
+    It is the pointwise mutual information of image and caption: unlike log p(image | text) it does
+    not favor plain images.
     """
     null = torch.full_like(text_token_ids, PAD_TOKEN_ID)
-    given = image_log_likelihood(model, text_token_ids, image_token_ids)
-    return given - image_log_likelihood(model, null, image_token_ids)
+    given_text = image_log_likelihood(model, text_token_ids, image_token_ids)
+    return given_text - image_log_likelihood(model, null, image_token_ids)
 
 
 @torch.inference_mode()
@@ -127,16 +81,7 @@ def image_log_likelihood(
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, " batch"]:
-    """Compute log p(image | text) of each pair.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded; a row of pads gives log p(image).
-        image_token_ids: One image per caption.
-
-    Returns:
-        Natural logarithms, summed over the image's tokens.
-    """
+    """Compute log p(image | text) of each pair; a row of pads gives log p(image)."""
     return image_token_log_likelihoods(model, text_token_ids, image_token_ids).sum(dim=1)
 
 
@@ -146,23 +91,31 @@ def image_token_log_likelihoods(
     text_token_ids: Int[Tensor, "batch text_length"],
     image_token_ids: Int[Tensor, "batch image_length"],
 ) -> Float[Tensor, "batch image_length"]:
-    """Compute log p of each image token, given the caption and the tokens before it.
-
-    Args:
-        model: In evaluation mode.
-        text_token_ids: Captions, padded.
-        image_token_ids: One image per caption.
-
-    Returns:
-        Natural logarithms.
-    """
+    """Compute log p of each image token, given the caption and the tokens before it."""
     parts = []
     for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
-        text, image = (
-            ids[start : start + ROWS_PER_BATCH] for ids in (text_token_ids, image_token_ids)
-        )
-        # Always as many rows: an image's score must not depend on what is scored beside it.
-        padding = (0, 0, 0, ROWS_PER_BATCH - len(text))
-        logits = model(F.pad(text, padding), F.pad(image, padding)).image[: len(text)].float()
+        text = text_token_ids[start : start + ROWS_PER_BATCH]
+        image = image_token_ids[start : start + ROWS_PER_BATCH]
+        logits = model(_pad_rows(text), _pad_rows(image)).image[: len(text)].float()
         parts.append(logits.log_softmax(-1).gather(2, image.unsqueeze(2)).squeeze(2))
     return torch.cat(parts)
+
+
+@torch.inference_mode()
+def text_log_likelihood(
+    model: Dalle, text_token_ids: Int[Tensor, "batch text_length"]
+) -> Float[Tensor, " batch"]:
+    """Compute log p(caption), of captions that begin like this; pads do not count."""
+    sums = []
+    for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
+        text = text_token_ids[start : start + ROWS_PER_BATCH]
+        # Pads are never predicted in training, so what follows a caption has no probability.
+        logits = model.predict_text(_pad_rows(text))[: len(text)].float()
+        logs = logits.log_softmax(-1).gather(2, text.unsqueeze(2)).squeeze(2)
+        sums.append(logs.masked_fill(text == PAD_TOKEN_ID, 0).sum(dim=1))
+    return torch.cat(sums)
+
+
+def _pad_rows(token_ids: Tensor) -> Tensor:
+    # All batches have the same shape: a score must not depend on the rest of its batch.
+    return F.pad(token_ids, (0, 0, 0, ROWS_PER_BATCH - len(token_ids)))

@@ -1,4 +1,4 @@
-"""From logits to the distribution that is generated from. No function here edits its input."""
+"""Filters of logits, and the noise that samples from them. No function here edits its input."""
 
 import torch
 from jaxtyping import Float, Int
@@ -6,17 +6,9 @@ from torch import Tensor
 
 
 def keep_top_k(logits: Float[Tensor, "batch vocab"], top_k: int) -> Float[Tensor, "batch vocab"]:
-    """Leave only the likeliest tokens.
+    """Set all but the ``top_k`` likeliest tokens to minus infinity; 0 keeps all.
 
-    Args:
-        logits: In nats, not normalised.
-        top_k: How many tokens stay (a count); 0 keeps all. Ties with the last one stay as well.
-
-    Returns:
-        Logits with minus infinity elsewhere.
-
-    Raises:
-        ValueError: If ``top_k`` is negative.
+    Ties with the last one stay as well. Logits are in nats, not normalized.
     """
     if top_k < 0:
         raise ValueError(f"top_k: got {top_k}, expected a count, or 0 for all tokens")
@@ -27,17 +19,9 @@ def keep_top_k(logits: Float[Tensor, "batch vocab"], top_k: int) -> Float[Tensor
 
 
 def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tensor, "batch vocab"]:
-    """Leave the smallest set of likeliest tokens that holds a given probability mass.
+    """Keep the smallest set of likeliest tokens that holds the probability mass ``top_p``, (0, 1].
 
-    Args:
-        logits: In nats, not normalised.
-        top_p: The mass, in (0, 1]; 1.0 keeps all. The likeliest token always stays.
-
-    Returns:
-        Logits with minus infinity elsewhere.
-
-    Raises:
-        ValueError: If ``top_p`` is not in (0, 1].
+    The others become minus infinity; the likeliest token always stays. 1.0 keeps all.
 
     Source: Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
@@ -47,6 +31,7 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
         return logits
     ordered, order = logits.sort(dim=-1, descending=True)
     probabilities = ordered.softmax(dim=-1)
+    # A token stays if those before it do not yet hold the mass.
     mass_before = probabilities.cumsum(dim=-1) - probabilities
     beyond = mass_before >= top_p
     beyond[..., 0] = False  # a top_p that float32 rounds to 0 would drop all
@@ -56,30 +41,23 @@ def keep_top_p(logits: Float[Tensor, "batch vocab"], top_p: float) -> Float[Tens
 def gumbel_noise(
     seeds: Int[Tensor, " batch"], *, steps: Int[Tensor, "#batch 1"] | int, vocab_size: int
 ) -> Float[Tensor, "batch vocab"]:
-    """Generate the noise of one token of each image from that image's seed and the step alone.
+    """Compute standard Gumbel noise for one token of each image, from its seed and the step alone.
 
-    Adding Gumbel noise to logits and taking the largest generates from their softmax, so these numbers
-    decide an image whatever is generated beside it. They are a function, not a stream: the same on
-    every device, in any order, and without a Python loop over images.
-
-    Args:
-        seeds: One per image, in [0, 2 ** 63).
-        steps: Index of the token, below 2 ** 31: one for all, or one for each image.
-        vocab_size: Number of different tokens.
-
-    Returns:
-        Standard Gumbel noise, float32, between -2.9 and 16.7.
+    Seeds are in [0, 2 ** 63), steps below 2 ** 31, noise between -2.9 and 16.7.
 
     Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030, section 2. The bits are squares32 of
         Widynski 2020, arXiv:2004.06278; the seeds are scattered by splitmix64 (Steele et al. 2014).
     """
+    # A function, not a stream: the same numbers on every device, in any order and for any batch,
+    # and without a Python loop over images.
     key = (_scatter(seeds) | 1).unsqueeze(1)
     counter = steps * vocab_size + torch.arange(vocab_size, device=seeds.device)
-    weyl = counter * key  # int64 products wrap around, which is what the source wants
+    weyl = counter * key  # int64 products wrap around, as the source's unsigned ones do
     bits = weyl
+    # Four rounds of "middle square": square, add, swap the halves.
     for increment in (weyl, weyl + key, weyl, weyl + key):
         bits = bits * bits + increment
-        bits = (bits << 32) | _shifted(bits, 32)
+        bits = (bits << 32) | _shift_right(bits, 32)
     # 23 bits and a half: exact in float32, and never 0 or 1, whose noise would not be finite.
     uniform = (((bits >> 9) & 0x7FFFFF).float() + 0.5) / 2**23
     return -(-uniform.log()).log()
@@ -88,11 +66,11 @@ def gumbel_noise(
 def _scatter(seeds: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """Turn successive seeds into numbers that share no pattern (splitmix64)."""
     mixed = seeds - 0x61C8864680B583EB
-    mixed = (mixed ^ _shifted(mixed, 30)) * -0x40A7B892E31B1A47
-    mixed = (mixed ^ _shifted(mixed, 27)) * -0x6B2FB644ECCEEE15
-    return mixed ^ _shifted(mixed, 31)
+    mixed = (mixed ^ _shift_right(mixed, 30)) * -0x40A7B892E31B1A47
+    mixed = (mixed ^ _shift_right(mixed, 27)) * -0x6B2FB644ECCEEE15
+    return mixed ^ _shift_right(mixed, 31)
 
 
-def _shifted(numbers: Int[Tensor, "*shape"], places: int) -> Int[Tensor, "*shape"]:
-    """Shift to the right as if the numbers had no sign."""
+def _shift_right(numbers: Int[Tensor, "*shape"], places: int) -> Int[Tensor, "*shape"]:
+    """Shift as if the numbers had no sign."""
     return (numbers >> places) & ((1 << (64 - places)) - 1)

@@ -1,4 +1,4 @@
-"""Choosing the best of several images: by the model's own likelihoods, or by any ranker."""
+"""Choosing the best of several images, by the scores of the decoder or of any ranker."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,9 +9,9 @@ from PIL import Image
 from torch import Tensor
 
 
-@runtime_checkable  # for the checks of types in the tests
+@runtime_checkable  # so that the tests can check types
 class ImageRanker(Protocol):
-    """Says how well images fit their prompts."""
+    """Scores how well images fit their prompts."""
 
     def score(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
         """Return one score per image and its prompt; larger is better."""
@@ -19,21 +19,10 @@ class ImageRanker(Protocol):
 
 
 def best_of(scores: Float[Tensor, " batch"], *, num_candidates: int) -> Int[Tensor, " groups"]:
-    """Pick the best of every run of candidates.
-
-    Args:
-        scores: Of all candidates; each prompt's candidates stand together.
-        num_candidates: Candidates per pick.
-
-    Returns:
-        Indices into ``scores``, one per group.
-
-    Raises:
-        ValueError: If the scores do not divide into groups.
-    """
+    """Return the index of the largest score of each group of adjacent candidates."""
     if num_candidates < 1 or len(scores) % num_candidates:
         raise ValueError(
             f"num_candidates: got {num_candidates}, expected a divisor of {len(scores)} scores"
         )
-    best = scores.reshape(-1, num_candidates).argmax(dim=1)
+    best = scores.reshape(-1, num_candidates).argmax(dim=1)  # index within each group
     return best + torch.arange(len(best), device=scores.device) * num_candidates

@@ -1,10 +1,10 @@
 """Checkpoints that survive a kill at any moment: safetensors and JSON in a folder, put there whole.
 
 A checkpoint is the folder `step-00001234/`: one `<group>.safetensors` per group of tensors,
-`state.json` for all that is not a tensor, and `manifest.json` with size and sha256 of each file. It
-is written under a temporary name, flushed to disk and only then renamed, so a folder with the final
-name is complete. The hashes catch what happens to it afterwards (safetensors has no checksum).
-Nothing is ever pickled.
+`state.json` for everything else, and `manifest.json` with size and sha256 of each file. It is
+written under a temporary name, flushed to disk and only then renamed, so a folder with the final
+name is complete. The hashes catch later damage (safetensors has no checksum). Nothing is ever
+pickled.
 
 One process writes into a root; the others wait. This module knows no model.
 """
@@ -17,7 +17,8 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
 from dalle_mini_impl.errors import UserError
 
@@ -37,26 +37,24 @@ MANIFEST_NAME = "manifest.json"
 STATE_NAME = "state.json"
 TENSOR_SUFFIX = ".safetensors"
 TEMPORARY_PREFIX = ".tmp-"
+NUM_KEPT = 2  # at least 2: the newest may be the one that a disk fault damages
 _STEP_FOLDER = re.compile(r"step-(\d+)(\.replaced)?")
 _GROUP_NAME = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class CheckpointCorruptError(UserError):
-    """A checkpoint is not what was written; the message names the file and what is wrong."""
+    """A checkpoint is damaged; the message names the file and the damage."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was verified and read."""
+    """A verified checkpoint in memory."""
 
     step: int
-    """Number of optimizer updates done when it was written."""
     tensors: dict[str, dict[str, Tensor]]
     """Group name -> tensor name -> CPU tensor."""
     state: dict[str, Any]
-    """What `state.json` holds."""
     path: Path
-    """The folder it was read from."""
 
 
 def save_checkpoint(
@@ -65,20 +63,18 @@ def save_checkpoint(
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
-    keep: int = 2,
 ) -> Path:
     """Write `root/step-<step>/` so that a kill at any moment leaves the earlier checkpoints whole.
 
-    Afterwards all but the newest `keep` checkpoints up to `step` are deleted. Checkpoints of later
+    Afterwards all but the newest two checkpoints up to `step` are deleted. Checkpoints of later
     steps (the run was rewound) are left alone, with a warning.
 
     Args:
-        root: Folder that holds the checkpoints of one run; made if missing.
-        step: Number of optimizer updates done. An existing checkpoint of this step is replaced.
+        root: Folder of a run's checkpoints; made if missing.
+        step: Optimizer updates done. An existing checkpoint of this step is replaced.
         tensors: Group name (letters, digits, `_`, `-`) -> tensor name -> tensor, on any device,
             of any strides; tied tensors are stored once per name.
         state: JSON-able values. As in all JSON, tuples come back as lists and keys as strings.
-        keep: How many checkpoints stay, at least 2: the newest may be the one a disk fault damages.
 
     Returns:
         The folder written.
@@ -87,26 +83,27 @@ def save_checkpoint(
         ValueError: An argument is out of range, or `state` is not JSON-able.
         UserError: The file system refused (full, read-only, ...). Earlier checkpoints are intact.
     """
-    if keep < 2:
-        raise ValueError(f"keep: got {keep}, want at least 2")
     if step < 0:
-        raise ValueError(f"step: got {step}, want 0 or more")
+        raise ValueError(f"step: got {step}, expected 0 or more")
     for group in tensors:
         if not _GROUP_NAME.fullmatch(group):
-            raise ValueError(f"tensors: got group {group!r}, want letters, digits, '_' or '-' only")
+            raise ValueError(f"tensors: got group {group!r}, expected letters, digits, '_', '-'")
     try:
-        # The step lies in here, and not in the manifest, so that a hash guards it too.
+        # The step stands here and not in the manifest, so that a hash guards it too.
         state_text = json.dumps({"step": step, "state": state}, indent=1)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"state: {error}; want values that JSON can hold") from error
+        raise ValueError(f"state: {error}; expected values that JSON can hold") from error
 
     final = root / f"step-{step:08d}"
     temporary = root / f"{TEMPORARY_PREFIX}{final.name}-{uuid.uuid4().hex[:8]}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for stale in root.glob(f"{TEMPORARY_PREFIX}*"):  # of killed runs; first, for the space
+        # 1. Delete what killed saves left: its space may be needed now.
+        for stale in root.glob(f"{TEMPORARY_PREFIX}*"):
             _delete_folder(stale)
+        # 2. Write and flush everything under a temporary name: a kill leaves no half checkpoint.
         _write_folder(temporary, tensors, state_text)
+        # 3. Rename. From here on the new checkpoint counts.
         _put_in_place(temporary, final)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -115,49 +112,42 @@ def save_checkpoint(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing is left of it after success
-    _prune(root, step, keep)
+    # 4. Only now delete older ones: at every moment a whole checkpoint exists.
+    _prune(root, step)
     return final
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Read one checkpoint folder, after every file in it has been checked against the manifest.
-
-    Args:
-        path: A `step-...` folder written by `save_checkpoint`.
-
-    Returns:
-        The checkpoint, tensors on the CPU.
+    """Check every file of a checkpoint folder against the manifest, then read it.
 
     Raises:
-        CheckpointCorruptError: A file is missing, unreadable or not what was written.
+        CheckpointCorruptError: A file is missing, unreadable or damaged.
     """
     manifest = _read_manifest(path)
     tensors: dict[str, dict[str, Tensor]] = {}
+    # All hashes first: damage is found before any parser sees it.
     for name, entry in manifest["files"].items():
         _check_file(path / name, entry, check_content=True)
     for name in manifest["files"]:
         if name.endswith(TENSOR_SUFFIX):
-            try:
+            with _errors_named(path / name):
                 tensors[name.removesuffix(TENSOR_SUFFIX)] = load_file(path / name)
-            except (OSError, SafetensorError) as error:
-                raise CheckpointCorruptError(f"{path / name}: cannot be read: {error}") from error
     content = _read_json(path / STATE_NAME)
     step, state = content.get("step"), content.get("state")
+    # Right hashes do not make a right checkpoint: somebody may have written both.
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise CheckpointCorruptError(f"{path / STATE_NAME}: step: got {step!r}, want a count")
+        raise CheckpointCorruptError(f"{path / STATE_NAME}: step: got {step!r}, expected a count")
     if not isinstance(state, dict):
-        raise CheckpointCorruptError(f"{path / STATE_NAME}: state: got {state!r}, want an object")
+        raise CheckpointCorruptError(
+            f"{path / STATE_NAME}: state: got {state!r}, expected an object"
+        )
     return Checkpoint(step, tensors, state, path)
 
 
 def newest_checkpoint(root: Path) -> Checkpoint | None:
-    """Read the newest checkpoint that verifies; each one passed over is logged with the reason.
+    """Read the newest checkpoint that verifies; damaged ones are logged with the reason.
 
-    Args:
-        root: Folder that holds the checkpoints of one run; may be missing.
-
-    Returns:
-        The checkpoint, or None where there is none that can be used.
+    None if there is none, or no folder `root`.
     """
     for _, path in _step_folders(root):
         try:
@@ -168,113 +158,9 @@ def newest_checkpoint(root: Path) -> Checkpoint | None:
 
 
 def checkpoint_before(root: Path, step: int) -> Path | None:
-    """Find the newest checkpoint of a step below ``step``, without reading it all.
-
-    Args:
-        root: Folder that holds the checkpoints of one run; may be missing.
-        step: A number of optimizer updates.
-
-    Returns:
-        Its folder, or None where there is none.
-    """
+    """Find the folder of the newest checkpoint below a step, without reading its contents."""
     folders = (path for found, path in _step_folders(root) if found < step)
     return next(filter(_looks_whole, folders), None)
-
-
-def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split the state of any torch optimizer into tensors and a rest that JSON can hold.
-
-    Args:
-        optimizer: AdamW, Muon, ...
-
-    Returns:
-        The tensors by name, e.g. `state.0.exp_avg` (not copies), and the JSON-able rest. A state
-        that holds anything else is a ValueError.
-    """
-    tensors: dict[str, Tensor] = {}
-    return tensors, _encode(optimizer.state_dict(), "", tensors)
-
-
-def restore_optimizer_state(
-    optimizer: Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-) -> None:
-    """Put back what `flatten_optimizer_state` took, exactly; the tensors given are copied.
-
-    Args:
-        optimizer: A new optimizer over the same parameters in the same order.
-        tensors: The first value `flatten_optimizer_state` returned.
-        meta: The second one.
-
-    Raises:
-        UserError: The state does not belong to these parameters, or a part of it is missing.
-    """
-    try:
-        saved = _decode(meta, tensors)
-        optimizer.load_state_dict(saved)
-        saved_keys = [key for group in saved["param_groups"] for key in group["params"]]
-        _check_shapes(optimizer)
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"optimizer state: does not fit this optimizer: {error}") from error
-    # torch casts state to the dtype of its parameter; here it keeps the one it was saved with.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for key, parameter in zip(saved_keys, parameters, strict=True):
-        if key in saved["state"]:
-            optimizer.state[parameter] = _uncast(optimizer.state[parameter], saved["state"][key])
-
-
-def _check_shapes(optimizer: Optimizer) -> None:
-    """Do what torch does not: AdamW, Muon and SGD keep numbers, and tensors like the parameter."""
-    for parameter, values in optimizer.state.items():
-        for name, value in values.items():
-            if isinstance(value, Tensor) and value.shape not in {parameter.shape, torch.Size()}:
-                raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, want {tuple(parameter.shape)}"
-                )
-
-
-def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """Make a tree JSON-able: tensors move out; tuples and dicts with int keys get a tag."""
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {"__tensor__": name}
-    prefix = f"{name}." if name else ""
-    if isinstance(value, Mapping):
-        if all(isinstance(key, str) for key in value):
-            return {key: _encode(item, prefix + key, tensors) for key, item in value.items()}
-        items = [[key, _encode(item, f"{prefix}{key}", tensors)] for key, item in value.items()]
-        return {"__items__": items}
-    if isinstance(value, (list, tuple)):
-        parts = [_encode(item, f"{prefix}{index}", tensors) for index, item in enumerate(value)]
-        return {"__tuple__": parts} if isinstance(value, tuple) else parts
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise ValueError(f"{name}: got a {type(value).__name__}, want tensors and JSON values")
-
-
-def _decode(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Undo `_encode`."""
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    if "__tensor__" in value:
-        return tensors[value["__tensor__"]].clone()
-    if "__items__" in value:
-        return {key: _decode(item, tensors) for key, item in value["__items__"]}
-    if "__tuple__" in value:
-        return tuple(_decode(item, tensors) for item in value["__tuple__"])
-    return {key: _decode(item, tensors) for key, item in value.items()}
-
-
-def _uncast(loaded: Any, saved: Any) -> Any:
-    """Put the saved values where torch put the loaded ones (AdamW may want `step` on the CPU)."""
-    if isinstance(saved, Tensor):
-        return saved.to(loaded.device)
-    if isinstance(saved, Mapping):
-        return {key: _uncast(loaded[key], item) for key, item in saved.items()}
-    if isinstance(saved, (list, tuple)):
-        return type(saved)(_uncast(old, new) for old, new in zip(loaded, saved, strict=True))
-    return saved
 
 
 def _write_folder(
@@ -287,7 +173,9 @@ def _write_folder(
     for group, members in tensors.items():
         path = folder / f"{group}{TENSOR_SUFFIX}"
         save_file({name: _own_cpu_copy(tensor) for name, tensor in members.items()}, path)
-        shutil.copymode(state_path, path)  # safetensors makes files that only their owner can read
+        # safetensors makes files that only their owner can read.
+        shutil.copymode(state_path, path)
+    # The manifest vouches for the other files, so these are on disk before it exists.
     files = {}
     for path in sorted(folder.iterdir()):
         _flush_to_disk(path)
@@ -302,7 +190,7 @@ def _write_folder(
 def _put_in_place(temporary: Path, final: Path) -> None:
     """Give the finished folder its name; an older one of that name stays readable meanwhile."""
     if final.exists():
-        # No call swaps two folders everywhere, so the old one waits under a name that
+        # No portable call swaps two folders, so the old one waits under a name that
         # `newest_checkpoint` still reads; `_prune` deletes it.
         replaced = final.with_name(f"{final.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -311,8 +199,8 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     _flush_to_disk(final.parent)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
-    """Delete all but the newest `keep` whole checkpoints up to `step`."""
+def _prune(root: Path, step: int) -> None:
+    """Delete all but the newest whole checkpoints up to `step`."""
     kept, seen = 0, set()
     for folder_step, path in _step_folders(root):
         if folder_step > step:
@@ -322,7 +210,8 @@ def _prune(root: Path, step: int, keep: int) -> None:
                 path,
                 step,
             )
-        elif kept >= keep or folder_step in seen:
+        # A second folder of a step is the one that a newer save has replaced.
+        elif kept >= NUM_KEPT or folder_step in seen:
             _delete_folder(path)
         elif _looks_whole(path):
             kept += 1
@@ -330,7 +219,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
 
 
 def _delete_folder(path: Path) -> None:
-    """Delete a folder; failing to is no reason to stop a run that has just saved."""
+    """Delete a folder; a failure is no reason to stop a run that has just saved."""
     try:
         shutil.rmtree(path)
     except OSError as error:
@@ -350,7 +239,7 @@ def _step_folders(root: Path) -> list[tuple[int, Path]]:
 
 
 def _looks_whole(path: Path) -> bool:
-    """Check that all files are there with their sizes, which is cheap enough for every save."""
+    """Check that all files exist with their sizes, which is cheap enough for every save."""
     try:
         for name, entry in _read_manifest(path)["files"].items():
             _check_file(path / name, entry, check_content=False)
@@ -367,10 +256,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = _read_json(path)
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
-        raise CheckpointCorruptError(f"{path}: format_version {version!r}, want {FORMAT_VERSION}")
+        raise CheckpointCorruptError(
+            f"{path}: format_version {version!r}, expected {FORMAT_VERSION}"
+        )
     files = manifest.get("files")
     if not isinstance(files, dict) or STATE_NAME not in files:
-        raise CheckpointCorruptError(f"{path}: files: got {files!r}, want {STATE_NAME} among them")
+        raise CheckpointCorruptError(
+            f"{path}: files: got {files!r}, expected {STATE_NAME} among them"
+        )
+    # Names are paths from outside: none may reach another folder, on any system.
     for name, entry in files.items():
         if Path(name).name != name or "\\" in name or "\0" in name:
             raise CheckpointCorruptError(f"{path}: file name {name!r} leads out of the folder")
@@ -380,42 +274,44 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
+    with _errors_named(path):
         if path.exists() and not path.is_file():  # reading a pipe would never end
-            raise CheckpointCorruptError(f"{path}: is no file")
+            raise CheckpointCorruptError(f"{path}: is not a file")
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(f"{path}: is missing") from error
-    except CheckpointCorruptError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise CheckpointCorruptError(f"{path}: holds a {type(value).__name__}, want an object")
+        raise CheckpointCorruptError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
 
 
 def _check_file(path: Path, entry: Mapping[str, Any], *, check_content: bool) -> None:
     """Compare a file with its line in the manifest."""
-    try:
+    with _errors_named(path):
         facts = path.stat()
-        size = facts.st_size
         if not stat.S_ISREG(facts.st_mode):  # reading a pipe would never end
-            raise CheckpointCorruptError(f"{path}: is no file")
-        if size != entry["size"]:
-            raise CheckpointCorruptError(f"{path}: {size} bytes, want {entry['size']}")
+            raise CheckpointCorruptError(f"{path}: is not a file")
+        # Size first: it is free, and a later read needs no more memory than was written.
+        if facts.st_size != entry["size"]:
+            raise CheckpointCorruptError(f"{path}: {facts.st_size} bytes, expected {entry['size']}")
         if check_content and _sha256(path) != entry["sha256"]:
             raise CheckpointCorruptError(f"{path}: sha256 differs from the manifest")
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(f"{path}: is missing") from error
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    """Turn each error of reading a file into one that names the file."""
+    try:
+        yield
     except CheckpointCorruptError:
         raise
-    except (OSError, ValueError) as error:  # a name may be none that a file can have
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(f"{path}: is missing") from error
+    # ValueError: no JSON, no UTF-8, or a name that no file can have.
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise CheckpointCorruptError(f"{path}: cannot be read: {error}") from error
 
 
 def _own_cpu_copy(tensor: Tensor) -> Tensor:
-    """Make a contiguous copy that shares memory with nothing, as safetensors wants it."""
+    """Make a contiguous copy that shares memory with nothing, as safetensors requires."""
     return tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
 
 
@@ -430,7 +326,7 @@ def _sha256(path: Path) -> str:
 def _flush_to_disk(path: Path) -> None:
     """Call fsync on a file, or on a folder (which makes the names in it durable)."""
     if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders, and has no need to
+        return  # Windows cannot open folders, and need not
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -7,47 +7,43 @@ from typing import Literal
 DEFAULT_MAX_STEPS = 10_000
 
 
+def require(holds: bool, name: str, value: object, expected: str) -> None:
+    """Refuse a value of a config by its dotted name."""
+    if not holds:
+        raise ValueError(f"{name}: got {value}, expected {expected}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """The caption tokenizer.
-
-    Raises:
-        ValueError: If the length is below 1.
-    """
+    """The caption tokenizer."""
 
     vocab_size: int = 2048
-    """Largest number of caption tokens that are learned, the 256 bytes included."""
+    """Largest number of caption tokens, the 256 bytes included."""
     text_length: int = 32
     """Tokens per caption; longer captions are cut."""
 
     def __post_init__(self) -> None:
-        """Refuse a length that holds nothing."""
-        if self.text_length < 1:
-            raise ValueError(f"text.text_length: got {self.text_length}, expected at least 1")
+        require(self.text_length >= 1, "text.text_length", self.text_length, "at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Budget, optimizer and intervals of a run.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """Budget, optimizer and intervals of a run."""
 
     max_steps: int | None = None
     """Optimizer updates after which the run ends; 10,000 if max_minutes is not given either."""
     max_minutes: float | None = None
-    """Wall-clock minutes after which the run ends. Of two limits, the first to come ends it."""
+    """Wall-clock minutes after which the run ends. Of two limits, the first one counts."""
     global_batch_size: int = 64
     """Samples per optimizer update, over all processes and accumulation."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per update on each process."""
     find_batch_size: bool = False
-    """Before the run, look for the largest micro-batch that fits into memory; the global batch
-    stays, in as many gradient_accumulation_steps as it then takes. One process only."""
+    """Before the run, find the largest micro-batch that fits into memory; the global batch stays,
+    and gradient_accumulation_steps follows. One process only."""
     activation_checkpointing: bool = False
-    """Compute the inner activations of each Transformer block again in the backward pass instead
-    of keeping them: less memory, more time, the same numbers."""
+    """Recompute the inner activations of each Transformer block in the backward pass: less memory,
+    more time, the same numbers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon on hidden matrices with AdamW on the rest."""
     learning_rate: float = 1e-3
@@ -57,7 +53,7 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's decay of the first and second moment."""
     schedule: Literal["wsd", "cosine", "inverse_sqrt"] = "wsd"
-    """Warm-up, stable, linear decay; half a cosine; or 1 / sqrt(step) as in the paper of 2017."""
+    """Warm-up, stable, linear decay; half a cosine; or 1 / sqrt(step) (Vaswani et al. 2017)."""
     warmup_steps: int = 50
     """Updates over which the learning rate rises."""
     decay_fraction: float = 0.3
@@ -83,10 +79,9 @@ class TrainingConfig:
     checkpoint_every_steps: int = 500
     """Updates between two checkpoints."""
     seed: int = 0
-    """Decides weights, order and every random number of the run."""
+    """Decides initial weights, sample order and every random number of the run."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can use."""
         for name in (
             "global_batch_size",
             "gradient_accumulation_steps",
@@ -107,6 +102,7 @@ class TrainingConfig:
         self._require("cosine_ends_at", 0 < self.cosine_ends_at <= 1, "above 0 and up to 1")
         self._require("cosine_floor", 0 <= self.cosine_floor <= 1, "0 to 1")
         self._require("seed", 0 <= self.seed < 2**63, "0 to 2 ** 63 - 1")
+        # Grids are made in evaluations, as both need the averaged weights.
         self._require(
             "sample_every_steps",
             self.sample_every_steps % self.evaluate_every_steps == 0,
@@ -114,15 +110,8 @@ class TrainingConfig:
         )
 
     def progress(self, step: int, minutes: float) -> float:
-        """Tell how much of the budget is used.
-
-        Args:
-            step: Optimizer updates done.
-            minutes: Wall-clock minutes used.
-
-        Returns:
-            The larger fraction of the two limits, in [0, 1].
-        """
+        """Fraction of the budget that is used, in [0, 1]: the larger one of the two limits."""
+        # The schedule follows this fraction, so it ends with the run whichever limit comes first.
         fractions = []
         if self.max_minutes is not None:
             fractions.append(minutes / self.max_minutes)
@@ -131,31 +120,25 @@ class TrainingConfig:
         return min(1.0, max(fractions))
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
-        if not holds:
-            raise ValueError(f"training.{name}: got {getattr(self, name)}, expected {expected}")
+        require(holds, f"training.{name}", getattr(self, name), expected)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which captioned images a run uses.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """Which captioned images a run uses."""
 
     source: str
     """Image folder, folder of WebDataset tars, parquet file, or Hub name."""
     train_split: str = "train"
     """Split that is trained on."""
     validation_split: str = "val"
-    """Split that is measured; 5 % are set apart where the source has no splits."""
+    """Held-out split; 5 % of the images where the source has no splits."""
     balance_by: str | None = None
-    """Attribute whose groups are evened out: an image's share is 1 / sqrt(group size)."""
+    """Attribute whose groups are evened out: an image has the weight 1 / sqrt(group size)."""
     max_bad_fraction: float = 0.1
     """Fraction of bad records (no image, no caption, not readable) above which the run stops, in
     [0, 1]. One bad record is always allowed."""
 
     def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1]."""
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction: got {self.max_bad_fraction}, expected 0 to 1")
+        fraction = self.max_bad_fraction
+        require(0 <= fraction <= 1, "data.max_bad_fraction", fraction, "0 to 1")

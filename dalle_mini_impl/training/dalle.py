@@ -1,66 +1,66 @@
-"""A whole decoder run: captioned images and a tokenizer in, model folder out."""
+"""Training the decoder: captioned images and an image tokenizer in, a whole model folder out.
+
+All images are tokenized once, before the first step (`data/token_dataset.py`); from then on the
+decoder sees tokens only. The loss is the cross-entropy of the image tokens plus, in models that
+write captions, a small weight times that of the caption tokens.
+"""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from accelerate import Accelerator
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.data.token_dataset import TokenDataset, Variation, build_token_dataset
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.models.dalle_config import PAD_TOKEN_ID, DalleConfig, DecoderConfig
-from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
+from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
+from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig, require
 from dalle_mini_impl.training.cross_entropy import token_nats
-from dalle_mini_impl.training.run import begin_run, run_task
-from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
+from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
-from vqvae.image_tokenizer import ImageTokenizer, require_working
+from vqvae.image_tokenizer import require_working
 from vqvae.pretrained.load import load_tokenizer
 
 MAX_ZOOM = 4.0
 EVALUATION_BATCH_SIZE = 64
+MAX_MEASURED_TRAINING_SAMPLES = 256
+NUM_DEFAULT_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class DalleTaskConfig:
-    """What the decoder's loss is made of, and how its data is varied.
-
-    Raises:
-        ValueError: If a share is not in [0, 1].
-    """
+    """The decoder's loss and its augmentations."""
 
     text_loss_weight: float = 0.1
-    """Weight of the caption's loss beside the image's, in models that write captions."""
+    """Weight of the caption's loss relative to the image's, in models that write captions."""
     caption_dropout_probability: float = 0.1
     """Fraction of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0
-    """Largest fraction of a sample's input image tokens that come from other images, while it
-    lasts; each sample generates its own share below it, and its targets stay. Keeps the decoder from
-    following a remembered image instead of the caption."""
+    """Largest fraction of a sample's input image tokens that are replaced by those of other images.
+    Each sample has its own fraction below it; targets stay. Keeps the decoder from following a
+    remembered image instead of the caption."""
     random_order_probability: float = 0.0
-    """Fraction of samples sampled in random order instead of raster order, while it lasts."""
+    """Fraction of samples trained in random order instead of raster order."""
     shifted_view_probability: float = 0.0
-    """Fraction of samples taken from a shifted or enlarged view, while it lasts."""
+    """Fraction of samples taken from a shifted or enlarged view."""
     bpe_dropout_probability: float = 0.0
     """Probability that a merge is left out when a training caption is split into tokens; 0.1 in
     DALL-E (Provilkov et al. 2020, arXiv:1910.13267)."""
     augmentation_ends_at: float = 0.75
-    """Progress in [0, 1] at which random order, shifted views and token noise have faded out."""
+    """Progress in [0, 1] at which random order, shifted views and token noise end."""
 
     def __post_init__(self) -> None:
-        """Refuse shares outside [0, 1]."""
         for name, value in vars(self).items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"task.{name}: got {value}, expected 0 to 1")
+            require(0 <= value <= 1, f"task.{name}", value, "0 to 1")
 
     @property
     def ends_in_random_order(self) -> bool:
@@ -70,26 +70,22 @@ class DalleTaskConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DalleRunConfig:
-    """Options of ``train_dalle.py``.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """Options of ``train_dalle.py``."""
 
     data: DataConfig
     """Captioned images to learn from."""
     vqvae_dir: str
-    """Folder of the trained image tokenizer: ours, or one of those of ``vqvae.pretrained.load``."""
+    """Folder of the trained image tokenizer: ours, or one that ``vqvae.pretrained.load`` reads."""
     vqvae_image_size: int | None = None
-    """Side of the images in pixels, for a tokenizer of others that takes several sizes."""
+    """Side of the images in pixels, for another library's tokenizer that takes several sizes."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     num_views: int = 1
-    """Copies of each image that are tokenized; all but the first are shifted or enlarged."""
+    """Views of each image that are tokenized; all but the first are shifted or enlarged."""
     max_shift: int = 0
-    """Largest shift of the copies, in pixels."""
+    """Largest shift of these views, in pixels."""
     max_zoom: float = 1.0
-    """Largest enlargement of the copies, of which a window of the old size is kept; 9/8 in DALL-E
+    """Largest enlargement of these views, of which a window of the old size is kept; 9/8 in DALL-E
     (Ramesh et al. 2021, arXiv:2102.12092, listing 2)."""
     fixed_prompts: tuple[str, ...] = ()
     """Prompts of the sample grid; held-out captions when empty."""
@@ -107,27 +103,120 @@ class DalleRunConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        """Refuse what would fail only when training has begun."""
-        if self.vqvae_image_size is not None and self.vqvae_image_size < 1:
-            raise ValueError(f"vqvae_image_size: got {self.vqvae_image_size}, expected at least 1")
-        if self.num_views < 1:
-            raise ValueError(f"num_views: got {self.num_views}, expected at least 1")
-        if self.max_shift < 0:
-            raise ValueError(f"max_shift: got {self.max_shift}, expected at least 0")
-        if not 1 <= self.max_zoom <= MAX_ZOOM:
-            raise ValueError(f"max_zoom: got {self.max_zoom}, expected 1 to {MAX_ZOOM}")
-        if self.decoder.raster_order_only and self.task.random_order_probability:
-            raise ValueError(
-                f"task.random_order_probability: got {self.task.random_order_probability}, expected "
-                "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
-                "raster order only"
-            )
+        size = self.vqvae_image_size
+        require(size is None or size >= 1, "vqvae_image_size", size, "at least 1")
+        require(self.num_views >= 1, "num_views", self.num_views, "at least 1")
+        require(self.max_shift >= 0, "max_shift", self.max_shift, "at least 0")
+        require(1 <= self.max_zoom <= MAX_ZOOM, "max_zoom", self.max_zoom, f"1 to {MAX_ZOOM}")
+        random_order = self.task.random_order_probability
+        require(
+            not (self.decoder.raster_order_only and random_order),
+            "task.random_order_probability",
+            random_order,
+            "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
+            "raster order only",
+        )
         if any(not prompt.strip() for prompt in self.fixed_prompts):
             raise ValueError("fixed_prompts: got an empty prompt, expected some text in each")
 
 
+def train_dalle(config: DalleRunConfig, *, resume: str | None = None) -> Path:
+    """Train a decoder on the tokens of captioned images; see ``run_training``."""
+    return run_training(config, build_task, resume=resume)
+
+
+def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
+    """Read and tokenize the data; build the decoder and the pipeline around it."""
+    # 1. The image tokenizer, which stays as it is.
+    try:
+        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+        require_working(vqvae)
+    except ValueError as error:
+        raise UserError(
+            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
+            "tokenizer and perhaps vqvae_image_size"
+        ) from None
+    vqvae = vqvae.to(run.accelerator.device)
+
+    # 2. Captions and images as tokens; only those that are trained on vary.
+    variation = Variation(
+        num_views=config.num_views,
+        max_shift=config.max_shift,
+        max_zoom=config.max_zoom,
+        bpe_dropout=config.task.bpe_dropout_probability,
+    )
+    # The main process tokenizes; the others wait, then find its files.
+    with run.accelerator.main_process_first():
+        train, held_out = run.load_splits(config.data, image_size=vqvae.config.image_size)
+        # `listed`: a resumed run must learn the very vocabulary that it began with.
+        texts = (text for pair in train.listed for text in pair.captions)
+        text_tokenizer = learn_text_tokenizer(config.text, texts)
+        tokenize = partial(
+            build_token_dataset,
+            vqvae=vqvae,
+            text_tokenizer=text_tokenizer,
+            cache_dir=Path(config.output_dir) / "tokens",
+        )
+        train_tokens = tokenize(train.pairs, train.pixels, variation=variation)
+        held_out_tokens = tokenize(held_out.pairs, held_out.pixels, variation=Variation())
+
+    # 3. The decoder, in the pipeline that is saved at the end.
+    torch.manual_seed(config.training.seed)
+    dalle_config = DalleConfig(
+        decoder=config.decoder,
+        vocab_size=text_tokenizer.vocab_size,
+        text_length=text_tokenizer.text_length,
+        codebook_levels=vqvae.codebook_levels,
+        image_grid_size=vqvae.image_grid_size,
+    )
+    pipeline = TextToImagePipeline(
+        dalle=build_text_to_image(dalle_config),
+        vqvae=vqvae,
+        text_tokenizer=text_tokenizer,
+        sampling_config=config.sampling,
+        generates_any_order=config.task.ends_in_random_order,
+    )
+    first_captions = tuple(pair.captions[0] for pair in held_out.pairs[:NUM_DEFAULT_PROMPTS])
+    return DalleTask(
+        train_tokens,
+        held_out_tokens,
+        config.task,
+        sample_weights=train.weights(config.data.balance_by),
+        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
+        pipeline=pipeline,
+        fixed_prompts=config.fixed_prompts or first_captions,
+    )
+
+
+class SampleUniforms(NamedTuple):
+    """The random numbers of each sample, uniform in [0, 1), by what they decide."""
+
+    caption: Float[Tensor, " batch"]
+    use_view: Float[Tensor, " batch"]
+    view: Float[Tensor, " batch"]
+    drop_caption: Float[Tensor, " batch"]
+    random_order: Float[Tensor, " batch"]
+    noise_fraction: Float[Tensor, " batch"]
+    order: Float[Tensor, "batch image_length"]
+    is_noise: Float[Tensor, "batch image_length"]
+    noise_source: Float[Tensor, "batch image_length"]
+
+    @staticmethod
+    def count(image_length: int) -> int:
+        """Numbers per sample."""
+        return 6 + 3 * image_length
+
+    @classmethod
+    def from_matrix(cls, uniforms: Float[Tensor, "batch num_uniforms"]) -> "SampleUniforms":
+        """Name the columns of a matrix: six single ones, then three of ``image_length``."""
+        return cls(*uniforms[:, :6].unbind(1), *uniforms[:, 6:].chunk(3, dim=1))
+
+
 class DalleTask:
-    """Caption and image tokens, and the decoder's loss on them."""
+    """Caption and image tokens, and the decoder's loss on them.
+
+    The pipeline holds the decoder in training; it generates the fixed prompts for the sample grid.
+    """
 
     def __init__(
         self,
@@ -140,106 +229,100 @@ class DalleTask:
         pipeline: TextToImagePipeline,
         fixed_prompts: tuple[str, ...],
     ) -> None:
-        """Collect what training needs.
-
-        Args:
-            train: Training samples.
-            held_out: Samples that are only measured.
-            config: Loss weights and augmentation.
-            sample_weights: How often each sample is expected, or None.
-            identity: Hash of the tokens that the decoder learns.
-            pipeline: Generates the sample grid with the model in training.
-            fixed_prompts: Prompts of the sample grid.
-        """
+        self.model: nn.Module = pipeline.dalle
         self.train, self.held_out, self.config = train, held_out, config
         self.sample_weights, self.identity = sample_weights, identity
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
         self.num_samples = len(train)
         self.image_length = train.image_token_ids.shape[-1]
-        self.num_uniforms = 6 + 3 * self.image_length
+        self.num_uniforms = SampleUniforms.count(self.image_length)
         self.tokens_per_sample = train.text_token_ids.shape[-1] + self.image_length
-        codebook_size = pipeline.dalle.config.codebook_size
-        counts = torch.bincount(train.image_token_ids[:, 0].flatten(), minlength=codebook_size)
-        self.baselines = {
-            "baseline/image_uniform_nats": math.log(codebook_size),
-            "baseline/image_unigram_nats": _entropy(counts),
+        self.baselines = self._baselines()
+
+    def _baselines(self) -> dict[str, float]:
+        """Nats of a model that knows nothing, and of one that knows how frequent each token is."""
+        sizes = self.pipeline.dalle.config
+        image_token_ids = self.train.image_token_ids[:, 0].flatten()
+        baselines = {
+            "baseline/image_uniform_nats": math.log(sizes.codebook_size),
+            "baseline/image_unigram_nats": _entropy(
+                torch.bincount(image_token_ids, minlength=sizes.codebook_size)
+            ),
         }
-        if isinstance(pipeline.dalle, Dalle):
-            words = train.text_token_ids[train.text_token_ids != PAD_TOKEN_ID]
-            self.baselines |= {
-                "baseline/text_uniform_nats": math.log(pipeline.dalle.config.vocab_size),
-                "baseline/text_unigram_nats": _entropy(words.bincount()),
-            }
+        if isinstance(self.pipeline.dalle, Dalle):
+            text_token_ids = self.train.text_token_ids
+            words = text_token_ids[text_token_ids != PAD_TOKEN_ID]
+            baselines["baseline/text_uniform_nats"] = math.log(sizes.vocab_size)
+            baselines["baseline/text_unigram_nats"] = _entropy(words.bincount())
+        return baselines
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Look up the tokens; the random numbers of the loss travel with them."""
-        views = torch.where(
-            uniforms[:, 1] < self.config.shifted_view_probability, uniforms[:, 2], torch.zeros(())
-        )
-        length = self.image_length
-        noise_sample_ids = (
-            uniforms[:, -length:] * self.num_samples
-        ).long()  # (batch, image_length)
+        """Look up the tokens; the random numbers travel along to the loss."""
+        named = SampleUniforms.from_matrix(uniforms)
+        uses_view = named.use_view < self.config.shifted_view_probability
+        # Each cell's noise is the token of the same cell in another image of the training set.
+        cells = torch.arange(self.image_length)
+        noise_sample_ids = (named.noise_source * self.num_samples).long()  # (batch, image_length)
         return {
-            "text_token_ids": self.train.captions_of(sample_ids, uniforms[:, 0]),
+            "text_token_ids": self.train.captions_of(sample_ids, named.caption),
             "image_token_ids": self.train.images_of(sample_ids, torch.zeros(len(sample_ids))),
-            "view_token_ids": self.train.images_of(sample_ids, views),
-            "noise_token_ids": self.train.image_token_ids[
-                noise_sample_ids, 0, torch.arange(length)
-            ].long(),
-            "uniforms": uniforms[:, 3 : 6 + 2 * length],
+            "view_token_ids": self.train.images_of(
+                sample_ids, torch.where(uses_view, named.view, torch.zeros(()))
+            ),
+            "noise_token_ids": self.train.image_token_ids[noise_sample_ids, 0, cells].long(),
+            "uniforms": uniforms,
         }
 
     def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Tensor],
-        *,
-        progress: float,
-        generator: torch.Generator,
+        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, **_: object
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return image loss plus weighted text loss, if there is one, in nats per token."""
-        del generator  # every random number here belongs to a sample, not to a process
-        text_token_ids, uniforms = batch["text_token_ids"], batch["uniforms"]
-        augmentation = 1.0 if progress < self.config.augmentation_ends_at else 0.0
-        image = batch["view_token_ids"] if augmentation else batch["image_token_ids"]
-        dropped = uniforms[:, 0] < self.config.caption_dropout_probability
-        given_text = text_token_ids.masked_fill(dropped[:, None], PAD_TOKEN_ID)
+        config, uniforms = self.config, SampleUniforms.from_matrix(batch["uniforms"])
+        text_token_ids = batch["text_token_ids"]
+        # The last part of a run trains on the images as they are, in the order of generation.
+        is_augmented = progress < config.augmentation_ends_at
 
-        length = self.image_length
-        order_uniforms, noise_uniforms = uniforms[:, 3:].split(length, dim=1)
-        is_random = uniforms[:, 1] < self.config.random_order_probability * augmentation
-        order = torch.where(
-            is_random[:, None],
-            order_uniforms.argsort(dim=1),
-            torch.arange(length, device=image.device),
-        )
-        noise_fractions = uniforms[:, 2:3] * self.config.token_noise_probability * augmentation
-        is_noise = noise_uniforms < noise_fractions
-        noisy = torch.where(is_noise, batch["noise_token_ids"], image)
+        # Caption dropout: the decoder also learns p(image), which guidance needs.
+        is_dropped = uniforms.drop_caption < config.caption_dropout_probability
+        given_text = text_token_ids.masked_fill(is_dropped[:, None], PAD_TOKEN_ID)
 
-        logits = model(given_text, noisy.gather(1, order), image_order=order)
+        # Shifted or enlarged views.
+        image = batch["view_token_ids"] if is_augmented else batch["image_token_ids"]
+
+        # Token noise: wrong inputs, right targets, each sample with a fraction of its own.
+        noise_fraction = uniforms.noise_fraction * config.token_noise_probability * is_augmented
+        is_noise = uniforms.is_noise < noise_fraction[:, None]
+        inputs = torch.where(is_noise, batch["noise_token_ids"], image)
+
+        # Random order: a permutation of the cells in place of the raster order.
+        is_random = uniforms.random_order < config.random_order_probability * is_augmented
+        raster_order = torch.arange(self.image_length, device=image.device)
+        order = torch.where(is_random[:, None], uniforms.order.argsort(dim=1), raster_order)
+
+        # The model takes tokens in generation order: token i belongs to cell order[i].
+        logits = model(given_text, inputs.gather(1, order), image_order=order)
         targets = image.gather(1, order)
         image_nats = token_nats(logits.image.flatten(0, 1), targets.flatten()).mean()
         if logits.text is None:
             return image_nats, {"image_nats": image_nats.detach()}
-        text_nats = text_loss(logits.text, text_token_ids, is_counted=~dropped)
-        loss = image_nats + self.config.text_loss_weight * text_nats
-        fraction_counted = max(1 - self.config.caption_dropout_probability, 1e-9)
+        # The decoder predicts the caption that it was not given, too, but that counts as zero.
+        text_nats = text_loss(logits.text, text_token_ids, is_counted=~is_dropped)
+        loss = image_nats + config.text_loss_weight * text_nats
+        # The metric is a mean over the captions that count, the loss one over the whole batch.
+        fraction_counted = max(1 - config.caption_dropout_probability, 1e-9)
         return loss, {
             "image_nats": image_nats.detach(),
-            "text_nats": text_nats.detach()
-            / fraction_counted,  # hidden captions count as zero in it
+            "text_nats": text_nats.detach() / fraction_counted,
         }
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Measure nats per image token on held-out pairs, with and without their captions."""
-        train_part = torch.arange(0, len(self.train), max(1, len(self.train) // 256))
-        held_out = self._image_nats(model, self.held_out, torch.arange(len(self.held_out)))
-        train = self._image_nats(model, self.train, train_part)
+        step = max(1, len(self.train) // MAX_MEASURED_TRAINING_SAMPLES)
+        held_out = self._nats(self.held_out, torch.arange(len(self.held_out)))
+        train = self._nats(self.train, torch.arange(0, len(self.train), step))
         text = {"validation/text_nats": held_out["text"]} if "text" in held_out else {}
         return {
             "validation/image_nats": held_out["given"],
@@ -251,168 +334,46 @@ class DalleTask:
             **self.baselines,
         }
 
-    def _image_nats(
-        self, model: nn.Module, data: TokenDataset, sample_ids: Tensor
-    ) -> dict[str, float]:
-        device = next(model.parameters()).device
+    def _nats(self, data: TokenDataset, sample_ids: Tensor) -> dict[str, float]:
+        """Nats per image token ``given`` captions and ``null`` ones, and per ``text`` token."""
+        device = next(self.model.parameters()).device
         totals = {"given": 0.0, "null": 0.0}
+        # Always view 0 and the first caption, in raster order: comparable over the run.
         for ids in sample_ids.split(EVALUATION_BATCH_SIZE):
             image = data.images_of(ids, torch.zeros(len(ids))).to(device)
             text = data.captions_of(ids, torch.zeros(len(ids))).to(device)
-            everything = torch.ones(len(ids), dtype=torch.bool, device=device)
             for name, caption in (("given", text), ("null", torch.full_like(text, PAD_TOKEN_ID))):
-                logits = model(caption, image)
+                logits = self.model(caption, image)
                 nats = token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
                 totals[name] += float(nats) * len(ids) / len(sample_ids)
                 if name == "given" and logits.text is not None:
-                    text_nats = text_loss(logits.text, text, is_counted=everything)
+                    is_counted = torch.ones(len(ids), dtype=torch.bool, device=device)
+                    text_nats = text_loss(logits.text, text, is_counted=is_counted)
                     weighted = float(text_nats) * len(ids) / len(sample_ids)
                     totals["text"] = totals.get("text", 0.0) + weighted
         return totals
 
     @torch.no_grad()
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
+    def make_image_grids(self) -> list[ImageGrid]:
         """Generate the fixed prompts, one image each, always with the same seeds."""
-        del model  # the pipeline holds the same module
         generated = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
         return [ImageGrid("samples", generated.images, list(self.fixed_prompts))]
 
-
-def train_dalle(
-    config: DalleRunConfig,
-    *,
-    resume: str | None = None,
-) -> Path:
-    """Train a decoder on the tokens of captioned images.
-
-    Args:
-        config: The run.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Returns:
-        The model folder.
-
-    Raises:
-        UserError: If the data or the folders do not serve.
-    """
-    with begin_run(config, resume) as accelerator:
-        return _train(config, resume, accelerator)
-
-
-def _train(
-    config: DalleRunConfig,
-    resume: str | None,
-    accelerator: Accelerator,
-) -> Path:
-    """Do it, in a folder that is this run's own."""
-    records = RunRecords(
-        folder=Path(config.output_dir),
-        writes=accelerator.is_main_process,
-        resumes=resume is not None,
-    )
-    try:
-        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
-        require_working(vqvae)
-    except ValueError as error:
-        raise UserError(
-            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
-            "tokenizer and perhaps vqvae_image_size"
-        ) from None
-    with accelerator.main_process_first():  # the others find the main process's tokens
-        task, dalle, pipeline = _prepare(config, vqvae.to(accelerator.device), records)
-    return run_task(
-        dalle,
-        task,
-        config,
-        accelerator=accelerator,
-        resume=resume,
-        save_pretrained=pipeline.save_pretrained,
-    )
-
-
-def _prepare(
-    config: DalleRunConfig,
-    vqvae: ImageTokenizer,
-    records: RunRecords,
-) -> tuple[DalleTask, TextToImageModel, TextToImagePipeline]:
-    """Read and tokenize the data; build the decoder and the pipeline around it."""
-    size = vqvae.config.image_size
-    train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
-    text_tokenizer = TextTokenizer.learn(
-        (text for pair in train.listed for text in pair.captions),
-        vocab_size=config.text.vocab_size,
-        text_length=config.text.text_length,
-    )
-    cache_dir = Path(config.output_dir) / "tokens"
-    held_out_variation = Variation(max_shift=config.max_shift)  # none; older data sets have it so
-    variation = replace(
-        held_out_variation,
-        num_views=config.num_views,
-        max_zoom=config.max_zoom,
-        bpe_dropout=config.task.bpe_dropout_probability,
-    )
-    tokens = {
-        name: build_token_dataset(
-            loaded.pairs,
-            loaded.pixels,
-            vqvae=vqvae,
-            text_tokenizer=text_tokenizer,
-            variation=variation if name == "train" else held_out_variation,
-            cache_dir=cache_dir,
-        )
-        for name, loaded in (("train", train), ("held_out", held_out))
-    }
-    torch.manual_seed(config.training.seed)
-    dalle = build_text_to_image(
-        DalleConfig(
-            decoder=config.decoder,
-            vocab_size=text_tokenizer.vocab_size,
-            text_length=text_tokenizer.text_length,
-            codebook_levels=vqvae.codebook_levels,
-            image_grid_size=vqvae.image_grid_size,
-        )
-    )
-    pipeline = TextToImagePipeline(
-        dalle=dalle,
-        vqvae=vqvae,
-        text_tokenizer=text_tokenizer,
-        sampling_config=config.sampling,
-        generates_any_order=config.task.ends_in_random_order,
-    )
-    prompts = config.fixed_prompts or tuple(pair.captions[0] for pair in held_out.pairs[:16])
-    task = DalleTask(
-        tokens["train"],
-        tokens["held_out"],
-        config.task,
-        sample_weights=train.weights(config.data.balance_by),
-        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
-        pipeline=pipeline,
-        fixed_prompts=prompts,
-    )
-    return task, dalle, pipeline
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the whole pipeline."""
+        self.pipeline.save_pretrained(folder)
 
 
 def text_loss(
     logits: Float[Tensor, "batch text_length vocab"],
     text_token_ids: Int[Tensor, "batch text_length"],
     *,
-    is_counted: Tensor,
+    is_counted: Bool[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    """Average the captions' loss: over a caption's tokens without pads, then over samples.
+    """Return nats per token: averaged over each caption's tokens without pads, then over samples.
 
-    Samples whose caption is hidden count as zero, so that the mean does not depend on how a batch
+    Samples that are not counted are zeros of the mean, so that it does not depend on how a batch
     is divided among processes.
-
-    Args:
-        logits: Of every caption position.
-        text_token_ids: The true captions.
-        is_counted: False for samples whose caption is hidden.
-
-    Returns:
-        Nats per token.
     """
     flat = token_nats(logits.flatten(0, 1), text_token_ids.flatten())
     nats = flat.view_as(text_token_ids)

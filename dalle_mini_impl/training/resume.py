@@ -1,4 +1,4 @@
-"""From where a run goes on: which checkpoint, and whether it is of this run at all."""
+"""Which checkpoint a run continues from, and whether that checkpoint is of this run at all."""
 
 import logging
 from collections.abc import Mapping
@@ -10,9 +10,8 @@ from dalle_mini_impl.training.checkpoint import Checkpoint, load_checkpoint, new
 
 logger = logging.getLogger(__name__)
 
-# What a resumed run may do otherwise: how it learns from here on, how long, what it shows, where
-# things lie.
-# Folders are free, as tokens and the number of samples are compared by themselves.
+# Settings that a resumed run may change: how it learns from here on, how long, what it shows, where
+# things lie. Folders may move, as tokens and the number of samples are compared by themselves.
 MAY_CHANGE = (
     "data.max_bad_fraction",
     "data.source",
@@ -24,19 +23,12 @@ MAY_CHANGE = (
     "training",
     "vqvae_dir",
 )
-# Of `training`, what decides the samples of a step and what a checkpoint holds.
+# Of `training`, the settings that decide the samples of a step and the contents of a checkpoint.
 MUST_MATCH = ("ema_decay", "global_batch_size", "optimizer", "seed")
 
 
 def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
-    """Open the checkpoint that ``--resume`` names.
-
-    Args:
-        output_dir: The run's folder.
-        resume: None for a fresh run, ``latest``, or a checkpoint folder.
-
-    Returns:
-        The checkpoint, or None for a fresh start.
+    """Open the checkpoint that ``--resume`` names: ``latest`` or a folder; None for a fresh start.
 
     Raises:
         UserError: If a named checkpoint is missing or damaged, or a fresh run would write over an
@@ -52,6 +44,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
                 f"resume: no such folder {resume!r}, expected latest or a checkpoint folder"
             )
         return load_checkpoint(Path(resume))
+    # Damaged ones are passed over here; one that is named by its folder is an error instead.
     checkpoint = newest_checkpoint(root)
     if checkpoint is None:
         logger.warning("--resume latest: no checkpoint in %s; starting at step 0", root)
@@ -59,14 +52,7 @@ def find_checkpoint(output_dir: Path, resume: str | None) -> Checkpoint | None:
 
 
 def refuse_used_folder(output_dir: Path) -> None:
-    """Keep a fresh run out of a folder that holds another run's checkpoints.
-
-    Args:
-        output_dir: The run's folder; may be missing.
-
-    Raises:
-        UserError: If there are checkpoints.
-    """
+    """Raise a ``UserError`` if a folder holds another run's checkpoints."""
     if any((output_dir / "checkpoints").glob("step-*")):
         raise UserError(
             f"output_dir: {output_dir} already holds a run; pass --resume latest to continue it, "
@@ -74,36 +60,44 @@ def refuse_used_folder(output_dir: Path) -> None:
         )
 
 
+def require_same_data(checkpoint: Checkpoint, identity: str, num_samples: int) -> None:
+    """Raise a ``UserError`` if a checkpoint was trained on other tokens or fewer samples."""
+    if checkpoint.state.get("identity") != identity:
+        raise UserError(
+            f"resume: {checkpoint.path} was trained on other tokens: the image tokenizer, the "
+            "images or the captions have changed since; expected them as they were, or another "
+            "output_dir"
+        )
+    num_before = checkpoint.state.get("num_samples")
+    if num_before != num_samples:
+        raise UserError(
+            f"resume: {checkpoint.path} was trained on {num_before} samples, now there are "
+            f"{num_samples}; expected the same ones, or another output_dir"
+        )
+
+
 def compare_configs(checkpoint: Checkpoint, run_config: Mapping[str, Any]) -> list[str]:
-    """Hold the settings of a checkpoint's run against this one's.
-
-    Args:
-        checkpoint: Its state may hold ``config``; older ones do not.
-        run_config: This run's config as nested dicts and lists.
-
-    Returns:
-        A line for each setting that differs and may.
+    """Return a line for each setting that has changed since a checkpoint, and may.
 
     Raises:
-        UserError: If one differs that may not; it lists them all.
+        UserError: If a setting has changed that must not; it lists them all.
     """
-    config = checkpoint.state.get("config", {})
+    config = checkpoint.state.get("config")
     if not isinstance(config, Mapping):
         raise UserError(f"resume: {checkpoint.path}: config: got {config!r}, expected an object")
-    before = _flat(config)
-    now = _flat(run_config)
-    free: list[str] = []
-    bound: list[str] = []
+    before, now = _flatten(config), _flatten(run_config)
+    allowed: list[str] = []
+    refused: list[str] = []
     for name in sorted(before.keys() & now.keys()):
         if before[name] != now[name]:
             line = f"{name} was {before[name]!r}, is {now[name]!r}"
-            (free if _may_change(name) else bound).append(line)
-    if bound:
+            (allowed if _may_change(name) else refused).append(line)
+    if refused:
         raise UserError(
-            f"resume: {checkpoint.path} does not fit this config: {'; '.join(bound)}; expected the "
-            "config that the run was started with, or another output_dir"
+            f"resume: {checkpoint.path} does not fit this config: {'; '.join(refused)}; expected "
+            "the config that the run was started with, or another output_dir"
         )
-    return free
+    return allowed
 
 
 def _may_change(name: str) -> bool:
@@ -112,12 +106,12 @@ def _may_change(name: str) -> bool:
     return any(name == prefix or name.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Name every value by its dotted path."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flat[f"{prefix}{key}"] = value
+    return flat

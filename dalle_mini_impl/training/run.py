@@ -1,149 +1,164 @@
-"""What every run does around the loop: tracker, resume, the resolved config, the final folder."""
+"""One entry point for every training run: folder, processes, resume, tracking, model, report."""
 
 import dataclasses
+import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import nn
 
+from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import build_accelerator, keep_freed_memory, use_fast_float32
 from dalle_mini_impl.output_dirs import locked_folder, make_folder
-from dalle_mini_impl.training.checkpoint import Checkpoint
+from dalle_mini_impl.training.batch_size import choose_batch_size
+from dalle_mini_impl.training.config import DataConfig, TextConfig
 from dalle_mini_impl.training.resume import (
     compare_configs,
     find_checkpoint,
     refuse_used_folder,
 )
+from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
 from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.tracking import open_tracker
 from dalle_mini_impl.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
+REPORT_NAME = "report.json"
+TaskT = TypeVar("TaskT", bound=Task)
 
 
-def run_task(
-    model: nn.Module,
-    task: Task,
+@dataclass(frozen=True)
+class RunContext:
+    """The run around a task that is being built."""
+
+    accelerator: Accelerator
+    records: RunRecords
+
+    def load_splits(self, data: DataConfig, *, image_size: int) -> tuple[LoadedPairs, LoadedPairs]:
+        """Read the training and the held-out images and captions into memory."""
+        train = load_pairs(data, data.train_split, image_size=image_size, records=self.records)
+        held_out = load_pairs(
+            data, data.validation_split, image_size=image_size, records=self.records
+        )
+        return train, held_out
+
+
+def learn_text_tokenizer(config: TextConfig, texts: Iterable[str]) -> TextTokenizer:
+    """Train the text tokenizer of a run."""
+    return TextTokenizer.learn(texts, vocab_size=config.vocab_size, text_length=config.text_length)
+
+
+def run_training(
     config: Any,
+    build_task: Callable[[Any, RunContext], TaskT],
     *,
-    accelerator: Accelerator,
     resume: str | None,
-    save_pretrained: Callable[[Path], None],
+    report: Callable[[TaskT, Path], dict[str, Any]] | None = None,
 ) -> Path:
-    """Train a model to the end of its budget and write its folder.
+    """Train a model to the end of its budget; return its folder, ``output_dir / "model"``.
 
     Args:
-        model: Freshly built.
-        task: Its data and loss.
-        config: A dataclass with ``output_dir``, ``training`` and ``tracking``; kept as
+        config: A dataclass with ``output_dir``, ``data``, ``training`` and ``tracking``; kept as
             ``config.yaml`` of the run.
-        accelerator: Processes, device and precision.
+        build_task: Reads the data and builds the model, once the output folder is claimed.
         resume: None, ``latest`` or a checkpoint folder.
-        save_pretrained: Writes the trained model into the folder that it is given.
-
-    Returns:
-        The folder ``output_dir / "model"``.
+        report: Measures the trained model on the main process; its result is written into the
+            output folder as ``report.json``.
 
     Raises:
-        UserError: If there is nothing to resume from, or the output folder is taken.
+        UserError: If data or folders are of no use, or there is nothing to resume from.
     """
-    output_dir, is_main = Path(config.output_dir), accelerator.is_main_process
+    with claim_output_dir(config, resume), only_main_process_informs():
+        # 1. Devices, processes, precision.
+        output_dir = Path(config.output_dir)
+        accelerator = build_accelerator(config.training.mixed_precision)
+        use_fast_float32()
+        keep_freed_memory()
+        is_main = accelerator.is_main_process
+        # 2. Data and model.
+        records = RunRecords(folder=output_dir, writes=is_main, resumes=resume is not None)
+        task = build_task(config, RunContext(accelerator, records))
+        trainer = _begin(config, task, accelerator, resume)
+        # 3. Train, then keep the averaged weights, if there are any.
+        folder = output_dir / "model"
+        try:
+            trainer.train()
+            trainer.use_average()
+            if is_main:
+                _save_model(task, folder)
+                trainer.tracker.log_artifact(folder, name="model", type="model")
+        finally:
+            trainer.tracker.close()
+        accelerator.wait_for_everyone()  # they may read the folder
+        logger.info(f"model folder: {folder}")
+        # 4. Measure what was saved.
+        if report is not None and is_main:
+            task.model.eval()
+            text = json.dumps(report(task, output_dir), indent=2)
+            (output_dir / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        accelerator.wait_for_everyone()
+    return folder
+
+
+def _begin(config: Any, task: Task, accelerator: Accelerator, resume: str | None) -> Trainer:
+    """Build the trainer, at step 0 or where a checkpoint left off, and open the tracker."""
+    output_dir = Path(config.output_dir)
     checkpoint = find_checkpoint(output_dir, resume)
-    trainer = Trainer(model, task, config.training, accelerator=accelerator, output_dir=output_dir)
-    logger.info(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    trainer = Trainer(task, config.training, accelerator=accelerator, output_dir=output_dir)
+    num_parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    logger.info(f"{num_parameters / 1e6:.1f} M parameters")
+    # First compare settings, then load: a changed setting is a better message than a shape.
     if checkpoint:
         logger.info(f"resuming at step {checkpoint.step} from {checkpoint.path}")
         for line in compare_configs(checkpoint, _plain(dataclasses.asdict(config))):
             logger.info(f"changed since: {line}")
         trainer.restore(checkpoint)
     if config.training.find_batch_size:
-        _find_batch_size(trainer, checkpoint)
+        choose_batch_size(trainer, checkpoint)
         config = dataclasses.replace(config, training=trainer.config)
     trainer.run_config = _plain(dataclasses.asdict(config))
-    # Only now: a resume that does not fit leaves the records of the run as they are.
-    if is_main:
+    # Only now: a resume that is refused must leave the records of the run as they are.
+    if accelerator.is_main_process:
         save_config(config, output_dir / "config.yaml")
     trainer.tracker = open_tracker(
         config.tracking,
         output_dir=output_dir,
         run_config=dataclasses.asdict(config),
-        is_main=is_main,
+        is_main=accelerator.is_main_process,
         resume_step=checkpoint.step if checkpoint else 0,
-        run_id=checkpoint.state["run_id"] if checkpoint else None,
+        run_id=checkpoint.state.get("run_id") if checkpoint else None,
     )
-    folder = output_dir / "model"
+    return trainer
+
+
+def _save_model(task: Task, folder: Path) -> None:
     try:
-        trainer.train()
-        trainer.use_average()
-        if is_main:
-            try:
-                save_pretrained(folder)
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"output_dir: cannot write {folder}: {error}; the last checkpoint is whole, "
-                    "--resume latest goes on from it"
-                ) from None
-            trainer.tracker.log_artifact(folder, name="model", type="model")
-    finally:
-        trainer.tracker.close()
-    accelerator.wait_for_everyone()
-    logger.info(f"model folder: {folder}")
-    return folder
-
-
-def _find_batch_size(trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Look for the largest micro-batch, but go on with the one that a stopped run had found."""
-    before = checkpoint.state.get("config", {}).get("training", {}) if checkpoint else {}
-    if before.get("find_batch_size"):
-        trainer.divide_batch(before["gradient_accumulation_steps"])
-    else:
-        trainer.find_batch_size()
-    parts, size = trainer.config.gradient_accumulation_steps, trainer.micro_batch_size
-    logger.info(f"micro-batches of {size}: training.gradient_accumulation_steps {parts}")
-
-
-@contextmanager
-def begin_run(config: Any, resume: str | None) -> Iterator[Accelerator]:
-    """Claim a run's folder, then find its device and processes.
-
-    Args:
-        config: Its options, with ``output_dir``, ``data`` and ``training``.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Yields:
-        The accelerator.
-
-    Raises:
-        UserError: As ``claim_output_dir`` and ``build_accelerator``.
-    """
-    with claim_output_dir(config, resume):
-        accelerator = build_accelerator(config.training.mixed_precision)
-        use_fast_float32()
-        keep_freed_memory()
-        yield accelerator
+        task.save_pretrained(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"output_dir: cannot write {folder}: {error}; the last checkpoint is whole, "
+            "--resume latest goes on from it"
+        ) from None
 
 
 @contextmanager
 def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
-    """Make a run's folder and keep it for this run, before any time is spent on data.
-
-    Args:
-        config: A dataclass with ``output_dir`` and ``data``.
-        resume: None, ``latest`` or a checkpoint folder.
+    """Make a run's folder and lock it for this run, before any time is spent on data.
 
     Raises:
-        UserError: If nothing can be written there, it lies among the data, another run is at work
-            in it, or a fresh run would write over an older one.
+        UserError: If it cannot be written, lies inside the data, is in use by another run, or
+            holds checkpoints that a fresh run would write over.
     """
     output_dir, source = Path(config.output_dir), Path(config.data.source)
+    # A source need not be a folder: it may be a file, or a name on the Hub.
     try:
         is_folder = source.is_dir()
     except OSError as error:
@@ -153,25 +168,44 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
             f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
             "images would become data; expected a folder outside"
         )
+    # Checkpoints may lie on another disk, by a link.
     make_folder(output_dir, field="output_dir")
     if (output_dir / "checkpoints").exists():
         make_folder(output_dir / "checkpoints", field="output_dir")
     if resume is None:
         refuse_used_folder(output_dir)
-    # The processes of one run share its folder. Accelerate is not up yet to say which one this is.
-    if int(os.environ.get("RANK", "0")):
-        yield
-    else:
+    # The processes of a run have one folder, and the main one locks it for all.
+    if _is_main_process():
         with locked_folder(output_dir, field="output_dir"):
             yield
+    else:
+        yield
+
+
+@contextmanager
+def only_main_process_informs() -> Iterator[None]:
+    """Silence INFO messages of all processes but the main one, also without our scripts."""
+    if _is_main_process():
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("dalle_mini_impl", "vqvae")]
+    levels = [each.level for each in loggers]
+    for each in loggers:
+        each.setLevel(max(each.getEffectiveLevel(), logging.WARNING))
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+
+
+def _is_main_process() -> bool:
+    """Ask the launcher: Accelerate is not up yet when a run begins."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write a config so that ``load_config`` reads the same one back.
-
-    Args:
-        config: A dataclass of plain values, tuples and dataclasses.
-        path: YAML file.
+    """Write a config as YAML so that ``read_config`` reads an equal one back.
 
     Raises:
         UserError: If it cannot be written.
@@ -185,7 +219,7 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Turn tuples into lists, which is all that YAML has."""
+    """Turn tuples into lists, as in YAML and JSON."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""A run's images: read once, what is bad counted and listed, the order kept over a resume.
+"""A run's images: read once, bad ones counted and listed, the order kept over a resume.
 
 All pixels are in memory from then on: a file that vanishes during the run changes nothing. At a
-resume the images are read again, and one that is gone since is replaced, so that all others keep
-their places in the order of samples.
+resume the images are read again, and a missing one is replaced, so that all others keep their
+places in the order of samples.
 """
 
 import hashlib
@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 MAX_LISTED = 5
 SKIPPED_NAME = "skipped.jsonl"
+_LISTED_FIELDS = ("path", "captions", "attributes")  # where the bytes lie is asked at each start
 
 
 @dataclass(frozen=True)
@@ -35,23 +36,17 @@ class LoadedPairs:
     """Captioned images in memory; nothing is read from the source after this."""
 
     pairs: list[Pair]
-    """What is learned or measured, one per image."""
+    """One per image, those that stand in for missing ones included."""
     pixels: UInt8[Tensor, "samples 3 height width"]
     listed: list[Pair]
-    """The same as the run began with them: where an image is gone since, its place in the order
-    is taken by another one, but its captions and attributes still count."""
+    """As the run began with them. A missing image's place in the order is taken by another one, but
+    its captions and attributes still count."""
 
     def weights(self, balance_by: str | None) -> Float[Tensor, " samples"] | None:
-        """Even out the groups of an attribute.
-
-        Args:
-            balance_by: Name of the attribute, or None for equal shares.
-
-        Returns:
-            1 / sqrt(group size) of each sample, or None.
+        """Weigh each image by 1 / sqrt(size of its group), or return None for equal weights.
 
         Raises:
-            UserError: If no image has the attribute.
+            UserError: No image has the attribute ``balance_by``.
         """
         if balance_by is None:
             return None
@@ -59,8 +54,9 @@ class LoadedPairs:
         if balance_by not in known:
             raise UserError(
                 f"data.balance_by: no image has the attribute {balance_by!r}; "
-                f"expected {', '.join(['null (every image as often)', *sorted(known)])}"
+                f"expected {', '.join(['null (equal weights)', *sorted(known)])}"
             )
+        # Of the list as it began: a missing image must not change the weights of the others.
         groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
         sizes = Counter(groups)
         return torch.tensor([sizes[group] ** -0.5 for group in groups])
@@ -68,30 +64,21 @@ class LoadedPairs:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecords:
-    """What a run writes down about its images, in its own folder."""
+    """Files in a run's folder that say which images it uses and which it left out."""
 
     folder: Path
-    """The run's folder."""
     writes: bool
     """False for all processes of a run but one."""
     resumes: bool
-    """Whether the run goes on, with the images that it began with."""
+    """Whether the run keeps to the images that it began with."""
 
     @property
     def skipped_file(self) -> Path:
-        """Lists what was left out, a JSON object per line."""
+        """The list of what was left out, a JSON object per line."""
         return self.folder / SKIPPED_NAME
 
     def write_skipped(self, skipped: Sequence[SkippedRecord], *, anew: bool) -> None:
-        """Add to the list of what was left out.
-
-        Args:
-            skipped: Paths and reasons.
-            anew: Forget what was listed before.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Add to the list of what was left out; with ``anew`` begin it again."""
         if not self.writes:
             return
         lines = [json.dumps(vars(record), ensure_ascii=False) + "\n" for record in skipped]
@@ -105,38 +92,23 @@ class RunRecords:
             raise UserError(f"output_dir: cannot write {self.skipped_file}: {error}") from None
 
     def write_listed(self, pairs: Sequence[Pair], role: str) -> None:
-        """Note which images a run begins with.
-
-        Args:
-            pairs: In their order.
-            role: ``train`` or ``held_out``.
-
-        Raises:
-            UserError: If it cannot be written.
-        """
+        """Write down which images a run begins with; ``role`` is "train" or "held_out"."""
         if not self.writes:
             return
         file = self._listed_file(role)
         unfinished = file.with_suffix(".tmp")
         try:
             with unfinished.open("w", encoding="utf-8") as opened:
-                opened.writelines(json.dumps(vars(pair)) + "\n" for pair in pairs)
+                for pair in pairs:
+                    row = {name: getattr(pair, name) for name in _LISTED_FIELDS}
+                    opened.write(json.dumps(row) + "\n")
+            # Whole or not at all: a resumed run trusts it.
             unfinished.replace(file)
         except OSError as error:
             raise UserError(f"output_dir: cannot write {file}: {error}") from None
 
     def listed_pairs(self, role: str) -> list[Pair] | None:
-        """Read which images a run began with.
-
-        Args:
-            role: ``train`` or ``held_out``.
-
-        Returns:
-            The images, or None for a run that begins, or that an older version began.
-
-        Raises:
-            UserError: If the list is damaged.
-        """
+        """Read which images a resumed run began with; None for a new run."""
         file = self._listed_file(role)
         if not self.resumes or not file.is_file():
             return None
@@ -152,32 +124,20 @@ class RunRecords:
 
 
 def load_pairs(
-    config: DataConfig,
-    split: str,
-    *,
-    image_size: int,
-    records: RunRecords,
+    config: DataConfig, split: str, *, image_size: int, records: RunRecords
 ) -> LoadedPairs:
-    """Read one split into memory and say what was left out.
+    """Read one split into memory and log what was left out.
 
     A resumed run keeps to the images, captions and places that it began with.
 
-    Args:
-        config: Source and limits.
-        split: Which split.
-        image_size: Side of the square images, in pixels.
-        records: Where it is written down what is left out and what is used.
-
-    Returns:
-        The images that could be read, with their captions.
-
     Raises:
-        UserError: If there is nothing to read or too much of it is bad.
+        UserError: There is nothing to read, or too much of it is bad.
     """
     role = "train" if split == config.train_split else "held_out"
     try:
+        # 1. list, then read; stop early where too much is bad
         source = open_pairs(config.source, split=split)
-        # The reader skips before it splits: once is enough to say so.
+        # Readers skip before they split: report it for one split alone.
         skipped = list(source.skipped) if role == "train" else []
         _refuse_too_many(skipped, source.num_records, config, records)
         pixels, kept, unreadable = load_all_pixels(
@@ -190,13 +150,16 @@ def load_pairs(
             _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
     except UserError as error:
         raise UserError(f"data.source: {error}") from None
+    # 2. the order of a new run is that of the source, of a resumed one that of its beginning
     found = [source[index] for index in kept]
-    listed, replaced = records.listed_pairs(role), list[SkippedRecord]()
+    listed = records.listed_pairs(role)
+    replaced: list[SkippedRecord] = []
     if listed is None:
         loaded = LoadedPairs(found, pixels, found)
         records.write_listed(found, role)
     else:
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
+    # 3. say what was left out
     skipped += [*unreadable, *replaced]
     for record in skipped[:MAX_LISTED]:
         logger.info(f"skipped {record.path}: {record.reason}")
@@ -216,13 +179,13 @@ def _as_listed(
     unreadable: Sequence[SkippedRecord],
     config: DataConfig,
 ) -> tuple[LoadedPairs, list[SkippedRecord]]:
-    """Put images in the order in which the run began; choose others in place of lost ones."""
+    """Put images in the order in which the run began; choose others in place of missing ones."""
     row_of = {pair.path: row for row, pair in enumerate(found)}
-    here = [place for place, pair in enumerate(listed) if pair.path in row_of]
-    lost = len(listed) - len(here)
-    if not here or are_too_many(lost, len(listed), config.max_bad_fraction):
+    present = [place for place, pair in enumerate(listed) if pair.path in row_of]
+    missing = len(listed) - len(present)
+    if not present or are_too_many(missing, len(listed), config.max_bad_fraction):
         raise UserError(
-            f"data.source: {lost} of the {len(listed)} images that this run began with are gone "
+            f"data.source: {missing} of the {len(listed)} images that this run began with are gone "
             f"or unreadable, more than data.max_bad_fraction = {config.max_bad_fraction} allows"
         )
     reasons = {record.path: record.reason for record in unreadable}
@@ -231,13 +194,14 @@ def _as_listed(
         if pair.path in row_of:
             places.append(place)
             continue
-        # A hash of its path: the same stand-in at every resume, as long as no other is lost.
+        # A hash of its path: the same stand-in at every resume, as long as no other is missing.
         digest = hashlib.sha256(pair.path.encode()).digest()
-        places.append(here[int.from_bytes(digest[:8], "big") % len(here)])
+        places.append(present[int.from_bytes(digest[:8], "big") % len(present)])
         reason = f"replaced by {listed[places[-1]].path}"
         if pair.path not in reasons:
             reason = f"gone since the run began, {reason}"
         replaced.append(SkippedRecord(pair.path, reason))
+    # Rows of the pixels in the order in which the run began.
     rows = [row_of[listed[place].path] for place in places]
     if rows != list(range(len(pixels))):
         pixels = pixels[rows]
@@ -247,7 +211,7 @@ def _as_listed(
 def _refuse_too_many(
     skipped: Sequence[SkippedRecord], num_records: int, config: DataConfig, records: RunRecords
 ) -> None:
-    """Stop, with a list of them all, where more records are bad than may be."""
+    """Stop, with a list of them all, where more records are bad than allowed."""
     if not are_too_many(len(skipped), num_records, config.max_bad_fraction):
         return
     records.write_skipped(skipped, anew=True)

@@ -14,46 +14,26 @@ def learning_rate_factor(
     cosine_ends_at: float = 1.0,
     cosine_floor: float = 0.0,
 ) -> float:
-    """Scale the base learning rate.
+    """Return the factor of the base learning rate, in [0, 1].
 
     Progress, not the step, drives the decay, so that a run with a time budget finishes its
     schedule on a machine of any speed.
 
-    Args:
-        step: Optimizer updates done so far.
-        progress: Fraction of the run that is done, in [0, 1].
-        warmup_steps: Updates over which the rate rises linearly.
-        schedule: ``wsd`` (warm-up, stable, linear decay to zero; Hu et al. 2024,
-            arXiv:2404.06395), ``cosine`` (Loshchilov & Hutter 2017, arXiv:1608.03983) or
-            ``inverse_sqrt`` (Vaswani et al. 2017, arXiv:1706.03762, equation 3): after the warm-up
-            1 / sqrt(step), whatever the progress. The paper's own peak is
-            (hidden_size * warmup_steps) ** -0.5.
-        decay_fraction: Fraction of the run in which ``wsd`` decays.
-        cosine_ends_at: Progress in (0, 1] from which ``cosine`` stays at its floor.
-        cosine_floor: Factor at which ``cosine`` ends.
-
-    Returns:
-        A factor in [0, 1].
+    All warm up linearly over ``warmup_steps``. Sources: ``wsd`` (warm-up, stable, linear decay):
+    Hu et al. 2024, arXiv:2404.06395; ``cosine``: Loshchilov & Hutter 2017, arXiv:1608.03983;
+    ``inverse_sqrt``: Vaswani et al. 2017, arXiv:1706.03762, equation 3.
     """
     warmup = min(1.0, (step + 1) / max(1, warmup_steps))
     if schedule == "cosine":
         return warmup * anneal(progress, start=1.0, end=cosine_floor, over=cosine_ends_at)
     if schedule == "inverse_sqrt":
+        # Whatever the progress. The paper's own peak is (hidden_size * warmup_steps) ** -0.5.
         return warmup * min(1.0, math.sqrt(max(1, warmup_steps) / (step + 1)))
+    # Linear to zero in the last `decay_fraction` of the run.
     return warmup * min(1.0, max(0.0, 1 - progress) / decay_fraction)
 
 
 def anneal(progress: float, *, start: float, end: float, over: float = 1.0) -> float:
-    """Go from ``start`` to ``end`` along half a cosine, then stay.
-
-    Args:
-        progress: Fraction of the run that is done, in [0, 1].
-        start: Value at progress 0.
-        end: Value from progress ``over`` on.
-        over: Fraction of the run that the change takes.
-
-    Returns:
-        The value now.
-    """
+    """Go from ``start`` to ``end`` along half a cosine until progress ``over``, then stay."""
     fraction = min(1.0, progress / over)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * fraction))

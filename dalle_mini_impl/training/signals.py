@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and their like end a run after the step at hand, with a checkpoint."""
+"""Ctrl-C, SIGTERM and their like end a run after the current step, with a checkpoint."""
 
 import signal
 import threading
@@ -15,39 +15,37 @@ SIGNALS = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-# A terminal or a batch system signals the launcher and its processes, and the launcher passes it
-# on: what comes twice within this time is one request.
+# A terminal or a batch system signals the launcher and its processes, and the launcher passes the
+# signal on: two within this time are one request.
 SAME_REQUEST_SECONDS = 3.0
 
 
 class _CutShortError(BaseException):
-    """Ends work that can be done again; no ``except Exception`` on the way may keep it."""
+    """Ends repeatable work; a BaseException, so that no ``except Exception`` swallows it."""
 
 
 class StopRequest:
     """Listens for a signal while it is open; a second one, later, ends the process as usual."""
 
     def __init__(self) -> None:
-        """Start without a request."""
         self.signal = 0
         self._received = 0.0
         self._may_cut_short = False
         self._handlers: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        """Listen, where Python lets us: in the main thread."""
+        # Python lets only the main thread handle signals.
         if threading.current_thread() is threading.main_thread():
             self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the signals as they were."""
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
 
     def run_unless_stopped(self, work: Callable[[], Result]) -> Result | None:
-        """Do work that a signal may cut short at any point, as it can be done again.
+        """Run repeatable work that a signal may cut short at any point.
 
         Args:
             work: Leaves nothing half-done behind.
@@ -57,6 +55,7 @@ class StopRequest:
         """
         result = None
         try:
+            # First the permission, then the look: a signal in between raises or is seen.
             self._may_cut_short = True
             if not self.signal:
                 result = work()
@@ -65,8 +64,7 @@ class StopRequest:
             return None
         return result
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        del frame
+    def _note(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if not self.signal:
             self.signal, self._received = number, now
@@ -74,5 +72,6 @@ class StopRequest:
                 self._may_cut_short = False
                 raise _CutShortError
         elif now - self._received > SAME_REQUEST_SECONDS:
+            # Somebody insists: restore the usual handlers and let this signal end the process.
             self.__exit__()
             signal.raise_signal(number)

@@ -1,59 +1,65 @@
 """The interface between the trainer and a model in training."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import torch
 from jaxtyping import Float, Int
 from PIL import Image
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 
 @dataclass(frozen=True)
 class ImageGrid:
-    """Images that a task wants to be seen."""
+    """Images that show how far training is, one caption each."""
 
     key: str
     images: list[Image.Image]
     captions: list[str]
 
 
-@runtime_checkable  # for the checks of types in the tests
+@runtime_checkable
 class Task(Protocol):
-    """What the loop needs of a model's training: data, a loss, and things to look at."""
+    """A model in training: its data, its loss, its evaluation."""
 
+    model: nn.Module
+    """What is trained. The trainer moves it to its device in place."""
     num_samples: int
     """Training samples."""
     num_uniforms: int
-    """Uniform random numbers that one sample of a batch uses."""
+    """Uniform random numbers per sample of a batch."""
     tokens_per_sample: int
-    """Tokens that one sample makes; the loop reports tokens per second."""
+    """For the metric tokens per second."""
     identity: str
-    """What the model's tokens mean: a checkpoint of another identity is of no use."""
+    """Hash of what the tokens mean; a checkpoint of another identity is refused."""
     sample_weights: Tensor | None
-    """How often each sample is expected relative to the others, or None for equal shares."""
+    """How often each sample is expected relative to the others; None for equal weights."""
 
     def make_batch(
         self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
     ) -> dict[str, Tensor]:
-        """Collect the samples on the CPU; ``uniforms`` are uniform in [0, 1)."""
+        """Collect samples on the CPU, in a thread of its own; ``uniforms`` lie in [0, 1)."""
         ...
 
     def loss(
-        self,
-        model: nn.Module,
-        batch: dict[str, Tensor],
-        *,
-        progress: float,
-        generator: torch.Generator,
+        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, generator: Generator
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss, a mean over samples, and detached metrics."""
+        """Return the loss, a mean over samples, and detached metrics.
+
+        ``model`` is ``self.model`` as the trainer wraps it (DDP, torch.compile): gradients are
+        exchanged only if the forward pass goes through it. ``progress`` is the fraction of the run
+        that is done; ``generator`` gives random numbers that belong to no sample.
+        """
         ...
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self) -> dict[str, float]:
         """Measure the model on held-out samples."""
         ...
 
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Make the images that show how far the model is."""
+    def make_image_grids(self) -> list[ImageGrid]:
+        """Make the images that show how far training is; none for some models."""
+        ...
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the trained model into a folder."""
         ...

@@ -1,38 +1,36 @@
 """Run tracking that never stops a run: `metrics.jsonl` is the truth, Weights & Biases shows it.
 
-Plain wandb instead of Accelerate's tracker: that one has no way to go offline when the network is
-missing, and what wandb raises ends the training. Here every wandb call may fail; the run then goes
-on with `metrics.jsonl` and the images under `samples/`.
+Plain wandb instead of Accelerate's tracker, which cannot go offline when the network is missing,
+and lets wandb's errors end the training. Here every wandb call may fail; the run then goes on with
+`metrics.jsonl` and the images under `samples/`.
 """
 
 import json
 import logging
 import math
-import netrc
 import os
 import re
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
 
 from PIL import Image
 
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.wandb_run import (
+    GLOBAL_STEP,
+    choose_mode,
+    init_wandb,
+    one_line,
+    take_down_wandb,
+)
 
 logger = logging.getLogger(__name__)
 
-GLOBAL_STEP = "trainer/global_step"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
-CONNECT_SECONDS = 1.0
-INIT_SECONDS = 30.0
-FINISH_SECONDS = 300.0
 _UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)
 
 
@@ -49,18 +47,17 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Writes metrics and images; made by `open_tracker`."""
+    """Writes metrics and images; `open_tracker` makes one.
+
+    Args:
+        output_dir: Folder of the run; None where nothing is written (not the main process).
+        metrics_file: `metrics.jsonl`, open for appending; closed by `close`.
+    """
 
     run_id: str | None
     """W&B's id of the run, to be kept in checkpoints; None if W&B never started."""
 
     def __init__(self, output_dir: Path | None, metrics_file: TextIO | None) -> None:
-        """Make a tracker that writes files only.
-
-        Args:
-            output_dir: Folder of the run; None where nothing is written (not the main process).
-            metrics_file: `metrics.jsonl`, open for appending; closed by `close`.
-        """
         self.run_id = None
         self._output_dir = output_dir
         self._metrics_file = metrics_file
@@ -69,21 +66,14 @@ class Tracker:
         self._warned_of_files = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record numbers.
-
-        Args:
-            metrics: Name -> value.
-            step: Optimizer updates done.
-
-        Raises:
-            ValueError: A name is `step` or `time`, which every line has already.
-        """
+        """Record numbers; the names `step` and `time`, which every line has, are a ValueError."""
         if self._metrics_file is None:
             return
         if taken := {"step", "time"} & metrics.keys():
             raise ValueError(
                 f"metrics: got the names {sorted(taken)}, which every line has already"
             )
+        # To our file first: whatever W&B does afterwards, the numbers are kept.
         values = {name: float(value) for name, value in metrics.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3), **values})
         self._to_files(lambda: self._write_line(line))
@@ -92,33 +82,22 @@ class Tracker:
     def log_images(
         self, key: str, images: Sequence[Image.Image], captions: Sequence[str], step: int
     ) -> None:
-        """Show images: as one PNG (captions in the text file beside it), and in W&B one by one.
-
-        Args:
-            key: Name of the set, e.g. `samples/validation`.
-            images: At least one image.
-            captions: One per image.
-            step: Optimizer updates done.
-
-        Raises:
-            ValueError: There are no images, or not as many captions.
-        """
+        """Record images: as one PNG with a text file of captions, in W&B one by one."""
         if len(images) != len(captions) or not images:
             raise ValueError(
                 f"images: got {len(images)} for {len(captions)} captions, expected one each"
             )
         if self._output_dir is None:
             return
+        # A key is no file name: `samples/validation`.
         path = self._output_dir / SAMPLES_NAME / f"{_UNSAFE.sub('_', key)}_{step:08d}.png"
         self._to_files(lambda: _write_grid(path, images, captions))
 
         def send(run: Any) -> None:
             import wandb
 
-            wandb_images = [
-                wandb.Image(image, caption=caption)
-                for image, caption in zip(images, captions, strict=True)
-            ]
+            pairs = zip(images, captions, strict=True)
+            wandb_images = [wandb.Image(image, caption=caption) for image, caption in pairs]
             run.log({key: wandb_images, GLOBAL_STEP: step})
 
         self._to_wandb("log images", send)
@@ -126,14 +105,7 @@ class Tracker:
     def log_table(
         self, key: str, columns: Sequence[str], rows: Sequence[Sequence[str]], step: int
     ) -> None:
-        """Show a table in W&B; in no file of ours.
-
-        Args:
-            key: Name of the table.
-            columns: Their headings.
-            rows: As many cells each.
-            step: Optimizer updates done.
-        """
+        """Show a table in W&B; in no file of ours."""
 
         def send(run: Any) -> None:
             import wandb
@@ -144,13 +116,10 @@ class Tracker:
         self._to_wandb("log a table", send)
 
     def log_artifact(self, folder: Path, name: str, type: str) -> None:
-        """Keep a folder with the run in W&B.
+        """Keep a folder with the run in W&B; characters of the name that W&B refuses become `_`.
 
-        Args:
-            folder: Its files are uploaded from where they are: leave them be until `close` (or,
-                offline, until `wandb sync`).
-            name: Name of the artifact; characters that W&B refuses become `_`.
-            type: Kind of the artifact, e.g. `model`.
+        The folder is uploaded from where it is: it must not change until `close` (or, offline,
+        until `wandb sync`).
         """
 
         def send(run: Any) -> None:
@@ -165,10 +134,11 @@ class Tracker:
 
     def close(self) -> None:
         """Finish the run; online, wait at most 5 minutes for uploads. Later calls do nothing."""
+        # Metrics are closed last, and whatever W&B did.
         self._to_wandb("finish", lambda run: run.finish())
         self._run = None
         if self._broken_run is not None:
-            _take_down_wandb(self._broken_run)
+            take_down_wandb(self._broken_run)
             self._broken_run = None
         if self._metrics_file is not None:
             self._to_files(self._metrics_file.close)
@@ -181,30 +151,32 @@ class Tracker:
         assert self._output_dir is not None
         folder = self._output_dir.resolve()
         mode: str = config.mode
+        names: Any = {"project": config.project, "run_name": config.run_name, "run_id": run_id}
         try:
             if mode == "auto":
-                mode = _choose_mode()
+                mode = choose_mode()
             if mode == "disabled":
                 return
             try:
-                self._run = _init_wandb(config, mode, folder, run_config, run_id)
-            except Exception as error:  # what is recorded offline can still be sent later
+                self._run = init_wandb(mode, folder, run_config, **names)
+            except Exception as error:
+                # An offline record can still be sent later.
                 if mode != "online":
                     raise
-                logger.warning("W&B: cannot go online (%s); recording offline", _one_line(error))
+                logger.warning("W&B: cannot go online (%s); recording offline", one_line(error))
                 mode = "offline"
-                self._run = _init_wandb(config, mode, folder, run_config, run_id)
-        # wandb talks to a network and to a process of its own; it may fail in any way at any time,
-        # and none is worth a training run.
+                self._run = init_wandb(mode, folder, run_config, **names)
+        # wandb talks to a network and to a process of its own. It may fail in any way at any time,
+        # and no failure is worth a training run.
         except Exception as error:
-            logger.warning("W&B: cannot start (%s); only %s", _one_line(error), METRICS_NAME)
+            logger.warning("W&B: cannot start (%s); only %s", one_line(error), METRICS_NAME)
             return
         self.run_id = self._run.id
         where = self._run.url if mode == "online" else f"offline in {folder / 'wandb'}"
         logger.info("W&B: run %s, %s", self.run_id, where)
 
     def _to_wandb(self, what: str, call: Callable[[Any], None]) -> None:
-        """Call with the run; the first failure of any kind is the end of W&B for this run."""
+        """Call with the run; the first failure of any kind ends W&B for this run."""
         if self._run is None:
             return
         try:
@@ -212,12 +184,12 @@ class Tracker:
         # As in `_start_wandb`: whatever wandb raises, training goes on.
         except Exception as error:
             logger.warning(
-                "W&B: cannot %s (%s); from here on only %s", what, _one_line(error), METRICS_NAME
+                "W&B: cannot %s (%s); from here on only %s", what, one_line(error), METRICS_NAME
             )
             self._run, self._broken_run = None, self._run
 
     def _to_files(self, call: Callable[[], None]) -> None:
-        """Write; a full disk costs metrics, not the run (its checkpoints will say so)."""
+        """Write; a full disk costs metrics, not the run (the next checkpoint will fail)."""
         try:
             call()
         except OSError as error:
@@ -244,15 +216,12 @@ def open_tracker(
 
     Args:
         config: Mode, project and name.
-        output_dir: Folder of the run; made if missing. W&B's files go to its `wandb/`.
-        run_config: Settings of the run, shown in W&B.
-        is_main: Whether this is the process that records; elsewhere all methods do nothing.
+        output_dir: Made if missing. W&B's files go to its `wandb/`.
+        run_config: Shown in W&B.
+        is_main: Whether this process records; on others all methods do nothing.
         resume_step: Step of the checkpoint this run continues; later lines of `metrics.jsonl`
             are dropped. At 0 the run is new, and an older file is renamed to `metrics.jsonl.old`.
         run_id: W&B id from the checkpoint, to continue that run.
-
-    Returns:
-        The tracker.
 
     Raises:
         UserError: If nothing can be written to `output_dir`.
@@ -274,12 +243,13 @@ def open_tracker(
 
 
 def _rewind(path: Path, resume_step: int) -> None:
-    """Drop the lines after a step, and any that a kill left half-written."""
+    """Drop the lines after a step, and half-written ones of a kill."""
     if not path.exists():
         return
     if resume_step == 0:
         os.replace(path, path.with_name(f"{path.name}.old"))
         return
+    # Line by line into a second file: a kill meanwhile leaves the first one as it is.
     rewound = path.with_name(f"{path.name}.new")
     with path.open("rb") as old, rewound.open("wb") as new:
         for line in old:
@@ -292,110 +262,8 @@ def _rewind(path: Path, resume_step: int) -> None:
     os.replace(rewound, path)
 
 
-def _choose_mode() -> str:
-    """Decide what `auto` means here, without ever waiting longer than `CONNECT_SECONDS`."""
-    requested = os.environ.get("WANDB_MODE")
-    if requested in ("online", "offline", "disabled"):
-        return requested
-    import wandb
-
-    settings = wandb.setup(wandb.Settings(silent=True)).settings
-    if settings.mode in ("offline", "dryrun", "disabled"):  # `wandb offline` was called here
-        return "disabled" if settings.mode == "disabled" else "offline"
-    if not _has_credentials(settings):
-        reason = "no API key (`wandb login` saves one)"
-    elif not _is_reachable(settings.base_url):
-        reason = f"no connection to {settings.base_url} within {CONNECT_SECONDS:g} s"
-    else:
-        return "online"
-    logger.info("W&B: %s; recording offline, to be sent later by `wandb sync`", reason)
-    return "offline"
-
-
-def _has_credentials(settings: Any) -> bool:
-    """Look for an API key where wandb does, without its prompt and its network calls."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    if settings.api_key:
-        return True
-    default = "~/_netrc" if os.name == "nt" else "~/.netrc"
-    try:
-        entries = netrc.netrc(os.path.expanduser(os.environ.get("NETRC") or default))
-    except (OSError, netrc.NetrcParseError):
-        return False
-    host = urlsplit(settings.base_url).netloc
-    # The public service has several names; keys were saved under the oldest.
-    hosts = [host, "api.wandb.ai"] if host.endswith((".wandb.ai", ".coreweave.com")) else [host]
-    return any(entries.authenticators(name) for name in hosts)
-
-
-def _is_reachable(base_url: str) -> bool:
-    """Try to connect to the server, or to the proxy on the way to it."""
-    url = urlsplit(base_url)
-    proxy = getproxies().get(url.scheme)
-    if proxy and url.hostname and not proxy_bypass(url.hostname):
-        url = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    connected = threading.Event()
-
-    def connect() -> None:
-        port = url.port or (443 if url.scheme == "https" else 80)
-        try:
-            with socket.create_connection((url.hostname, port), CONNECT_SECONDS):
-                connected.set()
-        except (OSError, ValueError):  # no such host, no such port, no answer
-            pass
-
-    # In a thread, as the time-out of a socket does not cover the look-up of its name.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return connected.is_set()
-
-
-def _init_wandb(
-    config: TrackingConfig,
-    mode: str,
-    folder: Path,
-    run_config: Mapping[str, Any],
-    run_id: str | None,
-) -> Any:
-    """Start a run whose x-axis is our step, which (unlike wandb's own) may go back on resume."""
-    import wandb
-
-    wandb.setup(wandb.Settings(silent=True))  # for the lines that are not about one run
-    settings = wandb.Settings(console="off", silent=True, init_timeout=INIT_SECONDS)
-    if hasattr(settings, "finish_timeout"):  # older wandb waits for its uploads without end
-        settings.finish_timeout = FINISH_SECONDS
-    run = wandb.init(
-        project=config.project,
-        name=config.run_name,
-        dir=str(folder),
-        config=dict(run_config),
-        mode="online" if mode == "online" else "offline",
-        id=run_id,
-        resume="allow" if run_id else None,
-        reinit="create_new",  # leave a run that the caller's own code has open alone
-        settings=settings,
-    )
-    run.define_metric(GLOBAL_STEP)
-    run.define_metric("*", step_metric=GLOBAL_STEP)
-    return run
-
-
-def _take_down_wandb(run: Any) -> None:
-    """End what is left of a failed wandb now, so that its exit hook has nothing to complain of."""
-    import wandb
-
-    for call in (run.finish, wandb.teardown):
-        try:
-            call()
-        # It has failed once and is expected to again; teardown may even raise SystemExit.
-        except (Exception, SystemExit) as error:
-            logger.debug("W&B: %s", _one_line(error))
-
-
 def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[str]) -> None:
-    """Write one PNG with all images row by row, and their captions line by line beside it."""
+    """Write one PNG with all images row by row, and a text file with a caption per line."""
     columns = math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     width, height = (max(image.size[axis] for image in images) for axis in (0, 1))
@@ -408,7 +276,3 @@ def _write_grid(path: Path, images: Sequence[Image.Image], captions: Sequence[st
     grid.save(path)
     lines = [" ".join(caption.split()) for caption in captions]
     path.with_suffix(".txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

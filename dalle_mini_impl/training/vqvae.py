@@ -1,4 +1,8 @@
-"""A whole tokenizer run: data in, model folder out."""
+"""Training the image tokenizer: images in, its folder out.
+
+The loss is a reconstruction loss (absolute error and wavelets, or DALL-E's logit-Laplace
+likelihood) plus the quantizer's own; perceptual, causal and adversarial terms are options.
+"""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -6,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.augmentation import shift_images
 from dalle_mini_impl.data.images import pixels_to_images
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.config import DataConfig, TrainingConfig
-from dalle_mini_impl.training.run import begin_run, run_task
-from dalle_mini_impl.training.run_dataset import RunRecords, load_pairs
+from dalle_mini_impl.training.config import DataConfig, TrainingConfig, require
+from dalle_mini_impl.training.pixels import shifted_pixels, to_pixels
+from dalle_mini_impl.training.run import RunContext, run_training
 from dalle_mini_impl.training.schedule import anneal
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
@@ -39,6 +41,7 @@ from vqvae.metrics import (
     psnr,
     token_counts,
 )
+from vqvae.model import VQVAEOutput
 from vqvae.perturbation import Perturbation
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
@@ -48,21 +51,23 @@ RESTARTS_END_AT = 0.8  # of the run: ids must be final before the decoder trains
 # Adam's steps do not depend on it, but gradients are clipped together, and the discriminator's are
 # some thirty times as long as the tokenizer's.
 DISCRIMINATOR_SCALE = 0.01
+ADVERSARIAL_METRICS = (
+    "generator_loss",
+    "feature_matching_loss",
+    "discriminator_loss",
+    "generator_weight",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAETaskConfig:
-    """What the tokenizer's loss is made of, and how its data is varied.
-
-    Raises:
-        ValueError: If a weight is negative or a fraction of the run not in (0, 1].
-    """
+    """The tokenizer's loss and its augmentation."""
 
     wavelet_weight: float = 0.5
-    """Weight of the wavelet loss beside the absolute error. Not read where the decoder gives
-    logit-Laplace distributions (``vqvae.decoder_output``): their likelihood is the loss."""
+    """Weight of the wavelet loss relative to the absolute error. Not read with logit-Laplace
+    outputs (``vqvae.decoder_output``), whose likelihood is the loss."""
     ms_ssim_weight: float = 0.0
-    """Weight of 1 - MS-SSIM beside the absolute error; not read there either."""
+    """Weight of 1 - MS-SSIM relative to the absolute error; not read there either."""
     max_shift: int = 0
     """Largest random shift of a training image, in pixels."""
     gumbel_kl_weight: float = 1e-3
@@ -83,38 +88,30 @@ class VQVAETaskConfig:
     (arXiv:2503.08354)."""
     perturbed_token_fraction: float = 0.3
     """Largest fraction of such an image's tokens that is replaced."""
-    perturbed_neighbours: int = 8
+    perturbed_neighbors: int = 8
     """Nearest codes of which one takes the token's place."""
     next_feature_weight: float = 0.0
-    """Weight of the error of a small Transformer that is trained along and predicts each cell's
+    """Weight of the error of a small causal Transformer, trained along, that predicts each cell's
     feature from those before (arXiv:2412.16326), as a fraction of the features' variance."""
 
     def __post_init__(self) -> None:
-        """Refuse negative weights."""
         for name, value in vars(self).items():
-            if value < 0:
-                raise ValueError(f"task.{name}: got {value}, expected at least 0")
-        if self.gumbel_final_temperature == 0:
-            raise ValueError("task.gumbel_final_temperature: got 0, expected above 0")
+            require(value >= 0, f"task.{name}", value, "at least 0")
+        temperature = self.gumbel_final_temperature
+        require(temperature > 0, "task.gumbel_final_temperature", temperature, "above 0")
         for name in ("perturbed_image_fraction", "perturbed_token_fraction"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"task.{name}: got {getattr(self, name)}, expected at most 1")
-        if self.perturbed_neighbours < 1:
-            raise ValueError("task.perturbed_neighbours: got 0, expected at least 1")
+            value = getattr(self, name)
+            require(value <= 1, f"task.{name}", value, "at most 1")
+        num_neighbors = self.perturbed_neighbors
+        require(num_neighbors >= 1, "task.perturbed_neighbors", num_neighbors, "at least 1")
         for name in ("gumbel_kl_ends_at", "gumbel_temperature_ends_at"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(
-                    f"task.{name}: got {getattr(self, name)}, expected above 0 and up to 1"
-                )
+            value = getattr(self, name)
+            require(0 < value <= 1, f"task.{name}", value, "above 0 and up to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VQVAERunConfig:
-    """Options of ``train_vqvae.py``.
-
-    Raises:
-        ValueError: If the images' size does not fit the loss.
-    """
+    """Options of ``train_vqvae.py``."""
 
     data: DataConfig
     """Images to learn from; captions are not read."""
@@ -132,45 +129,82 @@ class VQVAERunConfig:
     """Where metrics go."""
 
     def __post_init__(self) -> None:
-        """Refuse what would fail only when the images are read, or training has begun."""
-        if self.training.activation_checkpointing:
-            raise ValueError(
-                "training.activation_checkpointing: got true, expected false: the image tokenizer "
-                "has no Transformer blocks"
-            )
-        if self.task.next_feature_weight and self.vqvae.image_grid_size == (1, 1):
-            raise ValueError(
-                f"task.next_feature_weight: got {self.task.next_feature_weight}, expected 0 for "
-                "images of one token (vqvae.image_size), which has no next one"
-            )
+        require(
+            not self.training.activation_checkpointing,
+            "training.activation_checkpointing",
+            "true",
+            "false: the image tokenizer has no Transformer blocks",
+        )
+        require(
+            not (self.task.next_feature_weight and self.vqvae.image_grid_size == (1, 1)),
+            "task.next_feature_weight",
+            self.task.next_feature_weight,
+            "0 for images of one token (vqvae.image_size), which has no next one",
+        )
         if self.vqvae.decoder_output == "logit_laplace":
             return
         size = self.vqvae.image_size
-        if self.task.wavelet_weight and size % WAVELET_MULTIPLE:
-            raise ValueError(
-                f"vqvae.image_size: got {size}, expected a multiple of {WAVELET_MULTIPLE} for the "
-                "wavelet loss; or set task.wavelet_weight to 0"
-            )
-        if self.task.ms_ssim_weight and size < SSIM_WINDOW:
-            raise ValueError(
-                f"vqvae.image_size: got {size}, expected at least {SSIM_WINDOW} for MS-SSIM; "
-                "or set task.ms_ssim_weight to 0"
-            )
+        require(
+            not (self.task.wavelet_weight and size % WAVELET_MULTIPLE),
+            "vqvae.image_size",
+            size,
+            f"a multiple of {WAVELET_MULTIPLE} for the wavelet loss; or set task.wavelet_weight to "
+            "0",
+        )
+        require(
+            not (self.task.ms_ssim_weight and size < SSIM_WINDOW),
+            "vqvae.image_size",
+            size,
+            f"at least {SSIM_WINDOW} for MS-SSIM; or set task.ms_ssim_weight to 0",
+        )
         smallest = self.discriminator.smallest_side
-        if self.discriminator.is_on and size < smallest:
-            raise ValueError(
-                f"vqvae.image_size: got {size}, expected at least {smallest} for a discriminator of "
-                f"{self.discriminator.num_layers} layers; or lower discriminator.num_layers"
-            )
-        if self.discriminator.adaptive and self.training.compile:
-            raise ValueError(
-                "discriminator.adaptive: got true, expected false with training.compile, which keeps "
-                "no gradients for a second look"
-            )
+        require(
+            not (self.discriminator.is_on and size < smallest),
+            "vqvae.image_size",
+            size,
+            f"at least {smallest} for a discriminator of {self.discriminator.num_layers} layers; "
+            "or lower discriminator.num_layers",
+        )
+        require(
+            not (self.discriminator.adaptive and self.training.compile),
+            "discriminator.adaptive",
+            "true",
+            "false with training.compile, which keeps no gradients for a second look",
+        )
+
+
+def train_vqvae(config: VQVAERunConfig, *, resume: str | None = None) -> Path:
+    """Train an image tokenizer; see ``run_training``."""
+    return run_training(config, build_task, resume=resume)
+
+
+def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
+    """Read the data and build the image tokenizer, before it is trained."""
+    train, held_out = run.load_splits(config.data, image_size=config.vqvae.image_size)
+    sample_weights = train.weights(config.data.balance_by)
+    torch.manual_seed(config.training.seed)
+    vqvae = VQVAE(config.vqvae)
+    try:
+        task = VQVAETask(
+            train.pixels,
+            held_out.pixels,
+            config.task,
+            sample_weights=sample_weights,
+            vqvae=vqvae,
+            discriminator=config.discriminator,
+        )
+    except ValueError as error:
+        raise UserError(f"task.perceptual_weight: {error}") from None
+    task.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return task
 
 
 class VQVAETask:
-    """Images as bytes in memory, and the tokenizer's loss on them."""
+    """Images as bytes in memory, and the tokenizer's loss on them.
+
+    Raises:
+        ValueError: If the network of the perceptual loss is not installed.
+    """
 
     identity = ""  # pixels mean the same everywhere
 
@@ -184,42 +218,35 @@ class VQVAETask:
         vqvae: VQVAE,
         discriminator: DiscriminatorConfig | None = None,
     ) -> None:
-        """Collect what training needs.
-
-        Args:
-            train: Training images.
-            held_out: Images that are only measured.
-            config: Loss weights and augmentation.
-            sample_weights: How often each image is expected, or None.
-            vqvae: The tokenizer that is trained.
-            discriminator: How a discriminator takes part, if the trained model has one.
-
-        Raises:
-            ValueError: If the network of the perceptual loss is not installed.
-        """
         self.train, self.held_out, self.config = train, held_out, config
         self.sample_weights = sample_weights
         self.vqvae = vqvae
         self.discriminator = discriminator or DiscriminatorConfig()
+        # What only training needs is trained with the tokenizer and left behind at the end.
+        self.model: nn.Module = NextFeatureVQVAE(vqvae) if config.next_feature_weight else vqvae
+        if self.discriminator.is_on:
+            critic = PatchDiscriminator(
+                channels=self.discriminator.channels, num_layers=self.discriminator.num_layers
+            )
+            self.model = AdversarialVQVAE(self.model, critic)
         self.perceptual = PerceptualDistance() if config.perceptual_weight else None
-        self.perturbation = Perturbation(
-            config.perturbed_image_fraction,
-            config.perturbed_token_fraction,
-            config.perturbed_neighbours,
-        )
+        self.perturbation: Perturbation | None = None
+        if config.perturbed_image_fraction:
+            self.perturbation = Perturbation(
+                config.perturbed_image_fraction,
+                config.perturbed_token_fraction,
+                config.perturbed_neighbors,
+            )
         self.num_samples = len(train)
-        self.num_uniforms = 2
+        self.num_uniforms = 2  # shift down, shift right
         self.tokens_per_sample = prod(vqvae.image_grid_size)
 
     def make_batch(
-        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch num_uniforms"]
+        self, sample_ids: Int[Tensor, " batch"], uniforms: Float[Tensor, "batch 2"]
     ) -> dict[str, Tensor]:
         """Look up the images and shift them."""
         images = self.train[sample_ids]
-        if self.config.max_shift:
-            steps = 2 * self.config.max_shift + 1
-            images = shift_images(images, (uniforms * steps).long() - self.config.max_shift)
-        return {"pixels": images.float() / 127.5 - 1}
+        return {"pixels": shifted_pixels(images, uniforms, max_shift=self.config.max_shift)}
 
     def loss(
         self,
@@ -230,56 +257,64 @@ class VQVAETask:
         generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the reconstruction loss plus the quantizer's own, and what options add."""
-        quantizer = self.vqvae.quantizer
-        if isinstance(quantizer, GumbelQuantizer):
-            final, over = (
-                self.config.gumbel_final_temperature,
-                self.config.gumbel_temperature_ends_at,
-            )
-            quantizer.temperature.fill_(anneal(progress, start=1.0, end=final, over=over))
-            final, over = self.config.gumbel_kl_weight, self.config.gumbel_kl_ends_at
-            quantizer.kl_weight = anneal(progress, start=0.0, end=final, over=over)
-        elif isinstance(quantizer, VectorQuantizer):
-            quantizer.freeze_restarts = progress >= RESTARTS_END_AT
+        # 1. Reconstruct.
+        self._follow_schedules(progress)
         pixels = batch["pixels"]
-        perturbs = self.perturbation.image_fraction > 0
-        output = model(
-            pixels, generator=generator, **({"perturbation": self.perturbation} if perturbs else {})
-        )
-        if output.logit_laplace is not None:
-            reconstruction = logit_laplace_loss(output.logit_laplace, pixels)
-        else:
-            reconstruction = reconstruction_loss(
-                output.reconstruction,
-                pixels,
-                wavelet_weight=self.config.wavelet_weight,
-                ms_ssim_weight=self.config.ms_ssim_weight,
-            )
+        output = model(pixels, generator=generator, perturbation=self.perturbation)
+        reconstruction_term = self._reconstruction_loss(output, pixels)
+        # 2. Measure.
         with torch.no_grad():
             counts = token_counts(output.token_ids, self.vqvae.codebook_size)
             metrics = {
-                "reconstruction_loss": reconstruction.detach(),
+                "reconstruction_loss": reconstruction_term.detach(),
                 "psnr_db": psnr(output.reconstruction.detach(), pixels),
                 "batch_codebook_perplexity": codebook_perplexity(counts),
                 **output.quantizer_metrics,
             }
+        # 3. Add what is switched on. The perceptual term counts as reconstruction: the adaptive
+        # weight of the discriminator balances against both.
         if self.perceptual is not None:
             distance = self.perceptual.to(pixels.device)(output.reconstruction, pixels)
             metrics["perceptual_distance"] = distance.detach()
-            reconstruction = reconstruction + self.config.perceptual_weight * distance
-        loss = reconstruction + output.quantizer_loss
+            reconstruction_term = reconstruction_term + self.config.perceptual_weight * distance
+        loss = reconstruction_term + output.quantizer_loss
         if output.next_feature_loss is not None:
             metrics["next_feature_loss"] = output.next_feature_loss.detach()
             loss = loss + self.config.next_feature_weight * output.next_feature_loss
+        # 4. The opponent's turn, once it takes part.
         if self.discriminator.is_on:
-            trained: Any = getattr(model, "module", model)  # DDP's, on several processes
-            takes_part = progress >= self.discriminator.starts_at
-            adversarial_loss = self._adversarial_terms if takes_part else self._no_adversarial_terms
-            terms, found = adversarial_loss(trained, reconstruction, output.reconstruction, pixels)
-            loss, metrics = loss + terms, metrics | found
+            trained: Any = getattr(model, "module", model)  # inside DDP, on several processes
+            if progress >= self.discriminator.starts_at:
+                term, adversarial_metrics = self._adversarial_term(
+                    trained, reconstruction_term, output.reconstruction, pixels
+                )
+            else:
+                term, adversarial_metrics = _idle_discriminator(trained, loss)
+            loss, metrics = loss + term, metrics | adversarial_metrics
         return loss, metrics
 
-    def _adversarial_terms(
+    def _follow_schedules(self, progress: float) -> None:
+        """Anneal Gumbel's temperature and KL weight; freeze VQ's codes towards the end."""
+        config, quantizer = self.config, self.vqvae.quantizer
+        if isinstance(quantizer, GumbelQuantizer):
+            final, over = config.gumbel_final_temperature, config.gumbel_temperature_ends_at
+            quantizer.temperature.fill_(anneal(progress, start=1.0, end=final, over=over))
+            final, over = config.gumbel_kl_weight, config.gumbel_kl_ends_at
+            quantizer.kl_weight = anneal(progress, start=0.0, end=final, over=over)
+        elif isinstance(quantizer, VectorQuantizer):
+            quantizer.freeze_restarts = progress >= RESTARTS_END_AT
+
+    def _reconstruction_loss(self, output: VQVAEOutput, pixels: Tensor) -> Tensor:
+        if output.logit_laplace is not None:
+            return logit_laplace_loss(output.logit_laplace, pixels)
+        return reconstruction_loss(
+            output.reconstruction,
+            pixels,
+            wavelet_weight=self.config.wavelet_weight,
+            ms_ssim_weight=self.config.ms_ssim_weight,
+        )
+
+    def _adversarial_term(
         self, trained: AdversarialVQVAE, loss: Tensor, reconstruction: Tensor, pixels: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return what the discriminator adds to the loss, and metrics."""
@@ -287,130 +322,62 @@ class VQVAETask:
         terms = adversarial_terms(trained.discriminator, reconstruction, pixels)
         weight = torch.tensor(config.weight, device=pixels.device)
         if config.adaptive:
-            layer = last_layer_of(self.vqvae)
-            weight = weight * adaptive_weight(loss, terms.generator, layer)
+            # VQGAN (Esser et al. 2021, arXiv:2012.09841, equation 7): the hinge loss pulls at the
+            # last layer as strongly as the reconstruction loss does.
+            weight = weight * adaptive_weight(loss, terms.generator, last_layer_of(self.vqvae))
         metrics = {f"{name}_loss": term.detach() for name, term in terms._asdict().items()}
+        # One optimizer step for both opponents: `adversarial_terms` detaches each from the other.
         total = weight * terms.generator + DISCRIMINATOR_SCALE * terms.discriminator
         total = total + config.feature_matching_weight * terms.feature_matching
         return total, metrics | {"generator_weight": weight}
 
-    def _no_adversarial_terms(
-        self, trained: AdversarialVQVAE, loss: Tensor, *_: Tensor
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Keep the discriminator as it is, with gradients of 0: DDP waits for every gradient."""
-        nothing = 0.0 * sum(weight.sum() for weight in trained.discriminator.parameters())
-        names = ("generator_loss", "feature_matching_loss", "discriminator_loss")
-        zero = loss.new_zeros(())
-        return zero + nothing, dict.fromkeys((*names, "generator_weight"), zero)
-
     @torch.no_grad()
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure PSNR and use of the codebook on held-out images."""
+    def evaluate(self) -> dict[str, float]:
+        """Measure PSNR and codebook usage on held-out images."""
         vqvae = self.vqvae
-        device = next(model.parameters()).device
+        is_gumbel = isinstance(vqvae.quantizer, GumbelQuantizer)
+        device = next(vqvae.parameters()).device
         counts = torch.zeros(vqvae.codebook_size, dtype=torch.long, device=device)
-        totals = {"psnr_db": 0.0, "hard_soft_gap_db": 0.0}
-        noise = torch.Generator(device).manual_seed(0)  # the same however often it is measured
+        totals = {"psnr_db": 0.0} | ({"hard_soft_gap_db": 0.0} if is_gumbel else {})
+        noise = torch.Generator(device).manual_seed(0)  # the same in every evaluation
+        # Through hard tokens, as in generation, whatever the quantizer trains with.
         for images in self.held_out.split(EVALUATION_BATCH_SIZE):
-            pixels = images.to(device).float() / 127.5 - 1
+            pixels = to_pixels(images.to(device))
             token_ids = vqvae.encode_to_token_ids(pixels)
             hard = vqvae.decode_from_token_ids(token_ids)
             counts += token_counts(token_ids, vqvae.codebook_size)
             fraction = len(images) / len(self.held_out)
             totals["psnr_db"] += float(psnr(hard, pixels)) * fraction
             if isinstance(vqvae.quantizer, GumbelQuantizer):
+                # How much better the mixture of codes is that Gumbel-softmax trains with.
                 latents = vqvae.quantizer.soft_latents(vqvae.encoder(pixels), generator=noise)
                 soft = vqvae.decode_from_latents(latents)
                 totals["hard_soft_gap_db"] += float(hard_soft_gap(soft, hard, pixels)) * fraction
-        if not isinstance(vqvae.quantizer, GumbelQuantizer):
-            del totals["hard_soft_gap_db"]
         totals["codebook_usage"] = float(codebook_usage(counts))
         totals["codebook_perplexity"] = float(codebook_perplexity(counts))
         return {f"validation/{name}": value for name, value in totals.items()}
 
     @torch.no_grad()
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        """Show held-out images beside their reconstructions."""
-        device = next(model.parameters()).device
-        chosen = torch.linspace(0, len(self.held_out) - 1, min(NUM_SHOWN, len(self.held_out)))
-        pixels = self.held_out[chosen.long()].to(device).float() / 127.5 - 1
+    def make_image_grids(self) -> list[ImageGrid]:
+        """Show held-out images next to their reconstructions."""
+        device = next(self.vqvae.parameters()).device
+        num_shown = min(NUM_SHOWN, len(self.held_out))
+        chosen = torch.linspace(0, len(self.held_out) - 1, num_shown).long()
+        pixels = to_pixels(self.held_out[chosen].to(device))
         reconstructions = self.vqvae.decode_from_token_ids(self.vqvae.encode_to_token_ids(pixels))
-        images, captions = [], []
-        for original, copy in zip(
-            pixels_to_images(pixels), pixels_to_images(reconstructions), strict=True
-        ):
-            images += [original, copy]
-            captions += ["original", "reconstruction"]
-        return [ImageGrid("reconstructions", images, captions)]
+        pairs = zip(pixels_to_images(pixels), pixels_to_images(reconstructions), strict=True)
+        images = [image for pair in pairs for image in pair]
+        return [ImageGrid("reconstructions", images, ["original", "reconstruction"] * num_shown)]
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Write the tokenizer, without discriminator and predictor."""
+        self.vqvae.save_pretrained(folder)
 
 
-def train_vqvae(
-    config: VQVAERunConfig,
-    *,
-    resume: str | None = None,
-) -> Path:
-    """Train an image tokenizer.
-
-    Args:
-        config: The run.
-        resume: None, ``latest`` or a checkpoint folder.
-
-    Returns:
-        The folder of the trained tokenizer.
-
-    Raises:
-        UserError: If the data or the folders do not serve.
-    """
-    with begin_run(config, resume) as accelerator:
-        return _train(config, resume, accelerator)
-
-
-def _train(
-    config: VQVAERunConfig,
-    resume: str | None,
-    accelerator: Accelerator,
-) -> Path:
-    """Do it, in a folder that is this run's own."""
-    records = RunRecords(
-        folder=Path(config.output_dir),
-        writes=accelerator.is_main_process,
-        resumes=resume is not None,
-    )
-    size = config.vqvae.image_size
-    train, held_out = (
-        load_pairs(config.data, split, image_size=size, records=records)
-        for split in (config.data.train_split, config.data.validation_split)
-    )
-    torch.manual_seed(config.training.seed)
-    vqvae = VQVAE(config.vqvae)
-    with_predictor = NextFeatureVQVAE(vqvae) if config.task.next_feature_weight else vqvae
-    model = _beside_discriminator(with_predictor, config.discriminator)
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    sample_weights = train.weights(config.data.balance_by)
-    try:
-        task = VQVAETask(
-            train.pixels,
-            held_out.pixels,
-            config.task,
-            sample_weights=sample_weights,
-            vqvae=vqvae,
-            discriminator=config.discriminator,
-        )
-    except ValueError as error:
-        raise UserError(f"task.perceptual_weight: {error}") from None
-    return run_task(
-        model,
-        task,
-        config,
-        accelerator=accelerator,
-        resume=resume,
-        save_pretrained=vqvae.save_pretrained,
-    )
-
-
-def _beside_discriminator(vqvae: nn.Module, config: DiscriminatorConfig) -> nn.Module:
-    """Return what is trained: the tokenizer, with a discriminator beside it if there is one."""
-    if not config.is_on:
-        return vqvae
-    critic = PatchDiscriminator(channels=config.channels, num_layers=config.num_layers)
-    return AdversarialVQVAE(vqvae, critic)
+def _idle_discriminator(
+    trained: AdversarialVQVAE, loss: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Keep the discriminator as it is, with gradients of 0: DDP waits for every gradient."""
+    nothing = 0.0 * sum(weight.sum() for weight in trained.discriminator.parameters())
+    zero = loss.new_zeros(())
+    return zero + nothing, dict.fromkeys(ADVERSARIAL_METRICS, zero)

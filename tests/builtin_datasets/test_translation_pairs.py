@@ -88,7 +88,7 @@ def test_a_table_is_split_by_its_texts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("one\ttwo\nthree", "line 2: got 'three', wanted a source, a tab and a target"),
+        ("one\ttwo\nthree", "line 2: got 'three', expected a source, a tab and a target"),
         ("one\t ", "line 1: got 'one"),
         ("a\tb\tc", "line 1: got"),
         ("one\ttwo", "pairs to learn and"),

@@ -12,7 +12,7 @@ import torch
 import wandb
 from PIL import Image
 
-from dalle_mini_impl.cli.evaluate import EvaluationConfig, evaluate
+from dalle_mini_impl.cli.evaluation import EvaluationConfig, evaluate
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR, RECONSTRUCTED, REFERENCE

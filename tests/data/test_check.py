@@ -1,4 +1,4 @@
-"""What `check_data` finds in each kind of source, and how its script ends."""
+"""What ``check_data`` finds in each kind of source, and how its script ends."""
 
 import io
 import json
@@ -13,8 +13,8 @@ from PIL import Image
 
 from dalle_mini_impl.data.check import DataReport, check_data, report_lines, require_usable
 from dalle_mini_impl.errors import UserError
+from tests.faults.hostile import add_member, encoded
 from tests.reference import tiny
-from tests.reference.hostile import add_member, encoded
 
 REPOSITORY = Path(__file__).parents[2]
 

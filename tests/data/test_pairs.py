@@ -1,13 +1,14 @@
-"""Captioned images from folders, tars and tables: the same pairs, strict at every border."""
+"""Captioned images from folders, tars and tables: the same pairs from each kind of source.
 
-import io
+What hostile or damaged sources give is in ``tests/faults/test_data_*.py``.
+"""
+
+import datetime
 import json
 import os
-import pickle
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_mini_impl.data.images import BadImageError, decode_image, image_to_pixels
-from dalle_mini_impl.data.loading import load_all_pixels, read_pixels
-from dalle_mini_impl.data.pairs import Pairs, open_pairs
+from dalle_mini_impl.data.loading import decode_square, load_all_pixels
+from dalle_mini_impl.data.pairs import Pairs, open_all_splits, open_pairs
 from dalle_mini_impl.data.readers.folder import read_metadata_folder
-from dalle_mini_impl.data.readers.webdataset import read_tar
-from dalle_mini_impl.data.splits import held_out_split
+from dalle_mini_impl.data.splits import held_out_indices
 from dalle_mini_impl.errors import UserError
-
-
-def png_bytes(shade: int = 0, format: str = "PNG", size: tuple[int, int] = (6, 4)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (shade, 10, 20)).save(buffer, format)
-    return buffer.getvalue()
+from tests.faults.hostile import add_member, encoded, png_bytes
 
 
 def write_metadata(folder: Path, rows: list[Any]) -> None:
-    """Writes metadata.jsonl, and an image for every row that names one that may exist."""
+    """Write metadata.jsonl, and an image for every row that names one that may exist."""
     lines = []
     for index, row in enumerate(rows):
         lines.append(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False))
@@ -50,12 +45,8 @@ def write_tar(path: Path, members: dict[str, bytes]) -> None:
             add_member(archive, name, data)
 
 
-def add_member(archive: tarfile.TarFile, name: str, data: bytes = b"", **fields: Any) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    for field, value in fields.items():
-        setattr(member, field, value)
-    archive.addfile(member, io.BytesIO(data))
+def jpeg_bytes(shade: int) -> bytes:
+    return encoded(Image.new("RGB", (6, 4), (shade, 10, 20)), "JPEG")
 
 
 def keys(pairs: Pairs) -> list[str]:
@@ -64,6 +55,10 @@ def keys(pairs: Pairs) -> list[str]:
 
 def reasons(pairs: Pairs) -> dict[str, str]:
     return {record.path: record.reason for record in pairs.skipped}
+
+
+def read_pixels(pairs: Pairs, index: int, size: int) -> torch.Tensor:
+    return image_to_pixels(decode_square(pairs.read_image(index), pairs[index].path, size))
 
 
 # Image folders with metadata.jsonl
@@ -93,16 +88,9 @@ def test_metadata_folder_gathers_all_captions_and_attributes(tmp_path: Path) -> 
     assert pairs[1].captions == ("plain",)
     assert pairs.read_image(0) == png_bytes(0)
     assert pairs.read_image(-1) == png_bytes(2)
-    assert pairs.skipped == ()
+    assert pairs.skipped == []
     with pytest.raises(IndexError):
         pairs[2]
-
-
-def test_metadata_with_a_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(png_bytes())
-    line = '{"file_name": "a.png", "text": "x"}\r\n'
-    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + line.encode())
-    assert open_pairs(str(tmp_path))[0].captions == ("x",)
 
 
 def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
@@ -113,82 +101,11 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
     assert pair.attributes == {"n": 1, "m": 3}
 
 
-def test_one_image_in_two_splits_is_an_error(tmp_path: Path) -> None:
-    row = {"file_name": "a.png", "text": "one"}
-    write_metadata(tmp_path, [row | {"split": "train"}, row | {"split": "val"}])
-    with pytest.raises(UserError, match=r"metadata\.jsonl, line 2: a\.png is in split 'val'"):
-        open_pairs(str(tmp_path))
-
-
-def test_unusable_records_are_skipped_with_reasons(tmp_path: Path) -> None:
-    bad_captions: list[Any] = [None, "", " \n", [], [None, ""], 7, {"a": 1}, "\ud800"]
-    rows: list[Any] = [{"file_name": "good.png", "text": "good"}]
-    rows += [{"file_name": f"bad{i}.png", "text": text} for i, text in enumerate(bad_captions)]
-    rows += [{"file_name": "absent.png", "label": 3}, {"file_name": "missing.png", "text": "x"}]
-    write_metadata(tmp_path, [json.dumps(row) for row in rows])
-    for row in rows[:-1]:
-        (tmp_path / row["file_name"]).write_bytes(png_bytes())
-    pairs = open_pairs(str(tmp_path))
-    assert keys(pairs) == ["good.png"]
-    found = reasons(pairs)
-    assert len(found) == 10
-    assert all(
-        "text is empty, null, too long or not text" in found[f"bad{i}.png"] for i in range(8)
-    )
-    assert "none of the fields text, text_ko" in found["absent.png"]
-    assert "label" in found["absent.png"]
-    assert "missing" in found["missing.png"]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"file_name": "a.png", "text": ', "not valid JSON"),
-        ('["a.png"]', "JSON list, expected an object"),
-        ('{"text": "x"}', "file_name is None"),
-        ('{"file_name": 3, "text": "x"}', "file_name is 3"),
-        ('{"file_name": "\\ud800.png", "text": "x"}', "file_name is"),
-        ("[" * 100_000, "not valid JSON"),
-        ('{"file_name": "../secret.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "sub/../../secret.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "C:\\\\secret.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "..\\\\secret.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "link.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "linked/secret.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "a\\u0000.png", "text": "x"}', "leads out of the folder"),
-    ],
-)
-def test_broken_or_escaping_lines_are_errors_with_their_number(
-    tmp_path: Path, line: str, message: str
-) -> None:
-    (tmp_path / "secret.png").write_bytes(png_bytes())
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    (folder / "linked").symlink_to(tmp_path)
-    write_metadata(folder, [{"file_name": "a.png", "text": "x"}, line])
-    with pytest.raises(UserError, match=rf"metadata\.jsonl, line 2: .*{message}"):
-        open_pairs(str(folder))
-
-
-def test_a_linked_source_folder_and_links_within_are_fine(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_metadata(folder, [{"file_name": "a.png", "text": "x"}])
-    (folder / "b.png").symlink_to(folder / "a.png")
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "b.png", "text": "y"}')
-    (tmp_path / "link").symlink_to(folder)
-    assert keys(open_pairs(str(tmp_path / "link"))) == ["a.png", "b.png"]
-
-
-def test_special_files_are_not_opened(tmp_path: Path) -> None:
-    write_metadata(tmp_path, [{"file_name": "a.png", "text": "x"}])
-    os.mkfifo(tmp_path / "pipe_missing.png")
-    with (tmp_path / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "pipe_missing.png", "text": "y"}')
-    assert keys(open_pairs(str(tmp_path))) == ["a.png"]
+def test_linked_source_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    write_metadata(tmp_path / "folder", [{"file_name": "a.png", "text": "x"}])
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    assert keys(open_pairs(str(tmp_path / "link"))) == ["a.png"]
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -207,17 +124,15 @@ def test_special_files_are_not_opened(tmp_path: Path) -> None:
         max_size=3,
     )
 )
-def test_no_metadata_makes_it_fail_otherwise_than_by_user_error(
-    tmp_path: Path, rows: list[Any]
-) -> None:
+def test_any_json_is_read_or_a_user_error(tmp_path: Path, rows: list[Any]) -> None:
     (tmp_path / "a.png").write_bytes(png_bytes())
     text = "\n".join(json.dumps(row) for row in rows)
     (tmp_path / "metadata.jsonl").write_text(text)
     try:
-        listing = read_metadata_folder(tmp_path, ["text", "texts"])
+        pairs = read_metadata_folder(tmp_path, ["text", "texts"])
     except UserError:
         return
-    assert all(pair.captions and all(pair.captions) for pair in listing.pairs)
+    assert all(pair.captions and all(pair.captions) for pair in pairs)
 
 
 # Folders with a text file beside each image
@@ -235,7 +150,7 @@ def test_sidecar_folder_keeps_equal_names_apart(tmp_path: Path) -> None:
     assert pairs.read_image(1) == png_bytes(2)
 
 
-def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
+def test_path_that_is_not_unicode(tmp_path: Path) -> None:
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
     os.mkdir(odd)
     for folder in (odd, str(tmp_path)):
@@ -244,12 +159,6 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path: Path) -> None:
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["a.png"]
     assert list(reasons(pairs).values()) == ["its path is not valid Unicode"]
-    long = {"file_name": "z" * 5000 + ".png", "text": "names and captions exchanged"}
-    rows = [{"file_name": "a.png", "text": "x"}, long]
-    write_metadata(tmp_path, [json.dumps(row) for row in rows])
-    pairs = open_pairs(str(tmp_path))
-    assert keys(pairs) == ["a.png"]
-    assert list(reasons(pairs).values()) == ["the image file is missing"]
 
 
 def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
@@ -267,6 +176,7 @@ def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
         "        print(ascii([pair.path for pair in open_pairs(source)]))\n"
         "    except ValueError as error:\n"
         "        print(ascii(str(error)))\n"
+        "print('datasets' in sys.modules)\n"
     )
     names = ("beside", "metadata", "x.tar")
     result = subprocess.run(
@@ -279,42 +189,33 @@ def test_a_system_without_utf8_is_told_the_remedy(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    beside, metadata, tar = result.stdout.splitlines()
+    beside, metadata, tar, needs_datasets = result.stdout.splitlines()
     assert "not valid Unicode in this system's encoding, ascii; set PYTHONUTF8=1" in beside
     assert beside.index("PYTHONUTF8=1") < beside.index("expected one of")
     assert "metadata.jsonl, line 1: no file is named" in metadata
     assert "set PYTHONUTF8=1" in metadata
     assert tar == ascii(["x.tar!그림.png"])
+    assert needs_datasets == "False"  # folders and tars need no Arrow table
 
 
 def test_sidecar_folder_skips_what_is_incomplete(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (tmp_path / "secret.txt").write_text("secret")
-    names = ["good.PNG", "bare.png", "empty.png", "latin.png", "long.png", "spy.png", "._mac.png"]
-    for name in names:
+    for name in ("good.PNG", "bare.png", "._mac.png"):
         (root / name).write_bytes(png_bytes())
     (root / "good.TXT").write_text("\ufeff한국어", "utf-8")
-    (root / "empty.txt").write_text("  \n")
-    (root / "latin.txt").write_bytes(b"caf\xe9")
-    (root / "long.txt").write_bytes(b"x" * (2**20 + 1))
-    (root / "spy.txt").symlink_to(tmp_path / "secret.txt")
     (root / "._mac.txt").write_text("x")
     (root / "readme.txt").write_text("no image")
-    (root / "x.gif").write_bytes(png_bytes(format="GIF"))
+    (root / "x.gif").write_bytes(encoded(Image.new("P", (6, 4)), "GIF"))
     (root / "x.txt").write_text("moves")
     (root / "out.png").symlink_to(tmp_path / "secret.txt")
     (root / "out.txt").write_text("x")
     pairs = open_pairs(str(root))
     assert [(pair.path, pair.captions) for pair in pairs] == [("good.PNG", ("한국어",))]
-    found = reasons(pairs)
-    assert found == {
+    assert reasons(pairs) == {
         "bare.png": "no file bare.txt beside it",
-        "empty.png": "no caption: empty.txt is empty",
-        "latin.png": "its caption is not UTF-8 text (byte 3)",
-        "long.png": "long.txt is longer than 1048576 bytes",
         "out.png": "out.png is a link that leads out of the folder",
-        "spy.png": "spy.txt is a link that leads out of the folder",
         "readme.txt": "no image of the same name beside this text",
         "x.txt": "x.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
@@ -329,7 +230,7 @@ def shard(first: int) -> dict[str, bytes]:
     for index in range(first, first + 3):
         caption = f"image\nnumber {index}"
         facts = {"caption": caption, "url": "u", "key": f"{index:09d}", "width": 6}
-        members[f"{index:09d}.jpg"] = png_bytes(index, "JPEG")
+        members[f"{index:09d}.jpg"] = jpeg_bytes(index)
         members[f"{index:09d}.txt"] = caption.encode()
         members[f"{index:09d}.json"] = json.dumps(facts).encode()
     return members
@@ -344,13 +245,13 @@ def test_a_folder_of_tars_gives_random_access(tmp_path: Path) -> None:
     assert [pair.captions for pair in pairs] == [(f"image number {i}",) for i in range(6)]
     assert pairs[4].attributes == {"url": "u", "key": "000000004", "width": 6}
     for index in (5, 0, 3, 1):
-        assert pairs.read_image(index) == png_bytes(index, "JPEG")
+        assert pairs.read_image(index) == jpeg_bytes(index)
 
 
 def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
     members = {"./sub/a.b.png": png_bytes(1), "sub/a.b.txt": b"one\ntwo", "c.txt": b"no image"}
     members |= {"d.png": png_bytes(2), "d.json": b'{"text_ko": "k"}'}
-    members |= {"e.gif": png_bytes(format="GIF"), "e.txt": b"moves"}
+    members |= {"e.gif": b"GIF89a", "e.txt": b"moves"}
     write_tar(tmp_path / "x.tar", members)
     pairs = open_pairs(str(tmp_path / "x.tar"))
     assert [(pair.path, pair.captions) for pair in pairs] == [
@@ -361,98 +262,6 @@ def test_a_single_tar_with_text_only_members(tmp_path: Path) -> None:
         "x.tar!c": "no image for this key",
         "x.tar!e": "e.gif is there, but its format is not one of .jpg, .jpeg, .png, .webp, .bmp",
     }
-
-
-class Bomb:
-    """Unpickling one makes a file."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.sentinel,)
-
-
-def test_evil_members_do_nothing(tmp_path: Path) -> None:
-    sentinel, folder = tmp_path / "sentinel", tmp_path / "folder"
-    folder.mkdir()
-    payload = pickle.dumps(Bomb(sentinel))
-    with tarfile.open(folder / "x.tar", "w") as archive:
-        add_member(archive, "good.png", png_bytes())
-        add_member(archive, "good.txt", b"fine")
-        for suffix in ("pyd", "pkl", "pickle", "pt", "npy", "py"):
-            add_member(archive, f"good.{suffix}", payload)
-        add_member(archive, "../up.png", png_bytes())
-        add_member(archive, "../up.txt", b"x")
-        add_member(archive, str(tmp_path / "absolute.png"), png_bytes())
-        add_member(archive, "a\\..\\..\\back.png", png_bytes())
-        add_member(archive, "link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add_member(archive, "link.txt", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add_member(archive, "hard.png", type=tarfile.LNKTYPE, linkname="good.png")
-        add_member(archive, "device.png", type=tarfile.CHRTYPE, devmajor=1, devminor=5)
-        add_member(archive, "pipe.png", type=tarfile.FIFOTYPE)
-        add_member(archive, "folder.png", type=tarfile.DIRTYPE)
-        add_member(archive, "good.png", png_bytes(9))
-        add_member(archive, "long.png", png_bytes())
-        add_member(archive, "long.txt", b"x" * (2**20 + 1))
-        add_member(archive, "json.png", png_bytes())
-        add_member(archive, "json.json", b"{")
-        add_member(archive, "line\nbreak.png", png_bytes())
-    before = sorted(tmp_path.rglob("*"))
-    pairs = open_pairs(str(folder))
-    assert keys(pairs) == ["x.tar!good.png"]
-    assert pairs.read_image(0) == png_bytes(), "the second member of the name was taken"
-    assert sorted(tmp_path.rglob("*")) == before
-    assert not sentinel.exists()
-    found = reasons(pairs)
-    assert found["x.tar!../up.png"] == "its name leads out of the archive"
-    assert found[f"x.tar!{tmp_path}/absolute.png"] == "its name leads out of the archive"
-    assert found["x.tar!a\\..\\..\\back.png"] == "its name leads out of the archive"
-    for name in ("link.png", "link.txt", "hard.png", "device.png", "pipe.png"):
-        assert "not a regular file" in found[f"x.tar!{name}"]
-    assert found["x.tar!good.png"] == "a second member for the same key"
-    assert found["x.tar!long.txt"] == "1048577 bytes, expected at most 1048576"
-    assert "no .txt or .json" in found["x.tar!long.png"]
-    assert "json.json is not valid JSON" in found["x.tar!json.png"]
-    assert "x.tar!line\\nbreak.png" in found
-
-
-def test_sparse_members_are_refused(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w") as archive:
-        fields = {
-            "GNU.sparse.map": "0,0",
-            "GNU.sparse.size": str(2**30),
-            "GNU.sparse.numblocks": "1",
-        }
-        add_member(archive, "a.png", pax_headers=fields)
-        add_member(archive, "b.png", png_bytes())
-        add_member(archive, "b.txt", b"x")
-    pairs = open_pairs(str(tmp_path))
-    assert keys(pairs) == ["x.tar!b.png"]
-    assert "sparse" in reasons(pairs)["x.tar!a.png"]
-
-
-@pytest.mark.parametrize("cut", [512 * 7, 512 * 7 + 100, 512 * 8, 512 * 8 + 10])
-def test_truncated_tar_keeps_its_complete_samples(tmp_path: Path, cut: int) -> None:
-    # Blocks: a.png 0-1, a.txt 2-3, b.png 4-5, b.txt 6-7, c.png 8-
-    members = {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes(), "b.txt": b"b" * 512}
-    write_tar(tmp_path / "x.tar", members | {"c.png": png_bytes(), "c.txt": b"c"})
-    data = (tmp_path / "x.tar").read_bytes()
-    (tmp_path / "x.tar").write_bytes(data[:cut])
-    pairs = open_pairs(str(tmp_path))
-    complete = ["x.tar!a.png"] if cut < 512 * 8 else ["x.tar!a.png", "x.tar!b.png"]
-    assert keys(pairs) == complete
-    assert pairs.skipped or cut == 512 * 8  # cut between two members, nothing shows
-
-
-def test_a_damaged_header_is_reported(tmp_path: Path) -> None:
-    write_tar(tmp_path / "x.tar", {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes()})
-    data = bytearray((tmp_path / "x.tar").read_bytes())
-    data[512 * 4 + 20] ^= 1
-    (tmp_path / "x.tar").write_bytes(data)
-    pairs = open_pairs(str(tmp_path))
-    assert keys(pairs) == ["x.tar!a.png"]
-    assert "no valid header at byte 2048" in reasons(pairs)["x.tar"]
 
 
 @pytest.mark.timeout(20)
@@ -468,38 +277,6 @@ def test_a_header_that_points_backwards_does_not_loop(tmp_path: Path) -> None:
     pairs = open_pairs(str(tmp_path))
     assert keys(pairs) == ["x.tar!a.png"]
     assert "x.tar" in reasons(pairs)
-
-
-@pytest.mark.parametrize("content", [b"", b"no tar at all", b"\x1f\x8b\x08" + bytes(600)])
-def test_files_that_are_no_tars_are_named(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "x.tar").write_bytes(content)
-    with pytest.raises(UserError, match=r"no captioned images found in .*x\.tar: not a tar file"):
-        open_pairs(str(tmp_path / "x.tar"))
-
-
-def test_compressed_tars_are_refused_unread(tmp_path: Path) -> None:
-    with tarfile.open(tmp_path / "x.tar", "w:gz") as archive:
-        add_member(archive, "a.png", png_bytes())
-        add_member(archive, "a.txt", b"a")
-    with pytest.raises(UserError, match="not a tar file"):
-        open_pairs(str(tmp_path))
-
-
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(changes=st.lists(st.tuples(st.integers(0, 512 * 8), st.integers(0, 255)), max_size=6))
-def test_no_damage_to_a_tar_makes_reading_fail(
-    tmp_path: Path, changes: list[tuple[int, int]]
-) -> None:
-    path = tmp_path / "x.tar"
-    write_tar(path, {"a.png": png_bytes(), "a.txt": b"a", "b.png": png_bytes(), "b.txt": b"b"})
-    data = bytearray(path.read_bytes())
-    for position, value in changes:
-        data[position] = value
-    path.write_bytes(data)
-    listing = read_tar(path, shown_name="x.tar", text_columns=["text"])
-    for pair in listing.pairs:
-        assert ".." not in pair.path
-        assert 0 < pair.offset <= pair.offset + pair.size <= len(data)
 
 
 # Parquet
@@ -528,43 +305,30 @@ def image_row(shade: int, text: Any, **fields: Any) -> dict[str, Any]:
 @pytest.mark.usefixtures("cache")
 def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
     rows = [
-        image_row(0, "zero", n=1),
+        image_row(0, "zero", n=1, when=datetime.date(2024, 1, 2)),
         image_row(1, None),
         image_row(2, "two", n=3),
-        {"image": None, "text": "no image"},
-        {"image": {"bytes": b"", "path": None}, "text": "no bytes"},
-        {"image": {"bytes": None, "path": "/etc/passwd"}, "text": "spy"},
-        {"image": {"bytes": None, "path": "../secret.png"}, "text": "spy"},
         {"image": {"bytes": None, "path": "own.png"}, "text": "file"},
-        image_row(8, "broken"),
     ]
-    rows[-1]["image"]["bytes"] = b"<html>"
-    folder = tmp_path / "folder"
-    write_parquet(folder / "x.parquet", rows)
-    (tmp_path / "secret.png").write_bytes(png_bytes())
-    (folder / "own.png").write_bytes(png_bytes(7))
-    pairs = open_pairs(str(folder / "x.parquet"))
-    assert keys(pairs) == ["row 0", "row 2", "row 7", "row 8"]
+    write_parquet(tmp_path / "x.parquet", rows)
+    (tmp_path / "own.png").write_bytes(png_bytes(7))
+    pairs = open_pairs(str(tmp_path / "x.parquet"))
+    assert keys(pairs) == ["row 0", "row 2", "row 3"]
     assert pairs[1].captions == ("two",)
-    assert pairs[1].attributes == {"n": 3}
+    assert pairs[0].attributes == {"n": 1, "when": "2024-01-02"}
     assert [pairs.read_image(i) for i in range(3)] == [png_bytes(0), png_bytes(2), png_bytes(7)]
-    assert set(reasons(pairs)) == {f"row {i}" for i in (1, 3, 4, 5, 6)}
-    with pytest.raises(BadImageError, match="row 8: not an image"):
-        read_pixels(pairs, 3, 4)
+    assert set(reasons(pairs)) == {"row 1"}
 
 
 @pytest.mark.usefixtures("cache")
-def test_parquet_with_plain_bytes_and_other_column_names(tmp_path: Path) -> None:
-    rows = [{"jpg": png_bytes(3), "alt": ["a", "b"], "blob": b"\x00"}]
+def test_parquet_with_plain_bytes_and_other_captions(tmp_path: Path) -> None:
+    rows = [{"image": png_bytes(3), "alt": ["a", "b"], "blob": b"\x00"}]
     write_parquet(tmp_path / "x.parquet", rows)
-    pairs = open_pairs(str(tmp_path), text_columns=["alt"], image_column="jpg")
+    pairs, splits = open_all_splits(str(tmp_path), text_columns=["alt"])
     assert pairs[0].captions == ("a", "b")
     assert pairs[0].attributes == {}
     assert pairs.read_image(0) == png_bytes(3)
-    with pytest.raises(UserError, match=r"no column 'image' for images, but \['jpg', 'alt'"):
-        open_pairs(str(tmp_path))
-    with pytest.raises(UserError, match=r"none of the columns text, .* for captions"):
-        open_pairs(str(tmp_path), image_column="jpg")
+    assert splits == ["train"]
 
 
 @pytest.mark.usefixtures("cache")
@@ -604,13 +368,6 @@ def test_parquet_that_changed_is_read_again(tmp_path: Path) -> None:
     pairs = open_pairs(str(path))
     assert pairs[0].captions == ("new",)
     assert pairs.read_image(0) == png_bytes(1)
-
-
-@pytest.mark.usefixtures("cache")
-def test_damaged_parquet_is_a_user_error(tmp_path: Path) -> None:
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 not really PAR1")
-    with pytest.raises(UserError, match=r"cannot read .*x\.parquet as parquet"):
-        open_pairs(str(tmp_path / "x.parquet"))
 
 
 def test_a_cache_that_cannot_be_written_is_named(
@@ -686,9 +443,10 @@ def test_named_splits_are_taken_as_they_are(tmp_path: Path) -> None:
         open_pairs(str(tmp_path), split="val")
 
 
-def test_sources_without_splits_hold_out_the_same_pairs_always(tmp_path: Path) -> None:
+def test_sources_without_splits_hold_out_the_same_pairs(tmp_path: Path) -> None:
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(40)])
-    train, val = (set(keys(open_pairs(str(tmp_path), split=s))) for s in ("train", "validation"))
+    train = set(keys(open_pairs(str(tmp_path), split="train")))
+    val = set(keys(open_pairs(str(tmp_path), split="validation")))
     assert val
     assert train | val == {f"{i}.png" for i in range(40)}
     assert not train & val
@@ -704,24 +462,21 @@ def test_small_sets_hold_nothing_out(tmp_path: Path) -> None:
         open_pairs(str(tmp_path), split="val")
 
 
-@given(num=st.integers(0, 60), extra=st.integers(0, 60), seed=st.integers(0, 20))
-def test_held_out_pairs_stay_when_the_set_grows(num: int, extra: int, seed: int) -> None:
+@given(num=st.integers(0, 200), extra=st.integers(0, 200))
+def test_held_out_pairs_stay_when_the_set_grows(num: int, extra: int) -> None:
     paths = [f"{i}.png" for i in range(num + extra)]
-    kept, held_out = held_out_split(paths[:num], seed=seed, fraction=0.2)
-    assert sorted(kept + held_out) == list(range(num))
+    held_out = held_out_indices(paths[:num])
+    assert held_out <= set(range(num))
     assert len(held_out) >= (2 if num >= 10 else 0)
     assert bool(held_out) == (num >= 10)
-    if len(held_out) > 2:  # no more than fell below the share
-        assert set(held_out) <= set(held_out_split(paths, seed=seed, fraction=0.2)[1])
+    if len(held_out) > 2:  # all of them fell below the fraction
+        assert held_out <= held_out_indices(paths)
 
 
-def test_held_out_fraction_and_seed() -> None:
-    paths = [f"{i}.png" for i in range(10_000)]
-    first, second = held_out_split(paths)[1], held_out_split(paths, seed=1)[1]
-    assert 430 < len(first) < 570
-    assert len(set(first) & set(second)) < 60
-    with pytest.raises(ValueError, match=r"fraction is 1\.0"):
-        held_out_split(paths, fraction=1.0)
+def test_held_out_fraction() -> None:
+    held_out = held_out_indices([f"{i}.png" for i in range(10_000)])
+    assert 430 < len(held_out) < 570
+    assert held_out_indices([f"{i}.png" for i in range(12)]) == {11, 6}
 
 
 # Pixels

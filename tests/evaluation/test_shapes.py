@@ -36,8 +36,8 @@ def in_other_size(scene: Scene) -> Scene:
 @pytest.mark.parametrize(
     ("kind", "stated"),
     [
-        ("single", {"number", "colour", "shape", "size", "position"}),
-        ("count", {"number", "colour", "shape"}),
+        ("single", {"number", "color", "shape", "size", "position"}),
+        ("count", {"number", "color", "shape"}),
         ("relation", {"number", "object", "relation"}),
     ],
 )
@@ -58,7 +58,7 @@ def test_a_wrong_attribute_lowers_its_own_figure() -> None:
     assert not any(checked.is_right)
     fractions = checked.fractions()
     assert fractions[WHOLE].value == fractions["size"].value == 0.0
-    for name in ("number", "colour", "shape", "position"):
+    for name in ("number", "color", "shape", "position"):
         assert fractions[name].value >= 0.9
     checked = check([in_other_size(asked[0]), *asked[1:]], asked)
     assert not checked.is_right[0]

@@ -6,7 +6,7 @@ python tests/faults/fuzz_readers.py tar CORPUS -max_total_time=600
 
 CORPUS is a folder that keeps what was found; a first run fills it with seeds. Any exception but
 UserError, any file that appears, a hang of 20 s or 1 GiB of memory is a crash, whose input is
-written to the current folder. `test_data_fuzz.py` runs the same checks with Hypothesis.
+written to the current folder. ``test_data_fuzz.py`` runs the same checks with Hypothesis.
 """
 
 import io
@@ -24,46 +24,36 @@ COLUMNS = ("text", "texts")
 
 
 def check_metadata(data: bytes, folder: Path) -> None:
-    """Reads the bytes as metadata.jsonl of a folder with a.png and sub/b.png.
-
-    Args:
-        data: Content of the file.
-        folder: As `prepare` makes it.
-    """
+    """Read the bytes as metadata.jsonl of a folder with a.png and sub/b.png."""
     from dalle_mini_impl.data.readers.folder import read_metadata_folder
     from dalle_mini_impl.errors import UserError
 
     (folder / "metadata.jsonl").write_bytes(data)
     try:
-        listing = read_metadata_folder(folder, COLUMNS)
+        pairs = read_metadata_folder(folder, COLUMNS)
     except UserError:
         return
     root = str(folder.resolve())
-    for pair in listing.pairs:
+    for pair in pairs:
         _check_pair(pair)
         assert os.path.realpath(pair.file).startswith(f"{root}{os.sep}")
-    assert all(record.reason.isprintable() for record in listing.skipped)
+    assert all(record.reason.isprintable() for record in pairs.skipped)
     _check_folder(folder)
 
 
 def check_tar(data: bytes, folder: Path) -> None:
-    """Reads the bytes as a tar.
-
-    Args:
-        data: Content of the file; if its first byte is odd, headers get right checksums.
-        folder: As `prepare` makes it.
-    """
+    """Read the bytes as a tar."""
     from dalle_mini_impl.data.readers.webdataset import read_tar
 
     repair, data = data[:1] and data[0] % 2, data[1:]
     data = repaired(data) if repair else data
     (folder / "x.tar").write_bytes(data)
-    listing = read_tar(folder / "x.tar", shown_name="x.tar", text_columns=COLUMNS)
-    for pair in listing.pairs:
+    pairs = read_tar(folder / "x.tar", COLUMNS)
+    for pair in pairs:
         _check_pair(pair)
         assert ".." not in pair.path.split("/")
         assert 0 < pair.offset <= pair.offset + pair.size <= len(data)
-    assert all(record.reason.isprintable() for record in listing.skipped)
+    assert all(record.reason.isprintable() for record in pairs.skipped)
     _check_folder(folder)
 
 
@@ -78,14 +68,7 @@ def _check_folder(folder: Path) -> None:
 
 
 def repaired(data: bytes) -> bytes:
-    """Gives every block that is read as a header its right checksum.
-
-    Args:
-        data: A tar, perhaps damaged.
-
-    Returns:
-        The same with other checksums.
-    """
+    """Give every block that is read as a header its right checksum."""
     blocks, position = bytearray(data), 0
     while position + BLOCK <= len(blocks):
         header = blocks[position : position + BLOCK]
@@ -101,14 +84,7 @@ def repaired(data: bytes) -> bytes:
 
 
 def prepare(folder: Path) -> Path:
-    """Makes the folder that both checks work in.
-
-    Args:
-        folder: Exists.
-
-    Returns:
-        It.
-    """
+    """Make the folder that both checks work in."""
     (folder / "a.png").touch()
     (folder / "sub").mkdir()
     (folder / "sub" / "b.png").touch()
@@ -116,14 +92,7 @@ def prepare(folder: Path) -> Path:
 
 
 def seeds(kind: str) -> list[bytes]:
-    """Good inputs to begin with.
-
-    Args:
-        kind: "metadata" or "tar".
-
-    Returns:
-        Inputs of the check of that kind.
-    """
+    """Good inputs to begin with."""
     if kind == "metadata":
         rows: list[dict[str, Any]] = [
             {"file_name": "a.png", "text": "x", "split": "val", "n": [1, {"m": None}]},
@@ -153,13 +122,7 @@ CHECKS: dict[str, Callable[[bytes, Path], None]] = {"metadata": check_metadata, 
 
 
 def main(kind: str, corpus: str, *options: str) -> None:
-    """Fuzzes one reader until a crash or the time given.
-
-    Args:
-        kind: "metadata" or "tar".
-        corpus: Folder of inputs.
-        *options: Of libFuzzer.
-    """
+    """Fuzze one reader until a crash or the time given."""
     import atheris
 
     with atheris.instrument_imports(include=["json", "tarfile", "dalle_mini_impl"]):

@@ -1,4 +1,4 @@
-"""The page of `app.py`: whatever is sent to it, it generates, refuses, and stays on this machine.
+"""The page of `app.py`: bad requests are refused, and nothing leaves this machine.
 
 Fault 25 of the table in `README.md` beside this file. All traffic stays on 127.0.0.1.
 """
@@ -81,11 +81,11 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def backend(model_dir: Path, tmp_path: Path) -> PageBackend:
-    return PageBackend(TextToImagePipeline.from_pretrained(model_dir), tmp_path, name="tiny")
+    return PageBackend(TextToImagePipeline.from_pretrained(model_dir), tmp_path, model="tiny")
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_values_are_refused_whatever_the_page_allows(case: str, backend: PageBackend) -> None:
+def test_bad_values_are_refused(case: str, backend: PageBackend) -> None:
     values, reason = BAD[case]
     with pytest.raises(UserError, match=f"^{re.escape(reason)}"):
         backend.generate(*values)
@@ -112,7 +112,7 @@ def test_images_of_old_calls_are_deleted(backend: PageBackend) -> None:
 
 
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_images_say_by_what_pass_they_were_generated(
+def test_metadata_names_the_compiled_pass(
     backend: PageBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -126,9 +126,7 @@ def test_images_say_by_what_pass_they_were_generated(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_page_generates_with_a_compiled_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_page_with_a_compiled_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gradio")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny.build_pipeline(hidden_size=32).save_pretrained(tmp_path / "model")
@@ -208,7 +206,7 @@ def request(port: int, method: str, path: str, body: Any = None) -> tuple[int, b
 
 def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
     """One request by the raw API: (status, "complete" or "error", what came back)."""
-    status, content = request(port, "POST", "/gradio_api/call/draw", {"data": values})
+    status, content = request(port, "POST", "/gradio_api/call/generate", {"data": values})
     if status != http.client.OK:
         return status, "refused", content.decode()
     event = json.loads(content)["event_id"]
@@ -218,7 +216,7 @@ def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
 
 
 @pytest.mark.slow
-def test_it_generates_and_the_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
+def test_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
     status, kind, (gallery, files) = call(port, [XSS, 2, 5, 1.5, 0.9])
     assert (status, kind) == (200, "complete")
     assert [shown["caption"] for shown in gallery] == [f"{XSS} · seed {seed}" for seed in (5, 6)]
@@ -230,7 +228,7 @@ def test_it_generates_and_the_files_hold_prompt_and_seed(port: int, model_dir: P
             assert status == 200
             with Image.open(io.BytesIO(content)) as image:
                 assert image.tobytes() == each.tobytes()
-                facts = json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined]
+            facts = facts_of(io.BytesIO(content))
             assert (facts["prompt"], facts["seed"]) == (XSS, 5 + index)
             assert (facts["guidance_scale"], facts["temperature"]) == (1.5, 0.9)
 
@@ -287,8 +285,8 @@ def test_no_file_of_the_machine_is_served(path: str, port: int) -> None:
 
 
 @pytest.mark.slow
-def test_nothing_runs_beside_the_queue_and_nothing_is_uploaded(port: int) -> None:
-    status, _ = request(port, "POST", "/gradio_api/run/draw", {"data": list(GOOD)})
+def test_no_way_around_the_queue_and_no_upload(port: int) -> None:
+    status, _ = request(port, "POST", "/gradio_api/run/generate", {"data": list(GOOD)})
     assert 400 <= status < 500
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = (
@@ -306,7 +304,7 @@ def test_nothing_runs_beside_the_queue_and_nothing_is_uploaded(port: int) -> Non
 def test_a_client_that_leaves_frees_the_worker(port: int) -> None:
     for _ in range(5):
         values = {"data": ["a red disc", 16, 0, 2.0, 1.0]}
-        _, content = request(port, "POST", "/gradio_api/call/draw", values)
+        _, content = request(port, "POST", "/gradio_api/call/generate", values)
         event = json.loads(content)["event_id"]
         gone = socket.create_connection(("127.0.0.1", port))
         gone.sendall(f"GET /gradio_api/call/generate/{event} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -332,7 +330,7 @@ def test_it_listens_on_this_machine_alone(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_the_page_names_no_other_host_to_load_from(port: int) -> None:
+def test_page_loads_from_no_other_host(port: int) -> None:
     status, content = request(port, "GET", "/")
     assert status == 200
     loads = re.findall(
@@ -351,7 +349,7 @@ def test_the_page_names_no_other_host_to_load_from(port: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Path) -> None:
+def test_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
@@ -363,7 +361,7 @@ def test_a_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Pa
         page.on("request", lambda sent: asked.append(sent.url))
         page.goto(f"http://127.0.0.1:{port}/")
         page.get_by_label("Prompt").fill(XSS)
-        page.get_by_role("button", name="Draw").click()
+        page.get_by_role("button", name="Generate").click()
         page.wait_for_selector("img[src*='file=']", timeout=60_000)
         page.locator("img[src*='file=']").first.click()
         page.wait_for_timeout(1000)
@@ -371,7 +369,7 @@ def test_a_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Pa
         assert page.evaluate("window.__xss") is None
         # An error, too, shows its text as text.
         page.get_by_label("Prompt").fill(" ")
-        page.get_by_role("button", name="Draw").click()
+        page.get_by_role("button", name="Generate").click()
         page.get_by_text("expected some text").first.wait_for(timeout=30_000)
         browser.close()
     hosts = {re.sub(r"^(\w+:(?://[^/]*)?).*", r"\1", url) for url in asked}
@@ -381,7 +379,7 @@ def test_a_browser_asks_no_other_host_and_runs_no_prompt(port: int, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["no model", "port taken"])
-def test_what_cannot_be_served_is_one_line(case: str, model_dir: Path, tmp_path: Path) -> None:
+def test_unservable_is_one_line(case: str, model_dir: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

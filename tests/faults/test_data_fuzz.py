@@ -1,4 +1,4 @@
-"""Random damage to metadata and tars, with the checks of `fuzz_readers.py`: quick, repeatable."""
+"""Random damage to metadata and tars, with the checks of ``fuzz_readers.py``: quick, repeatable."""
 
 import tempfile
 from pathlib import Path

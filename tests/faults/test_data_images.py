@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from dalle_mini_impl.data.images import BadImageError, decode_image
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from tests.reference.hostile import (
+from tests.faults.hostile import (
     Bomb,
     encoded,
     nothing_comes_of_it,
@@ -25,14 +25,14 @@ from tests.reference.hostile import (
     png_of,
 )
 
-Colour = tuple[int, int, int]
-RED: Colour = (200, 30, 60)
-WHITE: Colour = (255, 255, 255)
+Color = tuple[int, int, int]
+RED: Color = (200, 30, 60)
+WHITE: Color = (255, 255, 255)
 SIZE = (16, 12)
 
 
-def flat(mode: str, colour: object) -> Image.Image:
-    return Image.new(mode, SIZE, colour)  # type: ignore[arg-type]
+def flat(mode: str, color: object) -> Image.Image:
+    return Image.new(mode, SIZE, color)  # type: ignore[arg-type]
 
 
 def red() -> Image.Image:
@@ -45,9 +45,9 @@ def red_palette() -> Image.Image:
     return image
 
 
-def raw_png(bits: int, colour: int, pixel: bytes, **options: Any) -> bytes:
+def raw_png(bits: int, color: int, pixel: bytes, **options: Any) -> bytes:
     """One pixel, as raw samples."""
-    return png_of((1, 1), bits=bits, colour=colour, rows=b"\0" + pixel, **options)
+    return png_of((1, 1), bits=bits, color=color, rows=b"\0" + pixel, **options)
 
 
 def top_down_bmp() -> bytes:
@@ -67,7 +67,7 @@ def strange_exif(kind: int, count: int, value: bytes) -> bytes:
 
 
 # Name -> a file, and the color that it shows.
-GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
+GOOD: dict[str, tuple[Callable[[], bytes], Color]] = {
     "png 1 bit": (lambda: encoded(flat("1", 1), "PNG"), WHITE),
     "png 2 bit gray": (lambda: raw_png(2, 0, b"\x80"), (170, 170, 170)),
     "png gray": (lambda: encoded(flat("L", 100), "PNG"), (100, 100, 100)),
@@ -109,7 +109,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
     "png with 60 kB of text": (
         lambda: png_of(
             (1, 1),
-            colour=2,
+            color=2,
             rows=b"\0" + bytes(RED),
             chunks=png_chunk(b"tEXt", b"k\0" + b"x" * 60_000),
         ),
@@ -160,12 +160,12 @@ GOOD: dict[str, tuple[Callable[[], bytes], Colour]] = {
 
 
 @pytest.mark.parametrize("name", GOOD)
-def test_odd_but_whole_images_show_their_colour(name: str) -> None:
-    make, colour = GOOD[name]
+def test_odd_but_whole_images_show_their_color(name: str) -> None:
+    make, color = GOOD[name]
     decoded = decode_image(make(), source="x")
     assert decoded.mode == "RGB"
     values = np.asarray(decoded).reshape(-1, 3).astype(int)
-    assert np.abs(values - colour).max() <= 6  # JPEG and CMYK are not exact
+    assert np.abs(values - color).max() <= 6  # JPEG and CMYK are not exact
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.reference.hostile import add_member, png_bytes, png_chunk, png_of, tar_header
+from tests.faults.hostile import add_member, png_bytes, png_chunk, png_of, tar_header
 
 REPOSITORY = Path(__file__).parents[2]
 PROBE = REPOSITORY / "tests" / "reference" / "memory_probe.py"
@@ -66,7 +66,7 @@ def gzip_bomb(folder: Path) -> None:
 
 
 def megapixels(
-    bits: int, colour: int, bytes_per_pixel: int, **options: Any
+    bits: int, color: int, bytes_per_pixel: int, **options: Any
 ) -> Callable[[Path], None]:
     """An image of 49 million pixels in a few hundred kilobytes, eight times."""
 
@@ -75,7 +75,7 @@ def megapixels(
         row = bytes(1 + (width * bits * bytes_per_pixel + 7) // 8)
         packer = zlib.compressobj(1)
         rows = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
-        whole = png_of((width, height), bits=bits, colour=colour, rows=b"", **options)
+        whole = png_of((width, height), bits=bits, color=color, rows=b"", **options)
         start = whole.index(b"IDAT") - 4
         data = whole[:start] + png_chunk(b"IDAT", rows) + png_chunk(b"IEND", b"")
         for number in range(2):

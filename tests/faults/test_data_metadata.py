@@ -11,7 +11,7 @@ import pytest
 
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from tests.reference.hostile import nothing_comes_of_it, png_bytes
+from tests.faults.hostile import nothing_comes_of_it, png_bytes
 
 
 @pytest.fixture
@@ -175,7 +175,7 @@ def test_an_odd_but_usable_file_is_read(name: str, folder: Path) -> None:
     with nothing_comes_of_it(folder.parent):
         pairs = open_pairs(str(folder))
         assert [pair.captions for pair in pairs] == captions
-        assert pairs.skipped == ()
+        assert pairs.skipped == []
         assert all(pairs.read_image(index) for index in range(len(pairs)))
 
 
@@ -203,7 +203,7 @@ CAPTION_FILES: dict[str, tuple[bytes, tuple[str, ...] | str]] = {
     "half a surrogate pair": (b"x\xed\xa0\x80", "not UTF-8 text (byte 1)"),
     "overlong form": (b"\xc0\xaf", "not UTF-8 text (byte 0)"),
     "pickle": (b"\x80\x04cos\nsystem\n(S'touch sentinel'\ntR.", "not UTF-8 text (byte 0)"),
-    "picture": (png_bytes(), "not UTF-8 text (byte 0)"),
+    "image": (png_bytes(), "not UTF-8 text (byte 0)"),
 }
 
 

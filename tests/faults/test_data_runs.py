@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dalle_mini_impl.data.loading import load_all_pixels
-from dalle_mini_impl.data.pairs import open_pairs
+from dalle_mini_impl.data.pairs import Pair, open_pairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
@@ -30,6 +30,11 @@ def load(data: Path, out: Path, *, resumes: bool, max_bad_fraction: float = 0.1)
         image_size=tiny.SIZE,
         records=RunRecords(folder=out, writes=True, resumes=resumes),
     )
+
+
+def told(pair: Pair) -> tuple[object, ...]:
+    """What a run keeps of an image."""
+    return pair.path, pair.captions, pair.attributes
 
 
 def listed(out: Path) -> list[dict[str, str]]:
@@ -129,7 +134,7 @@ def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
     with (data / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": "new.png", "text": "new", "split": "train"}) + "\n")
     again, twice = (load(data, out, resumes=True) for _ in range(2))
-    assert again.listed == first.pairs
+    assert [told(pair) for pair in again.listed] == [told(pair) for pair in first.pairs]
     assert len(again.pixels) == 25
     assert torch.equal(again.pixels, twice.pixels)
     here = [place for place, pair in enumerate(first.pairs) if pair.path not in ("3.png", "8.png")]
@@ -139,7 +144,7 @@ def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
             number = int.from_bytes(hashlib.sha256(pair.path.encode()).digest()[:8], "big")
             source = here[number % len(here)]
             assert source != place
-        assert again.pairs[place] == first.pairs[source]
+        assert told(again.pairs[place]) == told(first.pairs[source])
         assert torch.equal(again.pixels[place], first.pixels[source])
     weights = first.weights("color")
     assert weights is not None
@@ -177,7 +182,7 @@ def test_lost_image_keeps_sample_order_on_resume(kind: str, data: Path, tmp_path
     lost = data / "1.png"
     lost.unlink()
     _, lines = tiny.train(config(out, max_steps=6), resume="latest")  # type: ignore[arg-type]
-    assert any("1 images of this run are gone" in line for line in lines)
+    assert any("1 missing images are replaced" in line for line in lines)
     assert len(tiny.losses(out)) == 6
 
 

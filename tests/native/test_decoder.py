@@ -1,6 +1,5 @@
-"""The compiled pass beside torch: the same logits, the same images, whatever stands beside it."""
+"""The compiled pass against torch: the same logits and images, in any batch."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable, Iterator
 
@@ -9,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.models.dalle_config import DecoderConfig
-from dalle_mini_impl.models.text_to_image import build_text_to_image
 from dalle_mini_impl.native import build
 from dalle_mini_impl.native.decoder import NativeDecoder, NativeWeights
 from dalle_mini_impl.sampling.generate import generate_image_token_ids, generate_sequentially
@@ -18,6 +15,7 @@ from dalle_mini_impl.sampling.inpaint import inpaint_image_token_ids
 from dalle_mini_impl.sampling.jacobi import jacobi_decode
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import SamplingConfig
+from tests.reference.slow_sampling import stepwise_logits
 
 BuildDalle = Callable[..., Dalle]
 BOTH: tuple[NativeWeights, ...] = ("float32", "int8")
@@ -44,19 +42,6 @@ def pairs(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
     return text, torch.randint(0, config.codebook_size, shape, generator=generator)
 
 
-def stepwise(
-    model: Dalle | NativeDecoder, text: Tensor, image: Tensor, *, window: int = 1
-) -> Tensor:
-    """The logits of all image tokens, some tokens at a time."""
-    cache = model.new_cache(len(text))
-    logits = [model.prefill(text, cache).unsqueeze(1)]
-    for start in range(0, image.shape[1] - 1, window):
-        some = image[:, start : min(start + window, image.shape[1] - 1)]
-        first = torch.full((len(text),), start)
-        logits.append(model.decode_window(some, cache, first_steps=first))
-    return torch.cat(logits, dim=1)
-
-
 @pytest.mark.parametrize("positions", ["rotary", "learned", "sinusoidal", "axial"])
 @pytest.mark.parametrize(("batch", "window"), [(1, 1), (2, 5), (7, 2)])
 @torch.inference_mode()
@@ -66,9 +51,9 @@ def test_float32_logits_are_those_of_torch(
     model = build_dalle(positions=positions)
     text, image = pairs(model, batch)
     expected = model(text, image).image
-    logits = stepwise(NativeDecoder(model, "float32"), text, image, window=window)
+    logits = stepwise_logits(NativeDecoder(model, "float32"), text, image, window=window)
     assert expected.std() > 0.1
-    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)  # float32 sums, other order
+    torch.testing.assert_close(logits, expected, atol=5e-5, rtol=1e-5)  # float32 sums, other order
 
 
 @torch.inference_mode()
@@ -77,7 +62,7 @@ def test_wide_heads_long_captions_and_odd_sizes(build_dalle: BuildDalle) -> None
     changes = {"hidden_size": 160, "codebook_levels": (5, 5, 3), "text_length": 70}
     model = build_dalle(image_grid_size=(3, 3), **changes)
     text, image = pairs(model, 3)
-    logits = stepwise(NativeDecoder(model, "float32"), text, image, window=3)
+    logits = stepwise_logits(NativeDecoder(model, "float32"), text, image, window=3)
     plain, exact = model(text, image).image, model.double()(text, image).image
     # Wild weights of this width amplify rounding, torch's own as well.
     errors = [float((each - exact).abs().max()) for each in (logits, plain)]
@@ -107,7 +92,7 @@ def test_float32_generates_the_images_of_torch(
         )
 
 
-def test_float32_completes_in_any_order_as_torch_does(build_dalle: BuildDalle) -> None:
+def test_float32_inpaints_as_torch_does(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text, image = pairs(model, 4)
     is_masked = torch.zeros_like(image, dtype=torch.bool)
@@ -147,24 +132,22 @@ def test_int8_costs_what_rounding_costs_in_torch(build_dalle: BuildDalle) -> Non
             layer.weight.copy_(rounded_to_8_bits(layer.weight))
             layer.register_forward_pre_hook(lambda _, rows: rounded_to_8_bits(rows[0]))
     unavoidable = (model(text, image).image - expected).std()
-    error = (stepwise(native, text, image) - expected).std()
+    error = (stepwise_logits(native, text, image) - expected).std()
     assert 0.01 < unavoidable / expected.std() < 0.1
     assert error < 1.2 * unavoidable  # the head and the cache are rounded too
 
 
 @pytest.mark.parametrize("weights", BOTH)
 @torch.inference_mode()
-def test_logits_do_not_depend_on_what_is_computed_beside_them(
-    build_dalle: BuildDalle, weights: NativeWeights
-) -> None:
+def test_logits_do_not_depend_on_the_batch(build_dalle: BuildDalle, weights: NativeWeights) -> None:
     native = NativeDecoder(build_dalle(hidden_size=160), weights)
     text, image = pairs(build_dalle(hidden_size=160), 9)
-    together = stepwise(native, text, image)
+    together = stepwise_logits(native, text, image)
     for row in range(9):
-        alone = stepwise(native, text[row : row + 1], image[row : row + 1])
+        alone = stepwise_logits(native, text[row : row + 1], image[row : row + 1])
         assert torch.equal(alone[0], together[row])
     for window in (2, 3, 8):
-        assert torch.equal(stepwise(native, text, image, window=window), together)
+        assert torch.equal(stepwise_logits(native, text, image, window=window), together)
 
 
 @pytest.mark.parametrize("weights", BOTH)
@@ -206,10 +189,6 @@ def test_other_models_are_refused_by_name(build_dalle: BuildDalle) -> None:
     model.blocks[0].is_pre_norm = False
     with pytest.raises(build.UnavailableError, match="blocks"):
         NativeDecoder(model, "float32")
-    decoder = DecoderConfig(
-        hidden_size=32, num_layers=1, num_heads=2, architecture="encoder_decoder",
-        num_encoder_layers=1,
-    )  # fmt: skip
-    other = build_text_to_image(dataclasses.replace(model.config, decoder=decoder))
+    other = build_dalle(architecture="encoder_decoder", num_encoder_layers=1)
     with pytest.raises(build.UnavailableError, match="DalleEncoderDecoder"):
         NativeDecoder(other, "float32")

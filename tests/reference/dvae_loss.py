@@ -9,7 +9,7 @@ Array = NDArray[np.float64]
 
 
 def cosine(fraction: float, start: float, end: float) -> float:
-    """Half a cosine from start to end; share beyond 1 stays there."""
+    """Half a cosine from start to end; a fraction beyond 1 stays there."""
     return start + (end - start) * (1 - math.cos(math.pi * min(1.0, fraction))) / 2
 
 
@@ -31,9 +31,9 @@ def kl_to_uniform(logits: Array) -> float:
     """Sum over cells of KL(softmax(logits) || uniform), logits (batch, codes, height, width)."""
     codes, total = logits.shape[1], 0.0
     for cell in np.moveaxis(logits, 1, -1).reshape(-1, codes):
-        fractions = np.exp(cell - cell.max())
-        fractions /= fractions.sum()
-        total += sum(q * math.log(q * codes) for q in fractions if q > 0)
+        probabilities = np.exp(cell - cell.max())
+        probabilities /= probabilities.sum()
+        total += sum(q * math.log(q * codes) for q in probabilities if q > 0)
     return total
 
 

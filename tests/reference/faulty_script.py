@@ -14,11 +14,11 @@ from signal import Signals
 REPOSITORY = Path(__file__).parents[2]
 
 if __name__ == "__main__":
-    from benchmarks.kill_runs import signal_inside_a_save
-    from dalle_mini_impl.training import trainer as loop
+    from benchmarks.crash_recovery import signal_inside_a_save
+    from dalle_mini_impl.training import trainer
 
-    loop.save_checkpoint = signal_inside_a_save(  # type: ignore[attr-defined]
-        loop.save_checkpoint, int(os.environ["FAULT_AT"]), Signals[os.environ["FAULT_SIGNAL"]]
+    trainer.save_checkpoint = signal_inside_a_save(  # type: ignore[attr-defined]
+        trainer.save_checkpoint, int(os.environ["FAULT_AT"]), Signals[os.environ["FAULT_SIGNAL"]]
     )
     sys.argv = sys.argv[1:]
     runpy.run_path(str(REPOSITORY / "scripts" / f"{sys.argv[0]}.py"), run_name="__main__")

@@ -23,7 +23,7 @@ from tests.reference.line_task import LineTask, build_trainer
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Goes on from the newest checkpoint, if there is one."""
+    """Continues from the newest checkpoint, if there is one."""
     folder, first, last = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     torch.set_num_threads(1)
     rank = int(os.environ.get("RANK", "0"))
@@ -44,11 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     weights: list[list[str]] = []
     step = trainer._step
 
-    def watched_step(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def recording_step(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         weights.append([float(value).hex() for value in trainer.model.parameters()])
         return step(batches)
 
-    trainer._step = watched_step  # type: ignore[method-assign]
+    trainer._step = recording_step  # type: ignore[method-assign]
     checkpoint = find_checkpoint(folder, "latest") if first else None
     if checkpoint:
         trainer.restore(checkpoint)

@@ -1,4 +1,4 @@
-"""A model of two weights and its task: what the loop is tested with."""
+"""A model of two weights and its task, for tests of the trainer."""
 
 import time
 from pathlib import Path
@@ -33,6 +33,8 @@ class LineTask:
     ) -> None:
         self.spoiled, self.max_steps = spoiled or {}, max_steps
         self.seconds_per_step = seconds_per_step
+        torch.manual_seed(0)
+        self.model: nn.Module = nn.Linear(1, 1)
         self.x = torch.linspace(-1, 1, self.num_samples)
         self.seen: list[list[int]] = []
         self.progress: list[float] = []
@@ -44,7 +46,7 @@ class LineTask:
         return {"ids": sample_ids, "x": self.x[sample_ids]}
 
     def loss(
-        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, generator: object
+        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, **_: object
     ) -> tuple[Tensor, dict[str, Tensor]]:
         step = len(self.progress)
         self.seen.append(batch["ids"].tolist())
@@ -62,15 +64,18 @@ class LineTask:
             loss = loss + torch.tensor(float("inf"))
         return loss, {"twice": 2 * loss.detach()}
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        self.modes.append(("evaluate", model.training))
-        bias = dict(model.named_parameters())["bias"]
-        self.evaluated_bias.append(float(bias))
-        return {"validation/bias": float(bias)}
+    def evaluate(self) -> dict[str, float]:
+        self.modes.append(("evaluate", self.model.training))
+        bias = float(self.model.get_parameter("bias"))
+        self.evaluated_bias.append(bias)
+        return {"validation/bias": bias}
 
-    def make_image_grids(self, model: nn.Module) -> list[ImageGrid]:
-        self.modes.append(("draw", model.training))
+    def make_image_grids(self) -> list[ImageGrid]:
+        self.modes.append(("generate", self.model.training))
         return [ImageGrid("line", [render_image(0)], ["a line"])]
+
+    def save_pretrained(self, folder: Path) -> None:
+        folder.mkdir()
 
 
 def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes: Any) -> Trainer:
@@ -86,20 +91,13 @@ def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes:
         "checkpoint_every_steps": 1000,
         "mixed_precision": "no",
     }
-    tracking = TrackingConfig(mode="disabled")
     accelerator = build_accelerator("no")
-    torch.manual_seed(0)
-    return Trainer(
-        nn.Linear(1, 1),
-        task,
-        TrainingConfig(**(options | changes)),
-        accelerator=accelerator,
-        tracker=open_tracker(
-            tracking,
-            output_dir=out,
-            run_config={},
-            is_main=accelerator.is_main_process,
-            resume_step=resume_step,
-        ),
+    tracker = open_tracker(
+        TrackingConfig(mode="disabled"),
         output_dir=out,
+        run_config={},
+        is_main=accelerator.is_main_process,
+        resume_step=resume_step,
     )
+    config = TrainingConfig(**(options | changes))
+    return Trainer(task, config, accelerator=accelerator, tracker=tracker, output_dir=out)

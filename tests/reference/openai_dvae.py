@@ -45,7 +45,7 @@ def random_weights(
 
 
 def run(weights: Weights, values: Tensor, *, pooling: bool) -> Tensor:
-    """Runs either network: input, four groups with a change of size between them, output."""
+    """Run either network: input, four groups with a change of size between them, output."""
     blocks = {name.split(".")[2] for name in weights if ".block_" in name}
     gain = 1 / (4 * len(blocks)) ** 2
 
@@ -60,8 +60,8 @@ def run(weights: Weights, values: Tensor, *, pooling: bool) -> Tensor:
             branch = x
             for index in range(1, 5):
                 branch = convolve(f"{name}.res_path.conv_{index}", branch.relu())
-            beside = convolve(f"{name}.id_path", x) if f"{name}.id_path.w" in weights else x
-            x = beside + gain * branch
+            skip = convolve(f"{name}.id_path", x) if f"{name}.id_path.w" in weights else x
+            x = skip + gain * branch
         if group < 4:
             doubled = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
             x = F.max_pool2d(x, 2) if pooling else doubled

@@ -1,4 +1,4 @@
-"""Tiny image tokenizers of every kind, in folders as their own makers write them."""
+"""Tiny image tokenizers of every kind, in folders as their own libraries write them."""
 
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,30 @@ FOREIGN = ("janus", "emu3", "diffusers")
 
 def library_model(kind: str) -> Any:
     """The library's own class, as small as its 32 groups of channels let it be."""
+    import transformers
+
+    sizes = {"embed_dim": 4, "base_channels": 32, "channel_multiplier": [1, 1, 1]}
     if kind == "janus":
-        from transformers import JanusVQVAE, JanusVQVAEConfig
-
-        janus = JanusVQVAEConfig(
-            embed_dim=4, num_embeddings=24, latent_channels=6, base_channels=32,
-            channel_multiplier=[1, 1, 1], num_res_blocks=1, num_patches=SIZE // 4,
-        )  # fmt: skip
-        return JanusVQVAE(janus)
+        janus = transformers.JanusVQVAEConfig(
+            **sizes, num_embeddings=24, latent_channels=6, num_res_blocks=1, num_patches=SIZE // 4
+        )
+        return transformers.JanusVQVAE(janus)
     if kind == "emu3":
-        from transformers import Emu3VQVAE, Emu3VQVAEConfig
-
-        emu3 = Emu3VQVAEConfig(
-            codebook_size=24, embed_dim=4, latent_channels=4, temporal_downsample_factor=2,
-            base_channels=32, channel_multiplier=[1, 1, 1], num_res_blocks=1,
-            attn_resolutions=[2], hidden_size=32,
-        )  # fmt: skip
-        return Emu3VQVAE(emu3)
+        sizes |= {"codebook_size": 24, "latent_channels": 4, "hidden_size": 32}
+        emu3 = transformers.Emu3VQVAEConfig(
+            **sizes, temporal_downsample_factor=2, num_res_blocks=1, attn_resolutions=[2]
+        )
+        return transformers.Emu3VQVAE(emu3)
     diffusers = pytest.importorskip("diffusers")
     return diffusers.VQModel(
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16), latent_channels=4, num_vq_embeddings=24, norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        latent_channels=4,
+        num_vq_embeddings=24,
+        norm_num_groups=4,
         vq_embed_dim=3,
-    )  # fmt: skip
+    )
 
 
 def scatter(model: nn.Module) -> nn.Module:
@@ -57,25 +58,23 @@ def scatter(model: nn.Module) -> nn.Module:
 
 
 def source_folder(kind: str, folder: Path) -> Path:
-    """A folder as its makers would write it."""
+    """A folder as its own library would write it."""
     torch.manual_seed(0)
     if kind in FOREIGN:
         scatter(library_model(kind)).save_pretrained(folder)  # type: ignore[operator]
     elif kind == "openai":
-        encoder, decoder = openai_dvae.random_weights(
-            width=8, num_blocks=1, codebook_size=24, code_dim=5
-        )
+        sizes = {"width": 8, "num_blocks": 1, "codebook_size": 24, "code_dim": 5}
+        encoder, decoder = openai_dvae.random_weights(**sizes)
         folder.mkdir()
         save_file(encoder, folder / "encoder.safetensors")
         save_file(decoder, folder / "decoder.safetensors")
     else:
-        model = VQVAE(
-            VQVAEConfig(image_size=SIZE, patch_size=4, channels=(16,), encoder_kernel_size=3)
-            if kind == "ours"
-            else VQVAEConfig(
-                image_size=SIZE, patch_size=1, channels=(8, 8, 16), quantizer="gumbel",
-                vq_codebook_size=24, architecture="dalle", decoder_output="logit_laplace",
-            )
-        )  # fmt: skip
-        scatter(model).save_pretrained(folder)  # type: ignore[operator]
+        dalle = {"architecture": "dalle", "decoder_output": "logit_laplace", "patch_size": 1}
+        changes: dict[str, dict[str, Any]] = {
+            "ours": {"channels": (16,), "encoder_kernel_size": 3},
+            "vq": {"channels": (16,), "quantizer": "vq"},
+            "dalle": {**dalle, "channels": (8, 8, 16), "quantizer": "gumbel"},
+        }
+        config = VQVAEConfig(image_size=SIZE, vq_codebook_size=24, **changes[kind])
+        scatter(VQVAE(config)).save_pretrained(folder)  # type: ignore[operator]
     return folder

@@ -1,4 +1,4 @@
-"""The decoder once more, written from its docstrings: one row, one head, one query at a time.
+"""The decoder written from its docstrings: one row, one head, one query at a time.
 
 In float64, with explicit rotation matrices, and without a cache.
 """
@@ -18,7 +18,7 @@ def plain_logits(
     image: list[int],
     order: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """Text and image logits of one caption and one image, generated cell by cell in ``order``."""
+    """Text and image logits of one caption and one image, cell by cell in ``order``."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     vectors = [weights["text_start"]]
     cells: list[int | None] = [None]
@@ -63,13 +63,15 @@ def token_row(weights: dict[str, Tensor], config: DalleConfig, table: str, token
 
 
 def position_vector(weights: dict[str, Tensor], config: DalleConfig, cell: int) -> Tensor:
-    """What is added to an image token because of where it stands."""
+    """The vector that is added to the token of a cell."""
     y, x = divmod(cell, config.image_grid_size[1])
     width = config.decoder.hidden_size
     if config.decoder.positions == "learned":
-        return weights["image_positions.weight"][cell]
+        return weights["image_positions.cells.weight"][cell]
     if config.decoder.positions == "axial":
-        return weights["row_positions.weight"][y] + weights["column_positions.weight"][x]
+        return (
+            weights["image_positions.rows.weight"][y] + weights["image_positions.columns.weight"][x]
+        )
     if config.decoder.positions == "sinusoidal":
         angles = pair_angles(y, x, width)
         values = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
@@ -128,7 +130,7 @@ def block(
     layer: int,
     config: DalleConfig,
 ) -> Tensor:
-    """Attention beside an identity, then SwiGLU or GELU beside an identity."""
+    """Attention, then SwiGLU or GELU, each added to the residual stream."""
     name = f"blocks.{layer}."
     normed = norm(stream, weights, f"{name}attention_norm")
     queries, keys, values = (
@@ -173,7 +175,7 @@ def norm(vectors: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     """LayerNorm; nothing where the block has no such norm."""
     if f"{name}.weight" not in weights:
         return vectors
-    centred = vectors - vectors.mean(dim=-1, keepdim=True)
-    variance = centred.pow(2).mean(dim=-1, keepdim=True)
-    normed = centred / torch.sqrt(variance + 1e-6) * weights[f"{name}.weight"]
+    centered = vectors - vectors.mean(dim=-1, keepdim=True)
+    variance = centered.pow(2).mean(dim=-1, keepdim=True)
+    normed = centered / torch.sqrt(variance + 1e-6) * weights[f"{name}.weight"]
     return normed + weights.get(f"{name}.bias", 0.0)

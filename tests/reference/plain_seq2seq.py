@@ -1,7 +1,6 @@
-"""The caption encoder and image decoder once more: one row, one head, one query at a time.
+"""The caption encoder and image decoder, written out: one row, one head, one query at a time.
 
-In float64 and without a cache, like the decoder beside it, of which it takes the parts that are
-the same.
+In float64 and without a cache, with the parts of ``plain_decoder`` that are the same.
 """
 
 import math
@@ -22,7 +21,7 @@ def plain_image_logits(
     image: list[int],
     order: list[int],
 ) -> Tensor:
-    """Image logits of one caption and one image, generated cell by cell in ``order``."""
+    """Image logits of one caption and one image, cell by cell in ``order``."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     words = []
     for place, token in enumerate(text):
@@ -55,10 +54,10 @@ def plain_image_logits(
             normed, cells, normed, cells, weights, f"{name}attention.", config, None
         )
         normed = norm(stream, weights, f"{name}cross_attention_norm")
+        cross = f"{name}cross_attention."
         stream = stream + attention(
-            normed, nowhere, context, unrotated, weights, f"{name}cross_attention.", config,
-            len(text),
-        )  # fmt: skip
+            normed, nowhere, context, unrotated, weights, cross, config, len(text)
+        )
         stream = stream + feed_forward(stream, weights, name)
     stream = norm(stream, weights, "output_norm")
     codes = range(config.codebook_size)
@@ -102,7 +101,7 @@ def attention(
 
 
 def feed_forward(stream: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
-    """SwiGLU of the normalised stream."""
+    """SwiGLU of the normalized stream."""
     normed = norm(stream, weights, f"{name}feed_forward_norm")
     gate = normed @ weights[f"{name}feed_forward.gate.weight"].T
     inner = gate / (1 + torch.exp(-gate)) * (normed @ weights[f"{name}feed_forward.value.weight"].T)

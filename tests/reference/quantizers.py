@@ -1,4 +1,4 @@
-"""The quantizers once more, one number at a time: slow, and easy to check against the papers."""
+"""The quantizers, one number at a time: slow, and easy to check against the papers."""
 
 import math
 from collections.abc import Sequence
@@ -17,18 +17,15 @@ def fsq_level_index(latent: float, level_count: int) -> int:
 
 def fsq(encoder_latents: Tensor, levels: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Quantized values and token ids of (batch, channels, height, width) latents."""
-    batch, channels, height, width = encoder_latents.shape
     values = torch.empty(encoder_latents.shape)
-    token_ids = torch.zeros(batch, height, width, dtype=torch.int64)
-    for b in range(batch):
-        for y in range(height):
-            for x in range(width):
-                place_value = 1
-                for c in range(channels):
-                    index = fsq_level_index(float(encoder_latents[b, c, y, x]), levels[c])
-                    values[b, c, y, x] = -1 + 2 * index / (levels[c] - 1)
-                    token_ids[b, y, x] += index * place_value
-                    place_value *= levels[c]
+    token_ids = torch.zeros(values[:, 0].shape, dtype=torch.int64)
+    for b, y, x in np.ndindex(*token_ids.shape):
+        place_value = 1
+        for c, level_count in enumerate(levels):
+            index = fsq_level_index(float(encoder_latents[b, c, y, x]), level_count)
+            values[b, c, y, x] = -1 + 2 * index / (level_count - 1)
+            token_ids[b, y, x] += index * place_value
+            place_value *= level_count
     return values, token_ids
 
 
@@ -68,13 +65,9 @@ def gumbel_mixture(
     """Gumbel-softmax mixtures of codes; `uniform` has one row of noise per cell, row-major."""
     batch, _, height, width = encoder_latents.shape
     mixed = torch.zeros(batch, codebook.shape[1], height, width)
-    cell = 0
-    for b in range(batch):
-        for y in range(height):
-            for x in range(width):
-                noise = -torch.log(-torch.log(uniform[cell]))
-                scores = torch.exp((encoder_latents[b, :, y, x] + noise) / temperature)
-                for weight, code in zip(scores / scores.sum(), codebook, strict=True):
-                    mixed[b, :, y, x] += weight * code
-                cell += 1
+    for cell, (b, y, x) in enumerate(np.ndindex(batch, height, width)):
+        noise = -torch.log(-torch.log(uniform[cell]))
+        scores = torch.exp((encoder_latents[b, :, y, x] + noise) / temperature)
+        for weight, code in zip(scores / scores.sum(), codebook, strict=True):
+            mixed[b, :, y, x] += weight * code
     return mixed

@@ -31,6 +31,7 @@ from dalle_mini_impl.training.translation import (
 from dalle_mini_impl.training.vit import LabelledDataConfig, ViTRunConfig, train_vit
 from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
 from tests.reference.log_lines import log_lines
+from tests.reference.random_weights import randomize
 from vqvae import VQVAE, VQVAEConfig
 
 RunConfig = TypeVar("RunConfig", VQVAERunConfig, DalleRunConfig)
@@ -72,7 +73,7 @@ TRAINING = TrainingConfig(
 
 
 def render_image(number: int) -> Image.Image:
-    """A colored shape on white; numbers give all twelve captions in turn, at several places."""
+    """A colored shape on white; numbers run through all twelve captions, at several places."""
     color, shape = COLORS[number // 2 % 6], SHAPES[number % 2]
     image = Image.new("RGB", (SIZE, SIZE), "white")
     left, top = 1 + number % 5, 1 + number % 3
@@ -83,7 +84,7 @@ def render_image(number: int) -> Image.Image:
 
 
 def write_data(folder: Path, *, count: int = 30) -> Path:
-    """Writes an image folder with `metadata.jsonl`; every sixth image is held out."""
+    """Write an image folder with `metadata.jsonl`; every sixth image is held out."""
     folder.mkdir(parents=True)
     lines = []
     for number in range(count):
@@ -149,7 +150,7 @@ def dalle_run(
 
 
 def write_text_pairs(path: Path) -> Path:
-    """Writes thirty pairs of a made-up language: English captions, and their words backwards."""
+    """Write thirty pairs of a made-up language: English captions, and their words backwards."""
     captions = [f"{caption} {place}" for caption in CAPTIONS for place in ("above", "below", "")]
     lines = [f"{text}\t{' '.join(reversed(text.split()))}" for text in captions]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -218,25 +219,12 @@ def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
         text_length=text_tokenizer.text_length,
     )
     model = Clip(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    randomize(model, seed=seed)
     return ClipRanker(model, text_tokenizer)
 
 
 def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
-    """Runs a config; returns the model folder and the lines shown. Global flags stay as they were.
-
-    Args:
-        config: Of any kind of run.
-        **options: `resume`.
-
-    Returns:
-        The model folder and the lines.
-    """
+    """Run any config; return the model folder and the logged lines. Global flags are restored."""
     before = torch.get_float32_matmul_precision()
     run: Callable[..., Path] = {
         VQVAERunConfig: train_vqvae,
@@ -255,10 +243,7 @@ def train(config: Any, **options: Any) -> tuple[Path, list[str]]:
 def build_vqvae(*, seed: int = 0, **changes: Any) -> VQVAE:
     """A tokenizer with random weights, wide enough for its tokens to differ."""
     model = VQVAE(dataclasses.replace(VQVAE_SIZES, **changes)).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    randomize(model, seed=seed, scale=0.4)
     return model
 
 
@@ -278,11 +263,7 @@ def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
         image_grid_size=vqvae.image_grid_size,
     )
     dalle = build_text_to_image(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in dalle.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.3 * noise)
+    randomize(dalle, seed=seed)
     return TextToImagePipeline(
         dalle=dalle,
         vqvae=vqvae,

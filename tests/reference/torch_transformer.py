@@ -5,23 +5,14 @@ from torch import nn
 
 from dalle_mini_impl.transformer.attention import MultiHeadAttention
 from dalle_mini_impl.transformer.blocks import TransformerBlock
-
-
-@torch.no_grad()
-def randomize(model: nn.Module, *, seed: int = 0, scale: float = 0.3) -> None:
-    """Generate every weight so widely that a mistake anywhere moves the results; biases too."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        is_norm_scale = "norm" in name and name.endswith("weight")
-        parameter.copy_(1 + 0.3 * noise if is_norm_scale else scale * noise)
+from tests.reference.random_weights import randomize
 
 
 @torch.no_grad()
 def copy_block(
     mine: TransformerBlock, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 ) -> None:
-    """Generate new weights for our block and give torch's layer the same."""
+    """Randomize our block and give torch's layer the same weights."""
     randomize(mine)
     give_block(mine, theirs)
 

@@ -1,4 +1,4 @@
-"""One process of the two-process tests, started by torchrun: trains, generates, and tells what it saw.
+"""One process of the two-process tests, under torchrun: trains, generates, and reports.
 
 Argument: a folder with `vqvae.yaml` and `dalle.yaml`, and `model/` beside it; results go there.
 """

@@ -1,6 +1,6 @@
-"""One process of the two-process test of VectorQuantizer; run as a script by the test.
+"""One of two processes that train a VectorQuantizer; run by its test as a module.
 
-Arguments: rank, number of processes, folder for the rendezvous file and the results.
+Arguments: rank, and a folder for the rendezvous file and the results.
 """
 
 import sys
@@ -14,6 +14,7 @@ from torch import Tensor
 from vqvae.quantizers import VectorQuantizer
 from vqvae.quantizers.distributed import gather_rows
 
+REPOSITORY = Path(__file__).parents[2]
 CODEBOOK_SIZE, CODE_DIM, STEPS, BATCH = 16, 4, 4, 6
 
 
@@ -25,8 +26,8 @@ def whole_batch(step: int) -> Tensor:
     return latents
 
 
-def moving_averages_only(rank: int, world_size: int) -> VectorQuantizer:
-    """Trains from a given codebook, without k-means or restarts, on this process's share."""
+def moving_averages_only(part: slice) -> VectorQuantizer:
+    """Train on a part of each batch from a given codebook, without k-means or restarts."""
     torch.manual_seed(0)
     quantizer = VectorQuantizer(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM)
     quantizer.ema_counts.fill_(1.0)
@@ -34,38 +35,32 @@ def moving_averages_only(rank: int, world_size: int) -> VectorQuantizer:
     quantizer.is_initialized.fill_(True)
     quantizer.freeze_restarts = True
     for step in range(STEPS):
-        quantizer(whole_batch(step)[rank::world_size])
+        quantizer(whole_batch(step)[part])
     return quantizer
 
 
-def everything(rank: int, world_size: int) -> VectorQuantizer:
-    """Trains with k-means start and restarts; start and noise differ between processes."""
-    torch.manual_seed(rank)
-    generator = torch.Generator().manual_seed(10 + rank)
-    quantizer = VectorQuantizer(
-        codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, ema_decay=0.05, dead_code_threshold=100.0
-    )
+def everything(part: slice) -> VectorQuantizer:
+    """Train with k-means start and restarts; start and noise differ between processes."""
+    torch.manual_seed(part.start)
+    generator = torch.Generator().manual_seed(10 + part.start)
+    quantizer = VectorQuantizer(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM)
+    quantizer.ema_decay, quantizer.dead_code_threshold = 0.05, 100.0
     for step in range(STEPS):
-        quantizer(whole_batch(step)[rank::world_size], generator=generator)
+        quantizer(whole_batch(step)[part], generator=generator)
     return quantizer
 
 
-def main() -> None:
-    """Runs all parts and writes `rank-<rank>.safetensors`."""
-    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+if __name__ == "__main__":
+    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(1)
     rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2)
     results = {
         "world_size": torch.tensor(dist.get_world_size()),
         "gathered": gather_rows(torch.full((3 + rank, 2), float(rank))),
     }
-    for name, part in (("averages", moving_averages_only), ("everything", everything)):
-        for key, tensor in part(rank, world_size).state_dict().items():
+    for name, train in (("averages", moving_averages_only), ("everything", everything)):
+        for key, tensor in train(slice(rank, None, 2)).state_dict().items():
             results[f"{name}.{key}"] = tensor
     save_file(results, folder / f"rank-{rank}.safetensors")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

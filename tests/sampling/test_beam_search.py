@@ -9,9 +9,9 @@ from torch import Tensor
 
 from dalle_mini_impl.models.seq2seq import EncoderDecoder, EncoderDecoderConfig
 from dalle_mini_impl.sampling.beam_search import BeamConfig, beam_search, length_divisor
-from tests.reference.torch_transformer import randomize
+from tests.reference.random_weights import randomize
 
-VOCAB_SIZE, MAX_LENGTH = 4, 3  # three tokens beside the pad: 1 + 3 + 9 + 27 rows
+VOCAB_SIZE, MAX_LENGTH = 4, 3  # three tokens and the pad: 1 + 3 + 9 + 27 rows
 SOURCES = torch.tensor([[1, 2, 3], [3, 3, 0], [2, 1, 0], [1, 0, 0]])
 
 

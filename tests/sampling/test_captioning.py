@@ -56,7 +56,7 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
         given = image_log_likelihood(model, *pair)
         torch.testing.assert_close(scores.image_given_text[row, column], given[0])
         ratio = scores.image_given_text[row, column] - scores.image[row]
-        torch.testing.assert_close(ratio, log_likelihood_ratio(model, *pair)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(ratio, log_likelihood_ratio(model, *pair)[0], atol=1e-3, rtol=0)
     joint = (scores.image_given_text + text_log_likelihood(model, TEXT)).double().exp()
     probabilities = scores.probabilities(use_prior=True).double()
     torch.testing.assert_close(
@@ -75,7 +75,8 @@ def test_caption_score_does_not_depend_on_batch(build_dalle: BuildDalle) -> None
     text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=torch.Generator().manual_seed(0))
     together = text_log_likelihood(model, text)
     alone = [text_log_likelihood(model, text[i : i + 1]) for i in range(len(text))]
-    assert torch.equal(torch.cat(alone), together)
+    # One shape for all, but a library may round the rows of one product in several ways.
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-3, rtol=0)
 
 
 def test_completions_begin_as_told_and_take_the_likeliest_tokens(build_dalle: BuildDalle) -> None:
@@ -101,9 +102,9 @@ def test_sampled_completions_follow_the_text_head(build_dalle: BuildDalle) -> No
     with torch.inference_mode():
         expected = model.predict_text(start[:1])[0, 2].index_fill(0, torch.tensor(0), -torch.inf)
     probabilities = generated[:, 2].bincount(minlength=11) / count
-    # Standard deviation of a share is below 0.008.
+    # Standard deviation of a fraction is below 0.008.
     assert (probabilities - expected.softmax(-1)).abs().max() < 0.03
     assert (generated[:, 2] != 0).all()
     alone = complete_text(model, start[:1], num_tokens=3, seeds=seeds[5:6])
-    beside = complete_text(model, start[:9], num_tokens=3, seeds=seeds[:9])
-    assert torch.equal(alone[0], beside[5])
+    together = complete_text(model, start[:9], num_tokens=3, seeds=seeds[:9])
+    assert torch.equal(alone[0], together[5])

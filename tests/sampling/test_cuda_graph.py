@@ -1,4 +1,4 @@
-"""Generation on a GPU by a replayed recording: the same images as on the CPU."""
+"""Generation on a GPU by captured steps: the same images as on the CPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.parametrize(
     "decoder", [{}, {"architecture": "encoder_decoder", "num_encoder_layers": 1}]
 )
-def test_cuda_graph_step_generates_what_the_cpu_generates(
+def test_gpu_and_cpu_generate_the_same(
     build_dalle: Callable[..., Dalle],
     decoder: dict[str, Any],
     sampling_config: SamplingConfig,
@@ -45,7 +45,7 @@ def test_cuda_graph_step_generates_what_the_cpu_generates(
 
 
 @pytest.mark.parametrize("num_cells", [1, 2, 3, 4])
-def test_short_images_need_no_recording(build_dalle: Callable[..., Dalle], num_cells: int) -> None:
+def test_short_images_need_no_capture(build_dalle: Callable[..., Dalle], num_cells: int) -> None:
     sizes = {"image_grid_size": (1, num_cells)}
     text, seeds = torch.ones(2, 5, dtype=torch.long), torch.arange(2)
     sampling_config = SamplingConfig(guidance_scale=2.0)

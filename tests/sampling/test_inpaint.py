@@ -1,4 +1,4 @@
-"""Completion: what stays stays, and what is generated depends on all of it."""
+"""Inpainting: kept tokens stay, and new ones depend on all of them."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,8 @@ from dalle_mini_impl.sampling.inpaint import (
     inpainting_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import SamplingConfig
-from tests.reference.slow_sampling import slow_allowed, slow_scale
+from tests.reference.slow_sampling import slow_generate
 
 BuildDalle = Callable[..., Dalle]
 HOLE = torch.tensor([0, 0, 0, 0, 0, 1, 1, 0, 0, 0, 0, 0]).bool()  # in a grid of 3 x 4
@@ -32,39 +31,8 @@ def rows(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
     return text, torch.randint(0, 12, (count, 12), generator=generator)
 
 
-@torch.inference_mode()
-def slow_inpaint(
-    model: Dalle,
-    text: Tensor,
-    image: Tensor,
-    hole: Tensor,
-    seed: int,
-    sampling_config: SamplingConfig,
-) -> tuple[list[int], float]:
-    """Fill one image's hole by whole passes over all that is known; returns its tokens, gain."""
-    order = [cell for cell in range(12) if not hole[cell]] + [c for c in range(12) if hole[c]]
-    tokens, log_likelihood_ratio = image.clone(), 0.0
-    for step in range(12):
-        if not hole[order[step]]:
-            continue
-        known = torch.zeros(1, 12, dtype=torch.long)
-        known[0, :step] = tokens[order[:step]]
-        cells = torch.tensor([order])
-        given = model(text[None], known, image_order=cells).image[0, step].double()
-        null = model(torch.zeros_like(text)[None], known, image_order=cells).image[0, step].double()
-        scale = slow_scale(sampling_config, step, 12)
-        guided = (scale * given + (1 - scale) * null) / sampling_config.temperature
-        noise = gumbel_noise(torch.tensor([seed]), steps=step, vocab_size=12)[0].double()
-        token = max(
-            slow_allowed(guided, sampling_config), key=lambda k: float(guided[k] + noise[k])
-        )
-        tokens[order[step]] = token
-        log_likelihood_ratio += float(given.log_softmax(-1)[token] - null.log_softmax(-1)[token])
-    return tokens.tolist(), log_likelihood_ratio
-
-
 @pytest.mark.parametrize("sampling_config", SAMPLING_CONFIGS)
-def test_holes_are_filled_as_by_a_slow_loop_without_cache(
+def test_tokens_equal_a_slow_loop_without_cache(
     build_dalle: BuildDalle, sampling_config: SamplingConfig
 ) -> None:
     model = build_dalle()
@@ -76,18 +44,19 @@ def test_holes_are_filled_as_by_a_slow_loop_without_cache(
     )
     assert torch.equal(generated.image_token_ids[~holes], image[~holes])
     for row in range(4):
-        tokens, log_likelihood_ratio = slow_inpaint(
-            model, text[row], image[row], holes[row], int(seeds[row]), sampling_config
+        hole = holes[row].tolist()
+        order = [c for c in range(12) if not hole[c]] + [c for c in range(12) if hole[c]]
+        known = image[row, order[:10]].tolist()
+        tokens, ratio = slow_generate(
+            model, text[row], int(seeds[row]), sampling_config, order=order, known=known
         )
-        assert generated.image_token_ids[row].tolist() == tokens
+        assert generated.image_token_ids[row, order].tolist() == tokens
         if sampling_config.guidance_scale != 1.0:
-            assert float(generated.log_likelihood_ratio[row]) == pytest.approx(
-                log_likelihood_ratio, abs=1e-3
-            )
+            assert float(generated.log_likelihood_ratio[row]) == pytest.approx(ratio, abs=1e-3)
 
 
 @pytest.mark.parametrize("num_kept", [0, 1, 4, 11])
-def test_seed_goes_on_with_its_own_image(build_dalle: BuildDalle, num_kept: int) -> None:
+def test_a_seed_continues_its_own_image(build_dalle: BuildDalle, num_kept: int) -> None:
     model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=2.0)
     text, _ = rows(model, 3)
     seeds = torch.arange(3)
@@ -100,7 +69,9 @@ def test_seed_goes_on_with_its_own_image(build_dalle: BuildDalle, num_kept: int)
     assert torch.equal(again.image_token_ids, whole.image_token_ids)
 
 
-def fillings(model: Dalle, text: Tensor, image: Tensor, count: int = 200) -> list[float]:
+def first_token_frequencies(
+    model: Dalle, text: Tensor, image: Tensor, count: int = 200
+) -> list[float]:
     """How often each token stands in the first cell of the hole, over many seeds."""
     generated = inpaint_image_token_ids(
         model,
@@ -118,8 +89,10 @@ def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle
     with torch.no_grad():  # as in a trained model, what stands around matters most
         model.image_embedding.rows.mul_(6)
     text, image = rows(model, 1)
-    before = fillings(model, text, image)
-    assert before == fillings(model, text, image)  # the same seeds, so the same tokens
+    before = first_token_frequencies(model, text, image)
+    assert before == first_token_frequencies(
+        model, text, image
+    )  # the same seeds, so the same tokens
 
     def shift(changed: list[float]) -> float:
         return sum(abs(a - b) for a, b in zip(before, changed, strict=True)) / 2
@@ -127,14 +100,14 @@ def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle
     for cell in (1, 4, 7, 9, 11):  # above, left, right, below, far below
         other = image.clone()
         other[0, cell] = (other[0, cell] + 5) % 12
-        assert shift(fillings(model, text, other)) > 0.01, cell
-    assert shift(fillings(model, text.flip(1), image)) > 0.01
+        assert shift(first_token_frequencies(model, text, other)) > 0.01, cell
+    assert shift(first_token_frequencies(model, text.flip(1), image)) > 0.01
     inside = image.clone()
     inside[0, 5:7] = 0  # what stood in the hole is not known
-    assert fillings(model, text, inside) == before
+    assert first_token_frequencies(model, text, inside) == before
 
 
-def test_a_filling_does_not_depend_on_what_is_filled_beside_it(build_dalle: BuildDalle) -> None:
+def test_result_does_not_depend_on_the_batch(build_dalle: BuildDalle) -> None:
     model, sampling_config = build_dalle(), SamplingConfig(guidance_scale=2.0)
     count = ROWS_PER_BATCH + 3
     text, image = rows(model, count)
@@ -168,11 +141,11 @@ def test_orders() -> None:
 @pytest.mark.parametrize(
     "holes", [torch.zeros(2, 12).bool(), torch.stack([HOLE, ~HOLE])], ids=["none", "unequal"]
 )
-def test_holes_that_cannot_be_filled_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
+def test_bad_masks_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
     model = build_dalle()
     text, image = rows(model, 2)
     with pytest.raises(
-        ValueError, match=r"^is_masked: got .* tokens, expected as many in each row"
+        ValueError, match=r"^is_masked: got .* tokens, expected equally many in each"
     ):
         inpaint_image_token_ids(
             model, text, image, holes, seeds=torch.arange(2), sampling_config=SAMPLING_CONFIGS[0]

@@ -1,4 +1,4 @@
-"""Filters and noise: what stays, what is left alone, and that the random numbers follow the softmax."""
+"""Filters and noise: which tokens stay, and that samples follow the softmax."""
 
 import math
 

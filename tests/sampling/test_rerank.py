@@ -38,7 +38,7 @@ def test_log_ratio_is_a_difference_of_likelihoods(build_dalle: BuildDalle) -> No
     given, free = (image_log_likelihood(model, part, image) for part in (text, 0 * text))
     torch.testing.assert_close(ratio, given - free)
     assert ratio[0].abs() > 0.1
-    assert ratio[1] == 0  # the null caption gains nothing
+    assert ratio[1] == 0  # the null caption says nothing
 
 
 def test_a_score_does_not_depend_on_what_is_scored_beside_it(build_dalle: BuildDalle) -> None:
@@ -50,7 +50,8 @@ def test_a_score_does_not_depend_on_what_is_scored_beside_it(build_dalle: BuildD
     alone = [
         log_likelihood_ratio(model, text[i : i + 1], image[i : i + 1]) for i in range(len(text))
     ]
-    assert torch.equal(torch.cat(alone), together)
+    # One shape for all, but a library may round the rows of one product in several ways.
+    torch.testing.assert_close(torch.cat(alone), together, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])

@@ -1,6 +1,5 @@
-"""Checkpoints: what comes back is what was saved, whatever kill, full disk or flipped bit says."""
+"""Checkpoints come back as they were saved, in spite of kills, full disks and flipped bits."""
 
-import json
 import os
 import resource
 import shutil
@@ -21,10 +20,8 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training import checkpoint as checkpoint_module
 from dalle_mini_impl.training.checkpoint import (
     CheckpointCorruptError,
-    flatten_optimizer_state,
     load_checkpoint,
     newest_checkpoint,
-    restore_optimizer_state,
     save_checkpoint,
 )
 
@@ -37,14 +34,13 @@ def memory_path() -> Iterator[Path]:
         yield Path(folder)
 
 
-def save_simple(root: Path, step: int, *, keep: int = 2) -> Path:
+def save_simple(root: Path, step: int) -> Path:
     """Save a checkpoint whose every part tells its step."""
     return save_checkpoint(
         root,
         step,
         tensors={"model": {"weight": torch.full((5, 3), float(step))}, "ema": {}},
         state={"marker": step},
-        keep=keep,
     )
 
 
@@ -60,7 +56,7 @@ def assert_is_simple(root: Path, *, steps: set[int]) -> None:
     assert torch.equal(found.tensors["model"]["weight"], torch.full((5, 3), float(found.step)))
 
 
-def test_round_trip_is_exact_for_every_kind_of_tensor(tmp_path: Path) -> None:
+def test_round_trip_is_exact(tmp_path: Path) -> None:
     tied = torch.randn(4, 3)
     dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
     model = {
@@ -88,13 +84,11 @@ def test_round_trip_is_exact_for_every_kind_of_tensor(tmp_path: Path) -> None:
         got = loaded.tensors["model"][name]
         assert got.dtype == tensor.dtype
         assert got.shape == tensor.shape
-        as_bytes = [
-            bytes(t.detach().contiguous().view(-1).view(torch.uint8)) for t in (got, tensor)
-        ]
-        assert as_bytes[0] == as_bytes[1], name
+        got, expected = (t.detach().contiguous().view(-1) for t in (got, tensor))
+        assert torch.equal(got.view(torch.uint8), expected.view(torch.uint8)), name
 
 
-def test_files_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
+def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
     path = save_simple(tmp_path, 1)
     assert len({file.stat().st_mode for file in path.iterdir()}) == 1
 
@@ -102,27 +96,26 @@ def test_files_can_be_read_by_whoever_the_umask_allows(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"keep": 1}, "keep: got 1"),
         ({"step": -1}, "step: got -1"),
         ({"tensors": {"../model": {}}}, "tensors: got group '../model'"),
         ({"state": {"bad": torch.zeros(1)}}, "state: "),
     ],
 )
-def test_refuses_bad_arguments_before_it_writes(
+def test_bad_arguments_are_refused_before_writing(
     tmp_path: Path, arguments: dict[str, Any], message: str
 ) -> None:
-    good: dict[str, Any] = {"step": 1, "tensors": {}, "state": {}, "keep": 2}
+    good: dict[str, Any] = {"step": 1, "tensors": {}, "state": {}}
     with pytest.raises(ValueError, match=message):
         save_checkpoint(tmp_path / "root", **{**good, **arguments})
     assert not (tmp_path / "root").exists()
 
 
-def test_keeps_the_newest_and_clears_what_killed_runs_left(tmp_path: Path) -> None:
+def test_newest_are_kept_and_unfinished_ones_deleted(tmp_path: Path) -> None:
     for name in ("notes", ".tmp-step-00000009-dead"):
         (tmp_path / name).mkdir()
     for step in (5, 10, 15, 20):
-        save_simple(tmp_path, step, keep=3)
-    assert step_names(tmp_path) == ["notes", "step-00000010", "step-00000015", "step-00000020"]
+        save_simple(tmp_path, step)
+    assert step_names(tmp_path) == ["notes", "step-00000015", "step-00000020"]
     save_simple(tmp_path, 100_000_000)
     assert_is_simple(tmp_path, steps={100_000_000})
 
@@ -137,7 +130,7 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     assert step_names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
-def test_a_rewound_run_keeps_its_own_and_the_later_checkpoints(
+def test_a_rewound_run_keeps_later_checkpoints(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (100, 200):
@@ -155,59 +148,6 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 7, tensors={}, state={"marker": "again"})
     assert load_checkpoint(path).state == {"marker": "again"}
     assert step_names(tmp_path) == ["step-00000006", "step-00000007"]
-
-
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip_last_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def name_a_file_outside(path: Path) -> None:
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../step-00000001/state.json"] = manifest["files"]["state.json"]
-    path.write_text(json.dumps(manifest))
-
-
-def ask_for_another_version(path: Path) -> None:
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
-
-
-DAMAGES: list[tuple[Callable[[Path], None], str, str]] = [
-    (truncate, "model.safetensors", "bytes, want"),
-    (flip_last_bit, "model.safetensors", "sha256 differs"),
-    (flip_last_bit, "state.json", "sha256 differs"),
-    (Path.unlink, "ema.safetensors", "is missing"),
-    (Path.unlink, "state.json", "is missing"),
-    (Path.unlink, "manifest.json", "is missing"),
-    (truncate, "manifest.json", "cannot be read"),
-    (name_a_file_outside, "manifest.json", "leads out of the folder"),
-    (ask_for_another_version, "manifest.json", "format_version 2, want 1"),
-]
-
-
-@pytest.mark.parametrize(("damage", "file_name", "reason"), DAMAGES)
-def test_damage_is_named_and_passed_over(
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    damage: Callable[[Path], None],
-    file_name: str,
-    reason: str,
-) -> None:
-    save_simple(tmp_path, 1)
-    path = save_simple(tmp_path, 2)
-    damage(path / file_name)
-    with pytest.raises(CheckpointCorruptError) as raised:
-        load_checkpoint(path)
-    assert file_name in str(raised.value)
-    assert reason in str(raised.value)
-    assert_is_simple(tmp_path, steps={1})
-    assert "passing over checkpoint step-00000002" in caplog.text
-    assert reason in caplog.text
 
 
 @settings(
@@ -287,7 +227,7 @@ def saves_in_a_child_killed_at(root: Path, step: int, event: int) -> bool:
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("step", [3, 2], ids=["new step", "step saved before"])
-def test_a_kill_between_any_two_file_operations_loses_nothing(memory_path: Path, step: int) -> None:
+def test_a_kill_at_any_file_operation_loses_nothing(memory_path: Path, step: int) -> None:
     save_simple(memory_path / "before", 1)
     save_simple(memory_path / "before", 2)
     event, was_killed = 0, True
@@ -376,133 +316,7 @@ def test_ctrl_c_leaves_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.M
     assert step_names(tmp_path) == ["step-00000001"]
 
 
-def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": weights[:1], "weight_decay": 0.1},
-        {"params": weights[1:]},
-    ]
-    return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
-
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "adamw": adamw,
-    "adamw fused": lambda weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
-    "adamw foreach": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
-    "adamw amsgrad": lambda weights: torch.optim.AdamW(weights, lr=0.01, amsgrad=True),
-    "adamw tensor lr": lambda weights: torch.optim.AdamW(weights, lr=torch.tensor(0.01)),
-    "adamw named": lambda weights: torch.optim.AdamW(zip("ab", weights, strict=True)),
-    "muon": lambda weights: torch.optim.Muon(weights, lr=0.01, adjust_lr_fn="match_rms_adamw"),
-    "sgd": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9),
-}
-
-
-def make_weights() -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(2)]
-
-
-def train(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
-    for step in steps:
-        generator = torch.Generator().manual_seed(step)
-        for weight in weights:
-            weight.grad = torch.randn(6, 4, generator=generator)
-        for group in optimizer.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                group["lr"] *= 0.9
-        optimizer.step()
-
-
-def assert_same_tree(got: Any, expected: Any) -> None:
-    assert type(got) is type(expected)
-    if isinstance(expected, Tensor):
-        assert got.dtype == expected.dtype
-        assert got.device == expected.device
-        assert torch.equal(got, expected)
-    elif isinstance(expected, dict):
-        assert got.keys() == expected.keys()
-        for key in expected:
-            assert_same_tree(got[key], expected[key])
-    elif isinstance(expected, (list, tuple)):
-        assert len(got) == len(expected)
-        for got_item, expected_item in zip(got, expected, strict=True):
-            assert_same_tree(got_item, expected_item)
-    else:
-        assert got == expected
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_three_steps_and_a_resume_equal_six_steps(tmp_path: Path, name: str) -> None:
-    straight = make_weights()
-    optimizer = OPTIMIZERS[name](straight)
-    train(straight, optimizer, range(6))
-
-    weights = make_weights()
-    first = OPTIMIZERS[name](weights)
-    train(weights, first, range(3))
-    tensors, meta = flatten_optimizer_state(first)
-    model = {str(index): weight for index, weight in enumerate(weights)}
-    save_checkpoint(
-        tmp_path, 3, tensors={"model": model, "optimizer": tensors}, state={"optimizer": meta}
-    )
-
-    loaded = newest_checkpoint(tmp_path)
-    assert loaded is not None
-    resumed = [nn.Parameter(loaded.tensors["model"][str(index)].clone()) for index in range(2)]
-    second = OPTIMIZERS[name](resumed)
-    restore_optimizer_state(second, loaded.tensors["optimizer"], loaded.state["optimizer"])
-    assert_same_tree(second.state_dict(), first.state_dict())
-    before = {key: value.clone() for key, value in loaded.tensors["optimizer"].items()}
-    train(resumed, second, range(3, 6))
-
-    for got, expected in zip(resumed, straight, strict=True):
-        assert torch.equal(got, expected)
-    assert_same_tree(second.state_dict(), optimizer.state_dict())
-    assert_same_tree(loaded.tensors["optimizer"], before)  # training did not write into it
-
-
-def test_optimizer_state_keeps_a_dtype_other_than_the_parameters() -> None:
-    def make() -> torch.optim.Optimizer:
-        return torch.optim.AdamW([nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))])
-
-    optimizer = make()
-    parameter = optimizer.param_groups[0]["params"][0]
-    moments = torch.full((3, 2), 1 / 3)
-    optimizer.state[parameter] = {
-        "step": torch.tensor(7.0),
-        "exp_avg": moments,
-        "exp_avg_sq": moments.double(),
-        "history": [moments, (2, None)],
-    }
-    other = make()
-    restore_optimizer_state(other, *flatten_optimizer_state(optimizer))
-    assert_same_tree(other.state_dict(), optimizer.state_dict())
-
-
-def test_names_of_flattened_tensors_say_what_they_are() -> None:
-    weights = make_weights()
-    optimizer = adamw(weights)
-    train(weights, optimizer, range(1))
-    tensors, meta = flatten_optimizer_state(optimizer)
-    assert {"state.0.exp_avg", "state.1.step"} <= tensors.keys()
-    assert json.loads(json.dumps(meta)) == meta
-
-
-def test_state_of_other_parameters_is_a_user_error() -> None:
-    weights = make_weights()
-    optimizer = OPTIMIZERS["muon"](weights)
-    train(weights, optimizer, range(1))
-    tensors, meta = flatten_optimizer_state(optimizer)
-    with pytest.raises(UserError, match="optimizer state: does not fit"):
-        restore_optimizer_state(OPTIMIZERS["muon"](weights[:1]), tensors, meta)
-    tensors.popitem()
-    with pytest.raises(UserError, match="optimizer state: does not fit"):
-        restore_optimizer_state(OPTIMIZERS["muon"](weights), tensors, meta)
-    optimizer.state[weights[0]]["odd"] = object()
-    with pytest.raises(ValueError, match=r"state\.0\.odd: got a object"):
-        flatten_optimizer_state(optimizer)
-
-
-def test_old_checkpoints_that_cannot_be_deleted_do_not_stop_the_run(
+def test_undeletable_checkpoints_do_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for step in (1, 2):

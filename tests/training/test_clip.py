@@ -1,4 +1,4 @@
-"""CLIP's batches, its retrieval scores, and a CLIP that learns colors and shapes."""
+"""CLIP's batches and retrieval scores, and a CLIP that learns colors and shapes."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def test_uniforms_choose_caption_and_shift() -> None:
     torch.testing.assert_close(pixels[3, :, :, :-1], true[3, :, :, 1:])
 
 
-def test_equal_captions_and_equal_images_belong_together() -> None:
+def test_equal_captions_and_images_match() -> None:
     text = torch.tensor([[1, 2], [3, 0], [1, 2], [4, 0], [5, 0]])
     got = matches(text, torch.tensor([7, 8, 9, 8, 6]))
     expected = torch.eye(5, dtype=torch.bool)
@@ -65,11 +65,11 @@ def test_equal_captions_and_equal_images_belong_together() -> None:
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_the_loss_is_that_of_the_kind(loss: str) -> None:
+def test_loss_of_each_kind(loss: str) -> None:
     task = build_task(loss=loss)
     batch = task.make_batch(torch.arange(4), torch.full((4, 3), 0.9))
     model = task.ranker.model
-    got, metrics = task.loss(model, batch, progress=0.0, generator=torch.Generator())
+    got, metrics = task.loss(model, batch)
     logits = model(batch["text_token_ids"], batch["pixels"])
     is_match = matches(batch["text_token_ids"], torch.arange(4))
     assert int(is_match.sum()) == 6  # images 1 and 3 are both "a blue box" now
@@ -78,11 +78,11 @@ def test_the_loss_is_that_of_the_kind(loss: str) -> None:
     assert 0 <= float(metrics["batch_r1"]) <= 1
 
 
-def test_retrieval_counts_every_right_answer() -> None:
+def test_retrieval_counts_every_match() -> None:
     ranker = tiny.build_ranker()
     retrieval = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.text_tokenizer)
     assert retrieval.captions == ["a red disc", "a blue box", "a green box"]
-    assert retrieval.is_right.tolist() == [
+    assert retrieval.is_match.tolist() == [
         [True, False, False],
         [False, True, False],
         [True, False, False],
@@ -91,23 +91,23 @@ def test_retrieval_counts_every_right_answer() -> None:
     assert retrieval.chance == pytest.approx(5 / 12)
     images = ranker.embed_pixels(retrieval.pixels.float() / 127.5 - 1)
     texts = ranker.embed_texts(retrieval.captions)
-    to_text, to_image = [], []
+    similarity = (images @ texts.T).tolist()
+    to_text, to_image = 0, 0
     for row in range(4):
-        best = max(range(3), key=lambda column: float(images[row] @ texts[column]))
-        to_text.append(retrieval.is_right[row, best].item())
+        to_text += bool(retrieval.is_match[row, similarity[row].index(max(similarity[row]))])
     for column in range(3):
-        best = max(range(4), key=lambda row: float(images[row] @ texts[column]))
-        to_image.append(retrieval.is_right[best, column].item())
+        of_images = [similarity[row][column] for row in range(4)]
+        to_image += bool(retrieval.is_match[of_images.index(max(of_images)), column])
     scores = score_retrieval(ranker, retrieval)
-    assert scores["image_to_text_r1"] == pytest.approx(sum(to_text) / 4)
-    assert scores["text_to_image_r1"] == pytest.approx(sum(to_image) / 3)
+    assert scores["image_to_text_r1"] == pytest.approx(to_text / 4)
+    assert scores["text_to_image_r1"] == pytest.approx(to_image / 3)
 
 
 @pytest.mark.parametrize(
     ("loss", "steps"),
     [("softmax", 160), pytest.param("sigmoid", 480, marks=pytest.mark.slow)],  # learns later
 )
-def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int) -> None:
+def test_it_learns_captions(tmp_path: Path, loss: str, steps: int) -> None:
     data = tiny.write_data(tmp_path / "data", count=60)
     rows = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for number, row in enumerate(rows):  # all twelve captions are held out
@@ -133,14 +133,14 @@ def test_it_learns_which_caption_is_whose(tmp_path: Path, loss: str, steps: int)
     rows = tiny.read_metrics(tmp_path / "run")
     measured = [row for row in rows if "validation/chance_r1" in row][-1]
     assert measured["validation/image_to_text_r1"] == report["image_to_text_r1"]
-    # What it is for: of several images, the one that was asked for.
+    # Its purpose: choose the image that fits a prompt best.
     ranker = ClipRanker.from_pretrained(folder)
     images = [tiny.render_image(number) for number in range(12)]
     found = [int(ranker.score(images, [text] * 12).argmax()) for text in tiny.CAPTIONS]
     assert sum(at == number for number, at in enumerate(found)) >= 6
 
 
-def test_what_no_run_can_use_is_refused(tmp_path: Path) -> None:
+def test_impossible_settings_are_refused(tmp_path: Path) -> None:
     config = tiny.clip_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
     image = dataclasses.replace(config.model.image, patch_size=5)
     towers = dataclasses.replace(config.model, image=image)

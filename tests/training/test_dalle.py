@@ -13,10 +13,16 @@ from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle_shared import DalleLogits
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.training.dalle import DalleTask, DalleTaskConfig, text_loss
+from dalle_mini_impl.training.dalle import (
+    DalleTask,
+    DalleTaskConfig,
+    SampleUniforms,
+    text_loss,
+)
 from tests.reference import tiny
 
 LENGTH, TEXT_LENGTH, BATCH = 4, 8, 200
+RASTER_ORDER = torch.arange(LENGTH).expand(BATCH, -1)
 
 
 @pytest.fixture(scope="module")
@@ -56,10 +62,8 @@ class Spy(nn.Module):
     def forward(self, text: Tensor, image: Tensor, *, image_order: Tensor) -> DalleLogits:
         self.calls.append((text, image, image_order))
         vocab, codebook = self.sizes
-        batch = len(text)
-        return DalleLogits(
-            torch.zeros(batch, TEXT_LENGTH, vocab), torch.zeros(batch, LENGTH, codebook)
-        )
+        shape = len(text), TEXT_LENGTH, vocab
+        return DalleLogits(torch.zeros(shape), torch.zeros(len(text), LENGTH, codebook))
 
 
 def run(task: DalleTask, *, progress: float = 0.0) -> tuple[dict[str, Tensor], Any, Any]:
@@ -68,25 +72,30 @@ def run(task: DalleTask, *, progress: float = 0.0) -> tuple[dict[str, Tensor], A
     sample_ids = torch.randint(0, task.num_samples, (BATCH,), generator=generator)
     batch = task.make_batch(sample_ids, torch.rand(BATCH, task.num_uniforms, generator=generator))
     spy = Spy(task.pipeline.dalle)
-    results = task.loss(spy, batch, progress=progress, generator=generator)
+    results = task.loss(spy, batch, progress=progress)
     return batch | {"ids": sample_ids}, spy.calls[0], results
 
 
-def test_a_uniform_model_scores_the_uniform_baselines(pipeline: TextToImagePipeline) -> None:
+def test_every_column_has_one_name() -> None:
+    matrix = torch.arange(2.0 * SampleUniforms.count(LENGTH)).view(2, -1)
+    uniforms = SampleUniforms.from_matrix(matrix)
+    assert [value.shape[1:].numel() for value in uniforms] == [1] * 6 + [LENGTH] * 3
+    columns = [value if value.ndim == 2 else value[:, None] for value in uniforms]
+    assert torch.equal(torch.cat(columns, dim=1), matrix)
+
+
+def test_uniform_predictions_score_uniform_baselines(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline, text_loss_weight=0.25)
     _, _, (loss, metrics) = run(task)
+    vocab_size = pipeline.text_tokenizer.vocab_size
     assert float(metrics["image_nats"]) == pytest.approx(math.log(36), abs=1e-5)
-    assert float(metrics["text_nats"]) == pytest.approx(
-        math.log(pipeline.text_tokenizer.vocab_size), abs=1e-5
-    )
+    assert float(metrics["text_nats"]) == pytest.approx(math.log(vocab_size), abs=1e-5)
     assert task.baselines["baseline/image_uniform_nats"] == pytest.approx(math.log(36))
-    expected = metrics["image_nats"] + 0.25 * metrics["text_nats"]
-    torch.testing.assert_close(loss, expected)
+    assert task.baselines["baseline/text_uniform_nats"] == pytest.approx(math.log(vocab_size))
+    torch.testing.assert_close(loss, metrics["image_nats"] + 0.25 * metrics["text_nats"])
 
 
-def test_the_unigram_baselines_are_entropies_of_the_training_set(
-    pipeline: TextToImagePipeline,
-) -> None:
+def test_unigram_baselines_are_entropies(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline)
 
     def entropy(tokens: list[int]) -> float:
@@ -97,40 +106,33 @@ def test_the_unigram_baselines_are_entropies_of_the_training_set(
     text = [token for token in task.train.text_token_ids.flatten().tolist() if token]
     assert task.baselines["baseline/image_unigram_nats"] == pytest.approx(entropy(image))
     assert task.baselines["baseline/text_unigram_nats"] == pytest.approx(entropy(text))
-    vocab_size = pipeline.dalle.config.vocab_size
-    assert task.baselines["baseline/text_uniform_nats"] == pytest.approx(math.log(vocab_size))
 
 
-def test_no_augmentation_leaves_images_unchanged(
-    pipeline: TextToImagePipeline,
-) -> None:
-    batch, (text, image, order), _ = run(build_task(pipeline))
+def test_no_augmentation_leaves_images_unchanged(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline)
+    batch, (text, image, order), _ = run(task)
     assert torch.equal(image, task.train.image_token_ids[batch["ids"], 0].long())
-    assert torch.equal(order, torch.arange(LENGTH).expand(BATCH, -1))
+    assert torch.equal(order, RASTER_ORDER)
     own = task.train.text_token_ids.reshape(50, 2, TEXT_LENGTH)[batch["ids"]]
     is_first, is_second = (text == own[:, 0]).all(1), (text == own[:, 1]).all(1)
     assert (is_first | is_second).all()
     assert float(is_first.float().mean()) == pytest.approx(0.5, abs=0.1)
 
 
-def test_a_dropped_caption_is_hidden_and_not_counted(pipeline: TextToImagePipeline) -> None:
+def test_dropped_captions_are_hidden_and_not_counted(pipeline: TextToImagePipeline) -> None:
     batch, (text, _, _), (_, metrics) = run(build_task(pipeline, caption_dropout_probability=0.25))
     hidden = (text == PAD_TOKEN_ID).all(dim=1)
     assert 0.15 < hidden.float().mean() < 0.35
     assert torch.equal(text[~hidden], batch["text_token_ids"][~hidden])
     fraction = float((~hidden).float().mean())
-    assert float(metrics["text_nats"]) == pytest.approx(
-        fraction / 0.75 * math.log(pipeline.text_tokenizer.vocab_size), rel=1e-5
-    )
+    expected = fraction / 0.75 * math.log(pipeline.text_tokenizer.vocab_size)
+    assert float(metrics["text_nats"]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_random_order_is_a_permutation_and_the_targets_go_along(
-    pipeline: TextToImagePipeline,
-) -> None:
+def test_random_order_permutes_inputs_and_targets(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline, random_order_probability=0.5)
     batch, (_, image, order), _ = run(task)
-    assert torch.equal(order.sort(dim=1).values, torch.arange(LENGTH).expand(BATCH, -1))
+    assert torch.equal(order.sort(dim=1).values, RASTER_ORDER)
     shuffled = (order != torch.arange(LENGTH)).any(dim=1)
     assert 0.35 < shuffled.float().mean() < 0.6  # one in 24 permutations changes nothing
     assert len({tuple(row) for row in order.tolist()}) == math.factorial(LENGTH)
@@ -138,7 +140,7 @@ def test_random_order_is_a_permutation_and_the_targets_go_along(
     assert torch.equal(raster, batch["image_token_ids"])
 
     class Knows(nn.Module):
-        """Puts all its mass on the token of the cell that it is asked for."""
+        """Puts all its mass on the token of the requested cell."""
 
         def forward(self, text: Tensor, image: Tensor, *, image_order: Tensor) -> DalleLogits:
             targets = batch["image_token_ids"].gather(1, image_order)
@@ -146,27 +148,26 @@ def test_random_order_is_a_permutation_and_the_targets_go_along(
             return DalleLogits(torch.zeros(BATCH, TEXT_LENGTH, 300), sure)
 
     del batch["ids"]
-    generator = torch.Generator()
     for noise in (0.0, 1.0):  # noise is for the inputs alone
         task = build_task(pipeline, random_order_probability=0.5, token_noise_probability=noise)
-        _, metrics = task.loss(Knows(), batch, progress=0.0, generator=generator)
+        _, metrics = task.loss(Knows(), batch, progress=0.0)
         assert float(metrics["image_nats"]) < 1e-6
 
 
-def test_token_noise_changes_inputs_and_never_targets(pipeline: TextToImagePipeline) -> None:
+def test_token_noise_changes_inputs_only(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline, token_noise_probability=0.5)
     batch, (_, image, _), _ = run(task)
     changed = image != batch["image_token_ids"]
-    # Each sample generates its share below a half; a stranger may have the same token.
+    # Each sample has its own fraction below a half; another image may have the same token.
     assert float(changed.float().mean()) == pytest.approx(0.25 * 35 / 36, abs=0.06)
     counts = Counter(changed.sum(dim=1).tolist())
-    assert counts[0] > BATCH * 0.75**LENGTH  # more than if all samples had the same share
+    assert counts[0] > BATCH * 0.75**LENGTH  # more than if all samples had the same fraction
     for cell in range(LENGTH):  # a replacement is another image's token of the same cell
         known = set(task.train.image_token_ids[:, 0, cell].tolist())
         assert set(image[changed[:, cell], cell].tolist()) <= known
 
 
-def test_shifted_views_and_all_other_noise_end_in_time(pipeline: TextToImagePipeline) -> None:
+def test_augmentation_ends_in_time(pipeline: TextToImagePipeline) -> None:
     task = build_task(
         pipeline,
         shifted_view_probability=1.0,
@@ -180,10 +181,10 @@ def test_shifted_views_and_all_other_noise_end_in_time(pipeline: TextToImagePipe
     assert (counts > 0.2).all()  # every view is used
     batch, (_, image, order), _ = run(task, progress=0.6)
     assert torch.equal(image, task.train.image_token_ids[batch["ids"], 0].long())
-    assert torch.equal(order, torch.arange(LENGTH).expand(BATCH, -1))
+    assert torch.equal(order, RASTER_ORDER)
 
 
-def test_a_sample_is_the_same_whatever_stands_beside_it(pipeline: TextToImagePipeline) -> None:
+def test_a_sample_does_not_depend_on_its_batch(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline, shifted_view_probability=0.5)
     uniforms = torch.rand(6, task.num_uniforms)
     ids = torch.tensor([3, 1, 4, 1, 5, 9])
@@ -193,20 +194,20 @@ def test_a_sample_is_the_same_whatever_stands_beside_it(pipeline: TextToImagePip
         assert torch.equal(value, whole[name][2:4]), name
 
 
-def test_the_text_loss_is_a_mean_over_captions_of_means_over_tokens() -> None:
+def test_text_loss_is_a_mean_of_means() -> None:
+    """Over captions, of means over tokens; hidden captions count as zero."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 4, 7, generator=generator)
     tokens = torch.tensor([[1, 2, 3, 4], [5, 0, 0, 0], [6, 6, 0, 0]])
-    counted = torch.tensor([True, True, False])
     first = nn.functional.cross_entropy(logits[0], tokens[0])
     second = nn.functional.cross_entropy(logits[1, :1], tokens[1, :1])
-    expected = (first + second) / 3  # hidden captions count as zero
-    torch.testing.assert_close(text_loss(logits, tokens, is_counted=counted), expected)
+    got = text_loss(logits, tokens, is_counted=torch.tensor([True, True, False]))
+    torch.testing.assert_close(got, (first + second) / 3)
 
 
-def test_held_out_figures_agree_with_a_plain_computation(pipeline: TextToImagePipeline) -> None:
+def test_evaluation_agrees_with_a_plain_computation(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline)
-    figures = task.evaluate(pipeline.dalle)
+    figures = task.evaluate()
 
     def plain(data: TokenDataset, *, null: bool) -> float:
         total = 0.0
@@ -221,11 +222,15 @@ def test_held_out_figures_agree_with_a_plain_computation(pipeline: TextToImagePi
 
     given, null = plain(task.held_out, null=False), plain(task.held_out, null=True)
     train = plain(task.train, null=False)
-    assert figures["validation/image_nats"] == pytest.approx(given, abs=1e-4)
-    assert figures["validation/image_nats_null_caption"] == pytest.approx(null, abs=1e-4)
-    assert figures["validation/log_likelihood_ratio_nats"] == pytest.approx(null - given, abs=1e-4)
-    assert figures["validation/train_image_nats"] == pytest.approx(train, abs=1e-4)
-    assert figures["validation/memorization_gap_nats"] == pytest.approx(given - train, abs=1e-4)
+    expected = {
+        "image_nats": given,
+        "image_nats_null_caption": null,
+        "log_likelihood_ratio_nats": null - given,
+        "train_image_nats": train,
+        "memorization_gap_nats": given - train,
+    }
+    for name, value in expected.items():
+        assert figures[f"validation/{name}"] == pytest.approx(value, abs=1e-4), name
     assert abs(null - given) > 1e-3  # this model does read its caption
     assert figures.keys() > task.baselines.keys()
 
@@ -235,26 +240,23 @@ def test_encoder_decoder_reports_image_loss_only() -> None:
     task = build_task(pipeline, text_loss_weight=0.25, caption_dropout_probability=0.3)
     uniforms = torch.rand(BATCH, task.num_uniforms, generator=torch.Generator().manual_seed(1))
     batch = task.make_batch(torch.arange(BATCH) % 50, uniforms)
-    loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0, generator=torch.Generator())
-    hidden = batch["uniforms"][:, 0] < 0.3
+    loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0)
+    hidden = SampleUniforms.from_matrix(uniforms).drop_caption < 0.3
     text = batch["text_token_ids"].masked_fill(hidden[:, None], PAD_TOKEN_ID)
     image = batch["image_token_ids"]
     logs = pipeline.dalle(text, image).image.log_softmax(-1)
     torch.testing.assert_close(loss, -logs.gather(2, image.unsqueeze(2)).mean())
     assert metrics.keys() == {"image_nats"}
-    figures = task.evaluate(pipeline.dalle)
-    assert not [name for name in figures if "text" in name]
-    everything = build_task(tiny.build_pipeline())
-    expected = everything.evaluate(everything.pipeline.dalle).keys()
+    figures = task.evaluate()
+    expected = build_task(tiny.build_pipeline()).evaluate().keys()
     assert figures.keys() == {name for name in expected if "text" not in name}
     assert figures["validation/log_likelihood_ratio_nats"] != 0
 
 
 def test_the_sample_grid_is_always_the_same(pipeline: TextToImagePipeline) -> None:
     task = build_task(pipeline)
-    (first,), (second,) = (task.make_image_grids(pipeline.dalle) for _ in range(2))
+    (first,), (second,) = (task.make_image_grids() for _ in range(2))
     assert first.captions == ["a red disc", "a blue box"]
-    assert [image.tobytes() for image in first.images] == [
-        image.tobytes() for image in second.images
-    ]
-    assert first.images[0].tobytes() != first.images[1].tobytes()
+    as_bytes = [image.tobytes() for image in first.images]
+    assert as_bytes == [image.tobytes() for image in second.images]
+    assert as_bytes[0] != as_bytes[1]

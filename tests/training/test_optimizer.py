@@ -1,19 +1,24 @@
-"""Optimizers against their papers' formulas, and the average of the weights."""
+"""Optimizers against their papers' formulas, their state in checkpoints, and averaged weights."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.training.checkpoint import (
+from dalle_mini_impl.training.checkpoint import newest_checkpoint, save_checkpoint
+from dalle_mini_impl.training.ema import MovingAverage
+from dalle_mini_impl.training.muon import Muon
+from dalle_mini_impl.training.optimizer import (
+    build_optimizers,
     flatten_optimizer_state,
     restore_optimizer_state,
 )
-from dalle_mini_impl.training.ema import MovingAverage
-from dalle_mini_impl.training.muon import Muon
-from dalle_mini_impl.training.optimizer import build_optimizers, keep_memory_formats
 
 OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
@@ -23,7 +28,7 @@ def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in expected}
 
 
-def test_only_matrices_decay_and_every_weight_is_trained(
+def test_only_matrices_decay(
     build_dalle: Callable[..., Dalle],
 ) -> None:
     model = build_dalle()
@@ -42,7 +47,7 @@ def test_only_matrices_decay_and_every_weight_is_trained(
     assert len(everything) == len({id(p) for p in everything}) == len(list(model.parameters()))
 
 
-def test_muon_takes_the_hidden_matrices_alone(build_dalle: Callable[..., Dalle]) -> None:
+def test_muon_trains_hidden_matrices_only(build_dalle: Callable[..., Dalle]) -> None:
     model = build_dalle()
     adamw, muon = build_optimizers(model, kind="muon", **OPTIONS)  # type: ignore[arg-type]
     hidden = [parameter for group in muon.param_groups for parameter in group["params"]]
@@ -78,7 +83,7 @@ def test_adamw_follows_the_paper() -> None:
 
 
 @pytest.mark.parametrize("shape", [(12, 12), (8, 20), (20, 8)])
-def test_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
+def test_muon_updates_like_torchs(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=generator)
     gradients = [torch.randn(shape, generator=generator) for _ in range(3)]
@@ -98,7 +103,7 @@ def test_muon_updates_as_torchs_does(shape: tuple[int, int]) -> None:
     assert float((ours - theirs).norm() / theirs.norm()) < 0.02
 
 
-def test_restored_moments_lie_in_memory_as_the_weights_do() -> None:
+def test_restored_moments_have_the_layout_of_weights() -> None:
     """Fused AdamW on a CPU would pair the wrong elements without a word."""
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(4, 3, 3, 3, generator=generator) for _ in range(4)]
@@ -122,13 +127,138 @@ def test_restored_moments_lie_in_memory_as_the_weights_do() -> None:
     as_in_a_file = {name: value.contiguous() for name, value in tensors.items()}
     (second,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
     restore_optimizer_state(second, as_in_a_file, rest)
-    keep_memory_formats(second)
     assert second.state[model.weight]["exp_avg"].stride() == model.weight.stride()
     steps(second, gradients[2:])
     assert torch.equal(model.weight, expected)
 
 
-def test_the_average_follows_its_formula_and_swaps_back() -> None:
+def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [
+        {"params": weights[:1], "weight_decay": 0.1},
+        {"params": weights[1:]},
+    ]
+    return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
+
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "adamw fused": lambda weights: torch.optim.AdamW(weights, lr=0.01, fused=True),
+    "adamw foreach": lambda weights: torch.optim.AdamW(weights, lr=0.01, foreach=True),
+    "adamw amsgrad": lambda weights: torch.optim.AdamW(weights, lr=0.01, amsgrad=True),
+    "adamw tensor lr": lambda weights: torch.optim.AdamW(weights, lr=torch.tensor(0.01)),
+    "adamw named": lambda weights: torch.optim.AdamW(zip("ab", weights, strict=True)),
+    "muon": lambda weights: torch.optim.Muon(weights, lr=0.01, adjust_lr_fn="match_rms_adamw"),
+    "sgd": lambda weights: torch.optim.SGD(weights, lr=0.01, momentum=0.9),
+}
+
+
+def make_weights() -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(6, 4, generator=generator)) for _ in range(2)]
+
+
+def train(weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for weight in weights:
+            weight.grad = torch.randn(6, 4, generator=generator)
+        for group in optimizer.param_groups:  # a function of the step, as in the trainer
+            if not isinstance(group["lr"], Tensor):
+                group["lr"] = 0.01 * 0.9**step
+        optimizer.step()
+
+
+def assert_same_tree(got: Any, expected: Any) -> None:
+    assert type(got) is type(expected)
+    if isinstance(expected, Tensor):
+        assert got.dtype == expected.dtype
+        assert got.device == expected.device
+        assert torch.equal(got, expected)
+    elif isinstance(expected, dict):
+        assert got.keys() == expected.keys()
+        for key in expected:
+            assert_same_tree(got[key], expected[key])
+    elif isinstance(expected, (list, tuple)):
+        assert len(got) == len(expected)
+        for got_item, expected_item in zip(got, expected, strict=True):
+            assert_same_tree(got_item, expected_item)
+    else:
+        assert got == expected
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_three_steps_and_a_resume_equal_six_steps(tmp_path: Path, name: str) -> None:
+    straight = make_weights()
+    optimizer = OPTIMIZERS[name](straight)
+    train(straight, optimizer, range(6))
+
+    weights = make_weights()
+    first = OPTIMIZERS[name](weights)
+    train(weights, first, range(3))
+    tensors, meta = flatten_optimizer_state(first)
+    model = {str(index): weight for index, weight in enumerate(weights)}
+    save_checkpoint(
+        tmp_path, 3, tensors={"model": model, "optimizer": tensors}, state={"optimizer": meta}
+    )
+
+    loaded = newest_checkpoint(tmp_path)
+    assert loaded is not None
+    resumed = [nn.Parameter(loaded.tensors["model"][str(index)].clone()) for index in range(2)]
+    second = OPTIMIZERS[name](resumed)
+    restore_optimizer_state(second, loaded.tensors["optimizer"], loaded.state["optimizer"])
+    assert_same_tree(second.state_dict()["state"], first.state_dict()["state"])
+    before = {key: value.clone() for key, value in loaded.tensors["optimizer"].items()}
+    train(resumed, second, range(3, 6))
+
+    for got, expected in zip(resumed, straight, strict=True):
+        assert torch.equal(got, expected)
+    assert_same_tree(second.state_dict(), optimizer.state_dict())
+    assert_same_tree(loaded.tensors["optimizer"], before)  # training did not write into it
+
+
+def test_optimizer_state_keeps_its_dtype() -> None:
+    def make() -> torch.optim.Optimizer:
+        return torch.optim.AdamW([nn.Parameter(torch.ones(3, 2, dtype=torch.bfloat16))])
+
+    optimizer = make()
+    parameter = optimizer.param_groups[0]["params"][0]
+    moments = torch.full((3, 2), 1 / 3)
+    optimizer.state[parameter] = {
+        "step": torch.tensor(7.0),
+        "exp_avg": moments,
+        "exp_avg_sq": moments.double(),
+        "history": [moments, (2, None)],
+    }
+    other = make()
+    restore_optimizer_state(other, *flatten_optimizer_state(optimizer))
+    assert_same_tree(other.state_dict(), optimizer.state_dict())
+
+
+def test_names_of_flattened_tensors() -> None:
+    weights = make_weights()
+    optimizer = adamw(weights)
+    train(weights, optimizer, range(1))
+    tensors, meta = flatten_optimizer_state(optimizer)
+    assert {"state.0.exp_avg", "state.1.step"} <= tensors.keys()
+    assert json.loads(json.dumps(meta)) == meta
+
+
+def test_state_of_other_parameters_is_a_user_error() -> None:
+    weights = make_weights()
+    optimizer = OPTIMIZERS["muon"](weights)
+    train(weights, optimizer, range(1))
+    tensors, meta = flatten_optimizer_state(optimizer)
+    with pytest.raises(UserError, match="optimizer state: does not fit"):
+        restore_optimizer_state(OPTIMIZERS["muon"](weights[:1]), tensors, meta)
+    tensors.popitem()
+    with pytest.raises(UserError, match="optimizer state: does not fit"):
+        restore_optimizer_state(OPTIMIZERS["muon"](weights), tensors, meta)
+    optimizer.state[weights[0]]["odd"] = object()
+    with pytest.raises(ValueError, match=r"state\.0\.odd: got a object"):
+        flatten_optimizer_state(optimizer)
+
+
+def test_the_average_follows_its_formula() -> None:
     model = nn.BatchNorm1d(2)  # with buffers, which are not averaged
     average = MovingAverage(model, decay=0.9)
     expected = model.weight.detach().double()

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from dalle_mini_impl.cli.check_data import tokenizer_of
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from dalle_mini_impl.training.estimate import tokenizer_of
 from tests.reference import tiny
 from tests.reference.other_tokenizers import SIZE, source_folder
 

@@ -1,7 +1,6 @@
-"""Whole runs: stopped and resumed bit for bit, refused where they would destroy something."""
+"""Whole runs: resumed bit for bit, refused where they would destroy something."""
 
 import dataclasses
-import json
 import logging
 import shutil
 import subprocess
@@ -13,88 +12,50 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.run import claim_output_dir, save_config
+from dalle_mini_impl.training.run import (
+    claim_output_dir,
+    only_main_process_informs,
+    save_config,
+)
 from tests.reference import tiny
-
-EVERYTHING_RANDOM = {
-    "caption_dropout_probability": 0.3,
-    "token_noise_probability": 0.2,
-    "random_order_probability": 0.5,
-    "shifted_view_probability": 0.5,
-    "augmentation_ends_at": 1.0,
-}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """All tensors of a checkpoint or model folder, byte for byte."""
-    found = {path.relative_to(folder): path for path in folder.rglob("*.safetensors")}
-    return {str(name): path.read_bytes() for name, path in found.items()}
-
-
-def results(out: Path) -> dict[str, Any]:
-    """Everything that must not depend on whether a run was stopped."""
-    checkpoint = out / "checkpoints" / "step-00000006"
-    state = json.loads((checkpoint / "state.json").read_text())["state"]
-    timeless = {key: value for key, value in state.items() if key != "elapsed_seconds"}
-    later = [row for row in tiny.read_metrics(out) if row["step"] > 3]
-    timed = ("time", "train/data_wait_fraction", "train/save_fraction")
-    figures = [
-        {key: value for key, value in row.items() if "second" not in key and key not in timed}
-        for row in later
-    ]
-    return {
-        "checkpoint": files_of(checkpoint),
-        "state": timeless,
-        "model": files_of(out / "model"),
-        "figures": figures,
-        "images": {path.name: path.read_bytes() for path in (out / "samples").glob("*.png")},
-    }
+from tests.reference.log_lines import log_lines
+from tests.reference.runs import EVERYTHING_RANDOM, checkpoint_dir, read_files, run_results
 
 
 def assert_resumes_exactly(config: Any) -> None:
     """Run six steps; then, from the checkpoint of step 3 and with new objects, the last three."""
     out = Path(config.output_dir)
     tiny.train(config)
-    straight = results(out)
+    straight = run_results(out, 6)
     assert len(straight["checkpoint"]) >= 3  # model, average, optimizer
-    assert len(straight["figures"]) >= 4
-    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    assert len(straight["rows"]) >= 8
+    shutil.rmtree(checkpoint_dir(out, 6))
     shutil.rmtree(out / "model")
     _, lines = tiny.train(config, resume="latest")
     assert any(line.startswith("resuming at step 3") for line in lines)
-    resumed = results(out)
-    assert resumed["figures"] == straight["figures"]
+    resumed = run_results(out, 6)
+    assert resumed["rows"] == straight["rows"]
     assert resumed == straight
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "muon"},
+        {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"activation_checkpointing": True, "decoder": tiny.WITH_ENCODER},
+    ],
+    ids=["adamw", "muon", "recomputed", "encoder_decoder"],
+)
 def test_a_decoder_run_resumes_bit_for_bit(
-    data: Path, vqvae_dir: Path, tmp_path: Path, optimizer: str
+    data: Path, vqvae_dir: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     config = tiny.dalle_run(
-        data,
-        vqvae_dir,
-        tmp_path / "run",
-        task=EVERYTHING_RANDOM,
-        optimizer=optimizer,
-        ema_decay=0.9,
+        data, vqvae_dir, tmp_path / "run", task=EVERYTHING_RANDOM, ema_decay=0.9, **options
     )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, balance_by="color"))
     assert_resumes_exactly(config)
-
-
-@pytest.mark.parametrize("decoder", [{}, tiny.WITH_ENCODER], ids=["decoder", "encoder_decoder"])
-def test_a_run_that_recomputes_activations_resumes_bit_for_bit(
-    data: Path, vqvae_dir: Path, tmp_path: Path, decoder: dict[str, Any]
-) -> None:
-    options: dict[str, Any] = {"gradient_accumulation_steps": 2, "ema_decay": 0.9}
-    out, task = tmp_path / "run", EVERYTHING_RANDOM
-    assert_resumes_exactly(
-        tiny.dalle_run(
-            data, vqvae_dir, out, task=task, decoder=decoder, activation_checkpointing=True,
-            **options,
-        )
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
@@ -108,8 +69,8 @@ def test_a_tokenizer_run_resumes_bit_for_bit(data: Path, tmp_path: Path, quantiz
 
 def test_a_translation_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     table = tiny.write_text_pairs(tmp_path / "pairs.tsv")
-    options: dict[str, Any] = {"schedule": "inverse_sqrt", "ema_decay": 0.9}
-    assert_resumes_exactly(tiny.translation_run(table, tmp_path / "run", **options))
+    config = tiny.translation_run(table, tmp_path / "run", schedule="inverse_sqrt", ema_decay=0.9)
+    assert_resumes_exactly(config)
 
 
 @pytest.mark.parametrize("implementation", ["ours", "transformers"])
@@ -174,7 +135,7 @@ def test_two_runs_cannot_use_one_folder(
         for resume in (None, "latest"):
             with pytest.raises(UserError, match=r"output_dir: .*run is in use by another run"):
                 tiny.train(config, resume=resume)
-        with monkeypatch.context() as patch:  # other processes of a run share its folder
+        with monkeypatch.context() as patch:  # all processes of a run use one folder
             patch.setenv("RANK", "1")
             with claim_output_dir(config, None):
                 pass
@@ -185,7 +146,19 @@ def test_two_runs_cannot_use_one_folder(
     tiny.train(config, resume="latest")
 
 
-def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
+def test_only_the_main_process_informs(monkeypatch: pytest.MonkeyPatch) -> None:
+    logger = logging.getLogger("dalle_mini_impl.training.run")
+    with log_lines() as lines:
+        for rank in ("0", "1"):
+            monkeypatch.setenv("RANK", rank)
+            with only_main_process_informs():
+                logger.info("from %s", rank)
+                assert logger.isEnabledFor(logging.WARNING)
+            logger.info("after %s", rank)
+    assert lines == ["from 0", "after 0", "after 1"]
+
+
+def test_resuming_from_nothing_starts_at_step_0(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", max_steps=1)
@@ -196,27 +169,25 @@ def test_resuming_from_nothing_starts_at_the_beginning_and_says_so(
     assert next(row["step"] for row in tiny.read_metrics(tmp_path / "run")) == 1
 
 
-def test_a_resumed_run_takes_the_learning_rate_of_its_config(
+def test_a_resumed_run_takes_its_own_learning_rate(
     data: Path, vqvae_dir: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    ends = {}
-    for rate in (0.0, 1e-2):
+    changes = {}
+    for rate in (1e-12, 1e-2):
         shutil.rmtree(out, ignore_errors=True)
         options: dict[str, Any] = {"optimizer": "muon", "weight_decay": 0.0, "warmup_steps": 0}
         tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=3, **options))
         before = load_file(out / "model" / "dalle" / "model.safetensors")
-        options["learning_rate"] = rate or 1e-12
-        tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=6, **options), resume="latest")
+        options |= {"learning_rate": rate, "max_steps": 6}
+        tiny.train(tiny.dalle_run(data, vqvae_dir, out, **options), resume="latest")
         after = load_file(out / "model" / "dalle" / "model.safetensors")
-        ends[rate] = max(float((after[name] - before[name]).abs().max()) for name in before)
-    assert ends[0.0] < 1e-6
-    assert ends[1e-2] > 1e-3
+        changes[rate] = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert changes[1e-12] < 1e-6
+    assert changes[1e-2] > 1e-3
 
 
-def test_a_decoder_does_not_go_on_with_other_tokens(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_other_tokens_are_refused(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     tiny.train(tiny.dalle_run(data, vqvae_dir, out, max_steps=3))
     kept = {path: path.read_bytes() for path in (out / "config.yaml", out / "metrics.jsonl")}
@@ -230,33 +201,29 @@ def test_a_decoder_does_not_go_on_with_other_tokens(
 def test_a_finished_run_resumes_to_its_end_again(data: Path, tmp_path: Path) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", max_steps=2)
     tiny.train(config)
-    before = files_of(tmp_path / "run" / "model")
+    before = read_files(tmp_path / "run" / "model")
     tiny.train(config, resume="latest")
-    assert files_of(tmp_path / "run" / "model") == before
+    assert read_files(tmp_path / "run" / "model") == before
 
 
-def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_impossible_resumes_are_refused(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     config = tiny.vqvae_run(data, out, max_steps=1)
     tiny.train(config)
-    with pytest.raises(UserError, match=r"output_dir: .* already holds a run; pass --resume"):
-        tiny.train(config)
-    with pytest.raises(UserError, match=r"output_dir: .* already holds a run; pass --resume"):
-        tiny.train(tiny.dalle_run(data, vqvae_dir, out))
+    for other in (config, tiny.dalle_run(data, vqvae_dir, out)):
+        with pytest.raises(UserError, match=r"output_dir: .* already holds a run; pass --resume"):
+            tiny.train(other)
     assert not (out / "tokens").exists()  # refused before any work
 
-    other = tiny.vqvae_run(data, out, max_steps=2, vqvae={"channels": (8, 16)})
-    with pytest.raises(
-        UserError, match=r"resume: .* does not fit this config: vqvae.channels was \[8, 12\], is"
-    ):
-        tiny.train(other, resume="latest")
+    wider = tiny.vqvae_run(data, out, max_steps=2, vqvae={"channels": (8, 16)})
+    message = r"resume: .* does not fit this config: vqvae.channels was \[8, 12\], is"
+    with pytest.raises(UserError, match=message):
+        tiny.train(wider, resume="latest")
     averaged = tiny.vqvae_run(data, out, max_steps=2, ema_decay=0.9)
     with pytest.raises(UserError, match=r"resume: .* does not fit this config"):
         tiny.train(averaged, resume="latest")
     with pytest.raises(UserError, match="no such folder"):
-        tiny.train(config, resume=str(out / "checkpoints" / "step-00000009"))
+        tiny.train(config, resume=str(checkpoint_dir(out, 9)))
 
     (tmp_path / "file").write_text("")
     for bad in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -272,7 +239,7 @@ def test_what_would_destroy_a_run_or_cannot_go_on_is_refused(
         ({"validation_split": "later"}, "data.source: .* no split 'later', it has train, val"),
     ],
 )
-def test_data_that_does_not_serve_is_named(
+def test_unusable_data_are_named(
     data: Path, tmp_path: Path, change: dict[str, str], message: str
 ) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run")
@@ -282,21 +249,19 @@ def test_data_that_does_not_serve_is_named(
 
 
 def test_a_decoder_needs_a_tokenizer(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"vqvae_dir: .*expected a folder that train_vqvae.py wrote"
-    ):
+    message = "vqvae_dir: .*expected a folder that train_vqvae.py wrote"
+    with pytest.raises(UserError, match=message):
         tiny.train(tiny.dalle_run(data, tmp_path / "nothing", tmp_path / "run"))
 
 
 def test_the_batch_must_divide(data: Path, tmp_path: Path) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", gradient_accumulation_steps=3)
-    with pytest.raises(
-        UserError, match=r"training.global_batch_size: got 8, expected a multiple of 3"
-    ):
+    message = "training.global_batch_size: got 8, expected a multiple of 3"
+    with pytest.raises(UserError, match=message):
         tiny.train(config)
 
 
-def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
+def test_the_saved_config_reads_back_equal(tmp_path: Path) -> None:
     from dalle_mini_impl.config import read_config
     from dalle_mini_impl.training.dalle import DalleRunConfig
 
@@ -306,16 +271,14 @@ def test_the_kept_config_reads_back_equal(tmp_path: Path) -> None:
     assert read_config(DalleRunConfig, tmp_path / "config.yaml") == config
 
 
-def test_the_precision_of_one_run_does_not_bind_the_next(data: Path, tmp_path: Path) -> None:
+def test_precision_is_chosen_for_each_run(data: Path, tmp_path: Path) -> None:
     for name in ("bf16", "no"):
         out = tmp_path / name
         tiny.train(tiny.vqvae_run(data, out, max_steps=1, mixed_precision=name))
         assert len(tiny.losses(out)) == 1
 
 
-def test_the_token_data_set_is_read_and_not_made_again(
-    data: Path, vqvae_dir: Path, tmp_path: Path
-) -> None:
+def test_tokens_are_encoded_once(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=1)
     _, lines = tiny.train(config)
     assert sum("encoding" in line for line in lines) == 2  # training and held-out images

@@ -17,8 +17,9 @@ import wandb
 from PIL import Image
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training import tracking
+from dalle_mini_impl.training import tracking, wandb_run
 from dalle_mini_impl.training.tracking import Tracker, TrackingConfig, open_tracker
+from tests.reference import tiny
 from tests.reference.wandb_file import WandbFile, read_wandb_file
 
 REPOSITORY = Path(__file__).parents[2]
@@ -26,6 +27,26 @@ KEY = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = TrackingConfig(mode="offline", project="a-project", run_name="a name")
 DISABLED = TrackingConfig(mode="disabled")
 COLORS = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+
+
+def keys(prefix: str, names: str) -> set[str]:
+    return {f"{prefix}/{name}" for name in names.split()}
+
+
+OF_EVERY_RUN = {"trainer/global_step", "progress"} | keys(
+    "train",
+    "loss learning_rate gradient_norm samples_per_second tokens_per_second data_wait_fraction "
+    "save_fraction",
+)
+OF_A_TOKENIZER = keys("train", "reconstruction_loss psnr_db batch_codebook_perplexity")
+OF_A_TOKENIZER |= keys("validation", "psnr_db codebook_usage codebook_perplexity")
+OF_A_DECODER = keys("train", "image_nats text_nats") | keys(
+    "validation",
+    "image_nats image_nats_null_caption text_nats log_likelihood_ratio_nats memorization_gap_nats",
+)
+OF_A_DECODER |= keys(
+    "baseline", "image_uniform_nats image_unigram_nats text_uniform_nats text_unigram_nats"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +90,7 @@ def make_images() -> list[Image.Image]:
     return [Image.new("RGB", (6, 4), color) for color in COLORS]
 
 
-def test_an_offline_run_holds_all_that_was_logged(
+def test_an_offline_run_records_everything(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output_dir = tmp_path / "runs" / "first"
@@ -114,7 +135,7 @@ def test_an_offline_run_holds_all_that_was_logged(
     assert all(name.endswith(".log") for name in in_home), "wandb keeps data in the home folder"
 
 
-def test_images_lie_in_one_png_with_captions_beside_it(tmp_path: Path) -> None:
+def test_images_in_one_png_with_captions_beside(tmp_path: Path) -> None:
     tracker = open_main(DISABLED, tmp_path)
     images = [*make_images(), Image.new("L", (2, 2), 128)]
     tracker.log_images("samples/validation", images, ["a", "b\nc", "d", ""], 1200)
@@ -137,9 +158,7 @@ def test_only_the_main_process_writes(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resumed_run_keeps_its_id_and_forgets_what_came_after_the_checkpoint(
-    tmp_path: Path,
-) -> None:
+def test_a_resumed_run_keeps_its_id_and_rewinds(tmp_path: Path) -> None:
     tracker = open_main(OFFLINE, tmp_path)
     for step in range(1, 8):
         tracker.log({"loss": float(step)}, step)
@@ -161,10 +180,10 @@ def test_a_resumed_run_keeps_its_id_and_forgets_what_came_after_the_checkpoint(
 def test_a_half_written_line_is_dropped(tmp_path: Path, rest: bytes) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + rest)
     tracker = open_main(DISABLED, tmp_path, resume_step=2)
-    tracker.log({}, 3)
-    tracker.close()
+    tracker.log({}, 3)  # on file at once, not at the end
     steps = [line["step"] for line in read_metrics(tmp_path)]
     assert steps == ([1, 2, 3] if rest.endswith(b"}") else [1, 3])
+    tracker.close()
 
 
 def test_a_new_run_puts_older_metrics_aside(tmp_path: Path) -> None:
@@ -172,13 +191,6 @@ def test_a_new_run_puts_older_metrics_aside(tmp_path: Path) -> None:
     open_main(DISABLED, tmp_path).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert (tmp_path / "metrics.jsonl.old").read_text() == '{"step": 0}\n'
-
-
-def test_every_line_is_on_file_at_once(tmp_path: Path) -> None:
-    tracker = open_main(DISABLED, tmp_path)
-    tracker.log({"loss": 1.0}, 1)
-    assert len(read_metrics(tmp_path)) == 1
-    tracker.close()
 
 
 def test_bad_arguments(tmp_path: Path) -> None:
@@ -238,28 +250,28 @@ def test_auto_needs_a_key_and_a_server(
     monkeypatch: pytest.MonkeyPatch, server: int, tmp_path: Path
 ) -> None:
     use_server(monkeypatch, server)
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     monkeypatch.delenv("WANDB_API_KEY")
     wandb.teardown()
     (tmp_path / "home" / ".netrc").write_text(
         f"machine 127.0.0.1:{server}\n  login user\n  password {KEY}\n"
     )
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 def test_the_old_name_of_the_public_service_counts(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(tracking, "_is_reachable", lambda url: True)
+    monkeypatch.setattr(wandb_run, "_is_reachable", lambda url: True)
     (tmp_path / "home" / ".netrc").write_text(f"machine api.wandb.ai login user password {KEY}\n")
-    assert tracking._choose_mode() == "online"
+    assert wandb_run.choose_mode() == "online"
     use_server(monkeypatch, 9)
     wandb.teardown()
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 @pytest.mark.parametrize("kind", ["refused", "black hole", "slow name look-up"])
@@ -277,27 +289,27 @@ def test_auto_without_a_network_is_offline_within_a_second(
         monkeypatch.setattr(socket, "getaddrinfo", slow_look_up)
     url = os.environ["WANDB_BASE_URL"]
     started = time.perf_counter()
-    assert not tracking._is_reachable(url)
+    assert not wandb_run._is_reachable(url)
     assert time.perf_counter() - started < 3.0
-    monkeypatch.setattr(tracking, "CONNECT_SECONDS", 0.1)
-    assert tracking._choose_mode() == "offline"
+    monkeypatch.setattr(wandb_run, "CONNECT_SECONDS", 0.1)
+    assert wandb_run.choose_mode() == "offline"
 
 
 def test_the_way_through_a_proxy_counts(
     monkeypatch: pytest.MonkeyPatch, server: int, closed_port: int
 ) -> None:
     monkeypatch.setenv("https_proxy", f"127.0.0.1:{server}")
-    assert tracking._is_reachable("https://api.wandb.invalid")
+    assert wandb_run._is_reachable("https://api.wandb.invalid")
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port}")
-    assert not tracking._is_reachable("https://api.wandb.invalid")
+    assert not wandb_run._is_reachable("https://api.wandb.invalid")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    assert tracking._is_reachable(f"https://127.0.0.1:{server}")
+    assert wandb_run._is_reachable(f"https://127.0.0.1:{server}")
 
 
 @pytest.mark.parametrize("mode", ["online", "offline", "disabled"])
 def test_auto_obeys_wandb_mode(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
     monkeypatch.setenv("WANDB_MODE", mode)
-    assert tracking._choose_mode() == mode
+    assert wandb_run.choose_mode() == mode
 
 
 def test_auto_obeys_the_wandb_offline_command(
@@ -307,11 +319,11 @@ def test_auto_obeys_the_wandb_offline_command(
     use_server(monkeypatch, server)
     (tmp_path / "home" / "wandb").mkdir()
     subprocess.run([sys.executable, "-m", "wandb", "offline"], check=True, capture_output=True)
-    assert tracking._choose_mode() == "offline"
+    assert wandb_run.choose_mode() == "offline"
 
 
 @pytest.mark.parametrize("mode", ["auto", "online"])
-def test_online_that_cannot_start_records_offline(
+def test_online_falls_back_to_offline(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -337,24 +349,23 @@ def assert_goes_on(tracker: Tracker, output_dir: Path) -> None:
     assert (output_dir / "samples" / "samples_00000003.png").exists()
 
 
-def test_a_wandb_folder_that_cannot_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_wandb_that_cannot_start(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_installed: bool,
 ) -> None:
-    (tmp_path / "wandb").write_text("a file where a folder should be")
+    if is_installed:
+        (tmp_path / "wandb").write_text("a file where a folder should be")
+    else:
+        monkeypatch.setitem(sys.modules, "wandb", None)
     tracker = open_main(OFFLINE, tmp_path, run_id="abc")
     assert_goes_on(tracker, tmp_path)
     assert tracker.run_id == "abc"
     (warning,) = our_warnings(caplog)
     assert "W&B: cannot start" in warning
-
-
-def test_a_machine_without_wandb(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    assert_goes_on(open_main(OFFLINE, tmp_path), tmp_path)
-    (warning,) = our_warnings(caplog)
-    assert "W&B: cannot start (ModuleNotFoundError" in warning
+    assert ("ModuleNotFoundError" in warning) != is_installed
 
 
 def test_a_call_that_wandb_refuses_ends_wandb_only(
@@ -442,3 +453,40 @@ def test_a_full_disk_costs_metrics_and_not_the_run(
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]
     (warning,) = our_warnings(caplog)
     assert "cannot write metrics or images" in warning
+
+
+def test_wandb_gets_all_metrics_of_real_runs(tmp_path: Path) -> None:
+    data = tiny.write_data(tmp_path / "data")
+    vqvae = tiny.vqvae_run(data, tmp_path / "vqvae", tracking="offline")
+    vqvae_dir, _ = tiny.train(vqvae)
+    dalle = tiny.dalle_run(data, vqvae_dir, tmp_path / "dalle", tracking="offline")
+    tiny.train(dalle)
+
+    found = read_offline_run(tmp_path / "vqvae")
+    history = found["history"]
+    assert history.keys() >= OF_EVERY_RUN | OF_A_TOKENIZER
+    assert len(history["train/loss"]) == 6
+    assert len(history["validation/codebook_usage"]) == 2
+    assert history["reconstructions.captions"][0] == ["original", "reconstruction"] * 5
+    assert history["reconstructions.count"] == [10, 10]
+    assert found["config"]["vqvae"]["channels"] == [8, 12]
+    assert found["config"]["training"]["max_steps"] == 6
+    names = {name.split("/")[-1] for name in found["files"] if name.startswith("artifact:model/")}
+    assert names >= {"config.json", "model.safetensors"}
+
+    found = read_offline_run(tmp_path / "dalle")
+    history = found["history"]
+    assert history.keys() >= OF_EVERY_RUN | OF_A_DECODER
+    assert history["samples.captions"] == [["a red disc", "a blue box"]] * 2
+    images = [name for name in found["files"] if name.startswith("media/images/samples")]
+    assert len(images) >= 2
+    assert found["config"]["decoder"]["hidden_size"] == 16
+    assert found["config"]["fixed_prompts"] == ["a red disc", "a blue box"]
+    artifact = [name for name in found["files"] if name.startswith("artifact:model/")]
+    assert any(name.endswith("/model_index.json") for name in artifact)
+    assert any(name.endswith("/vqvae/model.safetensors") for name in artifact)
+
+    # metrics.jsonl is the truth: W&B has every number of it.
+    for row in read_metrics(tmp_path / "dalle"):
+        for key in row.keys() - {"step", "time"}:
+            assert row[key] in history[key], key

@@ -23,14 +23,16 @@ PAIRS = TextPairs(
 
 def build_task(**changes: float) -> TranslationTask:
     texts = [text for pair in PAIRS.train for text in (pair.source, pair.target)]
-    captions = TextTokenizer(train_text_tokenizer(texts, vocab_size=300), 20)
+    text_tokenizer = TextTokenizer(train_text_tokenizer(texts, vocab_size=300), 20)
     torch.manual_seed(0)
     config = EncoderDecoderConfig(hidden_size=16, num_heads=2, intermediate_size=24)
     model = EncoderDecoder(config, vocab_size=text_tokenizer.vocab_size).eval()
-    return TranslationTask(PAIRS, Translator(model, captions), TranslationTaskConfig(**changes))
+    return TranslationTask(
+        PAIRS, Translator(model, text_tokenizer), TranslationTaskConfig(**changes)
+    )
 
 
-def test_the_loss_counts_tokens_and_the_end_and_no_pads() -> None:
+def test_loss_counts_tokens_and_end_but_no_pads() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 4, 7, generator=generator)
     target = torch.tensor([[3, 4, 0], [1, 2, 3]])
@@ -40,17 +42,17 @@ def test_the_loss_counts_tokens_and_the_end_and_no_pads() -> None:
     second = -sum(log_probs[1, place, token] for place, token in enumerate(target_ids)) / 4
     got = target_nats(logits, target, end_token_id=6)
     torch.testing.assert_close(got, (first + second) / 2)
-    # Szegedy et al. 2016: the target's share goes to all tokens evenly, itself included.
+    # Szegedy et al. 2016: the smoothed fraction goes to all tokens evenly, the target included.
     uniform = [-log_probs[0, :3].mean(dim=-1).mean(), -log_probs[1].mean(dim=-1).mean()]
     smoothed = target_nats(logits, target, end_token_id=6, label_smoothing=0.1)
     expected = 0.9 * (first + second) / 2 + 0.1 * (uniform[0] + uniform[1]) / 2
     torch.testing.assert_close(smoothed, expected)
 
 
-def test_held_out_texts_are_compared_as_the_tokenizer_writes_them() -> None:
+def test_evaluation_compares_normalized_texts() -> None:
     task = build_task()
     assert task.references == ["disc red"]
-    figures = task.evaluate(task.translator.model)
+    figures = task.evaluate()
     assert figures["validation/greedy_exact"] == 0.0
     source, target = task.held_out
     logits = task.translator.model(source, target)
@@ -58,7 +60,7 @@ def test_held_out_texts_are_compared_as_the_tokenizer_writes_them() -> None:
     assert figures["validation/nats"] == pytest.approx(float(nats.detach()), abs=1e-5)
 
 
-def test_batches_hold_no_column_of_pads_alone() -> None:
+def test_batches_have_no_column_of_pads_alone() -> None:
     task = build_task()
     batch = task.make_batch(torch.tensor([0]), torch.zeros(1, 2))
     both = task.make_batch(torch.tensor([0, 1]), torch.zeros(2, 2))
@@ -68,7 +70,7 @@ def test_batches_hold_no_column_of_pads_alone() -> None:
         assert not both[name][:1, tokens.shape[1] :].any()
 
 
-def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_ones() -> None:
+def test_bpe_dropout_varies_training_texts_only() -> None:
     task = build_task(bpe_dropout_probability=0.5)
     plain = build_task()
     decode = task.translator.text_tokenizer.decode
@@ -92,13 +94,11 @@ def test_bpe_dropout_gives_other_tokens_of_the_same_texts_and_none_of_held_out_o
 
 def test_scores_separate_truth_from_unrelated_texts() -> None:
     references = ["빨간색 하트", "피자", "고양이 얼굴"]
-    assert score_translations(references, references) == pytest.approx(
-        {"chrf": 100.0, "bleu": 100.0, "exact": 1.0}
-    )
+    perfect = {"chrf": 100.0, "bleu": 100.0, "exact": 1.0}
+    assert score_translations(references, references) == pytest.approx(perfect)
     assert score_translations(["red heart", "pizza", "cat face"], references)["chrf"] == 0.0
-    assert score_translations(["빨간색 별", "피자", "개"], references)["exact"] == pytest.approx(
-        1 / 3
-    )
+    one_of_three = score_translations(["빨간색 별", "피자", "개"], references)
+    assert one_of_three["exact"] == pytest.approx(1 / 3)
 
 
 def test_a_folder_gives_the_same_translations(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from dalle_mini_impl.builtin_datasets.labelled_images import LabelledImages, LabelledSplits
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.vit import (
+    ViTRunConfig,
     ViTTask,
     ViTTaskConfig,
-    nearest_neighbour_scores,
+    nearest_neighbor_scores,
     score_classes,
 )
 from tests.reference import tiny
@@ -35,8 +36,8 @@ def test_a_family_counts_once() -> None:
     assert scores == pytest.approx({"accuracy": 0.5, "family_accuracy": (2 / 3 + 0) / 2})
 
 
-def test_the_nearest_neighbours_answer() -> None:
-    assert nearest_neighbour_scores(SPLITS)["accuracy"] == 0.75  # one label is wrong on purpose
+def test_nearest_neighbors() -> None:
+    assert nearest_neighbor_scores(SPLITS)["accuracy"] == 0.75  # one label is wrong on purpose
 
 
 class Brightness(nn.Module):
@@ -51,18 +52,22 @@ class Brightness(nn.Module):
         return torch.stack([-mean, mean], dim=1)
 
 
-def test_the_loss_and_the_measures_are_those_of_the_model() -> None:
-    task = ViTTask(SPLITS, ViTTaskConfig(label_smoothing=0.2))
+def build_task(splits: LabelledSplits, **changes: float) -> ViTTask:
+    config = ViTRunConfig(output_dir="", task=ViTTaskConfig(**changes))  # type: ignore[arg-type]
+    return ViTTask(splits, config, Brightness(), baseline={})
+
+
+def test_loss_and_evaluation() -> None:
+    task = build_task(SPLITS, label_smoothing=0.2)
     batch = task.make_batch(torch.tensor([0, 5]), torch.full((2, 2), 0.5))
     assert batch["pixels"].amin() == -1.0
     assert batch["pixels"].amax() == pytest.approx(220 / 127.5 - 1)
-    loss, metrics = task.loss(Brightness(), batch, progress=0.0, generator=torch.Generator())
+    loss, metrics = task.loss(task.model, batch)
     log_probs = Brightness()(batch["pixels"]).log_softmax(dim=-1)
     right, wrong = log_probs[[0, 1], [0, 1]].mean(), log_probs[[0, 1], [1, 0]].mean()
     torch.testing.assert_close(loss, -(0.9 * right + 0.1 * wrong))
     assert float(metrics["accuracy"]) == 1.0
-    figures = task.evaluate(Brightness())
-    assert figures["validation/accuracy"] == 0.75
+    assert task.evaluate()["validation/accuracy"] == 0.75
     weights = task.sample_weights
     assert weights is not None
     assert weights.tolist() == pytest.approx([0.5**0.5] * 4 + [1.0] * 2)
@@ -71,7 +76,7 @@ def test_the_loss_and_the_measures_are_those_of_the_model() -> None:
 def test_shift_follows_its_uniforms() -> None:
     ramp = torch.arange(16, dtype=torch.uint8).view(1, 1, 4, 4)
     one = LabelledImages(ramp, torch.tensor([0]), ("a",))
-    task = ViTTask(LabelledSplits(one, one, ("x",)), ViTTaskConfig(max_shift=1))
+    task = build_task(LabelledSplits(one, one, ("x",)), max_shift=1)
 
     def moved(down: float, right: float) -> Tensor:
         batch = task.make_batch(torch.tensor([0]), torch.tensor([[down, right]]))
@@ -82,7 +87,7 @@ def test_shift_follows_its_uniforms() -> None:
     assert torch.equal(moved(0.5, 0.0)[:, :-1], ramp[0, 0, :, 1:].float())
 
 
-def test_it_learns_colours_better_than_chance(tmp_path: Path) -> None:
+def test_it_learns_colors(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data", count=60)
     config = tiny.vit_run(
         data,
@@ -102,7 +107,7 @@ def test_it_learns_colours_better_than_chance(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").is_file()
 
 
-def test_patches_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_patches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     import dataclasses
 
     config = tiny.vit_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")

@@ -114,14 +114,6 @@ def test_causal_is_refused_where_it_is_ambiguous(needs_gradient: bool) -> None:
         attend(x[:, :, :2], x, x, is_causal=True)
 
 
-def test_dropout_drops_weights_and_keeps_the_mean() -> None:
-    x = heads(4, 1, 0, batch=1, num_heads=1).expand(4000, 1, 4, 1)
-    torch.manual_seed(0)
-    dropped = attend(x.clone().requires_grad_(), x, x, dropout_probability=0.5)
-    assert dropped.std(dim=0).min() > 0.1
-    torch.testing.assert_close(dropped.mean(dim=0), attend(x, x, x)[0], rtol=0, atol=0.05)
-
-
 def copy_of_torch(theirs: nn.MultiheadAttention, *, use_bias: bool) -> MultiHeadAttention:
     mine = MultiHeadAttention(
         hidden_size=theirs.embed_dim,
@@ -196,15 +188,6 @@ def test_qk_norm_makes_the_size_of_queries_and_keys_irrelevant() -> None:
         torch.testing.assert_close(layer(x), before, rtol=0, atol=1e-3)
         layer.query_norm.get_parameter("weight").mul_(50)
         assert (layer(x) - before).abs().max() > 0.01
-
-
-def test_attention_dropout_is_for_training_only() -> None:
-    torch.manual_seed(0)
-    layer = MultiHeadAttention(hidden_size=8, num_heads=2, dropout_probability=0.5)
-    x = torch.randn(1, 6, 8)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
 
 
 def test_heads_must_divide_the_width() -> None:

@@ -1,4 +1,4 @@
-"""The Transformer block: two branches, each beside an identity."""
+"""The Transformer block: branches around a residual stream."""
 
 from typing import Any, Literal
 
@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dalle_mini_impl.transformer.blocks import BlockOptions, TransformerBlock, recompute_activations
+from dalle_mini_impl.transformer.block_config import BlockOptions
+from dalle_mini_impl.transformer.blocks import TransformerBlock, recompute_activations
 from dalle_mini_impl.transformer.feed_forward import ChannelDropout, GatedFeedForward
 from dalle_mini_impl.transformer.masks import causal_mask, padding_mask
 from tests.reference.torch_transformer import copy_block
@@ -24,7 +25,7 @@ def block(dropout_probability: float = 0.0) -> TransformerBlock:
 
 def test_feed_forward_is_swiglu() -> None:
     torch.manual_seed(0)
-    layer = GatedFeedForward(hidden_size=4, intermediate_size=6)
+    layer = GatedFeedForward(4, 6)
     x = torch.randn(2, 3, 4)
     gate = x @ layer.gate.weight.T
     expected = (gate * torch.sigmoid(gate) * (x @ layer.value.weight.T)) @ layer.output.weight.T
@@ -37,7 +38,7 @@ def test_feed_forward_is_swiglu() -> None:
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
 
 
-def test_branches_stand_beside_identities() -> None:
+def test_branches_add_to_the_residual_stream() -> None:
     layer, x = block(), torch.randn(2, 5, 8)
     attended = x + layer.attention(layer.attention_norm(x))
     expected = attended + layer.feed_forward(layer.feed_forward_norm(attended))
@@ -138,7 +139,7 @@ def test_a_projected_context_gives_the_same_numbers() -> None:
     assert not torch.equal(layer(x, context=context + 1), layer(x, context=context))
 
 
-def test_a_block_wants_a_context_exactly_if_it_has_cross_attention() -> None:
+def test_context_and_cross_attention_go_together() -> None:
     options = BlockOptions(has_cross_attention=True)
     reads = TransformerBlock(hidden_size=8, num_heads=2, intermediate_size=12, options=options)
     x = torch.randn(1, 3, 8)
@@ -157,7 +158,7 @@ def test_a_gated_block_may_have_biases() -> None:
     assert layer.attention_norm.bias is not None
 
 
-def test_recomputing_keeps_the_inputs_alone_and_changes_no_gradient() -> None:
+def test_recomputing_keeps_only_inputs_and_the_same_gradients() -> None:
     layers = nn.Sequential(*(block(dropout_probability=0.5) for _ in range(3)))
     x, found = torch.randn(4, 6, 8, requires_grad=True), []
     for recomputes in (False, True):

@@ -26,12 +26,13 @@ def rotated(vector: Tensor, *coordinates: int) -> Tensor:
 
 
 def test_grid_coordinates_are_in_raster_order() -> None:
-    assert grid_coordinates(2, 3).tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
+    coordinates = grid_coordinates(torch.arange(6), grid_width=3)
+    assert coordinates.tolist() == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2]]
 
 
 def test_angles_by_hand() -> None:
-    angles = rotary_angles(torch.tensor([[3, 5]]), head_dim=8, base=100.0)
-    torch.testing.assert_close(angles, torch.tensor([[3.0, 0.3, 5.0, 0.5]]))
+    angles = rotary_angles(torch.tensor([[3, 5]]), head_dim=8)
+    torch.testing.assert_close(angles, torch.tensor([[3.0, 0.03, 5.0, 0.05]]))
 
 
 def test_rotation_is_the_rotation_matrix_of_each_pair() -> None:

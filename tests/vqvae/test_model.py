@@ -1,5 +1,6 @@
-"""The image tokenizer as a whole: tokens, pixels, its folder and its fingerprint."""
+"""The image tokenizer as a whole; the contract of all tokenizers is in `pretrained/test_load.py`."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -20,27 +21,7 @@ def images(count: int = 3, size: int = 16) -> Tensor:
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_tokens_and_pixels_have_their_shapes_and_ranges(
-    build_vqvae: BuildVQVAE, quantizer: str
-) -> None:
-    model = build_vqvae(quantizer=quantizer)
-    token_ids = model.encode_to_token_ids(images())
-    assert token_ids.shape == (3, *model.image_grid_size) == (3, 4, 4)
-    assert token_ids.dtype == torch.int64
-    assert token_ids.min() >= 0
-    assert token_ids.max() < model.codebook_size
-    assert len(token_ids.unique()) > 5
-    every_id = torch.arange(model.codebook_size).repeat(16)[: 16 * model.codebook_size]
-    pixels = model.decode_from_token_ids(every_id.reshape(-1, 4, 4))
-    assert pixels.shape == (model.codebook_size, 3, 16, 16)
-    assert pixels.dtype == torch.float32
-    assert pixels.min() >= -1
-    assert pixels.max() <= 1
-    assert pixels.std() > 0.1
-
-
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_there_and_back_is_the_reconstruction(build_vqvae: BuildVQVAE, quantizer: str) -> None:
+def test_encode_and_decode_give_the_reconstruction(build_vqvae: BuildVQVAE, quantizer: str) -> None:
     model = build_vqvae(quantizer=quantizer)
     output = model(images())
     token_ids = model.encode_to_token_ids(images())
@@ -51,8 +32,9 @@ def test_there_and_back_is_the_reconstruction(build_vqvae: BuildVQVAE, quantizer
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_training_reaches_the_encoder(build_vqvae: BuildVQVAE, quantizer: str) -> None:
-    model = build_vqvae(quantizer=quantizer).train()
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_all_weights_learn(build_vqvae: BuildVQVAE, quantizer: str, kernel_size: int) -> None:
+    model = build_vqvae(quantizer=quantizer, encoder_kernel_size=kernel_size).train()
     generator = torch.Generator().manual_seed(0)
     model(images(), generator=generator).reconstruction.square().sum().backward()
     for name, parameter in model.named_parameters():
@@ -66,45 +48,17 @@ def test_one_patch_changes_one_token(build_vqvae: BuildVQVAE, quantizer: str) ->
     pixels = images(1)
     before = model.encode_to_token_ids(pixels)[0]
     num_changed = 0
-    for row in range(4):
-        for column in range(4):
-            changed = pixels.clone()
-            changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
-            moved = (model.encode_to_token_ids(changed)[0] != before).nonzero().tolist()
-            assert moved in ([], [[row, column]])
-            num_changed += len(moved)
+    for row, column in itertools.product(range(4), range(4)):
+        changed = pixels.clone()
+        changed[..., 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] *= -1
+        moved = (model.encode_to_token_ids(changed)[0] != before).nonzero().tolist()
+        assert moved in ([], [[row, column]])
+        num_changed += len(moved)
     assert num_changed > 8
 
 
-def test_a_wider_kernel_sees_neighbours(build_vqvae: BuildVQVAE) -> None:
-    model = build_vqvae(encoder_kernel_size=3)
-    pixels = images(1)
-    changed = pixels.clone()
-    changed[..., 4:8, 4:8] *= -1
-    moved = model.encode_to_token_ids(changed) != model.encode_to_token_ids(pixels)
-    assert moved.sum() > 1
-
-
-def test_images_of_another_size_are_refused(build_vqvae: BuildVQVAE) -> None:
-    with pytest.raises(ValueError, match=r"pixels: got \(16, 24\), expected 16 x 16"):
-        build_vqvae().encode_to_token_ids(torch.zeros(1, 3, 16, 24))
-
-
-@pytest.mark.parametrize("bad", [-1, 36])
-def test_ids_outside_the_codebook_are_refused(build_vqvae: BuildVQVAE, bad: int) -> None:
-    model = build_vqvae()
-    assert model.codebook_size == 36
-    token_ids = torch.zeros(1, 4, 4, dtype=torch.long)
-    token_ids[0, 2, 1] = bad
-    with pytest.raises(ValueError, match=r"token_ids: got .*expected 0 to 35"):
-        model.decode_from_token_ids(token_ids)
-    assert model.decode_from_token_ids(token_ids[:0]).shape == (0, 3, 16, 16)
-
-
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_a_saved_tokenizer_comes_back_whole(
-    build_vqvae: BuildVQVAE, quantizer: str, tmp_path: Path
-) -> None:
+def test_save_and_load(build_vqvae: BuildVQVAE, quantizer: str, tmp_path: Path) -> None:
     model = build_vqvae(quantizer=quantizer).train()
     model(images(), generator=torch.Generator().manual_seed(0))  # gives VQ its moving averages
     model.save_pretrained(tmp_path / "new" / "folder")
@@ -123,7 +77,7 @@ def test_a_saved_tokenizer_comes_back_whole(
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_the_fingerprint_tells_what_decides_tokens_and_pixels(
+def test_fingerprint_covers_what_decides_tokens_and_pixels(
     build_vqvae: BuildVQVAE, quantizer: str
 ) -> None:
     model = build_vqvae(quantizer=quantizer)
@@ -142,20 +96,13 @@ def test_the_fingerprint_tells_what_decides_tokens_and_pixels(
     assert model.fingerprint() in seen
     other_config = build_vqvae(quantizer=quantizer, image_size=24)
     assert other_config.fingerprint() not in seen
-
-
-def test_the_fingerprint_does_not_depend_on_the_mode_or_a_copy(build_vqvae: BuildVQVAE) -> None:
-    model = build_vqvae()
-    assert model.fingerprint() == build_vqvae().train().fingerprint()
-    assert model.fingerprint() != build_vqvae(seed=1).fingerprint()
+    assert model.fingerprint() == build_vqvae(quantizer=quantizer).train().fingerprint()
 
 
 def test_known_fingerprint() -> None:
     """Saved models name their tokenizer's fingerprint: another way to hash would orphan them."""
-    config = VQVAEConfig(
-        image_size=4, patch_size=4, channels=(2,), num_encoder_blocks=0, num_decoder_blocks=0
-    )
-    model = VQVAE(config)
+    no_blocks = {"num_encoder_blocks": 0, "num_decoder_blocks": 0}
+    model = VQVAE(VQVAEConfig(image_size=4, patch_size=4, channels=(2,), **no_blocks))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
@@ -169,11 +116,12 @@ def damage_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(kept), encoding="utf-8")
 
 
-DAMAGED_CONFIGS = [
+WRONG_CONFIGS = [
     ({"format_version": 2}, "format_version: got 2, expected 1"),
     ({"format_version": None}, "format_version: got None, expected 1"),
-    ({"colour": "red"}, "unknown or missing fields: color"),
+    ({"color": "red"}, "unknown or missing fields: color"),
     ({"patch_size": None}, "unknown or missing fields: patch_size"),
+    ({"architecture": None}, "unknown or missing fields: architecture"),  # no default either
     ({"image_size": 17}, "image_size: got 17"),
     ({"image_size": "16"}, ".+"),
     ({"quantizer": "lfq"}, "quantizer: got 'lfq'"),
@@ -181,9 +129,9 @@ DAMAGED_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "reason"), DAMAGED_CONFIGS)
+@pytest.mark.parametrize(("changes", "reason"), WRONG_CONFIGS)
 @pytest.mark.usefixtures("unchecked")
-def test_a_wrong_config_is_refused_by_name(
+def test_wrong_config_is_refused(
     build_vqvae: BuildVQVAE, changes: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
     build_vqvae().save_pretrained(tmp_path)
@@ -195,14 +143,18 @@ def test_a_wrong_config_is_refused_by_name(
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"num_encoder_blocks": 10_000_000}, "num_encoder_blocks: got 10000000, the file holds"),
-        ({"num_decoder_blocks": 10_000_000}, "num_decoder_blocks: got 10000000, the file holds"),
-        ({"channels": [8, 10_000_000]}, "channels: got 10000000, the file's tensors end at"),
+        ({"num_encoder_blocks": 10**7}, "num_encoder_blocks: got 10000000, the file holds"),
+        ({"num_decoder_blocks": 10**7}, "num_decoder_blocks: got 10000000, the file holds"),
+        ({"channels": [8, 10**7]}, "channels: got 10000000, the file's tensors end at"),
         ({"channels": [8, 10**30]}, "channels: got 1000000000000"),
         ({"channels": [8, 9]}, "tensor decoder.layers.0.bias: got .12,. of float32, expected .9,"),
+        (
+            {"quantizer": "vq", "vq_codebook_size": 10**9},
+            "the config asks for 40.*, the file holds",
+        ),
     ],
 )
-def test_sizes_that_the_weights_cannot_have_are_refused_unbuilt(
+def test_sizes_beyond_the_weights_are_refused_unbuilt(
     build_vqvae: BuildVQVAE, changes: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
     build_vqvae().save_pretrained(tmp_path)
@@ -212,31 +164,26 @@ def test_sizes_that_the_weights_cannot_have_are_refused_unbuilt(
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"3", b"\xff\xfe\x00"])
-def test_a_config_that_is_no_object_is_refused_by_name(
-    build_vqvae: BuildVQVAE, content: bytes, tmp_path: Path
-) -> None:
-    build_vqvae().save_pretrained(tmp_path)
+def test_config_that_is_no_object_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"config\.json: (not JSON|got (list|int), expected an obj)"
+        ValueError, match=r"config\.json: (not JSON|got (list|int), expected an ob)"
     ):
         VQVAE.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
-def test_a_missing_file_is_named(build_vqvae: BuildVQVAE, name: str, tmp_path: Path) -> None:
+def test_missing_file_is_named(build_vqvae: BuildVQVAE, name: str, tmp_path: Path) -> None:
     build_vqvae().save_pretrained(tmp_path)
     (tmp_path / name).unlink()
-    with pytest.raises(ValueError, match=f"no {name} there"):
+    with pytest.raises(ValueError, match=f"{name}: No such file"):
         VQVAE.from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="no-such-folder: no config"):
+    with pytest.raises(ValueError, match=r"no-such-folder/config\.json: No such file"):
         VQVAE.from_pretrained(tmp_path / "no-such-folder")
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "truncated", "empty", "text"])
-def test_damaged_weights_are_refused_by_name(
-    build_vqvae: BuildVQVAE, damage: str, tmp_path: Path
-) -> None:
+def test_damaged_weights_are_refused(build_vqvae: BuildVQVAE, damage: str, tmp_path: Path) -> None:
     build_vqvae(quantizer="gumbel").save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()

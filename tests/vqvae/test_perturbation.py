@@ -1,4 +1,4 @@
-"""Wrong tokens: how many, which ones, and that the encoder does not notice."""
+"""Latent perturbation: how many tokens, which ones, and unchanged gradients."""
 
 from collections.abc import Callable
 
@@ -20,18 +20,18 @@ def test_tokens_become_one_of_the_nearest_others() -> None:
     torch.manual_seed(0)
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=40)
-    all_of_them = Perturbation(image_fraction=1.0, token_fraction=1.0, num_neighbours=2)
-    found = perturb_latents(output, codebook, all_of_them).permute(0, 2, 3, 1).reshape(-1, 3)
-    taken = set()
+    found = perturb_latents(output, codebook, Perturbation(1.0, 1.0, num_neighbors=2))
+    ranks = set()
     num_changed = 0
-    for old, vector in zip(output.token_ids.flatten().tolist(), found, strict=True):
+    vectors = found.permute(0, 2, 3, 1).reshape(-1, 3)
+    for old, vector in zip(output.token_ids.flatten().tolist(), vectors, strict=True):
         new = int((codebook - vector).norm(dim=1).argmin())
         order = (codebook - codebook[old]).norm(dim=1).argsort().tolist()
         assert order[0] == old
         assert new in order[:3]
         num_changed += new != old
-        taken.add(order.index(new))
-    assert taken == {0, 1, 2}
+        ranks.add(order.index(new))
+    assert ranks == {0, 1, 2}
     # The fraction of each image is uniform, so half of all; 640 tokens in 40 images.
     assert 0.35 < num_changed / 640 < 0.65
 
@@ -40,17 +40,17 @@ def test_perturbation_hits_the_given_fraction() -> None:
     torch.manual_seed(0)
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=400)
-    few = Perturbation(image_fraction=0.25, token_fraction=0.5, num_neighbours=100)
+    few = Perturbation(image_fraction=0.25, token_fraction=0.5, num_neighbors=100)
     found = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
     changed = (found != output.quantized_latents).any(dim=1).flatten(1).float().mean(dim=1)
-    # 16 tokens an image: a quarter of the images, less those whose own share is near 0.
+    # 16 tokens an image: a quarter of the images, less those whose own fraction is near 0.
     assert 0.15 < (changed > 0).float().mean() < 0.27
     assert changed.max() < 0.8
     again = perturb_latents(output, codebook, few, generator=torch.Generator().manual_seed(1))
     assert torch.equal(found, again)
 
 
-def test_gradients_pass_as_if_nothing_had_been_replaced() -> None:
+def test_gradients_are_those_without_perturbation() -> None:
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=4)
     found = perturb_latents(output, codebook, Perturbation(1.0, 1.0, 3))
@@ -64,7 +64,7 @@ def test_every_quantizer_can_be_perturbed(
     quantizer: str, build_vqvae: Callable[..., VQVAE]
 ) -> None:
     vqvae = build_vqvae(quantizer=quantizer)
-    codebook = vqvae._codebook()
+    codebook = vqvae.codebook()
     assert codebook.shape == (vqvae.codebook_size, vqvae.quantizer.code_dim)
     ids = torch.arange(vqvae.codebook_size)[None, None]
     torch.testing.assert_close(vqvae.quantizer.decode(ids)[0, :, 0].T, codebook)

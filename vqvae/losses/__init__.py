@@ -1,1 +1,1 @@
-"""What only the training of an image tokenizer needs."""
+"""Losses and networks that only the training of an image tokenizer needs."""

@@ -1,11 +1,10 @@
-"""A critic of reconstructions, for training alone: PatchGAN, its losses, and where it lives.
+"""Adversarial training of the image tokenizer: PatchGAN and its losses.
 
 Sources: Isola et al. 2017 (arXiv:1611.07004, patches), Lim & Ye 2017 (arXiv:1705.02894, hinge),
 Wang et al. 2018 (arXiv:1711.11585, feature matching), Esser et al. 2021 (arXiv:2012.09841, the
 adaptive weight).
 
-Both players are trained by one loss in one backward pass. The tokenizer's terms see the critic's
-weights as constants, the critic's term sees the reconstruction as a constant.
+Both networks are trained by one loss in one backward pass, see ``adversarial_terms``.
 """
 
 from dataclasses import dataclass
@@ -28,18 +27,14 @@ LARGEST_WIDENING = 8
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """A PatchGAN beside the tokenizer; with both weights at 0, the default, there is none.
-
-    Raises:
-        ValueError: If a value is out of range.
-    """
+    """The PatchGAN discriminator; with both weights at 0, the default, there is none."""
 
     weight: float = 0.0
-    """Weight of the hinge loss that the tokenizer gets from the discriminator."""
+    """Weight of the tokenizer's hinge loss."""
     adaptive: bool = False
     """Multiply the weight by the ratio of the gradients of reconstruction and hinge loss."""
     feature_matching_weight: float = 0.0
-    """Weight of the distance between the discriminator's features of image and copy."""
+    """Weight of the distance between the discriminator's features of image and reconstruction."""
     starts_at: float = 0.5
     """Fraction of the budget after which it takes part."""
     channels: int = 32
@@ -48,7 +43,6 @@ class DiscriminatorConfig:
     """Convolutions that halve the image: 3 judge patches of 70 pixels a side, 2 of 34."""
 
     def __post_init__(self) -> None:
-        """Refuse values that no run can use."""
         for name in ("weight", "feature_matching_weight"):
             self._require(name, 0 <= getattr(self, name) < float("inf"), "at least 0")
         self._require("starts_at", 0 <= self.starts_at < 1, "0 to below 1")
@@ -74,26 +68,20 @@ class DiscriminatorConfig:
 
 
 class PatchOutput(NamedTuple):
-    """What the discriminator says of images."""
+    """Unbounded logits per patch, and the features of every stage."""
 
     logits: Float[Tensor, "batch 1 rows columns"]
     features: list[Tensor]
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of every patch whether it is of a true image (high) or of a copy (low).
+    """Predicts for every patch whether it is real (high) or fake, a reconstruction (low).
 
-    Deviation: normalized over each image by itself, not over the batch, so that neither copies
-    nor processes nor micro-batches see each other.
+    The first convolution has ``channels``, each of the ``num_layers`` further ones twice as many as
+    the one before, up to 8 times.
     """
 
     def __init__(self, *, channels: int, num_layers: int) -> None:
-        """Start with random weights.
-
-        Args:
-            channels: Of the first convolution; each further one has twice as many, up to 8 times.
-            num_layers: Convolutions that halve the image.
-        """
         super().__init__()
         widths = [channels * min(2**layer, LARGEST_WIDENING) for layer in range(num_layers + 1)]
         stages: list[nn.Module] = []
@@ -101,20 +89,15 @@ class PatchDiscriminator(nn.Module):
             before = widths[layer - 1] if layer else 3
             stride = 2 if layer < num_layers else 1
             parts: list[nn.Module] = [nn.Conv2d(before, width, 4, stride=stride, padding=1)]
+            # Deviation: normalized over each image alone, not over the batch, so that the result
+            # depends neither on the other images nor on micro-batches and processes.
             parts += [nn.GroupNorm(1, width)] if layer else []
             stages.append(nn.Sequential(*parts, nn.LeakyReLU(0.2)))
         self.stages = nn.ModuleList(stages)
         self.last = nn.Conv2d(widths[-1], 1, 4, padding=1)
 
     def forward(self, pixels: Float[Tensor, "batch 3 height width"]) -> PatchOutput:
-        """Judge images, [-1, 1].
-
-        Args:
-            pixels: True images or copies.
-
-        Returns:
-            Unbounded logits per patch, and the features of every stage.
-        """
+        """Classify the patches of images in [-1, 1]."""
         features = [pixels]
         for stage in self.stages:
             features.append(stage(features[-1]))
@@ -125,12 +108,6 @@ class AdversarialVQVAE(nn.Module):
     """The tokenizer and its discriminator as one module, so that a checkpoint holds both."""
 
     def __init__(self, vqvae: nn.Module, discriminator: PatchDiscriminator) -> None:
-        """Put them side by side.
-
-        Args:
-            vqvae: What is expected in the end; may have a ``NextFeatureVQVAE`` around it.
-            discriminator: What it is trained against.
-        """
         super().__init__()
         self.vqvae = vqvae
         self.discriminator = discriminator
@@ -142,19 +119,16 @@ class AdversarialVQVAE(nn.Module):
         generator: torch.Generator | None = None,
         perturbation: Perturbation | None = None,
     ) -> VQVAEOutput:
-        """Do what the tokenizer does; the losses call the discriminator themselves."""
+        """Call the tokenizer; ``adversarial_terms`` calls the discriminator."""
         return self.vqvae(pixels, generator=generator, perturbation=perturbation)
 
 
 class AdversarialTerms(NamedTuple):
-    """Parts of the loss, without weights."""
+    """Parts of the loss, without weights: two for the tokenizer, the last for the discriminator."""
 
-    generator: Float[Tensor, ""]
-    """For the tokenizer: the discriminator should take copies for true."""
-    feature_matching: Float[Tensor, ""]
-    """For the tokenizer: the discriminator's features of copies should be those of the images."""
+    generator: Float[Tensor, ""]  # hinge loss of the reconstructions
+    feature_matching: Float[Tensor, ""]  # L1 distance of the features of real and fake
     discriminator: Float[Tensor, ""]
-    """For the discriminator."""
 
 
 def adversarial_terms(
@@ -162,50 +136,39 @@ def adversarial_terms(
     reconstruction: Float[Tensor, "batch 3 height width"],
     pixels: Float[Tensor, "batch 3 height width"],
 ) -> AdversarialTerms:
-    """Let the discriminator judge copies and images.
+    """Return the three terms for images and reconstructions in [-1, 1].
 
-    Args:
-        discriminator: Its gradients come from the third term alone.
-        reconstruction: Copies; their gradients come from the first two terms.
-        pixels: True images, [-1, 1].
-
-    Returns:
-        The three terms.
+    The gradients of the reconstruction come from the first two terms, those of the discriminator
+    from the third alone.
     """
+    # 1. for the tokenizer: gradients flow through the discriminator, not into its weights
     constants = {name: weight.detach() for name, weight in discriminator.named_parameters()}
-    seen: PatchOutput = functional_call(discriminator, constants, (reconstruction,))
+    fake: PatchOutput = functional_call(discriminator, constants, (reconstruction,))
+    # 2. for the discriminator: the reconstruction is a constant
     real = discriminator(pixels)
-    copied = discriminator(reconstruction.detach())
+    detached_fake = discriminator(reconstruction.detach())
     distances = [
-        F.l1_loss(of_copy.float(), of_real.detach().float())
-        for of_copy, of_real in zip(seen.features, real.features, strict=True)
+        F.l1_loss(fake_features.float(), real_features.detach().float())
+        for fake_features, real_features in zip(fake.features, real.features, strict=True)
     ]
     return AdversarialTerms(
-        generator=hinge_generator_loss(seen.logits),
+        generator=hinge_generator_loss(fake.logits),
         feature_matching=torch.stack(distances).mean(),
-        discriminator=hinge_discriminator_loss(real.logits, copied.logits),
+        discriminator=hinge_discriminator_loss(real.logits, detached_fake.logits),
     )
 
 
 def hinge_discriminator_loss(
-    real_logits: Float[Tensor, "*patches"], copied_logits: Float[Tensor, "*patches"]
+    real_logits: Float[Tensor, "*patches"], fake_logits: Float[Tensor, "*patches"]
 ) -> Float[Tensor, ""]:
-    """Ask for logits above 1 on true patches and below -1 on copied ones.
-
-    Args:
-        real_logits: Of patches of images.
-        copied_logits: Of patches of reconstructions.
-
-    Returns:
-        The mean of both halves; 1 if all logits are 0.
-    """
-    real, copied = F.relu(1 - real_logits.float()), F.relu(1 + copied_logits.float())
-    return (real.mean() + copied.mean()) / 2
+    """Penalize logits below 1 on real patches and above -1 on fake ones; 1 if all logits are 0."""
+    real, fake = F.relu(1 - real_logits.float()), F.relu(1 + fake_logits.float())
+    return (real.mean() + fake.mean()) / 2
 
 
-def hinge_generator_loss(copied_logits: Float[Tensor, "*patches"]) -> Float[Tensor, ""]:
-    """Ask for high logits on copied patches, without an end."""
-    return -copied_logits.float().mean()
+def hinge_generator_loss(fake_logits: Float[Tensor, "*patches"]) -> Float[Tensor, ""]:
+    """Reward high logits on fake patches, without a bound."""
+    return -fake_logits.float().mean()
 
 
 def adaptive_weight(
@@ -213,21 +176,14 @@ def adaptive_weight(
     generator_loss: Float[Tensor, ""],
     last_layer: Tensor,
 ) -> Float[Tensor, ""]:
-    """Find the weight at which both losses pull equally hard at the decoder's last layer.
+    """Return the ratio of the gradient norms of both losses at the decoder's last layer.
 
-    Args:
-        reconstruction_loss: With a graph.
-        generator_loss: With a graph.
-        last_layer: Weights that both depend on.
-
-    Returns:
-        A constant of 0 to 10,000: the same on all processes, from the gradients of all of them.
-
-    Source: Esser et al. 2021, equation 7.
+    A constant in [0, 10,000], equal on all processes (Esser et al. 2021, equation 7).
     """
     norms = []
     for loss in (reconstruction_loss, generator_loss):
         (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        # The norm of the summed gradient, as of one process with the whole batch.
         norms.append(sum_over_processes(gradient.float().contiguous()).norm())
     return (norms[0] / (norms[1] + SMALLEST_NORM)).clamp(max=LARGEST_ADAPTIVE_WEIGHT)
 

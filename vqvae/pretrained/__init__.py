@@ -1,1 +1,1 @@
-"""Image tokenizers that others trained."""
+"""Image tokenizers trained elsewhere, behind the interface of our own."""

@@ -1,33 +1,78 @@
-"""The tokenizers of other libraries: which sizes they have, how they are built and called.
+"""The image tokenizers of other libraries: their sizes, and how to build and call them.
 
-Only the fields listed here are read of a library's config, each of its own type. Whatever else
-stands there, such as the name of code to run, never reaches the library.
+Only the fields listed here are read of a library's config, each of its own type. All other fields,
+such as the name of code to run, never reach the library.
 """
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqvae.serialization import build_config, shown
+from vqvae.serialization import build_config, shown, sizes_of
 
 DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 UP_BLOCKS = ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")
 ACTIVATIONS = ("silu", "swish", "mish", "gelu", "relu")
+MAX_TEMPORAL_DOWNSAMPLING = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class JanusSizes:
+class LibrarySizes:
+    """The sizes of a library's model; a subclass lists its fields."""
+
+    # The field of the library's config that tells its kind, and its value.
+    marker: ClassVar[tuple[str, str]]
+    # The field with one number per stage; every stage but the last halves the image.
+    stages: ClassVar[str]
+    # Fields that stand for at least as many tensors, and fields that some tensor is as long as.
+    counts: ClassVar[tuple[str, ...]]
+    lengths: ClassVar[tuple[str, ...]]
+    may_be_empty: ClassVar[tuple[str, ...]] = ()
+    weights_name: ClassVar[str] = "model.safetensors"
+
+    def __post_init__(self) -> None:
+        # Sizes are whole numbers or tuples of them; text and booleans pass.
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            is_empty = not numbers and name not in self.may_be_empty
+            if is_empty or any(type(number) is int and number < 1 for number in numbers):
+                raise ValueError(f"{name}: got {shown(value)}, expected at least 1")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return getattr(self, self.stages)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along one side."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def min_counts(self) -> dict[str, int]:
+        """The ``counts`` of ``build_checked``."""
+        return {**sizes_of(self, *self.counts), self.stages: len(self.widths)}
+
+    @property
+    def min_lengths(self) -> dict[str, int]:
+        """The ``sizes`` of ``build_checked``."""
+        return {**sizes_of(self, *self.lengths), self.stages: max(self.widths)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class JanusSizes(LibrarySizes):
     """Sizes of ``transformers.JanusVQVAE`` (Chen et al. 2025, arXiv:2501.17811)."""
 
     marker = ("model_type", "janus_vqgan")
-    weights_name = "model.safetensors"
+    stages = "channel_multiplier"
+    counts = ("num_res_blocks",)
+    lengths = ("num_embeddings", "embed_dim", "latent_channels")
 
     embed_dim: int
     num_embeddings: int
@@ -36,13 +81,9 @@ class JanusSizes:
     channel_multiplier: tuple[int, ...]
     num_res_blocks: int
 
-    def __post_init__(self) -> None:
-        """Refuse sizes below 1."""
-        _require_positive(self)
-
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What the library means by fields that a config leaves out."""
+        """Return the library's values of fields that a config leaves out."""
         from transformers import JanusVQVAEConfig
 
         return JanusVQVAEConfig().to_dict()
@@ -53,51 +94,36 @@ class JanusSizes:
         return self.num_embeddings
 
     @property
-    def downsampling(self) -> int:
-        """Pixels per token along one side."""
-        return 2 ** (len(self.channel_multiplier) - 1)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Fields with the least number of tensors that each stands for."""
-        return {
-            "num_res_blocks": self.num_res_blocks,
-            "channel_multiplier": len(self.channel_multiplier),
-        }
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Fields with a length that some tensor reaches."""
-        return {
-            "num_embeddings": self.num_embeddings,
-            "embed_dim": self.embed_dim,
-            "latent_channels": self.latent_channels,
-            "base_channels": self.base_channels * max(self.channel_multiplier),
-        }
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.base_channels * each for each in self.channel_multiplier)
 
     def build(self, image_size: int) -> nn.Module:
-        """Build the model with fresh weights, for images of this size."""
+        """Build the model with fresh weights."""
         from transformers import JanusVQVAE, JanusVQVAEConfig
 
         values = dataclasses.asdict(self)
         return JanusVQVAE(JanusVQVAEConfig(**values, num_patches=image_size // self.downsampling))
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
-        """Images to tokens."""
+        """Images in [-1, 1] to tokens."""
         height, width = (side // self.downsampling for side in pixels.shape[-2:])
         return model.encode(pixels).image_tokens.reshape(len(pixels), height, width)
 
     def decode(self, model: Any, token_ids: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
-        """Tokens to images."""
+        """Tokens to images, not clamped."""
         return model.decode(token_ids.flatten(1))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Emu3Sizes:
+class Emu3Sizes(LibrarySizes):
     """Sizes of ``transformers.Emu3VQVAE`` (Wang et al. 2024, arXiv:2409.18869), for images."""
 
     marker = ("model_type", "emu3_vqgan")
-    weights_name = "model.safetensors"
+    stages = "channel_multiplier"
+    counts = ("num_res_blocks",)
+    lengths = ("codebook_size", "embed_dim", "latent_channels", "hidden_size")
+    may_be_empty = ("attn_resolutions",)
 
     codebook_size: int
     embed_dim: int
@@ -111,63 +137,53 @@ class Emu3Sizes:
     num_attention_heads: int
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1."""
-        _require_positive(self, except_for=("attn_resolutions",))
+        super().__post_init__()
+        # The model has a convolution for each factor of 2, which no tensor's length tells.
+        factor = self.temporal_downsample_factor
+        if factor > MAX_TEMPORAL_DOWNSAMPLING:
+            raise ValueError(
+                f"temporal_downsample_factor: got {factor}, "
+                f"expected at most {MAX_TEMPORAL_DOWNSAMPLING}"
+            )
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What the library means by fields that a config leaves out."""
+        """Return the library's values of fields that a config leaves out."""
         from transformers import Emu3VQVAEConfig
 
         return Emu3VQVAEConfig().to_dict()
 
     @property
-    def downsampling(self) -> int:
-        """Pixels per token along one side."""
-        return 2 ** (len(self.channel_multiplier) - 1)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Fields with the least number of tensors that each stands for."""
-        return {
-            "num_res_blocks": self.num_res_blocks,
-            "channel_multiplier": len(self.channel_multiplier),
-            "temporal_downsample_factor": int(math.log2(self.temporal_downsample_factor)),
-        }
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Fields with a length that some tensor reaches."""
-        return {
-            "codebook_size": self.codebook_size,
-            "embed_dim": self.embed_dim,
-            "latent_channels": self.latent_channels,
-            "base_channels": self.base_channels * max(self.channel_multiplier),
-            "hidden_size": self.hidden_size,
-        }
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each stage."""
+        return tuple(self.base_channels * each for each in self.channel_multiplier)
 
     def build(self, image_size: int) -> nn.Module:
-        """Build the model with fresh weights; it takes images of any size."""
+        """Build the model with fresh weights."""
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
         del image_size
         return Emu3VQVAE(Emu3VQVAEConfig(**dataclasses.asdict(self)))
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
-        """Images to tokens."""
+        """Images in [-1, 1] to tokens."""
+        # The model crops each image's tokens to its size without padding; ours have no padding.
         sizes = torch.tensor([pixels.shape[-2:]] * len(pixels)).reshape(-1, 2)
         return torch.stack(model.encode(pixels, sizes).image_tokens)
 
     def decode(self, model: Any, token_ids: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
-        """Tokens to images: the first of the frames that the model makes of them."""
+        """Tokens to images, not clamped."""
         return model.decode(token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusersSizes:
+class DiffusersSizes(LibrarySizes):
     """Sizes of ``diffusers.VQModel`` (Esser et al. 2021, arXiv:2012.09841)."""
 
     marker = ("_class_name", "VQModel")
+    stages = "block_out_channels"
+    counts = ("layers_per_block",)
+    lengths = ("num_vq_embeddings", "vq_embed_dim", "latent_channels")
     weights_name = "diffusion_pytorch_model.safetensors"
 
     down_block_types: tuple[str, ...]
@@ -183,23 +199,20 @@ class DiffusersSizes:
     mid_block_add_attention: bool
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1 and layers that a tokenizer cannot have."""
-        _require_positive(self)
+        super().__post_init__()
+        num_stages = len(self.block_out_channels)
         for name, expected in (("down_block_types", DOWN_BLOCKS), ("up_block_types", UP_BLOCKS)):
             got = getattr(self, name)
-            if len(got) != len(self.block_out_channels) or set(got) - set(expected):
-                raise ValueError(
-                    f"{name}: got {shown(got)}, expected {len(self.block_out_channels)} of "
-                    f"{', '.join(expected)}"
-                )
+            if len(got) != num_stages or set(got) - set(expected):
+                words = f"{num_stages} of {', '.join(expected)}"
+                raise ValueError(f"{name}: got {shown(got)}, expected {words}")
         if self.act_fn not in ACTIVATIONS:
-            raise ValueError(
-                f"act_fn: got {shown(self.act_fn)}, expected one of {', '.join(ACTIVATIONS)}"
-            )
+            words = f"one of {', '.join(ACTIVATIONS)}"
+            raise ValueError(f"act_fn: got {shown(self.act_fn)}, expected {words}")
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """What the library means by fields that a config leaves out."""
+        """Return the library's values of fields that a config leaves out."""
         parameters = inspect.signature(_vq_model().__init__).parameters.values()
         return {each.name: each.default for each in parameters}
 
@@ -208,42 +221,20 @@ class DiffusersSizes:
         """Number of codes."""
         return self.num_vq_embeddings
 
-    @property
-    def downsampling(self) -> int:
-        """Pixels per token along one side."""
-        return 2 ** (len(self.block_out_channels) - 1)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Fields with the least number of tensors that each stands for."""
-        return {
-            "layers_per_block": self.layers_per_block,
-            "block_out_channels": len(self.block_out_channels),
-        }
-
-    @property
-    def lengths(self) -> dict[str, int]:
-        """Fields with a length that some tensor reaches."""
-        return {
-            "num_vq_embeddings": self.num_vq_embeddings,
-            "vq_embed_dim": self.vq_embed_dim,
-            "latent_channels": self.latent_channels,
-            "block_out_channels": max(self.block_out_channels),
-        }
-
     def build(self, image_size: int) -> nn.Module:
-        """Build the model with fresh weights; it takes images of any size."""
+        """Build the model with fresh weights."""
         del image_size
         return _vq_model()(**dataclasses.asdict(self), lookup_from_codebook=True)
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
-        """Images to tokens."""
+        """Images in [-1, 1] to tokens."""
         latents = model.encode(pixels).latents
+        # (quantized, loss, (perplexity, one-hot codes, ids))
         token_ids = model.quantize(latents)[2][2]
         return token_ids.reshape(len(latents), *latents.shape[-2:])
 
     def decode(self, model: Any, token_ids: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
-        """Tokens to images."""
+        """Tokens to images, not clamped."""
         shape = (*token_ids.shape, self.vq_embed_dim)
         return model.decode(token_ids.flatten(), force_not_quantize=True, shape=shape).sample
 
@@ -257,14 +248,7 @@ KINDS: dict[str, type[Sizes]] = {
 
 
 def kind_of(values: Mapping[str, Any]) -> str | None:
-    """Recognise a library's config.
-
-    Args:
-        values: Its JSON.
-
-    Returns:
-        A key of ``KINDS``, or None.
-    """
+    """Recognize a library's config: a key of ``KINDS``, or None."""
     for kind, sizes_class in KINDS.items():
         name, expected = sizes_class.marker
         if values.get(name) == expected:
@@ -273,14 +257,9 @@ def kind_of(values: Mapping[str, Any]) -> str | None:
 
 
 def read_sizes(kind: str, values: Mapping[str, Any]) -> tuple[Sizes, int | None]:
-    """Take a library's config apart.
+    """Read the sizes from a library's config, and the image size in pixels if it fixes one.
 
-    Args:
-        kind: A key of ``KINDS``.
-        values: Its JSON; fields at the library's defaults may be missing.
-
-    Returns:
-        The sizes, and the side of its images in pixels if the config fixes one.
+    Fields at the library's defaults may be missing.
 
     Raises:
         ValueError: If a field is of another type or out of range, or the library is missing.
@@ -293,6 +272,7 @@ def read_sizes(kind: str, values: Mapping[str, Any]) -> tuple[Sizes, int | None]
     if kind == "diffusers" and known["vq_embed_dim"] is None:
         known["vq_embed_dim"] = known["latent_channels"]
     chosen = {each.name: known[each.name] for each in dataclasses.fields(sizes_class)}
+    # The library's defaults may be tuples, where JSON has lists.
     plain = {name: list(each) if type(each) is tuple else each for name, each in chosen.items()}
     sizes = build_config(sizes_class, plain)
     patches = known.get("num_patches")
@@ -307,11 +287,3 @@ def _vq_model() -> Any:
             "VQModel needs the library diffusers: pip install 'dalle-mini-impl[pretrained]'"
         ) from None
     return VQModel
-
-
-def _require_positive(sizes: Sizes, *, except_for: tuple[str, ...] = ()) -> None:
-    for name, value in vars(sizes).items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        whole = [number for number in numbers if type(number) is int]
-        if (not numbers or any(number < 1 for number in whole)) and name not in except_for:
-            raise ValueError(f"{name}: got {shown(value)}, expected at least 1")

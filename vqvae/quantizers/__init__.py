@@ -1,4 +1,4 @@
-"""The three ways to turn encoder latents into tokens; all share one interface."""
+"""The three quantizers, with one interface: forward, features, encode, decode."""
 
 from vqvae.quantizers.fsq import FiniteScalarQuantizer
 from vqvae.quantizers.gumbel import GumbelQuantizer

@@ -1,4 +1,4 @@
-"""Collectives that do nothing where there is only one process."""
+"""Collectives that do nothing in a single process."""
 
 import torch
 import torch.distributed as dist
@@ -9,7 +9,7 @@ MAX_GATHERED_ROWS = 16384
 
 
 def process_count() -> int:
-    """Return how many processes train together: 1 without torch.distributed."""
+    """Return the number of processes in training: 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -33,16 +33,10 @@ def gather_rows(
 ) -> Float[Tensor, "gathered width"]:
     """Gather a random sample of the rows of all processes, at most `MAX_GATHERED_ROWS`.
 
-    Each process gives equally many, so the one with the fewest rows decides.
-
-    Args:
-        rows: This process's rows; processes may have different numbers of them.
-        generator: Chooses the rows.
-
-    Returns:
-        The same rows on every process.
+    Processes may have different numbers of rows; all return the same sample.
     """
     processes = process_count()
+    # `all_gather` takes equal shapes, so the process with the fewest rows decides.
     shortest = torch.tensor(len(rows), device=rows.device)
     if processes > 1:
         dist.all_reduce(shortest, op=dist.ReduceOp.MIN)

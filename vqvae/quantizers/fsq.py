@@ -2,10 +2,7 @@
 
 Source: Mentzer et al. 2023, arXiv:2309.15505, with the bound `2 * sigmoid(1.6 x) - 1` of iFSQ,
 arXiv:2601.17124, which sends a standard normal input to a nearly uniform one.
-
-Deviation: all bins have the same width. Plain rounding to `levels` points from -1 to 1 leaves the
-two outer bins half as wide as the inner ones, so a uniform input would use them half as often.
-With 17 levels (iFSQ) that hardly matters, with 5 or 8 it costs more evenness than the bound wins.
+Deviation: all bins have the same width.
 """
 
 import math
@@ -25,28 +22,19 @@ class FiniteScalarQuantizer(nn.Module):
     """Round channel i to one of `levels[i]` equally spaced values in [-1, 1].
 
     The codebook is the grid of all combinations. It has no parameters and no state, so it cannot
-    collapse and nothing has to be synchronised between processes. The token id is the mixed-radix
-    number of the level indices; the first channel is the least significant digit.
+    collapse and needs no synchronization between processes. The token id is the mixed-radix number
+    of the level indices; the first channel is the least significant digit.
     """
 
     _levels: Tensor
     _place_values: Tensor
 
     def __init__(self, *, levels: Sequence[int]) -> None:
-        """Set the levels.
-
-        Args:
-            levels: Number of values per channel, each at least 2.
-
-        Raises:
-            ValueError: If `levels` is empty or one of them is below 2.
-        """
         super().__init__()
         if len(levels) == 0 or min(levels) < 2:
-            raise ValueError(f"levels is {list(levels)}; expected one or more integers >= 2")
+            raise ValueError(f"levels: got {list(levels)}, expected one or more of at least 2")
         self.levels = tuple(levels)
-        self.latent_dim = len(levels)
-        self.code_dim = len(levels)
+        self.latent_dim = self.code_dim = len(levels)
         self.codebook_size = math.prod(levels)
         place_values = [math.prod(levels[:channel]) for channel in range(len(levels))]
         self.register_buffer("_levels", torch.tensor(levels), persistent=False)
@@ -58,18 +46,14 @@ class FiniteScalarQuantizer(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> QuantizerOutput:
-        """Quantize with a straight-through gradient.
+        """Quantize unbounded latents to values in [-1, 1], with a straight-through gradient.
 
-        Args:
-            encoder_latents: Unbounded encoder output.
-            generator: Not used: rounding generates nothing.
-
-        Returns:
-            Values in [-1, 1], their token ids, a loss of 0 and no metrics.
+        The loss is 0, there are no metrics, and `generator` is not used: rounding has no noise.
         """
         scaled = self._scale(encoder_latents)
         level_indices = self._round(scaled)
         quantized = self._level_values(level_indices)
+        # The value is the rounded one; the gradient passes the rounding, not the sigmoid.
         return QuantizerOutput(
             quantized_latents=(scaled + (quantized - scaled).detach()).to(encoder_latents.dtype),
             token_ids=self._to_token_ids(level_indices),
@@ -80,7 +64,7 @@ class FiniteScalarQuantizer(nn.Module):
     def features(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Float[Tensor, "batch code_dim height width"]:
-        """What is rounded, with gradients: in [-1, 1] and half a level beyond."""
+        """Return the values before rounding, with gradients: in [-1, 1] and half a level beyond."""
         return self._scale(encoder_latents)
 
     def encode(
@@ -93,18 +77,22 @@ class FiniteScalarQuantizer(nn.Module):
         self, token_ids: Int[Tensor, "batch height width"]
     ) -> Float[Tensor, "batch code_dim height width"]:
         """Return the float32 values in [-1, 1] that the token ids stand for."""
+        # The digits of a mixed-radix number, the first channel the least significant.
         digits = token_ids[..., None] // self._place_values % self._levels
         return self._level_values(rearrange(digits, "b h w c -> b c h w"))
 
     def _scale(self, encoder_latents: Tensor) -> Tensor:
-        """Bound the latents so that each level owns an interval of the same width, 2 / (L - 1)."""
+        # Each of L levels gets an interval of the same width, 2 / (L - 1). Plain rounding to points
+        # from -1 to 1 leaves the two outer bins half as wide, so an even input would use them half
+        # as often. With 17 levels (iFSQ) that hardly matters; with 5 or 8 it costs more evenness
+        # than the bound gains.
         bounded = 2 * torch.sigmoid(BOUND_SLOPE * encoder_latents.float()) - 1
         levels = self._levels[:, None, None]
         return bounded * (levels / (levels - 1))
 
     def _round(self, scaled: Tensor) -> Tensor:
         highest = (self._levels - 1)[:, None, None]
-        # The clamp catches only the end points, where sigmoid saturates to exactly 0 or 1.
+        # The clamp catches only the end points, where the sigmoid is exactly 0 or 1.
         indices = torch.round((scaled + 1) / 2 * highest).long()
         return torch.minimum(indices.clamp(min=0), highest)
 

@@ -1,6 +1,6 @@
 """The relaxed quantizer of the DALL-E discrete VAE.
 
-Source: Ramesh et al. 2021, arXiv:2102.12092, section 2.1 and appendix A.2: the encoder names a
+Source: Ramesh et al. 2021, arXiv:2102.12092, section 2.1 and appendix A.2: the encoder predicts a
 distribution over the codebook at each grid cell, training mixes codes with Gumbel-softmax weights
 (arXiv:1611.00712, arXiv:1611.01144), and a KL term keeps the distribution near the uniform one.
 """
@@ -14,7 +14,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vqvae.quantizers.output import QuantizerOutput
+from vqvae.quantizers.output import QuantizerOutput, require_sizes
 
 # DALL-E's weight of 6.6 belongs to a KL summed over 32 x 32 cells, in a loss divided by the
 # 256 x 256 x 3 pixel values. With means over cells and over pixel values that is 6.6 / 192.
@@ -22,46 +22,26 @@ DALLE_KL_WEIGHT = 6.6 / 192
 
 
 class GumbelQuantizer(nn.Module):
-    """Mix codes with Gumbel-softmax weights in training mode, take the best code otherwise.
+    """Mix codes with Gumbel-softmax weights in training mode, take the most likely code otherwise.
 
     Attributes:
         temperature: Scalar buffer, 1 at first; the trainer lowers it (`temperature.fill_(...)`).
-        kl_weight: Plain number; the trainer may raise it from 0.
+        kl_weight: Of the divergence to the uniform distribution, per nat and cell; the trainer may
+            raise it from 0.
     """
 
     temperature: Tensor
 
     def __init__(
-        self,
-        *,
-        codebook_size: int,
-        code_dim: int,
-        kl_weight: float = DALLE_KL_WEIGHT,
-        straight_through: bool = False,
+        self, *, codebook_size: int, code_dim: int, kl_weight: float = DALLE_KL_WEIGHT
     ) -> None:
-        """Start with random codes.
-
-        Args:
-            codebook_size: Number of codes, and of encoder output channels.
-            code_dim: Channels of a code.
-            kl_weight: Weight of the KL divergence to the uniform distribution, per nat and cell.
-            straight_through: Whether training passes only the sampled code on, as one-hot weights
-                with the gradient of the soft ones.
-
-        Raises:
-            ValueError: If a size is not positive or the weight is negative.
-        """
         super().__init__()
-        for name, size in (("codebook_size", codebook_size), ("code_dim", code_dim)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; expected a positive integer")
+        require_sizes(codebook_size=codebook_size, code_dim=code_dim)
         if kl_weight < 0:
-            raise ValueError(f"kl_weight is {kl_weight}; expected a value >= 0")
-        self.codebook_size = codebook_size
-        self.latent_dim = codebook_size
+            raise ValueError(f"kl_weight: got {kl_weight}, expected at least 0")
+        self.codebook_size = self.latent_dim = codebook_size
         self.code_dim = code_dim
         self.kl_weight = kl_weight
-        self.straight_through = straight_through
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
         self.register_buffer("temperature", torch.tensor(1.0))
 
@@ -71,21 +51,17 @@ class GumbelQuantizer(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> QuantizerOutput:
-        """Quantize softly in training mode, else by the most likely code.
+        """Quantize logits over the codebook; `generator` is the source of the Gumbel noise.
 
-        Args:
-            encoder_latents: Logits over the codebook.
-            generator: Generates the Gumbel noise.
-
-        Returns:
-            Mixed codes (in training mode) or single codes, the most likely token ids (without
-            noise), the weighted KL term, and the metric "kl" in nats per grid cell.
+        The token ids are the most likely ones, without noise, in both modes. The loss is the
+        weighted KL term, the metric "kl" is in nats per grid cell.
         """
         batch, _, height, _ = encoder_latents.shape
         logits = _to_rows(encoder_latents)
         best = logits.max(dim=1).indices
         rows = self._mix(logits, generator) if self.training else self.codebook[best]
-        with nullcontext() if self.kl_weight else torch.no_grad():  # then a metric alone
+        with nullcontext() if self.kl_weight else torch.no_grad():  # without a weight, a metric
+            # KL(q || uniform) = log(codebook_size) - entropy(q)
             log_probabilities = logits.log_softmax(dim=1)
             entropy = -(log_probabilities.exp() * log_probabilities).sum(dim=1)
             kl = math.log(self.codebook_size) - entropy.mean()
@@ -102,27 +78,13 @@ class GumbelQuantizer(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "batch code_dim height width"]:
-        """What the decoder receives in training: codes mixed at the current temperature.
-
-        Args:
-            encoder_latents: Logits over the codebook.
-            generator: Generates the Gumbel noise.
-
-        Returns:
-            Weighted means of codebook rows.
-        """
+        """Return the decoder's input in training: codes mixed at the current temperature."""
         return _to_grid(self._mix(_to_rows(encoder_latents), generator), like=encoder_latents)
-
-    def hard_latents(
-        self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
-    ) -> Float[Tensor, "batch code_dim height width"]:
-        """What the decoder receives in use: the most likely code of each cell."""
-        return self.decode(self.encode(encoder_latents))
 
     def features(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Float[Tensor, "batch code_dim height width"]:
-        """The codes' mean under the logits, with gradients, without noise or temperature."""
+        """Return the mean code under the logits, with gradients, without noise or temperature."""
         probabilities = _to_rows(encoder_latents).softmax(dim=1)
         return _to_grid(probabilities @ self.codebook, like=encoder_latents)
 
@@ -139,20 +101,16 @@ class GumbelQuantizer(nn.Module):
         return rearrange(self.codebook[token_ids], "b h w c -> b c h w")
 
     def _mix(self, logits: Tensor, generator: torch.Generator | None) -> Tensor:
-        # -log(-log(uniform)); a uniform of 0 gives -inf, weight 0. On a CPU `exponential_` would
-        # take three times as long.
+        # Gumbel noise is -log(-log(uniform)); a uniform of 0 gives -inf, weight 0. On a CPU
+        # `exponential_` would take three times as long.
         uniform = _uniform(logits, generator)
         gumbel_noise = uniform.log_().neg_().log_().neg_().to(logits.device)
         weights = (logits + gumbel_noise).div_(self.temperature.float()).softmax(dim=1)
-        if self.straight_through:
-            best = weights.max(dim=1, keepdim=True).indices
-            one_hot = torch.zeros_like(weights).scatter_(1, best, 1.0)
-            weights = one_hot + (weights - weights.detach())
         return weights.to(self.codebook.dtype) @ self.codebook
 
 
 def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Generate from [0, 1) in float32; on a CPU by numpy, in half of torch's time."""
+    """Sample float32 numbers from [0, 1); on a CPU with numpy, in half of torch's time."""
     device = like.device if generator is None else generator.device
     if device.type != "cpu" or torch.compiler.is_compiling():
         return torch.rand(like.shape, generator=generator, device=device)
@@ -161,7 +119,7 @@ def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def _to_rows(encoder_latents: Tensor) -> Tensor:
-    """One float32 row of logits per cell: softmax is fastest along the last, contiguous axis."""
+    # Softmax is fastest along the last, contiguous axis.
     return rearrange(encoder_latents, "b c h w -> (b h w) c").float()
 
 

@@ -5,25 +5,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SIMILARITIES = 2**22  # computed at once, 16 MiB: larger blocks leave the caches
+MAX_SIMILARITIES = 2**22  # per block, 16 MiB: larger blocks do not fit the caches
 KMEANS_STEPS = 10
 
 
 def nearest_codes(
     vectors: Float[Tensor, "count code_dim"], codebook: Float[Tensor, "codebook_size code_dim"]
 ) -> Int[Tensor, " count"]:
-    """Find the code with the highest cosine similarity; the first one where several tie.
+    """Return the index of the code with the highest cosine similarity, the first one at a tie.
 
-    Args:
-        vectors: Rows of length 1.
-        codebook: Rows of length 1.
-
-    Returns:
-        The index of each vector's code.
+    All rows have length 1.
     """
-    # In blocks, so that the similarities never need count x codebook_size memory; with `max`,
-    # which finds the place twice as fast as `argmax` on a CPU.
-    blocks = vectors.split(max(1, SIMILARITIES // len(codebook)))
+    # In blocks: count x codebook_size similarities may not fit into memory. On a CPU `max` finds
+    # the index twice as fast as `argmax`.
+    blocks = vectors.split(max(1, MAX_SIMILARITIES // len(codebook)))
     return torch.cat([(block @ codebook.T).max(dim=1).indices for block in blocks])
 
 
@@ -33,17 +28,7 @@ def code_statistics(
     ids: Int[Tensor, " count"],
     codebook_size: int,
 ) -> tuple[Float[Tensor, "codebook_size code_dim"], Float[Tensor, " codebook_size"]]:
-    """Sum and count the vectors that chose each code.
-
-    Args:
-        vectors: Rows to sum.
-        weights: What each row counts for; 0 leaves it out.
-        ids: The code that each vector chose.
-        codebook_size: Number of codes.
-
-    Returns:
-        The sums and the counts.
-    """
+    """Return the weighted sum and the weighted count of the vectors assigned to each code."""
     sums = vectors.new_zeros(codebook_size, vectors.shape[1])
     counts = vectors.new_zeros(codebook_size)
     return sums.index_add_(0, ids, vectors * weights), counts.index_add_(0, ids, weights[:, 0])
@@ -56,20 +41,12 @@ def sample_by_error(
     *,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "sample_count code_dim"]:
-    """Generate vectors, with replacement, as often as they are badly served by their code.
+    """Sample vectors, with replacement, in proportion to the squared distance from their code.
 
-    Most cells of a typical image are background that some code fits already; generation evenly would
-    place nearly every new code there.
-
-    Args:
-        vectors: Rows of length 1, or of zeros, which are generated only if nothing else is there.
-        codes: The code that each vector has now.
-        sample_count: Number of rows to generate.
-        generator: Source of randomness, on any device.
-
-    Returns:
-        The generated rows.
+    `vectors` have length 1, or 0: rows of zeros are sampled only if there are no others.
     """
+    # Not uniformly: most cells of a typical image are background that some code fits already, and
+    # nearly every new code would land there.
     present = vectors.any(dim=1).double()
     error = ((vectors - codes).square().sum(dim=1).double() + 1e-6) * present
     cumulative = error.cumsum(dim=0)
@@ -85,15 +62,9 @@ def spherical_kmeans(
     *,
     generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "codebook_size code_dim"], Float[Tensor, " codebook_size"]]:
-    """Cluster unit vectors; a cluster that runs empty moves to a badly served vector.
+    """Cluster at least one unit vector; return the centers, of length 1, and their counts.
 
-    Args:
-        vectors: Rows of length 1, at least one.
-        codebook_size: Number of clusters; may exceed the number of vectors.
-        generator: Source of randomness, on any device.
-
-    Returns:
-        The centres, rows of length 1, and how many vectors chose each.
+    There may be more clusters than vectors.
     """
     weights = torch.ones_like(vectors[:, :1])
     codebook = sample_by_error(
@@ -102,6 +73,7 @@ def spherical_kmeans(
     for _ in range(KMEANS_STEPS):
         ids = nearest_codes(vectors, codebook)
         sums, counts = code_statistics(vectors, weights, ids, codebook_size)
+        # An empty cluster moves to a vector far from its center.
         fresh = sample_by_error(vectors, codebook[ids], codebook_size, generator=generator)
         codebook = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), fresh)
     _, counts = code_statistics(vectors, weights, nearest_codes(vectors, codebook), codebook_size)

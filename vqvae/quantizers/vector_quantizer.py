@@ -1,11 +1,11 @@
 """Vector quantization with cosine codes, learned by moving averages instead of by gradients.
 
 Sources: van den Oord et al. 2017, arXiv:1711.00937 (commitment loss; appendix A.1 for the moving
-averages); Yu et al. 2021, arXiv:2110.04627 (ViT-VQGAN: l2-normalised codes of low dimension).
-Against collapse: k-means start, and restart of codes that almost no vector chooses.
+averages); Yu et al. 2021, arXiv:2110.04627 (ViT-VQGAN: l2-normalized codes of low dimension).
+Against collapse: k-means start, and restart of dead codes.
 
-All processes hold the same codebook: counts and sums are added up over processes, and everything
-that is sampled at random is broadcast from process 0.
+All processes hold the same codebook: counts and sums are added up over processes, and all random
+samples are broadcast from process 0.
 """
 
 import torch
@@ -21,10 +21,10 @@ from vqvae.quantizers.kmeans import (
     sample_by_error,
     spherical_kmeans,
 )
-from vqvae.quantizers.output import QuantizerOutput
+from vqvae.quantizers.output import QuantizerOutput, require_sizes
 
-# A restarted code starts with the mean count, so it needs time to fall below this fraction of it:
-# with small batches, where the mean count is near 1, a plain threshold would restart half of all.
+# A restarted code starts with the mean count and needs time to fall below this fraction of it. With
+# small batches, where the mean count is near 1, the plain threshold would restart half the codes.
 LARGEST_DEAD_FRACTION_OF_MEAN = 0.1
 
 
@@ -33,65 +33,35 @@ class VectorQuantizer(nn.Module):
 
     The codebook, (codebook_size, code_dim) float32 rows of length 1, is a buffer. In training mode
     each `forward` moves it once, so with gradient accumulation it moves once per micro batch.
-
-    Attributes:
-        freeze_restarts: The trainer sets this for the last part of a run, so that token ids keep
-            their meaning.
     """
+
+    # Of the loss that pulls latents towards their codes.
+    commitment_weight = 0.25
+    # Fraction of the old moving average that a training step keeps.
+    ema_decay = 0.99
+    # Codes are restarted when the moving average of their count, in vectors per batch of all
+    # processes, falls below this (or a tenth of the mean, if less).
+    dead_code_threshold = 1.0
+    # The trainer sets this for the last part of a run, so that token ids keep their meaning.
+    freeze_restarts = False
 
     codebook: Tensor
     ema_counts: Tensor
     ema_sums: Tensor
     is_initialized: Tensor
 
-    def __init__(
-        self,
-        *,
-        codebook_size: int,
-        code_dim: int,
-        commitment_weight: float = 0.25,
-        ema_decay: float = 0.99,
-        dead_code_threshold: float = 1.0,
-    ) -> None:
-        """Start with random codes, which the first training batch replaces.
-
-        Args:
-            codebook_size: Number of codes.
-            code_dim: Channels of a code; small (8 to 32) works best with cosine codes.
-            commitment_weight: Weight of the loss that pulls latents towards their codes.
-            ema_decay: Fraction of the old moving average that a training step keeps, in [0, 1).
-            dead_code_threshold: A code is restarted when the moving average of its count, in
-                vectors per batch of all processes, falls below this (or below a tenth of the
-                mean over codes, if that is less).
-
-        Raises:
-            ValueError: If a size is not positive, a weight is negative or the decay leaves [0, 1).
-        """
+    def __init__(self, *, codebook_size: int, code_dim: int) -> None:
         super().__init__()
-        for name, size in (("codebook_size", codebook_size), ("code_dim", code_dim)):
-            if size < 1:
-                raise ValueError(f"{name} is {size}; expected a positive integer")
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay is {ema_decay}; expected 0 <= ema_decay < 1")
-        for name, weight in (
-            ("commitment_weight", commitment_weight),
-            ("dead_code_threshold", dead_code_threshold),
-        ):
-            if weight < 0:
-                raise ValueError(f"{name} is {weight}; expected a value >= 0")
+        require_sizes(codebook_size=codebook_size, code_dim=code_dim)
         self.codebook_size = codebook_size
-        self.latent_dim = code_dim
-        self.code_dim = code_dim
-        self.commitment_weight = commitment_weight
-        self.ema_decay = ema_decay
-        self.dead_code_threshold = dead_code_threshold
-        self.freeze_restarts = False
+        self.latent_dim = self.code_dim = code_dim
+        # Random codes, which the first training batch replaces.
         codebook = F.normalize(torch.randn(codebook_size, code_dim), dim=1)
         self.register_buffer("codebook", codebook)
         self.register_buffer("ema_counts", torch.zeros(codebook_size))
         self.register_buffer("ema_sums", torch.zeros(codebook_size, code_dim))
         self.register_buffer("is_initialized", torch.tensor(False))
-        self._known_initialized = False  # spares a device synchronisation in every step
+        self._known_initialized = False  # saves a device synchronization in every step
 
     def forward(
         self,
@@ -101,13 +71,9 @@ class VectorQuantizer(nn.Module):
     ) -> QuantizerOutput:
         """Quantize with a straight-through gradient and, in training mode, move the codebook.
 
-        Args:
-            encoder_latents: Encoder output of any length; only its direction counts.
-            generator: Generates the k-means start and the restarts.
-
-        Returns:
-            Codes of length 1, their token ids, the weighted commitment loss, and the metrics
-            "commitment_loss" (unweighted) and "dead_codes" (a count).
+        Only the direction of the latents counts; codes have length 1. `generator` is the source of
+        the k-means start and of restarts. The loss is the weighted commitment loss; the metrics are
+        "commitment_loss" (unweighted) and "dead_codes" (a count).
         """
         batch, _, height, _ = encoder_latents.shape
         with torch.autocast(encoder_latents.device.type, enabled=False):
@@ -134,13 +100,13 @@ class VectorQuantizer(nn.Module):
     def features(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Float[Tensor, "batch code_dim height width"]:
-        """What a code is chosen for, with gradients: vectors of length 1."""
+        """Return the vectors before quantization, of length 1, with gradients."""
         return F.normalize(encoder_latents.to(self.codebook.dtype), dim=1)
 
     def encode(
         self, encoder_latents: Float[Tensor, "batch latent_dim height width"]
     ) -> Int[Tensor, "batch height width"]:
-        """Return the token ids of encoder latents; never move the codebook."""
+        """Return the token ids of encoder latents; the codebook stays, also in training mode."""
         batch, _, height, _ = encoder_latents.shape
         with torch.no_grad(), torch.autocast(encoder_latents.device.type, enabled=False):
             ids = nearest_codes(self._unit_vectors(encoder_latents), self.codebook)
@@ -164,13 +130,14 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def _initialize(self, vectors: Tensor, generator: torch.Generator | None) -> None:
-        """Start the codebook at the k-means centres of the first batch, unless it was loaded."""
+        """Start the codebook at the k-means centers of the first batch, unless it was loaded."""
         if not bool(self.is_initialized):
             finite = vectors[vectors.isfinite().all(dim=1)]
             samples = gather_rows(finite, generator=generator)
             if len(samples) == 0:
                 return
             codebook, counts = spherical_kmeans(samples, self.codebook_size, generator=generator)
+            # The sample may be smaller than a batch of all processes: scale the counts to one.
             vectors_per_batch = sum_over_processes(counts.new_tensor(float(len(vectors))))
             self.codebook.copy_(broadcast_first(codebook))
             self.ema_counts.copy_(broadcast_first(counts) * vectors_per_batch / len(samples))
@@ -181,7 +148,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _update(self, vectors: Tensor, ids: Tensor, generator: torch.Generator | None) -> None:
         """Move the averages by one batch (of all processes), then restart dead codes."""
-        # A batch that is not finite, whose step a trainer skips, must not spoil the codebook.
+        # The trainer skips the step of a batch with NaNs; it must not spoil the codebook either.
         finite = vectors.isfinite().all(dim=1, keepdim=True)
         vectors = torch.where(finite, vectors, 0.0)
         sums, counts = code_statistics(vectors, finite.float(), ids, self.codebook_size)
@@ -189,7 +156,7 @@ class VectorQuantizer(nn.Module):
         sums, counts = statistics[:, :-1], statistics[:, -1]
         self.ema_counts.lerp_(counts, 1 - self.ema_decay)
         self.ema_sums.lerp_(sums, 1 - self.ema_decay)
-        # Without new vectors a sum only shrinks: keep the code, lest it underflow.
+        # Without new vectors a sum only shrinks, and would underflow: keep the code.
         moved = F.normalize(self.ema_sums, dim=1)
         self.codebook.copy_(torch.where(counts[:, None] > 0, moved, self.codebook))
         if not self.freeze_restarts:
@@ -198,6 +165,8 @@ class VectorQuantizer(nn.Module):
     def _restart_dead_codes(
         self, vectors: Tensor, ids: Tensor, generator: torch.Generator | None
     ) -> None:
+        # One candidate for every code, dead or not: shapes do not depend on the data, and all
+        # processes use up the same random numbers.
         candidates = sample_by_error(
             vectors, self.codebook[ids], self.codebook_size, generator=generator
         )

@@ -3,14 +3,13 @@
 Unicode names each cell of role x gender x skin tone by hand, with exceptions ("남교사" beside
 "여자 소방관"). Here the cells of a role are spelled by one rule from the name of its gender-neutral
 form, so that a model can learn the parts and combine them. Source of the names: Unicode CLDR,
-through the `emoji` package.
+through the ``emoji`` package.
 """
 
 import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-from dalle_mini_impl.builtin_datasets.emoji import names, names_ko
 from dalle_mini_impl.builtin_datasets.emoji.index import (
     FAMILY_MEMBERS,
     ZWJ,
@@ -19,6 +18,7 @@ from dalle_mini_impl.builtin_datasets.emoji.index import (
     split_gender,
     tones_of,
 )
+from dalle_mini_impl.builtin_datasets.emoji.names import english_names, korean_names
 
 _TWELVE = "zero one two three four five six seven eight nine ten eleven twelve"
 _TWELVE_KO = "영 한 두 세 네 다섯 여섯 일곱 여덟 아홉 열 열한 열두"
@@ -27,7 +27,7 @@ _NUMBERS, _NUMBERS_KO = _TWELVE.split(), _TWELVE_KO.split()
 
 @dataclass
 class EmojiFacts:
-    """What is known of one emoji, apart from any picture of it."""
+    """What is known of one emoji, apart from any image of it."""
 
     emoji: str
     """The character sequence itself."""
@@ -52,20 +52,11 @@ class EmojiFacts:
 
 
 def describe(hexcode: str) -> EmojiFacts | None:
-    """Everything the metadata says about an emoji, its captions included.
-
-    Args:
-        hexcode: as from `emoji_index.hexcode_of`.
-
-    Returns:
-        The facts, or None where the emoji has no Unicode name.
-
-    Raises:
-        UserError: the packages that hold the names are not installed.
-    """
+    """Gather what is known of an emoji, captions included; None if it has no Unicode name."""
     index = emoji_index()
     if hexcode not in index.emoji:
         return None
+    # 1. the facts, from the structure of the hexcode
     base = base_of(hexcode)
     neutral, gender = split_gender(base)
     if gender is None and neutral in index.neutral_forms:
@@ -80,6 +71,7 @@ def describe(hexcode: str) -> EmojiFacts | None:
         gender=gender,
         skin_tones=tones_of(hexcode),
     )
+    # 2. the captions, by kind
     codes = [code for code in base.split("-") if code != ZWJ]
     if facts.role is not None:
         _caption_person(facts)
@@ -99,26 +91,25 @@ def describe(hexcode: str) -> EmojiFacts | None:
 
 
 def with_article(phrase: str) -> str | None:
-    """The phrase with "a" or "an", or None where English would put none.
+    """Put "a" or "an" before a noun phrase; None where English has no article.
 
-    Args:
-        phrase: a noun phrase, such as "woman firefighter" or "red heart".
-
-    Returns:
-        "a woman firefighter"; None for plurals, things one does not count, and names.
+    That is before plurals, uncountable nouns and names.
     """
+    table = english_names()
+    # The noun stands before the first preposition.
     head = re.split(
         r" (?:with|without|of|in|at|and|on|showing|facing|behind|getting|lifting) |, ", phrase
     )[0].split()
     plural = head[-1].endswith("s") and not head[-1].endswith(("ss", "us", "bus"))
     if (
         plural
-        or head[-1] in names.UNCOUNTED
+        or head[-1] in table.uncounted
         or head[0] in ("women", "men", "people", "two", "no", "globe")
     ):
         return None
-    if phrase.startswith(names.PROPER) or (len(head) == 1 and phrase[0].isupper()):
+    if phrase.startswith(table.proper) or (len(head) == 1 and phrase[0].isupper()):
         return None
+    # By sound where the spelling misleads: "a unicorn", "an hourglass".
     vowel = phrase[0].lower() in "aeio" or phrase.startswith(("um", "un", "up", "hour", "x-ray"))
     if phrase.startswith(("uni", "euro", "ewe", "one-")):
         vowel = False
@@ -134,12 +125,14 @@ def _kind(hexcode: str) -> str:
 
 
 def _english(key: str) -> str:
-    """Plain English name of an untoned emoji."""
-    if key in names.ENGLISH:
-        return names.ENGLISH[key]
+    """Return the plain English name of an emoji without tone."""
+    table = english_names()
+    if key in table.names:
+        return table.names[key]
     neutral, gender = split_gender(key)
-    if gender is None or key in names.GENDERED:
+    if gender is None or key in table.gendered:
         return emoji_index().english[key]
+    # "person running" -> "woman running", "firefighter" -> "woman firefighter"
     phrase = _english(neutral)
     plural = {"woman": "women", "man": "men"}[gender]
     changed = re.sub(r"\bpeople\b", plural, re.sub(r"\bperson\b", gender, phrase))
@@ -147,15 +140,17 @@ def _english(key: str) -> str:
 
 
 def _korean(key: str) -> str:
-    """Plain Korean name of an untoned emoji."""
-    if key in names_ko.NAMES:
-        return names_ko.NAMES[key]
-    if key in names_ko.JAPANESE_BUTTONS:
-        return f"일본어 '{names_ko.JAPANESE_BUTTONS[key]}' 버튼"
+    """Return the plain Korean name of an emoji without tone."""
+    table = korean_names()
+    if key in table.names:
+        return table.names[key]
+    if key in table.japanese_buttons:
+        return f"일본어 '{table.japanese_buttons[key]}' 버튼"
     neutral, gender = split_gender(key)
-    if gender is None or key in names.GENDERED:
+    if gender is None or key in english_names().gendered:
         return emoji_index().korean[key].replace("오른쪽을 향한 ", "오른쪽을 향해 ")
     phrase, word = _korean(neutral), {"woman": "여자", "man": "남자"}[gender]
+    # "뛰는 사람" -> "뛰는 여자", "소방관" -> "여자 소방관"
     changed = re.sub(r"사람(?=들?$)", word, phrase)
     return changed if changed != phrase else f"{word} {phrase}"
 
@@ -169,6 +164,7 @@ def _caption_person(facts: EmojiFacts) -> None:
         facts.texts += [f"an emoji of {with_article(phrase) or phrase}", f"{phrase} emoji"]
         facts.texts_ko = [*phrases_ko, f"{phrase_ko} 이모지", f"{phrase_ko} 그림"]
         return
+    # Two people may have a tone each: "light and dark skin tones".
     tone = " and ".join(tones) + (" skin tone" if len(tones) == 1 else " skin tones")
     spelled = [_with_tone(item, tone) for item in phrases]
     facts.texts = [spelled[0], *filter(None, [with_article(spelled[0])]), f"{phrase}, {tone}"]
@@ -178,8 +174,8 @@ def _caption_person(facts: EmojiFacts) -> None:
         facts.texts.append(spelled[0].removesuffix(" tone"))
     for item, caption in zip(phrases[1:], spelled[1:], strict=True):
         facts.texts += [caption, f"{item}, {tone}"]
-    tone_ko = "과 ".join(names_ko.TONES[item] for item in tones)
-    cldr_ko = "와 ".join(names_ko.TONES_CLDR[item] for item in tones)
+    tone_ko = "과 ".join(korean_names().tones[item] for item in tones)
+    cldr_ko = "와 ".join(korean_names().tones_cldr[item] for item in tones)
     facts.texts_ko = [f"{tone_ko}의 {item}" for item in phrases_ko]
     facts.texts_ko += [
         f"{phrase_ko}, {tone_ko}",
@@ -189,16 +185,19 @@ def _caption_person(facts: EmojiFacts) -> None:
 
 
 def _person_phrases(facts: EmojiFacts) -> tuple[list[str], list[str]]:
-    """Ways to name a person or a hand without its tone, in English and in Korean."""
+    """List ways to name a person or a hand without its tone, in English and in Korean."""
     phrases, phrases_ko = [_english(facts.base)], [_korean(facts.base)]
+    # "female firefighter", but no "female person running": a profession is a noun without "person".
     profession = re.search(r"\b(person|people)\b", facts.role or "") is None
     if (
         facts.gender in ("woman", "man")
         and profession
-        and facts.base not in (names.GENDERED | names.ENGLISH)
+        and facts.base not in english_names().gendered
+        and facts.base not in english_names().names
     ):
         phrases.append(f"{'female' if facts.gender == 'woman' else 'male'} {facts.role}")
     phrases += _aliases(facts.base)[:2]
+    # "여자 소방관" is also "여성 소방관", but a girl stays "여자아이".
     if re.search(r"[여남]자(?!아이)", phrases_ko[0]):
         phrases_ko.append(re.sub(r"([여남])자(?!아이)", r"\1성", phrases_ko[0]))
     return phrases, phrases_ko
@@ -211,27 +210,29 @@ def _with_tone(phrase: str, tone: str) -> str:
 
 
 def _caption_flag(facts: EmojiFacts) -> None:
-    index = emoji_index()
+    index, table, table_ko = emoji_index(), english_names(), korean_names()
     codes = facts.hexcode.split("-")
+    # Regional indicators spell the region's code; the flags of England and Scotland have none.
     region = "".join(
         chr(int(code, 16) - 0x1F1E6 + ord("A")) for code in codes if code.startswith("1F1")
     )
-    name = names.REGIONS.get(region, index.english[facts.hexcode])
-    if name.endswith((" Islands", " Territory", " Republic")) and region not in names.REGIONS:
+    name = table.regions.get(region, index.english[facts.hexcode])
+    if name.endswith((" Islands", " Territory", " Republic")) and region not in table.regions:
         name = f"the {name}"
     facts.texts = [f"flag of {name}", f"the flag of {name}", f"{name.removeprefix('the ')} flag"]
-    if region in names.REGION_SYNONYMS:
-        other = names.REGION_SYNONYMS[region]
+    if region in table.region_synonyms:
+        other = table.region_synonyms[region]
         facts.texts += [f"flag of {other}", f"{other.removeprefix('the ')} flag"]
     facts.texts.append(f"an emoji of the flag of {name}")
     name_ko = re.sub(r"\(.*\)", "", index.korean[facts.hexcode].removeprefix("깃발 ")).strip()
-    name_ko = names_ko.REGIONS.get(region, name_ko)
-    noun = "깃발" if not region or region in names_ko.TERRITORIES else "국기"
+    name_ko = table_ko.regions.get(region, name_ko)
+    # 국기 is the flag of a state; other regions have a 깃발.
+    noun = "깃발" if not region or region in table_ko.territories else "국기"
     facts.texts_ko = [f"{name_ko} {noun}", f"{name_ko}의 {noun}", f"{name_ko} 깃발"]
-    if region in names_ko.REGION_SYNONYMS:
-        facts.texts_ko.append(f"{names_ko.REGION_SYNONYMS[region]} {noun}")
-    if region in names_ko.FLAG_NICKNAMES:
-        facts.texts_ko.append(names_ko.FLAG_NICKNAMES[region])
+    if region in table_ko.region_synonyms:
+        facts.texts_ko.append(f"{table_ko.region_synonyms[region]} {noun}")
+    if region in table_ko.flag_nicknames:
+        facts.texts_ko.append(table_ko.flag_nicknames[region])
 
 
 def _caption_clock(facts: EmojiFacts) -> None:
@@ -274,6 +275,7 @@ def _caption_family(facts: EmojiFacts, codes: list[str]) -> None:
         parts_ko.append(f"{word_ko} {_NUMBERS_KO[count]} 명" if count > 1 else word_ko)
     listed = ", ".join(parts[:-1]) + " and " + parts[-1]
     facts.texts = [f"family of {listed}", f"a family of {listed}", f"family, {listed}"]
+    # The particle follows the final sound, which is a consonant in 명.
     last = "으로" if parts_ko[-1].endswith("명") else "로"
     listed_ko = ", ".join(parts_ko)
     facts.texts_ko = [f"{listed_ko}{last} 이루어진 가족", f"가족, {listed_ko}"]
@@ -281,22 +283,23 @@ def _caption_family(facts: EmojiFacts, codes: list[str]) -> None:
 
 def _caption_thing(facts: EmojiFacts) -> None:
     phrase, phrase_ko = _english(facts.base), _korean(facts.base)
-    words = phrase.split()
+    words, table = phrase.split(), english_names()
     article = with_article(phrase)
-    if facts.group == "Symbols" and (words[-1] not in names.COUNTED_SYMBOLS or words[0].isupper()):
+    if facts.group == "Symbols" and (words[-1] not in table.counted_symbols or words[0].isupper()):
         article = None
     facts.texts = [phrase]
     if article is not None:
         facts.texts += [article, f"an emoji of {article}"]
     elif words[-1].endswith("s"):
         facts.texts.append(f"an emoji of {phrase}")
-    facts.texts += [f"{phrase} emoji", *names.SYNONYMS.get(facts.base, ()), *_aliases(facts.base)]
+    facts.texts += [f"{phrase} emoji", *table.synonyms.get(facts.base, ()), *_aliases(facts.base)]
     facts.texts_ko = [phrase_ko, f"{phrase_ko} 이모지", f"{phrase_ko} 그림"]
 
 
 def _aliases(base: str) -> list[str]:
-    """Aliases of the `emoji` package that read as captions and mean this emoji only."""
+    """List the aliases of the ``emoji`` package that read as captions and mean this emoji only."""
     index = emoji_index()
+    # An alias that differs from the name by a hyphen says nothing new.
     main = re.sub(r"[-']", " ", _english(base).lower())
     good = []
     for alias in index.aliases.get(base, []):
@@ -304,6 +307,6 @@ def _aliases(base: str) -> list[str]:
             re.fullmatch(r"(?!arrow|heavy|lower|couplekiss)[a-z][a-z' -]{3,}", alias) is not None
         )
         reordered = alias.startswith("arrows") or alias.endswith(("blood type", "traffic light"))
-        if plain and not reordered and alias not in index.ambiguous | names.BAD_ALIASES:
+        if plain and not reordered and alias not in index.ambiguous | english_names().bad_aliases:
             good.append(alias)
     return [alias for alias in good if re.sub(r"[-']", " ", alias) != main]

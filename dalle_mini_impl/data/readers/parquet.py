@@ -1,6 +1,7 @@
-"""Parquet files and Hub data sets, through Hugging Face `datasets`; images stay encoded bytes."""
+"""Parquet files and Hub data sets, through Hugging Face ``datasets``; images stay encoded bytes."""
 
 import glob
+import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -9,19 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.data.readers.records import (
     MAX_IMAGE_BYTES,
-    Listing,
-    RawPair,
+    Pair,
+    Pairs,
     collect_captions,
     files_below,
     is_inside,
     is_unicode,
     no_caption_reason,
+    other_fields,
+    split_field,
 )
 from dalle_mini_impl.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
+IMAGE_COLUMN = "image"  # encoded images: bytes, or a struct of bytes and path
 # The Hub's habit: train-00000-of-00004.parquet, or test/0000.parquet.
 _SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
 
@@ -31,18 +35,11 @@ _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**30
 
 
-def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) -> Listing:
-    """Lists one parquet file, or all parquet files in a folder and below.
+def read_parquet(path: Path, text_columns: Sequence[str]) -> Pairs:
+    """List one parquet file, or all parquet files in a folder and below.
 
     A split is named by a file or first folder that begins with train, validation, val, dev, test.
-
-    Args:
-        path: The file or folder.
-        text_columns: Columns that hold captions (strings or lists of strings).
-        image_column: Column of encoded images (bytes, or a struct of bytes and path).
-
-    Returns:
-        Rows in the order of the files. Rows without image or caption are skipped.
+    Rows without image or caption are skipped.
 
     Raises:
         UserError: Not readable as parquet, or no such columns.
@@ -63,20 +60,11 @@ def read_parquet(path: Path, *, text_columns: Sequence[str], image_column: str) 
         if isinstance(error, OSError) and error.errno is not None:
             reason += f"; its cache is {config.HF_DATASETS_CACHE}, HF_HOME names another folder"
         raise UserError(f"cannot read {path} as parquet: {reason}") from error
-    return _list_tables(
-        tables, source=str(path), root=root, text_columns=text_columns, image_column=image_column
-    )
+    return _list_tables(tables, source=str(path), root=root, text_columns=text_columns)
 
 
 def parquet_files(path: Path) -> list[Path]:
-    """Finds the parquet files of a source.
-
-    Args:
-        path: A file, or a folder that is searched at any depth.
-
-    Returns:
-        The file itself, or the folder's regular files in the order of their paths.
-    """
+    """List the parquet files of a folder at any depth, by path; a file is its own source."""
     if not path.is_dir():
         return [path]
     names = (parent / name for parent, names in files_below(path) for name in names)
@@ -95,24 +83,17 @@ def _check_expansion(file: Path) -> None:
         num_rows = metadata.num_rows
     except Exception:  # damaged: the reader says how
         return
+    # Judged from the footer, before anything is unpacked.
     limit = max(_HARMLESS_BYTES, _MAX_EXPANSION * packed)
     if unpacked > limit or num_rows > limit:
         raise UserError(
-            f"{file}: {packed} bytes that unpack to {unpacked} in {num_rows} rows, expected at most "
-            f"{limit} of both"
+            f"{file}: {packed} bytes that unpack to {unpacked} in {num_rows} rows, "
+            f"expected at most {limit} of both"
         )
 
 
-def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Listing:
-    """Lists a data set of the Hugging Face Hub, downloading it if need be.
-
-    Args:
-        name: `user/name`.
-        text_columns: Columns that hold captions.
-        image_column: Column of encoded images.
-
-    Returns:
-        Rows of all splits. Rows without image or caption are skipped.
+def read_hub(name: str, text_columns: Sequence[str]) -> Pairs:
+    """List a data set of the Hugging Face Hub, ``user/name``, downloading it if need be.
 
     Raises:
         UserError: Not there, not reachable, or no such columns.
@@ -128,13 +109,11 @@ def read_hub(name: str, *, text_columns: Sequence[str], image_column: str) -> Li
         raise UserError(f"{taken}, which the Hub did not give: {_last_cause(error)}") from error
     # Images that are files in the download cache are allowed, files elsewhere are not.
     root = Path(config.HF_CACHE_HOME).resolve()
-    return _list_tables(
-        tables, source=name, root=root, text_columns=text_columns, image_column=image_column
-    )
+    return _list_tables(tables, source=name, root=root, text_columns=text_columns)
 
 
 def _check_hub_answers(taken: str) -> None:
-    """Asks once, without naming the data set; `datasets` itself tries for a minute or more."""
+    """Ask once, without naming the data set; ``datasets`` itself tries for a minute or more."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -154,72 +133,66 @@ def _last_cause(error: BaseException) -> str:
 
 
 def _list_tables(
-    tables: "Mapping[str, Dataset]",
-    *,
-    source: str,
-    root: Path,
-    text_columns: Sequence[str],
-    image_column: str,
-) -> Listing:
+    tables: "Mapping[str, Dataset]", *, source: str, root: Path, text_columns: Sequence[str]
+) -> Pairs:
+    """List the rows of all tables, one table per split; files of images must lie in ``root``."""
     from datasets import Image, concatenate_datasets
 
-    listing = Listing()
+    pairs = Pairs()
     images: list[Dataset] = []
-    first_row = 0
     for split, table in tables.items():
-        _check_columns(table, source, text_columns, image_column)
-        column = table.select_columns([image_column])
+        _check_columns(table, source, text_columns)
+        column = table.select_columns([IMAGE_COLUMN])
         try:
-            column = column.cast_column(image_column, Image(decode=False))
+            column = column.cast_column(IMAGE_COLUMN, Image(decode=False))
         except Exception as error:  # pyarrow has a type for each way in which it cannot be done
             raise UserError(
-                f"{source}: column {image_column!r} holds {column.features[image_column]}, "
+                f"{source}: column {IMAGE_COLUMN!r} holds {column.features[IMAGE_COLUMN]}, "
                 "expected encoded images (bytes)"
             ) from error
-        num_bytes = _num_bytes(column, image_column)
-        plain = table.select_columns(_plain_columns(table, image_column))
-        for row, fields in enumerate(plain):
+        num_bytes = _num_bytes(column)
+        # Rows are counted through all tables, as concatenate_datasets will number them.
+        first_row = sum(len(each) for each in images)
+        for row, fields in enumerate(table.select_columns(_plain_columns(table))):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
-            file = "" if num_bytes[row] else _image_file(column[row][image_column], root)
+            # A row holds the bytes, or the path of a file inside the root, or nothing that is used.
+            file = "" if num_bytes[row] else _image_file(column[row][IMAGE_COLUMN], root)
             captions = collect_captions(fields, text_columns)
             if file is None:
-                listing.skip(path, f"no image in column {image_column}")
+                pairs.skip(path, f"no image in column {IMAGE_COLUMN}")
             elif num_bytes[row] > MAX_IMAGE_BYTES:
-                listing.skip(path, f"{num_bytes[row]} bytes, expected at most {MAX_IMAGE_BYTES}")
+                pairs.skip(path, f"{num_bytes[row]} bytes, expected at most {MAX_IMAGE_BYTES}")
             elif not captions:
-                listing.skip(path, no_caption_reason(fields, text_columns))
+                pairs.skip(path, no_caption_reason(fields, text_columns))
             else:
-                attributes = {key: fields[key] for key in fields if key not in text_columns}
-                own_split = fields.get("split") if len(tables) == 1 else split
-                listing.pairs.append(
-                    RawPair(
-                        path=path,
-                        captions=captions,
-                        attributes=attributes,
-                        split=own_split if isinstance(own_split, str) else None,
-                        file=file,
-                        offset=0 if file else first_row + row,
-                    )
+                pair = Pair(
+                    path=path,
+                    captions=captions,
+                    # Dates and decimals become text: a run keeps attributes as JSON.
+                    attributes=json.loads(
+                        json.dumps(other_fields(fields, text_columns), default=str)
+                    ),
+                    split=split_field(fields) if len(tables) == 1 else split,
+                    file=file,
+                    offset=0 if file else first_row + row,
                 )
+                pairs.listed.append(pair)
         images.append(column)
-        first_row += len(table)
-    listing.images = concatenate_datasets(images) if images else None
-    return listing
+    pairs.table = concatenate_datasets(images) if images else None
+    return pairs
 
 
-def _check_columns(
-    table: "Dataset", source: str, text_columns: Sequence[str], image_column: str
-) -> None:
+def _check_columns(table: "Dataset", source: str, text_columns: Sequence[str]) -> None:
     names = table.column_names
-    if image_column not in names:
-        raise UserError(f"{source} has no column {image_column!r} for images, but {names}")
+    if IMAGE_COLUMN not in names:
+        raise UserError(f"{source} has no column {IMAGE_COLUMN!r} for images, but {names}")
     if not set(text_columns) & set(names):
         expected = ", ".join(text_columns)
         raise UserError(f"{source} has none of the columns {expected} for captions, but {names}")
 
 
-def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
-    """Columns that are numbers, text, or lists of them: nothing that a library would decode."""
+def _plain_columns(table: "Dataset") -> list[str]:
+    """List the columns of numbers, text, or lists of them: nothing that a library would decode."""
     from datasets import ClassLabel, LargeList, List, Value
 
     def is_plain(feature: Any) -> bool:
@@ -230,14 +203,15 @@ def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
         )
 
     features = table.features
-    return [name for name in features if name != image_column and is_plain(features[name])]
+    return [name for name in features if name != IMAGE_COLUMN and is_plain(features[name])]
 
 
-def _num_bytes(column: "Dataset", image_column: str) -> list[int]:
-    """Counts the encoded bytes of each row's image, without reading them."""
+def _num_bytes(column: "Dataset") -> list[int]:
+    """Count the encoded bytes of each row's image, without reading them."""
     import pyarrow.compute as pc
 
-    lengths = pc.binary_length(pc.struct_field(column.data.column(image_column), "bytes"))
+    # Arrow knows the lengths from its offsets.
+    lengths = pc.binary_length(pc.struct_field(column.data.column(IMAGE_COLUMN), "bytes"))
     return [length or 0 for length in lengths.to_pylist()]
 
 

@@ -1,7 +1,7 @@
-"""What all readers of captioned images share: their records, captions and path rules.
+"""The record of one captioned image, and the rules of captions and paths that all readers share.
 
-The readers (`folder_reader`, `tar_reader`, `table_reader`) return a `Listing`: where each image's
-bytes lie, and its captions. No image is opened at that point.
+A reader lists a source as ``Pairs``: where the bytes of each image lie, and its captions. It opens
+no image. For sets that do not fit in memory, a store on disk can take the place of the list.
 """
 
 import json
@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
+
+from dalle_mini_impl.data.images import BadImageError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,61 +26,92 @@ WHOLE_FILE = -1
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A captioned image, and where its bytes lie."""
+
+    path: str
+    """Key shown in messages, unique within the source: path in the folder, tar!member, or row."""
+    captions: tuple[str, ...]
+    """At least one caption, none empty: all paraphrases and languages."""
+    attributes: dict[str, Any] = field(default_factory=dict)
+    """Whatever else the source says about the image, in types of JSON."""
+    split: str | None = None
+    """Name of the split the source puts it in, if it does."""
+    file: str = ""
+    """File that holds the bytes; empty if they lie in row ``offset`` of ``Pairs.table``."""
+    offset: int = 0
+    """First byte in the file, or row number."""
+    size: int = WHOLE_FILE
+    """Number of bytes, or ``WHOLE_FILE``."""
+
+
+@dataclass(frozen=True)
 class SkippedRecord:
     """One record that was left out."""
 
     path: str
-    """File path, tar!member, or row, as in `Pair.path`."""
+    """As ``Pair.path``."""
     reason: str
     """Why, in a few words."""
 
 
-@dataclass(frozen=True)
-class RawPair:
-    """A captioned image, and where its bytes lie."""
-
-    path: str
-    """Key shown in messages, unique within the source."""
-    captions: tuple[str, ...]
-    """At least one caption, none empty."""
-    attributes: dict[str, Any]
-    """Whatever else the source says about the image."""
-    split: str | None
-    """Name of the split the source puts it in, if it does."""
-    file: str = ""
-    """File that holds the bytes; empty if they lie in row `offset` of `Listing.images`."""
-    offset: int = 0
-    """First byte in the file, or row number."""
-    size: int = WHOLE_FILE
-    """Number of bytes, or `WHOLE_FILE`."""
-
-
 @dataclass
-class Listing:
-    """Everything a reader found in a source."""
+class Pairs:
+    """The captioned images of a source or of one of its splits, and what was left out.
 
-    pairs: list[RawPair] = field(default_factory=list)
+    Images stay where they are: ``read_image`` reads the bytes of one, ``images.decode_image``
+    decodes them.
+    """
+
+    listed: list[Pair] = field(default_factory=list)
     skipped: list[SkippedRecord] = field(default_factory=list)
-    images: "Dataset | None" = None
+    """Records of the whole source that were left out."""
+    table: "Dataset | None" = None
+    """Rows of one column with encoded images, for sources that are tables."""
+    num_records: int = 0
+    """Records of the whole source, those left out included."""
+
+    def __len__(self) -> int:
+        return len(self.listed)
+
+    def __getitem__(self, index: int) -> Pair:
+        return self.listed[index]
+
+    def __iter__(self) -> Iterator[Pair]:
+        return iter(self.listed)
 
     def skip(self, path: str, reason: str) -> None:
-        """Notes a record that is left out.
-
-        Args:
-            path: Its path or key.
-            reason: Why.
-        """
+        """Note a record that is left out."""
         self.skipped.append(SkippedRecord(printable(path), printable(reason)))
+
+    def read_image(self, index: int) -> bytes:
+        """Read the encoded bytes of one image.
+
+        Raises:
+            BadImageError: The file is gone, unreadable or larger than 256 MiB.
+        """
+        pair = self.listed[index]
+        if not pair.file:
+            assert self.table is not None
+            [value] = self.table[pair.offset].values()
+            return bytes(value["bytes"])
+        is_whole = pair.size == WHOLE_FILE
+        try:
+            with open(pair.file, "rb") as file:
+                # The size now: the file may have grown since it was listed.
+                if is_whole and os.fstat(file.fileno()).st_size > MAX_IMAGE_BYTES:
+                    raise BadImageError(pair.path, f"larger than {MAX_IMAGE_BYTES} bytes")
+                file.seek(pair.offset)
+                data = file.read(MAX_IMAGE_BYTES if is_whole else pair.size)
+        except OSError as error:
+            raise BadImageError(pair.path, f"cannot be read ({error.strerror})") from error
+        if not is_whole and len(data) != pair.size:
+            raise BadImageError(pair.path, f"{len(data)} bytes left, expected {pair.size}")
+        return data
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Reads one JSON object: UTF-8, of limited length and nesting.
-
-    Args:
-        data: The bytes, a byte order mark allowed.
-
-    Returns:
-        The object's fields.
+    """Parse one JSON object: UTF-8 (a byte order mark allowed), of limited length and nesting.
 
     Raises:
         ValueError: What is wrong with it.
@@ -97,6 +130,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _nesting(value: Any) -> int:
+    # Level by level, since a hostile value would exhaust the stack of a recursion.
     depth, level = 0, [value]
     while level:
         depth += 1
@@ -106,20 +140,15 @@ def _nesting(value: Any) -> int:
 
 
 def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Walks a folder, folders before their sub-folders; links to folders are not followed.
+    """Walk a folder, each before its sub-folders, and yield it with the sorted names of its files.
 
-    Unlike `os.walk` and `Path.rglob` it does not recurse, so no depth of folders stops it.
-
-    Args:
-        folder: Where to begin.
-
-    Yields:
-        A folder and the sorted names of the regular files in it (or links to such). Hidden files
-        and folders (names with a leading dot) are passed over; so are folders that cannot be read.
+    Hidden files and folders (names with a leading dot), linked folders and folders that cannot be
+    read are passed over.
     """
-    waiting = [folder]
-    while waiting:
-        parent = waiting.pop()
+    # Unlike ``os.walk`` and ``Path.rglob`` no recursion, so that no depth of folders stops it.
+    remaining = [folder]
+    while remaining:
+        parent = remaining.pop()
         try:
             with os.scandir(parent) as entries:
                 visible = sorted(
@@ -130,34 +159,21 @@ def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         except OSError:
             continue
         names = [entry.name for entry in visible if entry.name not in set(folders)]
-        waiting += [parent / name for name in reversed(folders)]
+        remaining += [parent / name for name in reversed(folders)]
         yield parent, names
 
 
 def are_too_many(num_bad: int, num_records: int, max_bad_fraction: float) -> bool:
-    """Say whether a set has more bad records than it may; one is always allowed.
-
-    Args:
-        num_bad: Records that cannot be used.
-        num_records: Of the whole set, these among them.
-        max_bad_fraction: Largest share taken, in [0, 1].
-
-    Returns:
-        True if so.
-    """
+    """Tell whether a set has more bad records than it may; one is always allowed."""
     return num_bad > max(1, max_bad_fraction * num_records)
 
 
 def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, ...]:
-    """Gathers the captions of a record from its text columns, in their order, without repeats.
+    """Gather the captions of a record from its text columns, in their order, without repeats.
 
-    Args:
-        fields: The record; a text column holds a string or a list of strings.
-        text_columns: Columns to look at.
-
-    Returns:
-        Captions with single spaces; empty, null and non-text entries are dropped.
+    A text column holds a string or a list of strings; empty, null and non-text entries are dropped.
     """
+    # A dict as an ordered set.
     found: dict[str, None] = {}
     for column in text_columns:
         value = fields.get(column)
@@ -169,15 +185,7 @@ def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> 
 
 
 def no_caption_reason(fields: Mapping[str, Any], text_columns: Sequence[str]) -> str:
-    """Says why `collect_captions` found nothing.
-
-    Args:
-        fields: The record.
-        text_columns: Columns that were looked at.
-
-    Returns:
-        The reason, naming the columns.
-    """
+    """Say why ``collect_captions`` found nothing."""
     present = [column for column in text_columns if column in fields]
     if present:
         return f"no caption: {', '.join(present)} is empty, null, too long or not text"
@@ -185,14 +193,19 @@ def no_caption_reason(fields: Mapping[str, Any], text_columns: Sequence[str]) ->
     return f"no caption: it has none of the fields {', '.join(text_columns)} (it has {names})"
 
 
+def split_field(fields: Mapping[str, Any]) -> str | None:
+    """Return the split that a record names, if it names one."""
+    split = fields.get("split")
+    return split if isinstance(split, str) else None
+
+
+def other_fields(fields: Mapping[str, Any], used: Sequence[str]) -> dict[str, Any]:
+    """Return the attributes of a record: what is in none of the columns that are used."""
+    return {key: value for key, value in fields.items() if key not in used}
+
+
 def lines_of_captions(data: bytes) -> tuple[str, ...]:
-    """Reads a caption file: UTF-8, one caption per line.
-
-    Args:
-        data: The file's bytes.
-
-    Returns:
-        Captions with single spaces, no empty ones.
+    """Read a caption file: UTF-8, one caption per line, single spaces, no empty ones.
 
     Raises:
         ValueError: Not UTF-8.
@@ -206,38 +219,17 @@ def lines_of_captions(data: bytes) -> tuple[str, ...]:
 
 
 def other_format_reason(name: str) -> str:
-    """Says why an image file of another format is left out.
-
-    Args:
-        name: Its name.
-
-    Returns:
-        The reason, naming the formats that are read.
-    """
+    """Say why an image file of another format is left out."""
     return f"{name} is there, but its format is not one of {', '.join(IMAGE_SUFFIXES)}"
 
 
 def collapse(text: str) -> str:
-    """Turns every run of white space into one space and cuts both ends.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        One line.
-    """
+    """Turn every run of white space into one space and cut both ends."""
     return " ".join(text.split())
 
 
 def is_unicode(text: str) -> bool:
-    """Tells whether a string can be written as UTF-8 (half surrogate pairs cannot).
-
-    Args:
-        text: Any string.
-
-    Returns:
-        True if it can.
-    """
+    """Tell whether a string can be written as UTF-8 (half surrogate pairs cannot)."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -246,24 +238,13 @@ def is_unicode(text: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """Escapes what would break a one-line message (line ends, control codes, bad Unicode).
-
-    Args:
-        text: A path or a reason.
-
-    Returns:
-        The text in printable characters.
-    """
+    """Escape what would break a one-line message (line ends, control codes, bad Unicode)."""
     escape = "unicode_escape"
     return "".join(c if c.isprintable() else c.encode(escape).decode("ascii") for c in text)
 
 
 def encoding_remedy() -> str:
-    """Tells what to change where the system's encoding cannot hold every file name.
-
-    Returns:
-        The end of a reason; empty where the encoding is UTF-8.
-    """
+    """Say what to change where the system's encoding cannot hold every file name."""
     encoding = sys.getfilesystemencoding()
     if encoding.lower() == "utf-8":
         return ""
@@ -271,29 +252,18 @@ def encoding_remedy() -> str:
 
 
 def leads_outside(name: str) -> bool:
-    """Tells whether a relative file name, as written, could leave its folder.
+    """Tell whether a relative file name, as written, could leave its folder.
 
-    Args:
-        name: File name from a metadata file or an archive, with / or backslashes.
-
-    Returns:
-        True for absolute names (Windows drives too) and for any `..` part.
+    True for absolute names (Windows drives too) and for any ``..`` part, with / or backslashes.
     """
+    # Windows rules on every system: the data set may travel.
     windows = PureWindowsPath(name)
     absolute = PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)
     return absolute or ".." in windows.parts
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Tells whether a path lies in a folder once symbolic links are followed.
-
-    Args:
-        path: Path to judge.
-        folder: The folder, itself already resolved.
-
-    Returns:
-        True if it does.
-    """
+    """Tell whether a path lies in a folder, itself resolved, once symbolic links are followed."""
     try:
         return Path(os.path.realpath(path)).is_relative_to(folder)
     except (OSError, ValueError):  # a link loop; a NUL in the name

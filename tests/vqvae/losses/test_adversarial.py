@@ -1,4 +1,4 @@
-"""PatchGAN: its losses against plain ones, and who learns from which of them."""
+"""PatchGAN: its losses against plain ones, and which network each of them trains."""
 
 from collections.abc import Callable
 
@@ -17,31 +17,31 @@ from vqvae.losses.adversarial import (
     last_layer_of,
 )
 
+Networks = tuple[VQVAE, PatchDiscriminator, Tensor]
 
-def players(build_vqvae: Callable[..., VQVAE]) -> tuple[VQVAE, PatchDiscriminator, Tensor]:
+
+@pytest.fixture
+def networks(build_vqvae: Callable[..., VQVAE]) -> Networks:
     torch.manual_seed(0)
     vqvae = build_vqvae().train()
     return vqvae, PatchDiscriminator(channels=4, num_layers=2), torch.rand(3, 3, 16, 16) * 2 - 1
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name: weight.grad.clone()
-        for name, weight in module.named_parameters()
-        if weight.grad is not None
-    }
+    found = {name: weight.grad for name, weight in module.named_parameters()}
+    return {name: gradient.clone() for name, gradient in found.items() if gradient is not None}
 
 
-def test_the_hinge_losses_are_those_of_the_paper() -> None:
-    real, copied = torch.tensor([2.0, 0.25, -1.0]), torch.tensor([-3.0, -0.5, 0.5])
+def test_hinge_losses_are_those_of_the_paper() -> None:
+    real, fake = torch.tensor([2.0, 0.25, -1.0]), torch.tensor([-3.0, -0.5, 0.5])
     plain = sum(max(0.0, 1 - float(x)) for x in real) / 3
-    plain += sum(max(0.0, 1 + float(x)) for x in copied) / 3
-    assert float(hinge_discriminator_loss(real, copied)) == pytest.approx(plain / 2)
-    assert float(hinge_generator_loss(copied)) == pytest.approx((3.0 + 0.5 - 0.5) / 3)
+    plain += sum(max(0.0, 1 + float(x)) for x in fake) / 3
+    assert float(hinge_discriminator_loss(real, fake)) == pytest.approx(plain / 2)
+    assert float(hinge_generator_loss(fake)) == pytest.approx((3.0 + 0.5 - 0.5) / 3)
 
 
-def test_each_player_learns_from_its_own_terms(build_vqvae: Callable[..., VQVAE]) -> None:
-    vqvae, discriminator, pixels = players(build_vqvae)
+def test_each_network_learns_from_its_own_terms(networks: Networks) -> None:
+    vqvae, discriminator, pixels = networks
     terms = adversarial_terms(discriminator, vqvae(pixels).reconstruction, pixels)
     (terms.generator + terms.feature_matching).backward(retain_graph=True)
     assert gradients(discriminator) == {}
@@ -52,9 +52,9 @@ def test_each_player_learns_from_its_own_terms(build_vqvae: Callable[..., VQVAE]
     assert len(gradients(discriminator)) == len(list(discriminator.parameters()))
 
 
-def test_one_backward_pass_is_as_good_as_two(build_vqvae: Callable[..., VQVAE]) -> None:
-    """The usual way: freeze one player, train the other, in turn."""
-    vqvae, discriminator, pixels = players(build_vqvae)
+def test_one_backward_pass_equals_two(networks: Networks) -> None:
+    """The usual way freezes one network and trains the other, in turn."""
+    vqvae, discriminator, pixels = networks
     reconstructions = vqvae(pixels).reconstruction
     terms = adversarial_terms(discriminator, reconstructions, pixels)
     (0.3 * terms.generator + 0.7 * terms.feature_matching + terms.discriminator).backward()
@@ -64,21 +64,19 @@ def test_one_backward_pass_is_as_good_as_two(build_vqvae: Callable[..., VQVAE]) 
 
     discriminator.requires_grad_(False)
     reconstructions = vqvae(pixels).reconstruction
-    of_fake, of_pixels = discriminator(reconstructions), discriminator(pixels)
-    pairs = zip(of_fake.features, of_pixels.features, strict=True)
-    distances = [(copy - real).abs().mean() for copy, real in pairs]
+    of_fake, of_real = discriminator(reconstructions), discriminator(pixels)
+    pairs = zip(of_fake.features, of_real.features, strict=True)
+    distances = [(fake - real).abs().mean() for fake, real in pairs]
     (-0.3 * of_fake.logits.mean() + 0.7 * sum(distances) / len(distances)).backward()
     discriminator.requires_grad_(True)
-    real, copied = discriminator(pixels).logits, discriminator(reconstructions.detach()).logits
-    (((1 - real).clamp(min=0).mean() + (1 + copied).clamp(min=0).mean()) / 2).backward()
+    real, fake = discriminator(pixels).logits, discriminator(reconstructions.detach()).logits
+    (((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()) / 2).backward()
     for ours, plain in zip(one, (gradients(vqvae), gradients(discriminator)), strict=True):
         torch.testing.assert_close(ours, plain)
 
 
-def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(
-    build_vqvae: Callable[..., VQVAE],
-) -> None:
-    vqvae, discriminator, pixels = players(build_vqvae)
+def test_adaptive_weight_is_the_ratio_of_two_gradient_norms(networks: Networks) -> None:
+    vqvae, discriminator, pixels = networks
     layer = last_layer_of(vqvae)
     assert layer is vqvae.decoder.layers[-2].weight
 
@@ -96,8 +94,8 @@ def test_the_adaptive_weight_is_the_ratio_of_two_whole_gradients(
     weight = adaptive_weight(*both(), layer)
     assert float(weight) == pytest.approx(norms[0] / norms[1], rel=1e-3)
     assert not weight.requires_grad
-    reconstruction, generator = both()
-    assert float(adaptive_weight(reconstruction, 1e-9 * generator, layer)) == 1e4
+    reconstruction_loss, generator_loss = both()
+    assert float(adaptive_weight(reconstruction_loss, 1e-9 * generator_loss, layer)) == 1e4
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])

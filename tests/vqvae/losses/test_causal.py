@@ -1,4 +1,4 @@
-"""The next feature: loss and Transformer against plain ones, and what the encoder learns."""
+"""CRT: loss and Transformer against plain ones, and which weights learn from them."""
 
 import copy
 import math
@@ -61,8 +61,8 @@ def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tens
                 own, key, value = (slice(start, start + size) for start in starts)
                 seen = range(place + 1)
                 scores = [mixed[place][own] @ mixed[other][key] / math.sqrt(size) for other in seen]
-                fractions = torch.stack(scores).softmax(dim=0)
-                parts.append(sum(fractions[other] * mixed[other][value] for other in seen))
+                attention = torch.stack(scores).softmax(dim=0)
+                parts.append(sum(attention[other] * mixed[other][value] for other in seen))
             states[place] = states[place] + linear(f"{at}.self_attn.out_proj.", torch.cat(parts))  # type: ignore[arg-type]
         for place, x in enumerate(states):
             inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
@@ -71,7 +71,7 @@ def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tens
     return torch.stack([linear("head.", norm("norm", x)) for x in states])
 
 
-def test_predictions_and_loss_equal_plain_ones_in_float64() -> None:
+def test_predictions_and_loss_equal_the_reference() -> None:
     predictor = build_predictor()
     features = torch.randn(4, 3, 2, 3)
     predictions = predictor(features)
@@ -81,11 +81,11 @@ def test_predictions_and_loss_equal_plain_ones_in_float64() -> None:
     expected, found = features.double().numpy(), plain.numpy()
     ratios = []
     for channel in range(3):
-        came = [image[channel].flatten()[1:] for image in expected]
-        variance = np.concatenate(came).var() + SMALLEST_VARIANCE
+        targets = [image[channel].flatten()[1:] for image in expected]
+        variance = np.concatenate(targets).var() + SMALLEST_VARIANCE
         errors = [
             (prediction[place, channel] - values[place]) ** 2
-            for prediction, values in zip(found, came, strict=True)
+            for prediction, values in zip(found, targets, strict=True)
             for place in range(5)
         ]
         ratios.append(sum(errors) / len(errors) / variance)
@@ -106,7 +106,7 @@ def test_a_later_feature_changes_no_earlier_prediction() -> None:
         assert (after[:, cell:] != before[:, cell:]).any(dim=2).all()
 
 
-def test_a_fresh_predictor_says_zero_and_teaches_only_the_targets() -> None:
+def test_first_predictions_are_zero_without_gradients() -> None:
     predictor = NextFeaturePredictor(code_dim=3, num_cells=6)
     features = torch.randn(2, 3, 2, 3, requires_grad=True)
     predictions = predictor(features)
@@ -117,14 +117,14 @@ def test_a_fresh_predictor_says_zero_and_teaches_only_the_targets() -> None:
     assert not torch.equal(*(layer.linear1.weight for layer in predictor.layers))
 
 
-def test_smaller_features_are_no_better() -> None:
-    """Nor is one channel that dies: the loss has no slope along a channel's scale."""
+def test_loss_does_not_depend_on_the_scale() -> None:
+    """Nor does its gradient shrink a single channel."""
     predictions, features = torch.randn(4, 5, 3), torch.randn(4, 3, 2, 3)
     scale = torch.ones(3, requires_grad=True)
     loss = next_feature_loss(predictions * scale, features * scale[:, None, None])
     loss.backward()
     assert scale.grad is not None
-    # What is left is of the variance that keeps a dead channel from dividing by 0.
+    # The rest comes from the variance that keeps a dead channel from dividing by 0.
     assert scale.grad.abs().max() < 10 * SMALLEST_VARIANCE
     small = next_feature_loss(predictions / 8, features / 8)
     assert float(small) == pytest.approx(float(loss.detach()), rel=0.02)
@@ -133,7 +133,7 @@ def test_smaller_features_are_no_better() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
-def test_all_learn_from_it_but_the_tokenizers_decoder(
+def test_encoder_and_predictor_learn_and_the_decoder_does_not(
     quantizer: str, build_vqvae: Callable[..., VQVAE]
 ) -> None:
     vqvae = build_vqvae(quantizer=quantizer).train()
@@ -158,7 +158,7 @@ def test_features_determine_tokens(quantizer: str, build_vqvae: Callable[..., VQ
     if quantizer == "gumbel":  # one logit far above the rest: the mean is that code
         latents = 100 * torch.eye(vqvae.codebook_size)[torch.randint(20, (2, 3, 3))].movedim(3, 1)
     features = vqvae.quantizer.features(latents)
-    codes = vqvae._codebook()
+    codes = vqvae.codebook()
     nearest = torch.cdist(features.movedim(1, 3).flatten(0, 2), codes).argmin(dim=1)
     assert torch.equal(nearest.reshape(2, 3, 3), vqvae.quantizer.encode(latents))
     assert features.abs().max() <= max(1.5, float(codes.abs().max()))
@@ -167,8 +167,8 @@ def test_features_determine_tokens(quantizer: str, build_vqvae: Callable[..., VQ
 WEIGHT = 0.1  # the guide's
 
 
-def make_image_grids(count: int, generator: torch.Generator) -> Tensor:
-    """Red flows over the whole image; green and blue are generated anew for each cell of 4 x 4."""
+def smooth_and_random(count: int, generator: torch.Generator) -> Tensor:
+    """Images with smooth red; green and blue are random in each cell of 4 x 4."""
     flowing = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
     sudden = torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1
     sizes: dict[str, Any] = {"size": (16, 16)}
@@ -185,16 +185,15 @@ def descend(model: nn.Module, loss: Callable[[], Tensor], *, rate: float, steps:
 
 
 def learned(weight: float) -> tuple[float, float]:
-    """Trains a tokenizer; what a fresh predictor cannot foretell, and the fraction of codes in use."""
+    """Train a tokenizer; return the loss of a fresh predictor, and the codebook usage."""
     torch.manual_seed(0)
     uniforms = torch.Generator().manual_seed(0)
-    config = VQVAEConfig(image_size=16, patch_size=4, channels=(16,), num_encoder_blocks=1,
-                         num_decoder_blocks=1, fsq_levels=(4, 4, 4))  # fmt: skip
-    vqvae = VQVAE(config).train()
+    blocks = {"num_encoder_blocks": 1, "num_decoder_blocks": 1}
+    vqvae = VQVAE(VQVAEConfig(image_size=16, channels=(16,), fsq_levels=(4, 4, 4), **blocks))
     model: nn.Module = NextFeatureVQVAE(vqvae) if weight else vqvae
 
     def loss() -> Tensor:
-        pixels = make_image_grids(32, uniforms)
+        pixels = smooth_and_random(32, uniforms)
         output = model(pixels)
         distance = F.l1_loss(output.reconstruction, pixels)
         return distance + weight * output.next_feature_loss if weight else distance
@@ -203,7 +202,7 @@ def learned(weight: float) -> tuple[float, float]:
 
     def features(count: int) -> Tensor:
         with torch.no_grad():
-            return vqvae.quantizer.features(vqvae.encoder(make_image_grids(count, uniforms)))
+            return vqvae.quantizer.features(vqvae.encoder(smooth_and_random(count, uniforms)))
 
     torch.manual_seed(0)
     probe = NextFeaturePredictor(code_dim=3, num_cells=16)
@@ -213,12 +212,12 @@ def learned(weight: float) -> tuple[float, float]:
         return next_feature_loss(probe(known), known)
 
     descend(probe, probe_loss, rate=2e-3, steps=120)
-    ids = vqvae.encode_to_token_ids(make_image_grids(200, uniforms))
+    ids = vqvae.encode_to_token_ids(smooth_and_random(200, uniforms))
     return float(probe_loss(200).detach()), len(ids.unique()) / vqvae.codebook_size
 
 
 @pytest.mark.slow
-def test_features_become_predictable_and_the_codes_stay_in_use() -> None:
+def test_features_become_predictable_and_codes_stay_in_use() -> None:
     (fraction, used), (fraction_with, used_with) = learned(0.0), learned(WEIGHT)
     assert fraction_with < 0.92 * fraction, (fraction, fraction_with)
     assert used_with > 0.85 * used, (used, used_with)

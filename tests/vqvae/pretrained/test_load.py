@@ -1,4 +1,4 @@
-"""Image tokenizers behind one door: one contract for all, and what the door refuses."""
+"""Image tokenizers of every kind: one contract for all, and what is refused."""
 
 import copy
 import json
@@ -11,22 +11,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.reference import openai_dvae
-from tests.reference.other_tokenizers import (
-    FOREIGN,
-    SIZE,
-    library_model,
-    scatter,
-    source_folder,
-)
+from tests.reference.other_tokenizers import FOREIGN, SIZE, library_model, scatter, source_folder
 from vqvae import VQVAE
 from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.load import PretrainedTokenizer, load_tokenizer
 
-KINDS = ("ours", "dalle", "openai", "janus", "emu3", "diffusers")
+KINDS = ("ours", "vq", "dalle", "openai", *FOREIGN)
+Load = Callable[[str], ImageTokenizer]
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ImageTokenizer]:
+def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     folders: dict[str, Path] = {}
 
     def load_kind(kind: str) -> ImageTokenizer:
@@ -38,15 +33,13 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ImageToken
 
 
 def images(count: int = 5, size: int = SIZE) -> Tensor:
-    """Four colored fields each, of colors at the ends of their range."""
+    """Four fields each, in fully saturated colors."""
     fields = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
     return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_tokenizer_keeps_the_contract(
-    kind: str, load: Callable[[str], ImageTokenizer], tmp_path: Path
-) -> None:
+def test_every_tokenizer_keeps_the_contract(kind: str, load: Load, tmp_path: Path) -> None:
     tokenizer = load(kind)
     assert isinstance(tokenizer, ImageTokenizer)
     assert tokenizer.config.image_size == SIZE
@@ -71,8 +64,9 @@ def test_every_tokenizer_keeps_the_contract(
     assert not decoded.requires_grad
     for row, one in enumerate(every_id):
         single = tokenizer.decode_from_token_ids(one[None])
-        # Sums over a batch of another size may be added up in another order.
-        torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-4)
+        # Sums over a batch of another size may be added up in another order, and wild weights
+        # amplify that; a byte of a picture is 8e-3 wide.
+        torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-3)
     assert tokenizer.decode_from_token_ids(every_id[:0]).shape == (0, 3, SIZE, SIZE)
 
     with pytest.raises(ValueError, match=r"pixels: got \(16, 20\), expected 16 x 16"):
@@ -97,9 +91,7 @@ def test_every_tokenizer_keeps_the_contract(
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_tokens_and_pixels_are_the_librarys_own(
-    kind: str, load: Callable[[str], ImageTokenizer]
-) -> None:
+def test_tokens_and_pixels_are_the_librarys_own(kind: str, load: Load) -> None:
     tokenizer, theirs, pixels = load(kind), library_model(kind).eval(), images()
     scatter(theirs)
     token_ids = tokenizer.encode_to_token_ids(pixels)
@@ -120,37 +112,24 @@ def test_tokens_and_pixels_are_the_librarys_own(
     )
 
 
-def test_dalles_own_weights_give_the_tokens_and_pixels_of_a_plain_reading(
-    load: Callable[[str], ImageTokenizer],
-) -> None:
+@pytest.mark.parametrize(("num_blocks", "size"), [(1, SIZE), (2, 32)])
+def test_openai_weights_equal_the_reference(num_blocks: int, size: int, tmp_path: Path) -> None:
     encoder, decoder = openai_dvae.random_weights(
-        width=8, num_blocks=1, codebook_size=24, code_dim=5
-    )
-    tokenizer, pixels = load("openai"), images()
-    token_ids = tokenizer.encode_to_token_ids(pixels)
-    assert torch.equal(token_ids, openai_dvae.encode(encoder, pixels))
-    torch.testing.assert_close(
-        tokenizer.decode_from_token_ids(token_ids), openai_dvae.decode(decoder, token_ids)
-    )
-
-
-def test_two_blocks_per_group_find_their_places(tmp_path: Path) -> None:
-    encoder, decoder = openai_dvae.random_weights(
-        width=8, num_blocks=2, codebook_size=30, code_dim=3, seed=1
+        width=8, num_blocks=num_blocks, codebook_size=24, code_dim=5
     )
     save_file(encoder, tmp_path / "encoder.safetensors")
     save_file(decoder, tmp_path / "decoder.safetensors")
-    tokenizer, pixels = load_tokenizer(tmp_path, image_size=32), images(2, size=32)
+    tokenizer, pixels = load_tokenizer(tmp_path, image_size=size), images(size=size)
     assert isinstance(tokenizer, VQVAE)
     assert tokenizer.config.channels == (8, 16, 32, 64)
-    ids = tokenizer.encode_to_token_ids(pixels)
-    assert torch.equal(ids, openai_dvae.encode(encoder, pixels))
-    expected = openai_dvae.decode(decoder, ids)
-    torch.testing.assert_close(tokenizer.decode_from_token_ids(ids), expected)
+    token_ids = tokenizer.encode_to_token_ids(pixels)
+    assert torch.equal(token_ids, openai_dvae.encode(encoder, pixels))
+    expected = openai_dvae.decode(decoder, token_ids)
+    torch.testing.assert_close(tokenizer.decode_from_token_ids(token_ids), expected)
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "infinite", "other names"])
-def test_damaged_files_of_dalle_are_refused(damage: str, tmp_path: Path) -> None:
+def test_damaged_openai_weights_are_refused(damage: str, tmp_path: Path) -> None:
     folder = source_folder("openai", tmp_path / "openai")
     path = folder / "decoder.safetensors"
     weights, name = load_file(path), "blocks.group_2.block_1.res_path.conv_3.w"
@@ -184,7 +163,10 @@ def change_config(folder: Path, **changes: object) -> None:
         ("janus", {"base_channels": 0}, "base_channels: got 0, expected at least 1"),
         ("janus", {"out_channels": 1}, "out_channels: got 1, expected 3"),
         ("janus", {"latent_channels": 5}, "tensor decoder.conv_in.weight: got"),
-        ("emu3", {"temporal_downsample_factor": 2**60}, "tensor decoder.time_conv.1"),
+        ("janus", {"base_channels": 10**7}, "channel_multiplier: got 10000000, the file's tensors"),
+        ("janus", {"channel_multiplier": [1] * 99}, "channel_multiplier: got 99, the file holds"),
+        ("emu3", {"temporal_downsample_factor": 2**60}, "temporal_downsample_factor: got 1152"),
+        ("emu3", {"temporal_downsample_factor": 4}, "tensor decoder.time_conv.1"),
         ("emu3", {"hidden_size": 10**9}, "hidden_size: got 1000000000, the file's tensors"),
         ("emu3", {"num_attention_heads": 5}, "not loaded"),
         ("diffusers", {"down_block_types": ["DownBlock2D"] * 3}, "down_block_types: got"),
@@ -193,7 +175,7 @@ def change_config(folder: Path, **changes: object) -> None:
         ("diffusers", {"layers_per_block": 10**7}, "layers_per_block: got 10000000"),
     ],
 )
-def test_a_config_that_does_not_fit_its_weights_is_refused_unbuilt(
+def test_config_that_does_not_fit_its_weights_is_refused(
     kind: str, changes: dict[str, object], reason: str, tmp_path: Path
 ) -> None:
     folder = source_folder(kind, tmp_path / kind)
@@ -204,35 +186,35 @@ def test_a_config_that_does_not_fit_its_weights_is_refused_unbuilt(
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_what_a_config_says_of_code_is_not_even_read(kind: str, tmp_path: Path) -> None:
+def test_code_named_by_a_config_is_not_run(kind: str, tmp_path: Path) -> None:
     folder = source_folder(kind, tmp_path / kind)
     expected = load_tokenizer(folder, image_size=SIZE).fingerprint()
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
-    change_config(
-        folder, auto_map={"AutoModel": "evil.Model"}, attn_implementation="someone/kernel",
-        _attn_implementation="someone/kernel",
-    )  # fmt: skip
+    kernels = dict.fromkeys(("attn_implementation", "_attn_implementation"), "someone/kernel")
+    change_config(folder, auto_map={"AutoModel": "evil.Model"}, **kernels)
     assert load_tokenizer(folder, image_size=SIZE).fingerprint() == expected
     assert not (tmp_path / "ran").exists()
 
 
-def test_pickled_weights_are_not_looked_at(tmp_path: Path) -> None:
+def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     folder = source_folder("janus", tmp_path / "janus")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"no model\.safetensors there"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: No such file"):
         load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("kind", ["openai", "emu3", "diffusers"])
-def test_the_size_of_images_is_asked_for(kind: str, tmp_path: Path) -> None:
+def test_image_size_is_required(kind: str, tmp_path: Path) -> None:
     folder = source_folder(kind, tmp_path / kind)
-    with pytest.raises(ValueError, match="image_size: got none, expected pixels a side"):
-        load_tokenizer(folder)
-    with pytest.raises(ValueError, match="image_size: got 18, expected a multiple of"):
-        load_tokenizer(folder, image_size=18)
+    for size, reason in (
+        (None, "none, expected pixels a side"),
+        (18, "18, expected a multiple of"),
+    ):
+        with pytest.raises(ValueError, match=f"image_size: got {reason}"):
+            load_tokenizer(folder, image_size=size)
 
 
-def test_janus_knows_its_size_and_ours_keep_theirs(tmp_path: Path) -> None:
+def test_janus_and_our_folders_know_their_size(tmp_path: Path) -> None:
     janus = load_tokenizer(source_folder("janus", tmp_path / "janus"))
     assert janus.config.image_size == SIZE
     larger = load_tokenizer(tmp_path / "janus", image_size=24)
@@ -248,9 +230,10 @@ def test_janus_knows_its_size_and_ours_keep_theirs(tmp_path: Path) -> None:
     [
         ({"kind": "llama"}, "kind: got llama, expected one of janus, emu3, diffusers"),
         ({"kind": ["janus"]}, "kind: got"),
+        ({"kind": None}, "kind: got None"),
         ({"format_version": 7}, "format_version: got 7"),
         ({"image_size": "16"}, "image_size: got 16, expected a whole number"),
-        ({"colour": 1}, "unknown fields: color"),
+        ({"color": 1}, "unknown fields: color"),
         ({"sizes": {}}, "JanusSizes: unknown or missing fields"),
     ],
 )
@@ -272,7 +255,7 @@ def test_half_precision_on_disk_is_read_as_float32(tmp_path: Path) -> None:
     assert not again.training
 
 
-def test_files_beside_a_config_are_not_opened(tmp_path: Path) -> None:
+def test_a_config_decides_over_openai_files(tmp_path: Path) -> None:
     folder = source_folder("ours", tmp_path / "ours")
     before = load_tokenizer(folder).fingerprint()
     for name in ("encoder.safetensors", "decoder.safetensors"):
@@ -280,9 +263,7 @@ def test_files_beside_a_config_are_not_opened(tmp_path: Path) -> None:
     assert load_tokenizer(folder).fingerprint() == before
 
 
-def test_tokenizer_that_loads_but_takes_no_image_is_refused(
-    load: Callable[[str], ImageTokenizer],
-) -> None:
+def test_tokenizer_that_takes_no_image_is_refused(load: Load) -> None:
     tokenizer = load("janus")
     require_working(tokenizer)
     broken = copy.deepcopy(tokenizer)

@@ -31,27 +31,25 @@ def test_agrees_with_the_reference(levels: list[int], seed: int) -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(levels=LEVELS)
-def test_every_token_id_has_its_own_values_and_comes_back(levels: list[int]) -> None:
+def test_every_token_id_has_its_own_values(levels: list[int]) -> None:
     quantizer = FiniteScalarQuantizer(levels=levels)
     assert quantizer.codebook_size == math.prod(levels)
     token_ids = torch.arange(quantizer.codebook_size)[:, None, None]
     values = quantizer.decode(token_ids)
     assert len(values.flatten(1).unique(dim=0)) == quantizer.codebook_size
-    # Shrinking a value to the middle of its interval and undoing the bound gives latents for it.
+    # Latents of a value: shrink it to the middle of its interval, then undo the bound.
     widths = torch.tensor(levels)[:, None, None]
     middles = values * (widths - 1) / widths
     assert torch.equal(quantizer.encode(2 * torch.atanh(middles) / 1.6), token_ids)
 
 
 def test_values_are_equally_spaced_from_minus_1_to_1() -> None:
-    for level_count in (2, 3, 8, 17):
-        values = FiniteScalarQuantizer(levels=[level_count]).decode(
-            torch.arange(level_count)[:, None, None]
-        )
-        torch.testing.assert_close(values.flatten(), torch.linspace(-1, 1, level_count))
+    for count in (2, 3, 8, 17):
+        values = FiniteScalarQuantizer(levels=[count]).decode(torch.arange(count)[:, None, None])
+        torch.testing.assert_close(values.flatten(), torch.linspace(-1, 1, count))
 
 
-def test_encode_decode_and_forward_agree_and_leave_the_input_alone() -> None:
+def test_encode_decode_and_forward_agree() -> None:
     quantizer = FiniteScalarQuantizer(levels=[8, 5, 5, 5])
     encoder_latents = latents(4)
     before = encoder_latents.clone()
@@ -64,7 +62,7 @@ def test_encode_decode_and_forward_agree_and_leave_the_input_alone() -> None:
     assert output.metrics == {}
 
 
-def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
+def test_gradient_is_that_without_rounding() -> None:
     levels = [8, 3]
     encoder_latents = latents(2).requires_grad_()
     upstream = torch.randn(encoder_latents.shape)
@@ -77,7 +75,7 @@ def test_gradient_passes_the_rounding_as_if_it_were_not_there() -> None:
 
 
 @pytest.mark.parametrize("level_count", [3, 5, 8, 17])
-def test_normal_latents_use_the_levels_evenly(level_count: int) -> None:
+def test_normal_latents_use_levels_evenly(level_count: int) -> None:
     generator = torch.Generator().manual_seed(0)
     encoder_latents = torch.randn(1, 1, 200, 200, generator=generator)
 
@@ -92,9 +90,8 @@ def test_normal_latents_use_the_levels_evenly(level_count: int) -> None:
 
 
 def test_huge_latents_saturate() -> None:
-    quantizer = FiniteScalarQuantizer(levels=[4, 5])
-    encoder_latents = torch.tensor([-1e30, 1e30]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
-    assert quantizer.encode(encoder_latents).flatten().tolist() == [0, 19]
+    huge = torch.tensor([-1e30, 1e30]).view(2, 1, 1, 1).expand(2, 2, 1, 1)
+    assert FiniteScalarQuantizer(levels=[4, 5]).encode(huge).flatten().tolist() == [0, 19]
 
 
 def test_has_no_state_and_keeps_half_precision() -> None:

@@ -12,14 +12,9 @@ from vqvae.quantizers import GumbelQuantizer
 CODEBOOK_SIZE, CODE_DIM = 6, 3
 
 
-def quantizer(*, kl_weight: float = 0.1, straight_through: bool = False) -> GumbelQuantizer:
+def quantizer(kl_weight: float = 0.1) -> GumbelQuantizer:
     torch.manual_seed(0)
-    return GumbelQuantizer(
-        codebook_size=CODEBOOK_SIZE,
-        code_dim=CODE_DIM,
-        kl_weight=kl_weight,
-        straight_through=straight_through,
-    )
+    return GumbelQuantizer(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, kl_weight=kl_weight)
 
 
 def logits(seed: int = 0) -> Tensor:
@@ -28,7 +23,7 @@ def logits(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
-def test_training_mixes_codes_as_the_reference_does(temperature: float) -> None:
+def test_mixtures_equal_the_reference(temperature: float) -> None:
     model = quantizer()
     model.temperature.fill_(temperature)
     output = model(logits(), generator=torch.Generator().manual_seed(7))
@@ -39,29 +34,16 @@ def test_training_mixes_codes_as_the_reference_does(temperature: float) -> None:
 
 
 def test_noise_samples_codes_with_their_probability() -> None:
-    model = quantizer(straight_through=True)
+    model = quantizer()
+    model.temperature.fill_(1e-5)  # mixtures of a single code
     row = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.0])
-    with torch.no_grad():
-        model.codebook.copy_(torch.randn(CODEBOOK_SIZE, CODE_DIM))
-        grid = row.view(1, -1, 1, 1).expand(1, -1, 100, 200)
-        mixed = model(grid, generator=torch.Generator().manual_seed(0)).quantized_latents
-    codes = mixed.movedim(1, -1).flatten(0, 2)
+    grid = row.view(1, -1, 1, 1).expand(1, -1, 100, 200)
+    mixed = model(grid, generator=torch.Generator().manual_seed(0)).quantized_latents
+    codes = mixed.detach().movedim(1, -1).flatten(0, 2)
     chosen = torch.cdist(codes, model.codebook).argmin(dim=1)
-    torch.testing.assert_close(codes, model.codebook[chosen].detach())
+    assert (codes - model.codebook[chosen]).abs().amax(dim=1).median() < 1e-6
     fractions = torch.bincount(chosen, minlength=CODEBOOK_SIZE) / len(chosen)
     torch.testing.assert_close(fractions, row.softmax(dim=0), atol=0.015, rtol=0)
-
-
-def test_straight_through_has_the_gradient_of_the_soft_weights() -> None:
-    gradients = []
-    for straight_through in (True, False):
-        model = quantizer(straight_through=straight_through)
-        encoder_latents = logits().requires_grad_()
-        output = model(encoder_latents, generator=torch.Generator().manual_seed(0))
-        (gradient,) = torch.autograd.grad(output.quantized_latents.sum(), encoder_latents)
-        gradients.append(gradient)
-    torch.testing.assert_close(gradients[0], gradients[1])
-    assert gradients[0].abs().sum() > 0
 
 
 def test_evaluation_takes_the_most_likely_code() -> None:
@@ -69,19 +51,19 @@ def test_evaluation_takes_the_most_likely_code() -> None:
     output = model(logits())
     assert torch.equal(output.token_ids, model.encode(logits()))
     assert torch.equal(output.quantized_latents, model.decode(output.token_ids))
-    assert torch.equal(output.quantized_latents, model.hard_latents(logits()))
     ids = output.token_ids
     torch.testing.assert_close(output.quantized_latents[1, :, 2, 3], model.codebook[ids[1, 2, 3]])
 
 
-def test_soft_latents_approach_hard_ones_when_cold() -> None:
+def test_soft_latents_approach_codes_when_cold() -> None:
     model = quantizer()
     soft = model.soft_latents(logits(), generator=torch.Generator().manual_seed(3))
     trained = model(logits(), generator=torch.Generator().manual_seed(3)).quantized_latents
     assert torch.equal(soft, trained)
     model.temperature.fill_(1 / 16)
-    certain = 100 * torch.nn.functional.one_hot(logits().argmax(dim=1)).movedim(-1, 1).float()
-    torch.testing.assert_close(model.soft_latents(certain), model.hard_latents(certain))
+    ids = logits().argmax(dim=1)
+    certain = 100 * torch.nn.functional.one_hot(ids).movedim(-1, 1).float()
+    torch.testing.assert_close(model.soft_latents(certain), model.decode(ids))
 
 
 def test_kl_is_zero_for_uniform_and_maximal_for_one_hot() -> None:
@@ -105,10 +87,9 @@ def test_gradients_reach_encoder_and_codebook() -> None:
     encoder_latents = logits().requires_grad_()
     output = model(encoder_latents)
     output.quantized_latents.square().sum().backward()
-    assert encoder_latents.grad is not None
-    assert encoder_latents.grad.abs().sum() > 0
-    assert model.codebook.grad is not None
-    assert model.codebook.grad.abs().sum() > 0
+    for tensor in (encoder_latents, model.codebook):
+        assert tensor.grad is not None
+        assert tensor.grad.abs().sum() > 0
 
 
 def test_gumbel_noise_uses_the_generator() -> None:
@@ -129,10 +110,10 @@ def test_temperature_is_saved_and_precision_kept() -> None:
     copy = quantizer()
     copy.load_state_dict(model.state_dict())
     assert copy.temperature == model.temperature
-    assert model(logits().bfloat16()).quantized_latents.dtype == torch.bfloat16
-    assert model.eval()(logits().bfloat16()).quantized_latents.dtype == torch.bfloat16
+    for mode in (model.train(), model.eval()):
+        assert mode(logits().bfloat16()).quantized_latents.dtype == torch.bfloat16
 
 
 def test_refuses_a_negative_weight() -> None:
-    with pytest.raises(ValueError, match="kl_weight is -1"):
+    with pytest.raises(ValueError, match="kl_weight: got -1"):
         quantizer(kl_weight=-1.0)

@@ -1,0 +1,44 @@
+"""Parts of the commands' parsers: one-line errors, paths with ``~``, lists of prompts."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from dalle_mini_impl.errors import UserError
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise UserError(f"{message}; {self.prog} --help lists all options")
+
+
+def user_path(text: str) -> Path:
+    """Read a path; the shell leaves the ``~`` of ``--out=~/images`` to us."""
+    return Path(text).expanduser()
+
+
+# The same for what may also be a name on the Hub, or is shown as it was given.
+user_text = os.path.expanduser
+
+
+def add_native(parser: argparse.ArgumentParser) -> None:
+    """Add ``--native``, the compiled forward pass."""
+    parser.add_argument(
+        "--native",
+        choices=("float32", "int8"),
+        help="sample with a forward pass compiled on this machine, not torch; see guide",
+    )
+
+
+def read_lines(path: Path, *, field: str) -> list[str]:
+    """Read the lines of a UTF-8 text file that are not empty."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # editors of Windows write a mark
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise UserError(f"{field}: {path}: {reason}; expected a UTF-8 text file") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -1,0 +1,311 @@
+"""How commands start and end: bad input is one line, signals say how to resume."""
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from dalle_mini_impl.cli.main import COMMANDS, console, run_script
+from dalle_mini_impl.config import find_preset
+from tests.reference import tiny
+from tests.reference.commands import REPOSITORY, run_apart, run_here, run_python, write_presets
+
+# A command line, and parts of its error in order. Capital words are files and folders.
+BAD_INPUT = {
+    "unknown key": ("train_vqvae BASE --vqvae.tint 3", "vqvae.tint ... --help"),
+    "unknown key in a file": ("train_vqvae BASE --config ODD", "vqvae.tint"),
+    "no such preset": ("train_vqvae --config NONE", "config ... NONE"),
+    "a preset that is no YAML": ("train_dalle --config IMAGE", "config"),
+    "nothing at all": ("train_dalle", "data.source"),
+    "no value": ("train_vqvae BASE --training.max_steps", "training.max_steps"),
+    "a word for a number": (
+        "train_vqvae BASE --training.max_steps many",
+        "training.max_steps: got many, expected int",
+    ),
+    "missing folder": (
+        "train_vqvae --data.source NONE --output_dir OUT",
+        "data.source: no folder or file NONE",
+    ),
+    "no captions": (
+        "train_vqvae --data.source BARE --output_dir OUT",
+        "data.source: no captioned images found ... x.txt beside each x.jpg",
+    ),
+    "image size": (
+        "train_vqvae BASE --vqvae.image_size 63",
+        "image_size: got 63, expected a multiple of 8",
+    ),
+    "image size for the loss": (
+        "train_vqvae BASE --vqvae.image_size 36 --vqvae.channels [64]",
+        "vqvae.image_size: got 36, expected a multiple of 8 for the wavelet loss",
+    ),
+    "output among the data": (
+        "train_vqvae --data.source DATA --output_dir INSIDE",
+        "output_dir: INSIDE lies inside data.source DATA",
+    ),
+    "batch size": (
+        "train_vqvae --config VQVAE --training.gradient_accumulation_steps 3",
+        "training.global_batch_size: got 8, expected a multiple of 3",
+    ),
+    "no tokenizer": ("train_dalle --config DALLE", "vqvae_dir ... train_vqvae.py wrote"),
+    "resume from nowhere": (
+        "train_vqvae --config VQVAE --resume NONE",
+        "resume: no such folder 'NONE'",
+    ),
+    "output_dir is a file": (
+        "train_vqvae --data.source DATA --output_dir IMAGE",
+        "output_dir: IMAGE: File exists; expected a folder",
+    ),
+    "prompt of spaces": ("PROMPT '   '", "prompt: got '   ', expected some text"),
+    "no prompt": ("generate --model MODEL", "--prompt TEXT or --prompts-file FILE"),
+    "no model": ("generate --prompt x", "--model ... --help"),
+    "no model folder": (
+        "generate --model DATA --prompt x",
+        "model: DATA is no model folder ... train_dalle.py wrote",
+    ),
+    "seed": ("PROMPT x --seed -1", "seed: got -1"),
+    "no images": ("PROMPT x --num-images 0", "num_images: got 0, expected at least 1"),
+    "top-p": ("PROMPT x --top-p 2", "top_p: got 2.0, expected above 0 and up to 1"),
+    "a word for a count": ("PROMPT x --top-k many", "--top-k ... many"),
+    "prompts file": (
+        "generate --model MODEL --prompts-file NONE",
+        "prompts-file: NONE: No such file",
+    ),
+    "prompts file that is an image": (
+        "generate --model MODEL --prompts-file IMAGE",
+        "prompts-file: IMAGE: not UTF-8",
+    ),
+    "out is a file": ("PROMPT x --out IMAGE", "out: IMAGE: File exists; expected a folder"),
+    "a model to measure": ("evaluate --model DATA", "model: DATA is no model folder"),
+    "data to measure with": (
+        "evaluate --model MODEL --data BARE --out OUT",
+        "data: no captioned images found in BARE",
+    ),
+    "a report in a file": (
+        "evaluate --model MODEL --data DATA --out IMAGE",
+        "out: IMAGE: File exists; expected a folder",
+    ),
+    "native weights of a report": (
+        "evaluate --model MODEL --native int4",
+        "--native: invalid choice: 'int4' ... --help",
+    ),
+    "native weights of the page": ("app --native int4", "--native: invalid choice ... --help"),
+    "unknown option": ("evaluate --model MODEL --fast", "--fast ... --help"),
+    "unknown option of the demo": ("demo --fast", "--fast ... --help"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path) -> dict[str, str]:
+    """What the capital words in `BAD_INPUT` stand for."""
+    folder = tmp_path_factory.mktemp("bad")
+    bare = folder / "bare"
+    bare.mkdir()
+    for number in range(12):
+        tiny.render_image(number).save(bare / f"{number}.png")
+    (folder / "odd.yaml").write_text("vqvae:\n  tint: 3\n")
+    vqvae, dalle = write_presets(data, folder / "runs")
+    return {
+        "DATA": str(data),
+        "INSIDE": str(data / "below" / "run"),
+        "BARE": str(bare),
+        "MODEL": str(model_dir),
+        "OUT": str(folder / "out"),
+        "NONE": str(folder / "none"),
+        "IMAGE": str(bare / "0.png"),
+        "ODD": str(folder / "odd.yaml"),
+        "VQVAE": str(vqvae),
+        "DALLE": str(dalle),
+    }
+
+
+def filled(text: str, places: dict[str, str]) -> str:
+    text = text.replace("BASE", "--data.source DATA --output_dir OUT")
+    text = text.replace("PROMPT", "generate --model MODEL --prompt")
+    return re.sub(r"\b[A-Z]+\b", lambda word: places.get(word[0], word[0]), text)
+
+
+def assert_one_line(error: str, expected: str, places: dict[str, str]) -> None:
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert error.endswith("\n")
+    assert "Traceback" not in error
+    assert re.search(".*".join(map(re.escape, filled(expected, places).split(" ... "))), error)
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case: str, places: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, expected = BAD_INPUT[case]
+    assert run_here(*shlex.split(filled(command, places))) == 2
+    assert_one_line(capsys.readouterr().err, expected, places)
+
+
+@pytest.mark.parametrize("case", ["unknown key", "no captions", "no model folder", "no model"])
+def test_bad_input_of_a_process(case: str, places: dict[str, str]) -> None:
+    command, expected = BAD_INPUT[case]
+    result = run_apart(*shlex.split(filled(command, places)))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert_one_line(result.stderr, expected, places)
+
+
+def test_damaged_model(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    weights = folder / "dalle" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run_here("generate", "--model", folder, "--prompt", "x") == 2
+    assert_one_line(capsys.readouterr().err, f"model: {folder} does not load", {})
+
+
+@pytest.mark.parametrize(
+    ("program", "env", "expected"),
+    [
+        ("dalle-mini train_clip", {}, "dalle-mini train_clip"),
+        ("my scripts/x.py", {}, "python 'my scripts/x.py'"),
+        (
+            "x.py",
+            {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun --standalone --nproc_per_node 2 x.py",
+        ),
+        (
+            "dalle-mini train_clip",
+            {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"},
+            "torchrun ... --no-python dalle-mini train_clip",
+        ),
+    ],
+)
+def test_resume_line_is_what_was_typed(
+    program: str,
+    env: dict[str, str],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def stopped(arguments: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setattr(shutil, "which", lambda name: sys.executable)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--a.b", "two words", "--resume", "latest", "--resume=x"]
+    with pytest.raises(SystemExit) as exit_:
+        run_script(stopped, arguments, takes_resume=True)
+    assert exit_.value.code == 130
+    error = capsys.readouterr().err
+    assert error == f"stopped; to resume: {expected} --a.b 'two words' --resume latest\n"
+
+
+def test_every_command_has_a_script_and_a_module() -> None:
+    scripts = {path.stem for path in (REPOSITORY / "scripts").glob("*.py")}
+    assert scripts == set(COMMANDS)
+    for name in COMMANDS:
+        module = (REPOSITORY / "dalle_mini_impl" / "cli" / f"{name}.py").read_text("utf-8")
+        assert "\ndef main(arguments: Sequence[str]) -> None:" in module
+        assert f'run_command("{name}", ' in (REPOSITORY / "scripts" / f"{name}.py").read_text()
+
+
+def run_console(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["/bin/dalle-mini", *arguments])
+    try:
+        console()
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    return 0
+
+
+def test_console_lists_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_console(monkeypatch, "--help") == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, summary in COMMANDS.items():
+        assert f"  {name:18} {summary}" in lines
+    for arguments, got in (((), "none"), (("paint",), "paint"), (("../x",), "../x")):
+        assert run_console(monkeypatch, *arguments) == 2
+        assert_one_line(
+            capsys.readouterr().err, f"command: got {got}, expected one of generate", {}
+        )
+    assert run_console(monkeypatch, "generate", "--prompt", "x") == 2
+    assert "dalle-mini generate --help lists" in capsys.readouterr().err
+
+
+LIGHT = [name for name in COMMANDS if not name.startswith(("train_", "prepare_"))]
+
+
+def test_help_loads_no_heavy_library() -> None:
+    code = (
+        "import sys\n"
+        "from dalle_mini_impl.cli.main import console\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'wandb', 'numpy', 'PIL'}\n"
+        f"for name in {LIGHT}:\n"
+        "    sys.argv = ['dalle-mini', name, '--help']\n"
+        "    try:\n"
+        "        console()\n"
+        "    except SystemExit as error:\n"
+        "        assert not error.code\n"
+        "print('loaded:', sorted(heavy & sys.modules.keys()))\n"
+    )
+    result = run_python("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "loaded: []"
+    for name in LIGHT:
+        assert f"usage: dalle-mini {name} " in result.stdout
+
+
+def test_script_names_itself_in_its_help() -> None:
+    result = run_apart("generate", "--help")
+    assert (result.returncode, result.stdout[:19]) == (0, "usage: generate.py ")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_output_in_a_narrow_encoding(encoding: str, model_dir: Path, tmp_path: Path) -> None:
+    arguments = ["--model", model_dir, "--prompt", "빨간 원", "--num-images", "1"]
+    result = run_apart(
+        "generate", *arguments, "--out", tmp_path / "그림", PYTHONIOENCODING=encoding
+    )
+    assert result.returncode == 0, result.stderr
+    assert rf"{tmp_path}/\uadf8\ub9bc" in result.stdout
+    assert (tmp_path / "그림" / "0000-빨간-원_0.png").is_file()
+
+
+def test_home_folder_in_options(
+    model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The shell does not expand `--out=~/x`, nor what stands in YAML."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_dir, tmp_path / "m")
+    arguments = ["--model=~/m", "--prompt=x", "--num-images=1", "--out=~/images"]
+    assert run_here("generate", *arguments) == 0
+    assert len(list((tmp_path / "images").glob("0000-x*.png"))) == 1
+    assert run_here("train_vqvae", "--data.source=~/no", "--output_dir=~/run") == 2
+    assert f"data.source: no folder or file {tmp_path}/no" in capsys.readouterr().err
+    data = tiny.write_data(tmp_path / "data")
+    preset, _ = write_presets(data, tmp_path / "presets")
+    assert run_here("train_vqvae", f"--config={preset}", "--output_dir=~/a") == 0
+    resume = ["--resume=~/a/checkpoints/step-00000003", "--output_dir=~/b"]
+    assert run_here("train_vqvae", f"--config={preset}", *resume) == 0
+    _, preset = write_presets(data, tmp_path / "presets")
+    run = ["--vqvae_dir=~/b/model", "--output_dir=~/c"]
+    assert run_here("train_dalle", f"--config={preset}", *run) == 0
+    assert (tmp_path / "c" / "model" / "model_index.json").is_file()
+    assert not (tmp_path / "~").exists()
+
+
+def test_presets_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    presets = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("configs/*/*.yaml"))
+    assert len(presets) > 10
+    for preset in presets:
+        assert find_preset(preset).read_bytes() == (REPOSITORY / preset).read_bytes()
+    assert find_preset("configs/none.yaml") == Path("configs/none.yaml")
+    own = tmp_path / presets[0]
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    assert find_preset(presets[0]).read_text() == "mine"

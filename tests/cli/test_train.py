@@ -1,0 +1,158 @@
+"""Training by command: a user's own folder to images, and a stopped run that resumes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dalle_mini_impl.training.run import save_config
+from tests.reference import tiny
+from tests.reference.commands import REPOSITORY, run_apart, run_here, write_presets
+
+
+@pytest.fixture(scope="module")
+def own_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 images as a user has them: one broken, one caption empty, one of 5,000 characters."""
+    folder = tmp_path_factory.mktemp("own") / "my images"
+    (folder / "더 많은 그림").mkdir(parents=True)
+    for number in range(40):
+        parent = folder if number % 2 else folder / "더 많은 그림"
+        stem = f"그림 {number}" if number % 3 else f"an image {number}"
+        tiny.render_image(number).save(parent / f"{stem}.png")
+        caption = tiny.CAPTIONS[number % len(tiny.CAPTIONS)]
+        if number == 8:
+            caption = ("a very long story about a purple disc " * 200)[:5000]
+        (parent / f"{stem}.txt").write_text("\n" if number == 10 else caption, encoding="utf-8")
+    broken = folder / "그림 7.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    return folder
+
+
+def test_own_folder_to_images(
+    own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    vqvae, dalle = write_presets(own_folder, out)
+    assert run_here("train_vqvae", "--config", vqvae) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"skipped 그림 7\.png: .*damaged", shown)
+    assert "skipped 더 많은 그림/그림 10.png: no caption: 그림 10.txt is empty" in shown
+    assert len(re.findall(r"^skipped ", shown, re.MULTILINE)) == 2
+    assert re.search(r"^train: \d+ images from .*my images, 2 skipped$", shown, re.MULTILINE)
+    assert re.search(r"100 %  step 3  loss \d\.\d{4}  \d+ tokens/s  ", shown)
+    assert f"model folder: {out / 'vqvae' / 'model'}" in shown
+    listed = (out / "vqvae" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert {json.loads(line)["path"] for line in listed} == {
+        "그림 7.png",
+        "더 많은 그림/그림 10.png",
+    }
+
+    assert run_here("train_dalle", "--config", dalle, "--text.text_length", "32") == 0
+    shown = capsys.readouterr().out
+    assert "skipped 그림 7.png" in shown
+    cut = re.findall(r"^(\d+) of \d+ captions were longer than 32 tokens", shown, re.MULTILINE)
+    assert cut == ["1"]
+    counts = [int(n) for n in re.findall(r"^(?:train|val): (\d+) images", shown, re.MULTILINE)]
+    assert sum(counts) == 38
+
+    arguments = ["--model", out / "dalle" / "model", "--prompt", "보라색 원", "--num-images", "2"]
+    assert run_here("generate", *arguments, "--out", out / "images") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines() == [
+        "generating 2 images",
+        f"images: {out / 'images'}",
+        f"grid: {out / 'images' / 'grid-0000.png'}",
+    ]
+    names = sorted(path.name for path in (out / "images").iterdir())
+    assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid-0000.png"]
+
+
+def test_encoder_decoder_to_captions(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+    sizes = {"hidden_size": 64}
+    config = tiny.dalle_run(
+        data, tmp_path / "vqvae", tmp_path / "dalle", decoder=sizes, max_steps=3
+    )
+    save_config(config, tmp_path / "dalle.yaml")
+    options = ("--config", tmp_path / "dalle.yaml")
+    options += ("--decoder.architecture", "encoder_decoder", "--decoder.num_encoder_layers")
+    assert run_here("train_dalle", *options, "0") == 2
+    assert "decoder.num_encoder_layers: got 0, expected at least 1 with" in capsys.readouterr().err
+    assert run_here("train_dalle", *options, "1") == 0
+    saved = tmp_path / "dalle" / "config.yaml"
+    needs = []
+    for preset in (tmp_path / "dalle.yaml", saved):
+        capsys.readouterr()
+        assert run_here("check_data", "--source", data, "--config", preset) in (0, 1)
+        needs += re.findall(r"gradients and optimizer: (.*) MiB", capsys.readouterr().out)
+    assert float(needs[1]) > float(needs[0]) + 0.5
+    assert all("text_nats" not in name for row in tiny.read_metrics(saved.parent) for name in row)
+
+    model = ("--model", tmp_path / "dalle" / "model")
+    assert run_here("generate", *model, "--prompt", "a red disc", "--out", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("0000-*.png"))) == 4
+    capsys.readouterr()
+    tiny.render_image(3).save(tmp_path / "box.png")
+    asked = (*model, "--images", tmp_path / "box.png", "--caption", "a box", "--caption", "a disc")
+    assert run_here("caption", *asked) == 0
+    best = json.loads(capsys.readouterr().out)["captions"]
+    assert sum(entry["probability"] for entry in best) == pytest.approx(1, abs=1e-3)
+    assert [entry["text_nats"] for entry in best] == [None, None]
+    for refused in (("--use-prior",), ("--complete", "a red")):
+        assert run_here("caption", *asked, *refused) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        option = refused[0].strip("-").replace("-", "_")
+        assert captured.err.startswith(f"error: {option}: this model reads captions and writes")
+        assert captured.err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_stopped_run_resumes(data: Path, tmp_path: Path, name: str) -> None:
+    number = signal.Signals[name]
+    options = {"max_steps": 400, "log_every_steps": 1, "checkpoint_every_steps": 5}
+    for run in ("straight", "stopped"):
+        save_config(tiny.vqvae_run(data, tmp_path / run, **options), tmp_path / f"{run}.yaml")
+    assert run_apart("train_vqvae", "--config", tmp_path / "straight.yaml").returncode == 0
+    process = subprocess.Popen(
+        [sys.executable, "scripts/train_vqvae.py", "--config", tmp_path / "stopped.yaml"],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        cwd=REPOSITORY,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoints = tmp_path / "stopped" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step-0000001*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number
+        newest = max(path.name for path in checkpoints.glob("step-*"))
+        step = int(newest.removeprefix("step-"))
+        assert f"stopped after step {step}, with a checkpoint" in error
+        assert "--resume latest" in error
+        logged = [row["step"] for row in tiny.read_metrics(tmp_path / "stopped")]
+        assert max(logged) == step < 400
+    result = run_apart("train_vqvae", "--config", tmp_path / "stopped.yaml", "--resume", "latest")
+    assert result.returncode == 0, result.stderr
+    assert "resuming at step" in result.stdout
+    one, two = (
+        (tmp_path / run / "model" / "model.safetensors").read_bytes()
+        for run in ("straight", "stopped")
+    )
+    assert one == two
+    assert tiny.losses(tmp_path / "straight") == tiny.losses(tmp_path / "stopped")

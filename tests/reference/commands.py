@@ -1,0 +1,60 @@
+"""Commands as a user runs them: in this process, or in one of their own."""
+
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from dalle_mini_impl.cli.main import run_command
+from dalle_mini_impl.training.run import save_config
+from tests.reference import tiny
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_here(name: str, *arguments: str | Path) -> int:
+    """Runs a command in this process; returns its exit code. Global settings stay as they were."""
+    precision = torch.get_float32_matmul_precision()
+    loggers = [logging.getLogger(name) for name in (None, "dalle_mini_impl", "vqvae")]
+    levels, handlers = [each.level for each in loggers], list(loggers[0].handlers)
+    try:
+        run_command(name, [str(argument) for argument in arguments])
+    except SystemExit as exit_:
+        return int(exit_.code or 0)
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        loggers[0].handlers[:] = handlers
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+    return 0
+
+
+def run_python(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the repository's folder."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def run_apart(name: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script as a user does."""
+    return run_python(f"scripts/{name}.py", *arguments, **env)
+
+
+def write_presets(data: Path, out: Path) -> tuple[Path, Path]:
+    """Two tiny presets as YAML files."""
+    vqvae = tiny.vqvae_run(data, out / "vqvae", max_steps=3)
+    dalle = tiny.dalle_run(data, out / "vqvae" / "model", out / "dalle", max_steps=3)
+    out.mkdir(exist_ok=True)
+    for name, config in (("vqvae", vqvae), ("dalle", dalle)):
+        save_config(config, out / f"{name}.yaml")
+    return out / "vqvae.yaml", out / "dalle.yaml"
