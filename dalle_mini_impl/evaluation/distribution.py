@@ -15,9 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.evaluation.bootstrap import Estimate, percentile_estimate
 from dalle_mini_impl.evaluation.report import REFERENCE, Section, Table, number, percent
-from dalle_mini_impl.evaluation.samples import BATCH_SIZE, Pixels, to_floats
+from dalle_mini_impl.evaluation.samples import BATCH_SIZE, Pixels
 from vqvae.losses.perceptual import PerceptualDistance
 
 NUM_HALVINGS = 200
@@ -65,7 +66,7 @@ class FeatureSpace:
 
     @torch.inference_mode()
     def _parts(self, pixels: Pixels) -> list[Tensor]:
-        batches = [self._describe(to_floats(part)) for part in pixels.split(BATCH_SIZE)]
+        batches = [self._describe(bytes_to_pixels(part)) for part in pixels.split(BATCH_SIZE)]
         return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 

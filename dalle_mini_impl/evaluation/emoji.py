@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
 from dalle_mini_impl.data.image_grid import make_grid
-from dalle_mini_impl.data.images import image_to_pixels, pixels_to_images
+from dalle_mini_impl.data.images import bytes_to_pixels, image_to_pixels, pixels_to_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import Estimate, bootstrap_mean
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR, Section, Table, fraction_table
@@ -25,7 +25,6 @@ from dalle_mini_impl.evaluation.samples import (
     evenly_spaced,
     join,
     list_data,
-    to_floats,
     to_images,
 )
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -100,7 +99,7 @@ def held_out_prompts(
 
     @functools.cache  # the cells of a role share their 15 reference images
     def load(index: int) -> Tensor:
-        return to_floats(samples.pixels[index : index + 1])[0]
+        return bytes_to_pixels(samples.pixels[index : index + 1])[0]
 
     def read(row: Row) -> Tensor:
         return load(indices[_emoji_of(row)])
@@ -251,7 +250,7 @@ def _indices_by_emoji(rows: Sequence[Row]) -> dict[tuple[str, str], int]:
 
 
 def _check_images(prompts: Sequence[HeldOutPrompt], pixels: Pixels) -> list[dict[str, bool]]:
-    pairs = zip(prompts, to_floats(pixels), strict=True)
+    pairs = zip(prompts, bytes_to_pixels(pixels), strict=True)
     return [prompt.check(image) for prompt, image in pairs]
 
 
@@ -265,7 +264,7 @@ def _check_shuffled_images(
         # A derangement within the kind: no image meets its own prompt, no clock meets a cell.
         others = derangement(len(indices), seed=seed).tolist()
         for index, other in zip(indices, others, strict=True):
-            checks[index] = prompts[index].check(to_floats(pixels[indices[other]][None])[0])
+            checks[index] = prompts[index].check(bytes_to_pixels(pixels[indices[other]][None])[0])
     return checks
 
 

@@ -36,7 +36,7 @@ def measure_likelihood(
     ``splits`` has ``train`` and at least one other; ``seed`` pairs images with other captions.
     """
     progress = log_now_and_then("likelihoods: passes done")
-    model, device = pipeline.dalle, next(pipeline.dalle.parameters()).device
+    model, device = pipeline.dalle, pipeline.device
     figures: dict[str, dict[str, dict[str, Estimate]]] = {}
     counts: dict[str, int] = {}
     by_cell: dict[str, dict[str, Float[Tensor, "rows columns"]]] = {}

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from dalle_mini_impl.data.image_grid import make_grid
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.bootstrap import bootstrap_mean
 from dalle_mini_impl.evaluation.report import Section, Table, number, render_heatmap
-from dalle_mini_impl.evaluation.samples import Pixels, Samples, decode, to_floats, to_images
+from dalle_mini_impl.evaluation.samples import Pixels, Samples, decode, to_images
 from vqvae.image_tokenizer import ImageTokenizer
 from vqvae.metrics import codebook_perplexity, codebook_usage, psnr, token_counts
 
@@ -30,7 +31,7 @@ TEXT = (
 def measure_reconstruction(vqvae: ImageTokenizer, held_out: Samples) -> Section:
     """Measure PSNR, SSIM, codebook usage and entropy per position on held-out images."""
     reconstructions = decode(vqvae, held_out.image_token_ids)
-    reference, reconstructed = to_floats(held_out.pixels), to_floats(reconstructions)
+    reference, reconstructed = bytes_to_pixels(held_out.pixels), bytes_to_pixels(reconstructions)
     # Per image: the mean of PSNRs is not the PSNR of the mean error.
     decibels = np.array(
         [float(psnr(reconstructed[i : i + 1], reference[i : i + 1])) for i in range(len(held_out))]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.images import (
     BadImageError,
+    bytes_to_pixels,
     decode_image,
     pixels_to_images,
     resize_and_crop,
@@ -248,7 +249,7 @@ def generate_candidates(
     pipeline.check(captions, num_images=count, num_candidates=num_candidates, seed=seed)
     if rank == "none":
         num_candidates = 1
-    device = next(pipeline.dalle.parameters()).device
+    device = pipeline.device
     text_token_ids = pipeline.text_tokenizer.encode(list(captions)).to(device)
     # Guided sampling adds the log-likelihood ratios up on its way; without guidance they take two
     # more passes, which a single candidate does not need.
@@ -291,7 +292,7 @@ def encode(vqvae: ImageTokenizer, pixels: Pixels) -> Int[Tensor, "samples image_
     """Turn images into tokens in raster order, on the CPU."""
     device = next(vqvae.parameters()).device
     parts = [
-        vqvae.encode_to_token_ids(to_floats(part).to(device)).flatten(1).cpu()
+        vqvae.encode_to_token_ids(bytes_to_pixels(part).to(device)).flatten(1).cpu()
         for part in pixels.split(BATCH_SIZE)
     ]
     return torch.cat(parts)
@@ -310,11 +311,6 @@ def decode(vqvae: ImageTokenizer, image_token_ids: Int[Tensor, "samples image_le
     return torch.cat(parts)
 
 
-def to_floats(pixels: Pixels) -> Float[Tensor, "samples 3 height width"]:
-    """Turn bytes into pixels in [-1, 1]."""
-    return pixels.float() / 127.5 - 1
-
-
 def to_images(pixels: Pixels) -> list[Image.Image]:
     """Turn bytes into one image each."""
-    return pixels_to_images(to_floats(pixels))
+    return pixels_to_images(bytes_to_pixels(pixels))

@@ -130,7 +130,7 @@ def classify(
     # (first part, second part, both)
     num_right = {use_prior: torch.zeros(3) for use_prior in priors}
     chance = torch.zeros(3)
-    device = next(pipeline.dalle.parameters()).device
+    device = pipeline.device
     # One image at a time: its pass has a row for each caption and one for the null caption.
     for question in questions:
         text_token_ids = pipeline.text_tokenizer.encode(question.captions).to(device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dalle_mini_impl.cli.demo import held_out_sheet
-from dalle_mini_impl.data.images import image_to_pixels
+from dalle_mini_impl.data.images import bytes_to_pixels, image_to_pixels
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.emoji import (
     HeldOutPrompt,
@@ -20,7 +20,7 @@ from dalle_mini_impl.evaluation.emoji import (
     measure_emoji,
 )
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR
-from dalle_mini_impl.evaluation.samples import list_data, read_data, to_floats
+from dalle_mini_impl.evaluation.samples import list_data, read_data
 from tests.reference import tiny
 from tests.reference.grid_data import CELLS, GENDERS, TONES, reference_images, write_grid_data
 
@@ -102,7 +102,7 @@ def test_section_has_full_marks_for_reference_images(tmp_path: Path) -> None:
     assert data.kind == "emoji"
     prompts, reference = held_out_prompts(data, (), max_samples=512)
     assert len(prompts) == len(reference) == 2 * (40 + 1)
-    for prompt, image in zip(prompts, to_floats(reference.pixels), strict=True):
+    for prompt, image in zip(prompts, bytes_to_pixels(reference.pixels), strict=True):
         assert torch.equal(prompt.reference, image)
     black = torch.zeros_like(reference.pixels)
     generated = {"one image": reference.pixels, "best of 2": black}

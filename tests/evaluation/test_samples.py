@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.samples import (
     CandidateTokens,
@@ -13,7 +14,6 @@ from dalle_mini_impl.evaluation.samples import (
     derangement,
     generate_candidates,
     read_data,
-    to_floats,
     to_images,
 )
 from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
@@ -32,7 +32,7 @@ def test_all_splits_are_read_with_their_tokens(tmp_path: Path) -> None:
     assert (len(data.train), list(data.held_out), len(data.held_out["val"])) == (25, ["val"], 5)
     assert data.held_out["val"].rows[0]["color"] == "blue"
     with torch.no_grad():
-        ids = vqvae.encode_to_token_ids(to_floats(data.train.pixels)).flatten(1)
+        ids = vqvae.encode_to_token_ids(bytes_to_pixels(data.train.pixels)).flatten(1)
     assert torch.equal(ids, data.train.image_token_ids)
     image = np.asarray(tiny.render_image(1))
     assert np.array_equal(np.asarray(to_images(data.train.pixels[1:2])[0]), image)
