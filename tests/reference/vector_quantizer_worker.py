@@ -1,4 +1,4 @@
-"""One of two processes that train a VectorQuantizer; run by its test as a module.
+"""One of two processes that train a VectorQuantizer; run by its test as a script.
 
 Arguments: rank, and a folder for the rendezvous file and the results.
 """
@@ -14,7 +14,6 @@ from torch import Tensor
 from vqvae.quantizers import VectorQuantizer
 from vqvae.quantizers.distributed import gather_rows
 
-REPOSITORY = Path(__file__).parents[2]
 CODEBOOK_SIZE, CODE_DIM, STEPS, BATCH = 16, 4, 4, 6
 
 

@@ -1,5 +1,6 @@
 """Two real processes agree on one codebook, the one that a single process would learn."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ from tests.reference import vector_quantizer_worker as worker
 
 
 def test_two_processes_keep_one_codebook(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", worker.__name__]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     processes = [
-        subprocess.Popen([*command, rank, tmp_path], stderr=subprocess.PIPE, cwd=worker.REPOSITORY)
+        subprocess.Popen(
+            [sys.executable, worker.__file__, rank, tmp_path],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
         for rank in ("0", "1")
     ]
     for process in processes:
