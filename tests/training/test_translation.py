@@ -127,16 +127,17 @@ def test_it_learns_to_write_backwards(tmp_path: Path) -> None:
     config = tiny.translation_run(
         table,
         tmp_path / "run",
-        max_steps=60,
+        max_steps=120,
         global_batch_size=24,
         learning_rate=1e-2,
         warmup_steps=10,
-        evaluate_every_steps=30,
-        sample_every_steps=30,
-        checkpoint_every_steps=60,
+        evaluate_every_steps=60,
+        sample_every_steps=60,
+        checkpoint_every_steps=120,
     )
     folder, lines = tiny.train(config)
     rows = [row for row in tiny.read_metrics(tmp_path / "run") if "validation/train_nats" in row]
+    # 0.10 to 0.40 from four starts; after half the steps it was 0.46 to 0.79.
     assert rows[-1]["validation/train_nats"] < 0.5 < math.log(300) / 4
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["all"].keys() == {"model", "nearest source", "copy"}

@@ -437,5 +437,6 @@ def test_dalles_tokenizer_learns(tmp_path: Path) -> None:
     found = [round(row["validation/psnr_db"], 1) for row in measured]
     # No image of one color is nearer than that: the rest of the way is what the tokens say.
     one_color = 10 * math.log10(4 / float((colors / 127.5).var(axis=0).mean()))
+    # This start ends at 11.1 or 11.2, by the rounding; of five starts two pass 10.3.
     assert found[-1] > max(found[0], one_color) + 1, found
     assert abs(measured[-1]["validation/hard_soft_gap_db"]) < 2
