@@ -34,7 +34,7 @@ class TransformerBlock(nn.Module):
         self.is_pre_norm = options.norm == "pre"
         self.has_cross_attention = options.has_cross_attention
         use_bias = options.use_bias
-        attention = {
+        attention: dict[str, Any] = {
             "hidden_size": hidden_size,
             "num_heads": num_heads,
             "use_qk_norm": options.use_qk_norm,
