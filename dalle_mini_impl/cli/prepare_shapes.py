@@ -18,8 +18,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=user_path, required=True, help="folder to write")
     add("--size", type=int, default=32, help="side in pixels (default: 32)")
-    for split, count in (("train", 20_000), ("test", 1_000), ("test-compose", 1_000)):
-        add(f"--{split}", type=int, default=count, help=f"images (default: {count})")
+    add("--train", type=int, default=20_000, help="images (default: 20000)")
+    add("--test", type=int, default=1_000, help="images (default: 1000)")
+    add("--test-compose", type=int, default=1_000, help="images (default: 1000)")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of scene (default: all)")
     return parser.parse_args(arguments)
 
