@@ -24,12 +24,13 @@ WORDS = {
     r"PictureGrid|PictureRanker|DrawnTokens": "ImageGrid, ImageRanker, GeneratedTokens",
 }
 ALLOWED = {
-    ("README.md", "picture"): "prose for end users",
-    ("README.md", "pictures"): "prose for end users",
+    ("dalle_mini_impl/builtin_datasets/labelled_images.py", "picture"): "part of a hashed key",
     ("dalle_mini_impl/builtin_datasets/shapes/captions.py", "picture"): "captions are data",
-    ("tests/builtin_datasets/test_shapes.py", "picture"): "captions are data",
+    ("dalle_mini_impl/builtin_datasets/shapes/scene.py", "drawn"): "Pillow draws shapes",
+    ("dalle_mini_impl/builtin_datasets/shapes/scene.py", "draws"): "Pillow draws shapes",
 }
-UNCHECKED = {"docs/log.md", "CHANGELOG.md", "tests/test_words.py"}  # history keeps its words
+# History keeps its words; the other two list the forbidden ones.
+UNCHECKED = {"docs/log.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/test_words.py"}
 
 
 def tracked_texts() -> list[str]:

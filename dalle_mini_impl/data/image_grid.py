@@ -24,7 +24,7 @@ def make_grid(
     """Lay images out in rows on white, with captions under them if given.
 
     With captions, images narrower than 96 pixels are doubled (nearest) until the text fits.
-    Pillow's built-in font knows Latin only. Other letters are drawn in the first font of
+    Pillow's built-in font knows Latin only. Other letters are rendered in the first font of
     ``_WIDE_FONTS`` that is installed, or as "?" where none is.
     """
     if not images or columns < 1:

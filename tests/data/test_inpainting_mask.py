@@ -1,4 +1,4 @@
-"""Regions: from a mask, rows or a share to tokens that are inpainted and pixels that stay."""
+"""Regions: from a mask, rows or a fraction to tokens that are inpainted and pixels that stay."""
 
 import re
 

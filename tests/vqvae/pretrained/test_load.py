@@ -65,7 +65,7 @@ def test_every_tokenizer_keeps_the_contract(kind: str, load: Load, tmp_path: Pat
     for row, one in enumerate(every_id):
         single = tokenizer.decode_from_token_ids(one[None])
         # Sums over a batch of another size may be added up in another order, and wild weights
-        # amplify that; a byte of a picture is 8e-3 wide.
+        # amplify that; a byte of an image is 8e-3 wide.
         torch.testing.assert_close(single[0], decoded[row], rtol=0, atol=1e-3)
     assert tokenizer.decode_from_token_ids(every_id[:0]).shape == (0, 3, SIZE, SIZE)
 
