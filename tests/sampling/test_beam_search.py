@@ -87,7 +87,7 @@ def test_one_beam_is_greedy_search() -> None:
     assert len(found_rows) > 3
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_a_row_does_not_depend_on_its_neighbors() -> None:
     model, config = build(1), BeamConfig(num_beams=3)
     together = beam_search(model, SOURCES, config, max_length=MAX_LENGTH)
     for index in range(len(SOURCES)):
