@@ -189,8 +189,7 @@ def _write_style(
         elif not (style == "fluent3d" and facts.kind == "country flag"):  # not Microsoft's designs
             found.append((facts, render))
     squares = [on_white(render(_DECIDE_AT), _DECIDE_AT) for _, render in found]
-    # (images, 64, 64, 3)
-    compared = np.stack([np.asarray(square) for square in squares])
+    compared = np.stack([np.asarray(square) for square in squares])  # (images, 64, 64, 3)
     all_facts = [facts for facts, _ in found]
     expected = [split_of(facts) for facts in all_facts]
     splits = without_leaks(all_facts, expected, compared)

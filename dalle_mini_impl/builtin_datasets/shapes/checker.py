@@ -109,8 +109,9 @@ def _explain_pixels(pixels: Map) -> tuple[NDArray[np.int64], Map]:
     best = errors.argmin(-1)
     coverage = np.take_along_axis(fractions, best[..., None], -1)[..., 0]
     # Neighbors vote, weighted by coverage: noise must not tear an object into two colors.
-    # (height, width, colors)
-    votes = np.where(best[..., None] == np.arange(len(inks)), coverage[..., None], 0)
+    votes = np.where(
+        best[..., None] == np.arange(len(inks)), coverage[..., None], 0
+    )  # of each color
     colors = _box_sum(votes).argmax(-1)
     ink = coverage >= MIN_COVERAGE
     # Beside other ink, a faint pixel is an edge.
