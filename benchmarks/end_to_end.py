@@ -248,7 +248,7 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     )
     precision: Precision = "bfloat16" if has_fast_bf16() else "float32"
     task = ours.build_dalle_task(tokens, pipeline)
-    step = ours.trainer_step(ours.build_trainer(dalle, task, batch=run.batch, precision=precision))
+    step = ours.trainer_step(ours.build_trainer(task, batch=run.batch, precision=precision))
     timing.require_falling([step() for _ in range(5)])
     # The trainer reads tokens only; the pixels of one batch are read and encoded in each call.
     size, width, layers = run.vqvae.image_size, run.decoder.hidden_size, run.decoder.num_layers

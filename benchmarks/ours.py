@@ -117,9 +117,7 @@ def build_dalle_task(tokens: TokenDataset, pipeline: TextToImagePipeline) -> Dal
     )
 
 
-def build_trainer(
-    model: nn.Module, task: Task, *, batch: int, precision: Precision, **options: Any
-) -> Trainer:
+def build_trainer(task: Task, *, batch: int, precision: Precision, **options: Any) -> Trainer:
     """Build the trainer of a run that never saves and, unless told otherwise, never ends."""
     endless = {"max_steps": 10**9, "learning_rate": 3e-4, "warmup_steps": 0}
     config = TrainingConfig(global_batch_size=batch, **(endless | options))
@@ -173,7 +171,6 @@ def decoder_training(
         vq_codebook_size=size.codebook,
     )
     trainer = build_trainer(
-        dalle,
         build_dalle_task(tokens, build_pipeline(dalle, VQVAE(vqvae_config))),
         batch=size.batch,
         precision=precision,

@@ -160,7 +160,7 @@ def to_bytes(pixels: Tensor) -> Tensor:
 def build_vqvae_trainer(vqvae: VQVAE, images: Tensor, **options: Any) -> Trainer:
     """Build the trainer of a tokenizer on images as bytes, (images, 3, side, side)."""
     task = VQVAETask(images, images, VQVAETaskConfig(), sample_weights=None, vqvae=vqvae)
-    return ours.build_trainer(vqvae, task, **options)
+    return ours.build_trainer(task, **options)
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,7 @@ def test_facts_of_a_person() -> None:
     assert describe("E50A") is None
 
 
-def test_every_emoji_has_clean_captions_and_a_main_caption_of_its_own(
-    everything: list[EmojiFacts],
-) -> None:
+def test_every_emoji_has_clean_and_own_captions(everything: list[EmojiFacts]) -> None:
     for texts in ([fact.texts for fact in everything], [fact.texts_ko for fact in everything]):
         assert len({item[0] for item in texts}) == len(texts)
         for item in texts:
@@ -135,9 +133,7 @@ def test_every_emoji_has_clean_captions_and_a_main_caption_of_its_own(
     assert sorted(latin) == ["CD", "DNA", "DVD"]
 
 
-def test_cells_of_a_role_differ_by_the_words_of_gender_and_tone_only(
-    everything: list[EmojiFacts],
-) -> None:
+def test_cells_of_a_role_differ_by_gender_and_tone_only(everything: list[EmojiFacts]) -> None:
     phrases: dict[tuple[str, str], set[str]] = {}
     for fact in everything:
         if fact.role and fact.gender and len(fact.skin_tones) == 1:
@@ -168,7 +164,7 @@ def test_with_article(phrase: str, expected: str | None) -> None:
     assert with_article(phrase) == expected
 
 
-def test_held_out_cells_leave_every_gender_and_tone_of_a_role_in_train() -> None:
+def test_held_out_cells_share_neither_gender_nor_tone() -> None:
     assert len(full_roles()) > 80
     for neutral in full_roles():
         held_out = held_out_cells(neutral)

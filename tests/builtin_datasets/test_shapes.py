@@ -270,21 +270,12 @@ def test_what_facts_mean() -> None:
 # The checker
 
 
-@pytest.mark.parametrize("image_size", [32, 64])
-def test_checker_agrees_with_the_scenes(image_size: int) -> None:
-    held, verdicts, facts = measure(600, image_size)
-    assert held >= 0.995
-    assert verdicts >= 0.995
-    assert facts >= 0.995
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("image_size", [32, 45, 64])
-def test_checker_agrees_with_5000_scenes(image_size: int) -> None:
-    held, verdicts, facts = measure(5000, image_size)
-    assert held >= 0.995
-    assert verdicts >= 0.995
-    assert facts >= 0.995
+@pytest.mark.parametrize(
+    ("count", "image_size"),
+    [(600, 32), (600, 64), *(pytest.param(5000, n, marks=pytest.mark.slow) for n in (32, 45, 64))],
+)
+def test_checker_agrees_with_the_scenes(count: int, image_size: int) -> None:
+    assert min(measure(count, image_size)) >= 0.995
 
 
 @pytest.mark.parametrize("image_size", [32, 64])

@@ -71,12 +71,6 @@ def test_sixteen_bit_gray_is_scaled_not_clipped() -> None:
     assert red == [0, 1, 1, 128, 255]
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P"])
-def test_other_modes_become_rgb(mode: str) -> None:
-    image = Image.new("L", (4, 4), 255).convert(mode)
-    assert decode_image(encoded(image, "PNG"), source="x").getpixel((1, 1)) == WHITE
-
-
 def test_the_size_limit_is_checked_before_decoding() -> None:
     assert issubclass(BadImageError, UserError)
     data = png_of((10_000, 5_001))  # decoding this one fails, so the message proves the order

@@ -49,7 +49,7 @@ def test_every_touched_cell_is_masked() -> None:
     assert inpainting_mask.shown.nonzero().tolist() == [[3, 5], [4, 5], [15, 15]]
 
 
-def test_a_large_masks_single_white_pixel_counts_and_gray_below_half_does_not() -> None:
+def test_single_white_pixel_counts_but_dark_gray_does_not() -> None:
     mask = mask_of((700, 300, 700, 300), size=(1600, 1600))
     ImageDraw.Draw(mask).rectangle((0, 0, 200, 200), fill=127)
     shown = mask_pixels(mask, source_size=(1600, 1600), size=SIZE)
@@ -111,10 +111,7 @@ def test_pixels_outside_the_mask_are_the_images_own() -> None:
     ("what", "message"),
     [
         ({}, "mask: got none of them, expected exactly one of mask, keep_rows, keep_fraction"),
-        (
-            {"keep_rows": 1, "keep_fraction": 0.5},
-            "mask: got keep_rows, keep_fraction, expected",
-        ),
+        ({"keep_rows": 1, "keep_fraction": 0.5}, "mask: got keep_rows, keep_fraction, expected"),
         ({"keep_rows": 0}, "keep_rows: got 0, expected 1 to 3 rows of tokens"),
         ({"keep_rows": 4}, "keep_rows: got 4, expected 1 to 3 rows of tokens"),
         ({"keep_fraction": 0.0}, "keep_fraction: got 0.0, expected above 0 and below 1"),

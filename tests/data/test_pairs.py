@@ -519,14 +519,6 @@ def test_too_many_bad_images_stop_the_load(mixed: Pairs) -> None:
         load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
 
 
-def test_nothing_but_bad_images_stops_the_load(tmp_path: Path) -> None:
-    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
-    for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(b"")
-    with pytest.raises(UserError, match="empty file"):
-        load_all_pixels(open_pairs(str(tmp_path)), image_size=4, max_bad_fraction=1.0)
-
-
 def test_image_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:
     folder, tar = tmp_path / "folder", tmp_path / "x.tar"
     folder.mkdir()

@@ -17,13 +17,7 @@ from PIL import Image, ImageOps
 from dalle_mini_impl.data.images import BadImageError, decode_image
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from tests.faults.hostile import (
-    Bomb,
-    encoded,
-    nothing_comes_of_it,
-    png_chunk,
-    png_of,
-)
+from tests.faults.hostile import Bomb, encoded, nothing_comes_of_it, png_chunk, png_of
 
 Color = tuple[int, int, int]
 RED: Color = (200, 30, 60)
@@ -43,6 +37,10 @@ def red_palette() -> Image.Image:
     image = flat("P", 1)
     image.putpalette([0, 0, 0, *RED])
     return image
+
+
+def file(image: Image.Image, format: str, **options: Any) -> Callable[[], bytes]:
+    return lambda: encoded(image, format, **options)
 
 
 def raw_png(bits: int, color: int, pixel: bytes, **options: Any) -> bytes:
@@ -68,40 +66,25 @@ def strange_exif(kind: int, count: int, value: bytes) -> bytes:
 
 # Name -> a file, and the color that it shows.
 GOOD: dict[str, tuple[Callable[[], bytes], Color]] = {
-    "png 1 bit": (lambda: encoded(flat("1", 1), "PNG"), WHITE),
+    "png 1 bit": (file(flat("1", 1), "PNG"), WHITE),
     "png 2 bit gray": (lambda: raw_png(2, 0, b"\x80"), (170, 170, 170)),
-    "png gray": (lambda: encoded(flat("L", 100), "PNG"), (100, 100, 100)),
-    "png gray and alpha": (lambda: encoded(flat("LA", (0, 0)), "PNG"), WHITE),
-    "png gray with a transparent value": (
-        lambda: encoded(flat("L", 9), "PNG", transparency=9),
-        WHITE,
-    ),
-    "png palette": (lambda: encoded(red_palette(), "PNG"), RED),
-    "png palette with a transparent entry": (
-        lambda: encoded(red_palette(), "PNG", transparency=1),
-        WHITE,
-    ),
-    "png rgb": (lambda: encoded(red(), "PNG"), RED),
-    "png rgb with a transparent color": (
-        lambda: encoded(red(), "PNG", transparency=RED),
-        WHITE,
-    ),
-    "png rgba half transparent": (
-        lambda: encoded(flat("RGBA", (0, 0, 0, 128)), "PNG"),
-        (127, 127, 127),
-    ),
+    "png gray": (file(flat("L", 100), "PNG"), (100, 100, 100)),
+    "png gray and alpha": (file(flat("LA", (0, 0)), "PNG"), WHITE),
+    "png gray with a transparent value": (file(flat("L", 9), "PNG", transparency=9), WHITE),
+    "png palette": (file(red_palette(), "PNG"), RED),
+    "png palette with a transparent entry": (file(red_palette(), "PNG", transparency=1), WHITE),
+    "png rgb": (file(red(), "PNG"), RED),
+    "png rgb with a transparent color": (file(red(), "PNG", transparency=RED), WHITE),
+    "png rgba half transparent": (file(flat("RGBA", (0, 0, 0, 128)), "PNG"), (127, 127, 127)),
     "png 16 bit gray": (
-        lambda: encoded(Image.fromarray(np.full((12, 16), 32768, np.uint16)), "PNG"),
+        file(Image.fromarray(np.full((12, 16), 32768, np.uint16)), "PNG"),
         (128, 128, 128),
     ),
     "png 16 bit rgb": (lambda: raw_png(16, 2, bytes([200, 0, 30, 0, 60, 0])), RED),
     "png 16 bit rgba": (lambda: raw_png(16, 6, bytes([9, 9, 9, 9, 9, 9, 0, 0])), WHITE),
     "png 16 bit gray and alpha": (lambda: raw_png(16, 4, bytes([9, 9, 0, 0])), WHITE),
     "png interlaced": (lambda: raw_png(8, 2, bytes(RED), interlace=1), RED),
-    "png animated": (
-        lambda: encoded(red(), "PNG", save_all=True, append_images=second()),
-        RED,
-    ),
+    "png animated": (file(red(), "PNG", save_all=True, append_images=second()), RED),
     "png with an unknown chunk": (
         lambda: raw_png(8, 2, bytes(RED), chunks=png_chunk(b"abCd", b"x")),
         RED,
@@ -116,46 +99,40 @@ GOOD: dict[str, tuple[Callable[[], bytes], Color]] = {
         RED,
     ),
     "png with junk behind it": (lambda: encoded(red(), "PNG") + b"junk" * 999, RED),
-    "jpeg": (lambda: encoded(red(), "JPEG", quality=95), RED),
-    "jpeg gray": (lambda: encoded(flat("L", 100), "JPEG"), (100, 100, 100)),
-    "jpeg cmyk": (lambda: encoded(red().convert("CMYK"), "JPEG", quality=95), RED),
-    "jpeg progressive": (lambda: encoded(red(), "JPEG", quality=95, progressive=True), RED),
+    "jpeg": (file(red(), "JPEG", quality=95), RED),
+    "jpeg gray": (file(flat("L", 100), "JPEG"), (100, 100, 100)),
+    "jpeg cmyk": (file(red().convert("CMYK"), "JPEG", quality=95), RED),
+    "jpeg progressive": (file(red(), "JPEG", quality=95, progressive=True), RED),
     "jpeg with junk behind it": (lambda: encoded(red(), "JPEG", quality=95) + b"junk" * 999, RED),
     "jpeg with a broken exif block": (
-        lambda: encoded(red(), "JPEG", quality=95, exif=b"Exif\0\0not a tiff header"),
+        file(red(), "JPEG", quality=95, exif=b"Exif\0\0not a tiff header"),
         RED,
     ),
     "jpeg with a broken color profile": (
-        lambda: encoded(red(), "JPEG", quality=95, icc_profile=b"no profile" * 300),
+        file(red(), "JPEG", quality=95, icc_profile=b"no profile" * 300),
         RED,
     ),
-    "jpeg with 60 kB of comment": (
-        lambda: encoded(red(), "JPEG", quality=95, comment=b"x" * 60_000),
-        RED,
-    ),
+    "jpeg with 60 kB of comment": (file(red(), "JPEG", quality=95, comment=b"x" * 60_000), RED),
     "jpeg with two images (mpo)": (
-        lambda: encoded(red(), "MPO", quality=95, save_all=True, append_images=second()),
+        file(red(), "MPO", quality=95, save_all=True, append_images=second()),
         RED,
     ),
     "jpeg turned by 0": (lambda: strange_exif(3, 1, bytes(4)), RED),
     "jpeg turned by 9": (lambda: strange_exif(3, 1, b"\0\x09\0\0"), RED),
     "jpeg turned by a word": (lambda: strange_exif(2, 3, b"up\0\0"), RED),
-    "webp": (lambda: encoded(red(), "WEBP", quality=100), RED),
+    "webp": (file(red(), "WEBP", quality=100), RED),
     "webp lossless and transparent": (
-        lambda: encoded(flat("RGBA", (9, 9, 9, 0)), "WEBP", lossless=True, exact=True),
+        file(flat("RGBA", (9, 9, 9, 0)), "WEBP", lossless=True, exact=True),
         WHITE,
     ),
-    "webp animated": (
-        lambda: encoded(red(), "WEBP", save_all=True, append_images=second(), quality=100),
-        RED,
-    ),
-    "bmp": (lambda: encoded(red(), "BMP"), RED),
-    "bmp 1 bit": (lambda: encoded(flat("1", 1), "BMP"), WHITE),
-    "bmp palette": (lambda: encoded(red_palette(), "BMP"), RED),
-    "bmp 32 bit": (lambda: encoded(flat("RGBA", (*RED, 255)), "BMP"), RED),
+    "webp animated": (file(red(), "WEBP", save_all=True, append_images=second(), quality=100), RED),
+    "bmp": (file(red(), "BMP"), RED),
+    "bmp 1 bit": (file(flat("1", 1), "BMP"), WHITE),
+    "bmp palette": (file(red_palette(), "BMP"), RED),
+    "bmp 32 bit": (file(flat("RGBA", (*RED, 255)), "BMP"), RED),
     "bmp from top to bottom": (top_down_bmp, RED),
-    "one pixel": (lambda: encoded(Image.new("RGB", (1, 1), RED), "PNG"), RED),
-    "3000 by 1": (lambda: encoded(Image.new("RGB", (3000, 1), RED), "PNG"), RED),
+    "one pixel": (file(Image.new("RGB", (1, 1), RED), "PNG"), RED),
+    "3000 by 1": (file(Image.new("RGB", (3000, 1), RED), "PNG"), RED),
 }
 
 
@@ -223,13 +200,13 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "web page": (lambda: b"<html><body>404 not found</body></html>", NOT_AN_IMAGE),
     "answer of a server": (lambda: b'{"error": "rate limit"}', NOT_AN_IMAGE),
     "git lfs pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", NOT_AN_IMAGE),
-    "gif named jpg": (lambda: encoded(flat("P", 0), "GIF"), NOT_AN_IMAGE),
-    "tiff": (lambda: encoded(red(), "TIFF"), NOT_AN_IMAGE),
-    "icon": (lambda: encoded(red(), "ICO"), NOT_AN_IMAGE),
-    "pcx": (lambda: encoded(red(), "PCX"), NOT_AN_IMAGE),
-    "ppm": (lambda: encoded(red(), "PPM"), NOT_AN_IMAGE),
-    "tga": (lambda: encoded(red(), "TGA"), NOT_AN_IMAGE),
-    "jpeg 2000": (lambda: encoded(red(), "JPEG2000"), NOT_AN_IMAGE),
+    "gif named jpg": (file(flat("P", 0), "GIF"), NOT_AN_IMAGE),
+    "tiff": (file(red(), "TIFF"), NOT_AN_IMAGE),
+    "icon": (file(red(), "ICO"), NOT_AN_IMAGE),
+    "pcx": (file(red(), "PCX"), NOT_AN_IMAGE),
+    "ppm": (file(red(), "PPM"), NOT_AN_IMAGE),
+    "tga": (file(red(), "TGA"), NOT_AN_IMAGE),
+    "jpeg 2000": (file(red(), "JPEG2000"), NOT_AN_IMAGE),
     "eps that runs a command": (lambda: SYSTEM, NOT_AN_IMAGE),
     "pdf": (lambda: b"%PDF-1.7\n1 0 obj\n", NOT_AN_IMAGE),
     "svg that reads a file": (lambda: ENTITY, NOT_AN_IMAGE),
@@ -255,10 +232,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: changed(noise("PNG"), 18, b"\x01"),
         f"{NOT_AN_IMAGE}|{DAMAGED}",
     ),
-    "png with a chunk of a bad checksum": (
-        lambda: changed(noise("PNG"), 60, b"\0\0\0\0"),
-        DAMAGED,
-    ),
+    "png with a chunk of a bad checksum": (lambda: changed(noise("PNG"), 60, b"\0\0\0\0"), DAMAGED),
     "png without pixels": (lambda: png_of((100, 100)), DAMAGED),
     "png of width 0": (lambda: png_of((0, 4)), f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "png of unknown depth": (lambda: png_of((4, 4), bits=7), f"{NOT_AN_IMAGE}|{DAMAGED}"),

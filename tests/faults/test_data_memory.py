@@ -104,26 +104,19 @@ CASES: dict[str, tuple[Callable[[Path], None], str, int]] = {
         "1 read; 1073741824 bytes, expected at most",
         SMALL_KIB,
     ),
-    "tar with a name of 1 GiB": (
-        tar_with(tar_header("x", GIB, tarfile.GNUTYPE_LONGNAME)),
-        "1 read; not a tar file, or damaged",
-        SMALL_KIB,
-    ),
-    "tar with a link name of 1 GiB": (
-        tar_with(tar_header("x", GIB, tarfile.GNUTYPE_LONGLINK)),
-        "1 read; not a tar file, or damaged",
-        SMALL_KIB,
-    ),
-    "tar with a pax header of 1 GiB": (
-        tar_with(tar_header("x", GIB, tarfile.XHDTYPE)),
-        "1 read; not a tar file, or damaged",
-        SMALL_KIB,
-    ),
-    "tar with a global header of 1 GiB": (
-        tar_with(tar_header("x", GIB, tarfile.XGLTYPE)),
-        "1 read; not a tar file, or damaged",
-        SMALL_KIB,
-    ),
+    **{
+        f"tar with a {name} of 1 GiB": (
+            tar_with(tar_header("x", GIB, kind)),
+            "1 read; not a tar file, or damaged",
+            SMALL_KIB,
+        )
+        for name, kind in {
+            "name": tarfile.GNUTYPE_LONGNAME,
+            "link name": tarfile.GNUTYPE_LONGLINK,
+            "pax header": tarfile.XHDTYPE,
+            "global header": tarfile.XGLTYPE,
+        }.items()
+    },
     "tar with a sparse member of 1 GiB": (
         tar_with(tar_header("b.png", GIB, tarfile.GNUTYPE_SPARSE)),
         "1 read; not a regular file",

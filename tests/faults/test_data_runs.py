@@ -123,9 +123,7 @@ def test_run_needs_no_image_after_it_has_read_them(data: Path, tmp_path: Path) -
     assert list(data.iterdir()) == []
 
 
-def test_a_resumed_run_replaces_what_is_gone_and_keeps_all_other_places(
-    data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_run_replaces_missing_images_in_place(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = load(data, out, resumes=False)
     (data / "3.png").unlink()

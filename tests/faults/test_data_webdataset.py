@@ -209,6 +209,11 @@ def flipped(position: int) -> bytes:
     return bytes(data)
 
 
+def claiming(name: str, kind: bytes = tarfile.REGTYPE) -> Callable[[], bytes]:
+    """The first sample, then a header that claims 1 TiB."""
+    return lambda: good_tar()[: 512 * 5] + tar_header(name, 2**40, kind) + bytes(1024)
+
+
 NO_TAR = "not a tar file, or damaged"
 # Blocks of a good tar: a.png 0-1, a.txt 2-4, b.png 5-6, b.txt 7-9, zeros from 10 on.
 # Name -> the file, the keys that are read from it, and what is said of the rest.
@@ -231,35 +236,19 @@ FILES: dict[str, tuple[Callable[[], bytes], list[str], str]] = {
     "flipped bit in the first header": (lambda: flipped(20), [], NO_TAR),
     "flipped bit in a later header": (lambda: flipped(512 * 5 + 20), ["a"], "no valid header at"),
     "flipped bit in an image": (lambda: flipped(512 + 20), ["a", "b"], ""),
-    "image that claims 1 TiB": (
-        lambda: good_tar()[: 512 * 5] + tar_header("c.png", 2**40) + bytes(1024),
-        ["a"],
-        "1099511627776 bytes, expected at most",
-    ),
+    "image that claims 1 TiB": (claiming("c.png"), ["a"], "1099511627776 bytes, expected at most"),
     "caption that claims 1 TiB": (
-        lambda: good_tar()[: 512 * 5] + tar_header("c.txt", 2**40) + bytes(1024),
+        claiming("c.txt"),
         ["a"],
         "1099511627776 bytes, expected at most",
     ),
     "long name that claims 1 TiB": (
-        lambda: (
-            good_tar()[: 512 * 5]
-            + tar_header("././@LongLink", 2**40, tarfile.GNUTYPE_LONGNAME)
-            + bytes(1024)
-        ),
+        claiming("././@LongLink", tarfile.GNUTYPE_LONGNAME),
         ["a"],
         "expected at most 16384",
     ),
-    "pax header that claims 1 TiB": (
-        lambda: good_tar()[: 512 * 5] + tar_header("x", 2**40, tarfile.XHDTYPE) + bytes(1024),
-        ["a"],
-        "expected at most 16384",
-    ),
-    "global header that claims 1 TiB": (
-        lambda: good_tar()[: 512 * 5] + tar_header("x", 2**40, tarfile.XGLTYPE) + bytes(1024),
-        ["a"],
-        "expected at most 16384",
-    ),
+    "pax header that claims 1 TiB": (claiming("x", tarfile.XHDTYPE), ["a"], "at most 16384"),
+    "global header that claims 1 TiB": (claiming("x", tarfile.XGLTYPE), ["a"], "at most 16384"),
 }
 
 
