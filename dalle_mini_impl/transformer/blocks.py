@@ -4,6 +4,7 @@ By default pre-norm (Xiong et al. 2020, arXiv:2002.04745) with a SwiGLU feed-for
 (Shazeer 2020, arXiv:2002.05202); ``BlockOptions`` names the choices of the papers of 2017 to 2021.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,17 +35,18 @@ class TransformerBlock(nn.Module):
         self.is_pre_norm = options.norm == "pre"
         self.has_cross_attention = options.has_cross_attention
         use_bias = options.use_bias
-        attention: dict[str, Any] = {
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "use_qk_norm": options.use_qk_norm,
-            "use_bias": use_bias,
-        }
+        build_attention = partial(
+            MultiHeadAttention,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            use_qk_norm=options.use_qk_norm,
+            use_bias=use_bias,
+        )
         self.attention_norm = build_norm(hidden_size, use_bias=use_bias)
-        self.attention = MultiHeadAttention(**attention)
+        self.attention = build_attention()
         if options.has_cross_attention:
             self.cross_attention_norm = build_norm(hidden_size, use_bias=use_bias)
-            self.cross_attention = MultiHeadAttention(**attention)
+            self.cross_attention = build_attention()
         self.feed_forward_norm = build_norm(hidden_size, use_bias=use_bias)
         self.feed_forward = _build_feed_forward(hidden_size, intermediate_size, options)
         self.dropout = ChannelDropout(dropout_probability)
