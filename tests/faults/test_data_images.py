@@ -17,13 +17,7 @@ from PIL import Image, ImageOps
 from dalle_mini_impl.data.images import BadImageError, decode_image
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
-from tests.faults.hostile import (
-    Bomb,
-    encoded,
-    nothing_comes_of_it,
-    png_chunk,
-    png_of,
-)
+from tests.faults.hostile import Bomb, encoded, nothing_comes_of_it, png_chunk, png_of
 
 Color = tuple[int, int, int]
 RED: Color = (200, 30, 60)
@@ -82,10 +76,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Color]] = {
         WHITE,
     ),
     "png rgb": (lambda: encoded(red(), "PNG"), RED),
-    "png rgb with a transparent color": (
-        lambda: encoded(red(), "PNG", transparency=RED),
-        WHITE,
-    ),
+    "png rgb with a transparent color": (lambda: encoded(red(), "PNG", transparency=RED), WHITE),
     "png rgba half transparent": (
         lambda: encoded(flat("RGBA", (0, 0, 0, 128)), "PNG"),
         (127, 127, 127),
@@ -98,10 +89,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], Color]] = {
     "png 16 bit rgba": (lambda: raw_png(16, 6, bytes([9, 9, 9, 9, 9, 9, 0, 0])), WHITE),
     "png 16 bit gray and alpha": (lambda: raw_png(16, 4, bytes([9, 9, 0, 0])), WHITE),
     "png interlaced": (lambda: raw_png(8, 2, bytes(RED), interlace=1), RED),
-    "png animated": (
-        lambda: encoded(red(), "PNG", save_all=True, append_images=second()),
-        RED,
-    ),
+    "png animated": (lambda: encoded(red(), "PNG", save_all=True, append_images=second()), RED),
     "png with an unknown chunk": (
         lambda: raw_png(8, 2, bytes(RED), chunks=png_chunk(b"abCd", b"x")),
         RED,
@@ -255,10 +243,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
         lambda: changed(noise("PNG"), 18, b"\x01"),
         f"{NOT_AN_IMAGE}|{DAMAGED}",
     ),
-    "png with a chunk of a bad checksum": (
-        lambda: changed(noise("PNG"), 60, b"\0\0\0\0"),
-        DAMAGED,
-    ),
+    "png with a chunk of a bad checksum": (lambda: changed(noise("PNG"), 60, b"\0\0\0\0"), DAMAGED),
     "png without pixels": (lambda: png_of((100, 100)), DAMAGED),
     "png of width 0": (lambda: png_of((0, 4)), f"{NOT_AN_IMAGE}|{DAMAGED}"),
     "png of unknown depth": (lambda: png_of((4, 4), bits=7), f"{NOT_AN_IMAGE}|{DAMAGED}"),

@@ -114,10 +114,7 @@ ROWS: dict[str, tuple[Any, str]] = {
     "url": ({"bytes": None, "path": "http://127.0.0.1:9/a.png"}, "no image in column image"),
     "missing file": ({"bytes": None, "path": "gone.png"}, "no image in column image"),
     "web page": ({"bytes": b"<html>", "path": None}, "not an image"),
-    "pickle": (
-        {"bytes": pickle.dumps(Bomb(Path("sentinel"))), "path": "a.pkl"},
-        "not an image",
-    ),
+    "pickle": ({"bytes": pickle.dumps(Bomb(Path("sentinel"))), "path": "a.pkl"}, "not an image"),
 }
 
 
