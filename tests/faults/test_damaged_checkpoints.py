@@ -153,8 +153,7 @@ def set_entry(name: str, **values: Any) -> Callable[[Path], None]:
 
 def add_file(name: str) -> Callable[[Path], None]:
     return lambda folder: rewrite_manifest(
-        folder,
-        lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}}),
+        folder, lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}})
     )
 
 

@@ -149,9 +149,7 @@ def without_rights() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def test_a_read_only_folder_is_refused_before_reading(
-    tmp_path: Path,
-) -> None:
+def test_a_read_only_folder_is_refused_before_reading(tmp_path: Path) -> None:
     with without_rights() as folder:
         for out in (folder, folder / "new", folder / "new" / "run"):
             config = tiny.vqvae_run(Path("no data"), out)

@@ -163,11 +163,7 @@ def test_threads_change_no_sample(tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[2], rel=1e-6)
 
 
-@given(
-    num_samples=st.integers(1, 40),
-    batch_size=st.integers(1, 50),
-    seed=st.integers(0, 2**62),
-)
+@given(num_samples=st.integers(1, 40), batch_size=st.integers(1, 50), seed=st.integers(0, 2**62))
 def test_no_sample_is_lost_or_repeated_in_an_epoch(
     num_samples: int, batch_size: int, seed: int
 ) -> None:

@@ -13,13 +13,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 from hypothesis import Phase, settings
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
 from dalle_mini_impl.training.trainer import Trainer

@@ -13,12 +13,7 @@ from dalle_mini_impl.data.token_dataset import TokenDataset
 from dalle_mini_impl.models.dalle_shared import DalleLogits
 from dalle_mini_impl.models.text_to_image import TextToImageModel
 from dalle_mini_impl.pipeline import TextToImagePipeline
-from dalle_mini_impl.training.dalle import (
-    DalleTask,
-    DalleTaskConfig,
-    SampleUniforms,
-    text_loss,
-)
+from dalle_mini_impl.training.dalle import DalleTask, DalleTaskConfig, SampleUniforms, text_loss
 from tests.reference import tiny
 
 LENGTH, TEXT_LENGTH, BATCH = 4, 8, 200

@@ -28,9 +28,7 @@ def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
     return {name for name, parameter in model.named_parameters() if id(parameter) in expected}
 
 
-def test_only_matrices_decay(
-    build_dalle: Callable[..., Dalle],
-) -> None:
+def test_only_matrices_decay(build_dalle: Callable[..., Dalle]) -> None:
     model = build_dalle()
     (adamw,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
     decaying, others = adamw.param_groups

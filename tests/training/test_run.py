@@ -12,11 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.training.run import (
-    claim_output_dir,
-    only_main_process_informs,
-    save_config,
-)
+from dalle_mini_impl.training.run import claim_output_dir, only_main_process_informs, save_config
 from tests.reference import tiny
 from tests.reference.log_lines import log_lines
 from tests.reference.runs import EVERYTHING_RANDOM, checkpoint_dir, read_files, run_results

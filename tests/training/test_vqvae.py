@@ -154,12 +154,7 @@ def test_grid_shows_reconstructions_beside_originals() -> None:
 
 
 GAN = DiscriminatorConfig(
-    weight=0.8,
-    adaptive=True,
-    feature_matching_weight=0.5,
-    starts_at=0.5,
-    channels=4,
-    num_layers=2,
+    weight=0.8, adaptive=True, feature_matching_weight=0.5, starts_at=0.5, channels=4, num_layers=2
 )
 
 
@@ -206,11 +201,7 @@ def test_discriminator_joins_in_time() -> None:
 
 @pytest.mark.parametrize(
     ("discriminator", "next_feature_weight", "prefix"),
-    [
-        (GAN, 0.0, "vqvae."),
-        (DiscriminatorConfig(), 0.1, "vqvae."),
-        (GAN, 0.1, "vqvae.vqvae."),
-    ],
+    [(GAN, 0.0, "vqvae."), (DiscriminatorConfig(), 0.1, "vqvae."), (GAN, 0.1, "vqvae.vqvae.")],
     ids=["discriminator", "next feature", "both"],
 )
 def test_helpers_resume_exactly_and_are_left_behind(
