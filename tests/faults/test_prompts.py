@@ -17,7 +17,6 @@ from dalle_mini_impl.cli.generate import generate_to_folder
 from dalle_mini_impl.cli.main import printable
 from dalle_mini_impl.errors import UserError, without_secrets
 from dalle_mini_impl.sampling.request import MAX_PROMPT_LENGTH
-from tests.reference import tiny
 from tests.reference.commands import run_python
 
 HOSTILE = {
@@ -72,13 +71,6 @@ REFUSED = {
     "too long": "x" * (MAX_PROMPT_LENGTH + 1),
     "far too long": "가" * 5_000_000,
 }
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    tiny.build_pipeline().save_pretrained(folder)
-    return folder
 
 
 def generate(model_dir: Path, out: Path, *prompts: str, **options: Any) -> list[Path]:
