@@ -34,6 +34,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
+from tests.reference.runs import facts_of
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = ("a red disc", 1, 0, 2.0, 1.0)
@@ -138,12 +139,6 @@ def test_page_with_a_compiled_pass(tmp_path: Path) -> None:
     finally:
         server.send_signal(signal.SIGTERM)
         server.communicate(timeout=60)
-
-
-def facts_of(file: Any) -> dict[str, Any]:
-    """What an image says of its making."""
-    with Image.open(file) as image:
-        return dict(json.loads(image.text["dalle_mini_impl"]))  # type: ignore[attr-defined]
 
 
 def free_port() -> int:
