@@ -122,7 +122,7 @@ CHECKS: dict[str, Callable[[bytes, Path], None]] = {"metadata": check_metadata, 
 
 
 def main(kind: str, corpus: str, *options: str) -> None:
-    """Fuzze one reader until a crash or the time given."""
+    """Fuzz one reader until a crash or the time given."""
     import atheris
 
     with atheris.instrument_imports(include=["json", "tarfile", "dalle_mini_impl"]):
@@ -136,14 +136,8 @@ def main(kind: str, corpus: str, *options: str) -> None:
     for number, seed in enumerate(seeds(kind)):
         (Path(corpus) / f"seed-{number}").write_bytes(seed)
     folder = prepare(Path(tempfile.mkdtemp()))
-    limits = (
-        "-rss_limit_mb=1024",
-        "-timeout=20",
-        "-max_len=16384",
-        "-len_control=20",
-        "-print_final_stats=1",
-    )
-    arguments = [sys.argv[0], *limits, *options, corpus]
+    limits = "-rss_limit_mb=1024 -timeout=20 -max_len=16384 -len_control=20 -print_final_stats=1"
+    arguments = [sys.argv[0], *limits.split(), *options, corpus]
     atheris.Setup(arguments, lambda data: CHECKS[kind](data, folder))
     atheris.Fuzz()
 

@@ -9,8 +9,9 @@ import pickle
 import struct
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +37,9 @@ def pickled(sentinel: Path) -> bytes:
     return pickle.dumps(Bomb(sentinel))
 
 
-def torch_zip(sentinel: Path) -> bytes:
+def torch_file(sentinel: Path, *, is_zip: bool) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"weights": Bomb(sentinel)}, buffer)
-    return buffer.getvalue()
-
-
-def torch_legacy(sentinel: Path) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"weights": Bomb(sentinel)}, buffer, _use_new_zipfile_serialization=False)
+    torch.save({"weights": Bomb(sentinel)}, buffer, _use_new_zipfile_serialization=is_zip)
     return buffer.getvalue()
 
 
@@ -56,10 +51,15 @@ def numpy_objects(sentinel: Path) -> bytes:
 
 PICKLES = {
     "pickle": pickled,
-    "torch zip": torch_zip,
-    "torch legacy": torch_legacy,
+    "torch zip": partial(torch_file, is_zip=True),
+    "torch legacy": partial(torch_file, is_zip=False),
     "numpy objects": numpy_objects,
 }
+
+
+def damaging(change: Callable[..., Any]) -> Callable[..., Callable[[Path], Any]]:
+    """Turn `change(folder, ...)` into a maker of cases: `change(...)` takes the folder later."""
+    return lambda *args, **options: lambda folder: change(folder, *args, **options)
 
 
 def change_json(path: Path, **changes: Any) -> None:
@@ -71,25 +71,19 @@ def rehash(folder: Path) -> None:
     change_json(folder / INDEX_NAME, sha256=file_hashes(folder))
 
 
-def rewrite(folder: Path, name: str, content: bytes) -> None:
-    (folder / name).write_bytes(content)
-    rehash(folder)
-
-
 def tensors(folder: Path, part: str = "dalle") -> dict[str, torch.Tensor]:
     return load_file(folder / part / "model.safetensors")
 
 
 def write_tensors(folder: Path, values: dict[str, torch.Tensor]) -> None:
-    rewrite(folder, "dalle/model.safetensors", save(values))
+    (folder / "dalle/model.safetensors").write_bytes(save(values))
+    rehash(folder)
 
 
-def with_header(
-    header: dict[str, Any] | bytes, data: bytes = b"", length: int | None = None
-) -> bytes:
-    """A safetensors file with a header of one's own."""
-    text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return struct.pack("<Q", len(text) if length is None else length) + text + data
+def with_header(head: dict[str, Any] | bytes, data: bytes = b"", size: int | None = None) -> bytes:
+    """A safetensors file with any header, and any claim of its size."""
+    text = head if isinstance(head, bytes) else json.dumps(head).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
 
 
 def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[str, Any]:

@@ -34,6 +34,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
+from tests.reference.runs import facts_of
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD = ("a red disc", 1, 0, 2.0, 1.0)
@@ -72,13 +73,6 @@ ODD: dict[str, list[Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    tiny.build_pipeline().save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def backend(model_dir: Path, tmp_path: Path) -> PageBackend:
     return PageBackend(TextToImagePipeline.from_pretrained(model_dir), tmp_path, model="tiny")
@@ -111,30 +105,32 @@ def test_images_of_old_calls_are_deleted(backend: PageBackend) -> None:
     assert len(list(backend.folder.iterdir())) == CALLS_KEPT
 
 
-@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_metadata_names_the_compiled_pass(
-    backend: PageBackend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     build.load_library.cache_clear()
+    yield
+    build.load_library.cache_clear()
+
+
+@pytest.mark.usefixtures("compiler")
+def test_metadata_names_the_compiled_pass(backend: PageBackend) -> None:
     backend.pipeline = tiny.build_pipeline(hidden_size=32)  # heads of 16, which it can compute
     assert "native" not in facts_of(backend.generate(*GOOD)[0][0])
     assert backend.pipeline.use_native("int8")
     assert facts_of(backend.generate(*GOOD)[0][0])["native"] == "int8"
-    build.load_library.cache_clear()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_page_with_a_compiled_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("compiler")
+def test_page_with_a_compiled_pass(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     tiny.build_pipeline(hidden_size=32).save_pretrained(tmp_path / "model")
     number = free_port()
     server = start(tmp_path / "model", number, tmp_path, "--native", "float32")
-    assert server.stdout is not None
-    line = server.stdout.readline()
-    assert "the page is at" in line, line + server.stdout.read()
+    wait_until_served(server, number)
     try:
         status, kind, (_, files) = call(number, list(GOOD))
         assert (status, kind) == (200, "complete")
@@ -145,12 +141,6 @@ def test_page_with_a_compiled_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         server.communicate(timeout=60)
 
 
-def facts_of(file: Any) -> dict[str, Any]:
-    """What an image says of its making."""
-    with Image.open(file) as image:
-        return dict(json.loads(image.text["dalle_mini_impl"]))  # type: ignore[attr-defined]
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -158,23 +148,19 @@ def free_port() -> int:
 
 
 def start(model: Path, port: int, folder: Path, *options: str) -> "subprocess.Popen[str]":
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        "OMP_NUM_THREADS": "1",
-        "TMPDIR": str(folder),
-        "GRADIO_SHARE": "True",
-        "GRADIO_SERVER_NAME": "0.0.0.0",
-        "GRADIO_ANALYTICS_ENABLED": "True",
-    }
-    return subprocess.Popen(
-        [sys.executable, "scripts/app.py", "--model", str(model), "--port", str(port), *options],
-        env=environment,
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+    env |= {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"}
+    env |= {"GRADIO_ANALYTICS_ENABLED": "True"}
+    command = [sys.executable, "scripts/app.py", "--model", str(model), "--port", str(port)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, *options], env=env, cwd=REPOSITORY, **pipes)
+
+
+def wait_until_served(server: "subprocess.Popen[str]", port: int) -> None:
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    assert f"the page is at http://127.0.0.1:{port}" in line, line + server.stdout.read()
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +169,7 @@ def port(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     pytest.importorskip("gradio")
     number, folder = free_port(), tmp_path_factory.mktemp("temporary")
     server = start(model_dir, number, folder)
-    assert server.stdout is not None
-    line = server.stdout.readline()
-    assert f"http://127.0.0.1:{number}" in line, line + server.stdout.read()
+    wait_until_served(server, number)
     yield number
     server.send_signal(signal.SIGTERM)
     rest, _ = server.communicate(timeout=60)
@@ -289,11 +273,8 @@ def test_no_way_around_the_queue_and_no_upload(port: int) -> None:
     status, _ = request(port, "POST", "/gradio_api/run/generate", {"data": list(GOOD)})
     assert 400 <= status < 500
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    body = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../x"\r\n\r\n'
-        + b"A" * 100_000
-        + b"\r\n--x--\r\n"
-    )
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../x"\r\n\r\n'
+    body = head + b"A" * 100_000 + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     connection.request("POST", "/gradio_api/upload", body, headers)
     assert 400 <= connection.getresponse().status < 500
@@ -318,25 +299,20 @@ def test_a_client_that_leaves_frees_the_worker(port: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="Linux lists its sockets")
 def test_it_listens_on_this_machine_alone(port: int) -> None:
-    listening = [
-        line.split()[1]
+    sockets = [
+        line.split()
         for name in ("tcp", "tcp6")
         for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        if line.split()[3] == "0A"
     ]
-    assert [place for place in listening if place.endswith(f":{port:04X}")] == [
-        f"0100007F:{port:04X}"
-    ]
+    listening = [place for _, place, _, state, *_ in sockets if state == "0A"]
+    assert [at for at in listening if at.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
 
 
 @pytest.mark.slow
 def test_page_loads_from_no_other_host(port: int) -> None:
     status, content = request(port, "GET", "/")
     assert status == 200
-    loads = re.findall(
-        rb"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(https?:)?//[^\"]*", content
-    )
-    assert loads == []
+    assert not re.findall(rb'<(?:script|link|img|iframe)[^>]*(?:src|href)="(https?:)?//', content)
     _, theme = request(port, "GET", "/theme.css")
     assert not re.search(rb"(@import|url\()\s*[\"']?(https?:)?//", theme)
     config = json.loads(request(port, "GET", "/config")[1])

@@ -23,9 +23,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def base(folder: Path) -> DalleRunConfig:
-    return tiny.dalle_run(
-        folder / "data", folder / "vqvae", folder / "run", max_steps=3, ema_decay=0.9
-    )
+    options = {"max_steps": 3, "ema_decay": 0.9}
+    return tiny.dalle_run(folder / "data", folder / "vqvae", folder / "run", **options)
 
 
 def changed(config: Any, path: str, value: Any) -> Any:
@@ -110,14 +109,12 @@ def test_allowed_changes_are_logged(folder: Path, tmp_path: Path, name: str) -> 
     assert tiny.read_metrics(tmp_path / "run")[-1]["step"] == 4
 
 
-def test_another_number_of_samples_is_refused(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
+def test_another_number_of_samples_is_refused(data: Path, tmp_path: Path) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", max_steps=3)
     tiny.train(config)
     lines = (data / "metadata.jsonl").read_text().splitlines()
     (data / "metadata.jsonl").write_text("\n".join(lines[1:]) + "\n")
     (data / "0.png").unlink()
     (tmp_path / "run" / "images-train.jsonl").unlink()  # somebody deleted the list
-    longer = changed(config, "training.max_steps", 6)
     with pytest.raises(UserError, match="was trained on 25 samples, now there are 24"):
-        tiny.train(longer, resume="latest")
+        tiny.train(changed(config, "training.max_steps", 6), resume="latest")

@@ -9,12 +9,12 @@ import json
 import os
 import pickle
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.checkpoint import (
@@ -22,8 +22,11 @@ from dalle_mini_impl.training.checkpoint import (
     load_checkpoint,
     newest_checkpoint,
 )
+from dalle_mini_impl.training.dalle import DalleRunConfig
+from tests.faults.hostile import Bomb, damaging, entry, with_header
 from tests.reference import tiny
 
+Change = Callable[[dict[str, Any]], object]
 NEWEST, OLDER = "step-00000006", "step-00000003"
 FILES = (
     "manifest.json",
@@ -33,7 +36,13 @@ FILES = (
     "optimizer_0.safetensors",
     "optimizer_1.safetensors",
 )
-SENTINEL = "code-ran"
+SENTINEL = Path("code-ran")
+PICKLE = pickle.dumps(Bomb(SENTINEL))
+
+
+def decoder_run(folder: Path, **training: Any) -> DalleRunConfig:
+    training |= {"optimizer": "muon", "ema_decay": 0.9}
+    return tiny.dalle_run(folder / "data", folder / "vqvae", folder / "run", **training)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +50,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with the checkpoints of steps 3 and 6."""
     folder = tmp_path_factory.mktemp("run")
     tiny.build_vqvae().save_pretrained(folder / "vqvae")
-    data = tiny.write_data(folder / "data")
-    config = tiny.dalle_run(data, folder / "vqvae", folder / "run", optimizer="muon", ema_decay=0.9)
-    tiny.train(config)
+    tiny.write_data(folder / "data")
+    tiny.train(decoder_run(folder))
     return folder
 
 
@@ -64,35 +72,24 @@ def replace(path: Path, make: Callable[..., object], *arguments: str) -> None:
     make(path, *arguments)
 
 
-class Evil:
-    """Writes a file when it is unpickled."""
-
-    def __reduce__(self) -> Any:
-        return (Path(SENTINEL).write_text, ("ran",))
-
-
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "last byte lost": lambda path: path.write_bytes(path.read_bytes()[:-1]),
-    "second half lost": lambda path: path.write_bytes(
-        path.read_bytes()[: path.stat().st_size // 2]
-    ),
+    "second half lost": lambda path: os.truncate(path, path.stat().st_size // 2),
     "bit flipped at the start": lambda path: flip(path, 0),
     "bit flipped in the middle": lambda path: flip(path, 0.5),
     "bit flipped at the end": lambda path: flip(path, 1),
     "a byte more": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "a web page": lambda path: path.write_text("<!doctype html><title>404</title>"),
-    "a pickle": lambda path: path.write_bytes(pickle.dumps(Evil())),
+    "a pickle": lambda path: path.write_bytes(PICKLE),
     "a folder": lambda path: replace(path, Path.mkdir),
     "a dangling link": lambda path: replace(path, Path.symlink_to, "nowhere"),
     "a pipe": lambda path: replace(path, os.mkfifo),
     "an endless device": lambda path: replace(path, Path.symlink_to, "/dev/zero"),
     "that of another step": lambda path: shutil.copy(path.parents[1] / OLDER / path.name, path),
 }
-
-
 REASONS = ("is missing", "is not a file", "bytes, expected", "sha256", "cannot be read")
 
 
@@ -113,15 +110,10 @@ def assert_resumes_at(root: Path, step: int) -> None:
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
+@pytest.mark.usefixtures("here")
 def test_a_damaged_file_is_named_and_passed_over(
-    root: Path,
-    name: str,
-    damage: str,
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    root: Path, name: str, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     DAMAGES[damage](root / NEWEST / name)
     before = fingerprint(root)
     with pytest.raises(CheckpointCorruptError) as caught:
@@ -135,7 +127,7 @@ def test_a_damaged_file_is_named_and_passed_over(
     assert_resumes_at(root, 3)
     assert f"passing over checkpoint {NEWEST}" in caplog.text
     assert fingerprint(root) == before
-    assert not Path(SENTINEL).exists()
+    assert not SENTINEL.exists()
 
 
 def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -145,24 +137,25 @@ def rewrite_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -
     path.write_text(json.dumps(manifest))
 
 
-def set_entry(name: str, **values: Any) -> Callable[[Path], None]:
-    return lambda folder: rewrite_manifest(
-        folder, lambda manifest: manifest["files"][name].update(values)
-    )
+@damaging
+def set_entry(folder: Path, name: str, **values: Any) -> None:
+    rewrite_manifest(folder, lambda manifest: manifest["files"][name].update(values))
 
 
-def add_file(name: str) -> Callable[[Path], None]:
-    return lambda folder: rewrite_manifest(
-        folder, lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}})
-    )
+@damaging
+def add_file(folder: Path, name: str) -> None:
+    file = {name: {"size": 1, "sha256": "0" * 64}}
+    rewrite_manifest(folder, lambda manifest: manifest["files"].update(file))
 
 
-def set_manifest(**values: Any) -> Callable[[Path], None]:
-    return lambda folder: rewrite_manifest(folder, lambda manifest: manifest.update(values))
+@damaging
+def set_manifest(folder: Path, **values: Any) -> None:
+    rewrite_manifest(folder, lambda manifest: manifest.update(values))
 
 
-def write_text(text: str, encoding: str = "utf-8") -> Callable[[Path], None]:
-    return lambda folder: (folder / "manifest.json").write_text(text, encoding=encoding) and None
+@damaging
+def write_text(folder: Path, text: str, encoding: str = "utf-8") -> None:
+    (folder / "manifest.json").write_text(text, encoding=encoding)
 
 
 MANIFESTS: dict[str, Callable[[Path], None]] = {
@@ -210,39 +203,32 @@ def test_a_hostile_manifest_is_refused(root: Path, case: str) -> None:
     assert_resumes_at(root, 3)
 
 
-def forge(folder: Path, name: str, content: bytes) -> None:
-    """Replaces a file and makes the manifest say that it is right."""
+@damaging
+def raw(folder: Path, name: str, content: bytes) -> None:
+    """Replace a file and make the manifest say that it is right."""
     (folder / name).write_bytes(content)
-    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    rewrite_manifest(folder, lambda manifest: manifest["files"].update({name: entry}))
+    fitting = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    rewrite_manifest(folder, lambda manifest: manifest["files"].update({name: fitting}))
 
 
-def forge_state(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        content = json.loads((folder / "state.json").read_text())
-        change(content)
-        forge(folder, "state.json", json.dumps(content).encode())
-
-    return apply
-
-
-def forge_tensors(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        from safetensors.torch import load_file, save
-
-        tensors = load_file(folder / name)
-        change(tensors)
-        forge(folder, name, save(tensors))
-
-    return apply
+@damaging
+def forge(folder: Path, change: Change) -> None:
+    """Change `state.json`."""
+    content = json.loads((folder / "state.json").read_text())
+    change(content)
+    raw("state.json", json.dumps(content).encode())(folder)
 
 
-def header(text: bytes, body: bytes = b"") -> bytes:
-    return struct.pack("<Q", len(text)) + text + body
+def forge_state(change: Change) -> Callable[[Path], None]:
+    """Change the run's part of it."""
+    return forge(lambda content: change(content["state"]))
 
 
-def raw(name: str, content: bytes) -> Callable[[Path], None]:
-    return lambda folder: forge(folder, name, content)
+@damaging
+def forge_tensors(folder: Path, name: str, change: Change) -> None:
+    tensors = load_file(folder / name)
+    change(tensors)
+    raw(name, save(tensors))(folder)
 
 
 def reshape_first(tensors: dict[str, Any]) -> None:
@@ -254,93 +240,77 @@ def drop_first(tensors: dict[str, Any]) -> None:
     del tensors[min(tensors)]
 
 
+def copy_first(tensors: dict[str, Any]) -> None:
+    tensors["extra"] = tensors[min(tensors)].clone()
+
+
 MODEL, ADAMW, MUON = FILES[2], FILES[4], FILES[5]
-HUGE = b'{"w":{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,4]}}'
-BEYOND = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4000000000]}}'
-OVERLAP = (
-    b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
-    b'"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
-)
+HUGE, BEYOND = {"w": entry([10**9, 10**9], 0, 4)}, {"w": entry([1], 0, 4 * 10**9)}
+OVERLAP = {"a": entry([1], 0, 4), "b": entry([1], 0, 4)}
 FORGED: dict[str, Callable[[Path], None]] = {
-    "step as text": forge_state(lambda content: content.update(step="6")),
-    "negative step": forge_state(lambda content: content.update(step=-1)),
-    "step as a fraction": forge_state(lambda content: content.update(step=0.5)),
-    "step as truth": forge_state(lambda content: content.update(step=True)),
-    "no step": forge_state(lambda content: content.pop("step")),
-    "state as a list": forge_state(lambda content: content.update(state=[])),
-    "no state": forge_state(lambda content: content.pop("state")),
+    "step as text": forge(lambda content: content.update(step="6")),
+    "negative step": forge(lambda content: content.update(step=-1)),
+    "step as a fraction": forge(lambda content: content.update(step=0.5)),
+    "step as truth": forge(lambda content: content.update(step=True)),
+    "no step": forge(lambda content: content.pop("step")),
+    "state as a list": forge(lambda content: content.update(state=[])),
+    "no state": forge(lambda content: content.pop("state")),
     "state of brackets": raw("state.json", b"[" * 100_000),
-    "state is a pickle": raw("state.json", pickle.dumps(Evil())),
-    "no optimizer": forge_state(lambda content: content["state"].pop("optimizer_0")),
-    "optimizer as text": forge_state(lambda content: content["state"].update(optimizer_0="x")),
-    "optimizer as a list": forge_state(lambda content: content["state"].update(optimizer_1=[])),
-    "optimizer without groups": forge_state(
-        lambda content: content["state"]["optimizer_0"].pop("param_groups")
-    ),
-    "groups as text": forge_state(
-        lambda content: content["state"]["optimizer_0"].update(param_groups="ab")
-    ),
+    "state is a pickle": raw("state.json", PICKLE),
+    "no optimizer": forge_state(lambda state: state.pop("optimizer_0")),
+    "optimizer as text": forge_state(lambda state: state.update(optimizer_0="x")),
+    "optimizer as a list": forge_state(lambda state: state.update(optimizer_1=[])),
+    "optimizer without groups": forge_state(lambda state: state["optimizer_0"].pop("param_groups")),
+    "groups as text": forge_state(lambda state: state["optimizer_0"].update(param_groups="ab")),
     "tensor that is not there": forge_state(
-        lambda content: content["state"]["optimizer_0"].update(state={"__tensor__": "none"})
+        lambda state: state["optimizer_0"].update(state={"__tensor__": "none"})
     ),
     "items of nothing": forge_state(
-        lambda content: content["state"]["optimizer_0"].update(state={"__items__": [1, 2]})
+        lambda state: state["optimizer_0"].update(state={"__items__": [1, 2]})
     ),
-    "time as text": forge_state(lambda content: content["state"].update(elapsed_seconds="later")),
-    "time as a list": forge_state(lambda content: content["state"].update(elapsed_seconds=[])),
-    "skipped as null": forge_state(lambda content: content["state"].update(skipped_in_all=None)),
-    "other tokens": forge_state(lambda content: content["state"].update(identity="other")),
-    "more samples": forge_state(lambda content: content["state"].update(num_samples=10**9)),
-    "config as text": forge_state(lambda content: content["state"].update(config="x")),
-    "no config": forge_state(lambda content: content["state"].pop("config")),
-    "no samples": forge_state(lambda content: content["state"].pop("num_samples")),
-    "no evaluation": forge_state(lambda content: content["state"].pop("evaluation_is_due")),
+    "time as text": forge_state(lambda state: state.update(elapsed_seconds="later")),
+    "time as a list": forge_state(lambda state: state.update(elapsed_seconds=[])),
+    "skipped as null": forge_state(lambda state: state.update(skipped_in_all=None)),
+    "other tokens": forge_state(lambda state: state.update(identity="other")),
+    "more samples": forge_state(lambda state: state.update(num_samples=10**9)),
+    "config as text": forge_state(lambda state: state.update(config="x")),
+    "no config": forge_state(lambda state: state.pop("config")),
+    "no samples": forge_state(lambda state: state.pop("num_samples")),
+    "no evaluation": forge_state(lambda state: state.pop("evaluation_is_due")),
     "a weight missing": forge_tensors(MODEL, drop_first),
     "a weight too short": forge_tensors(MODEL, reshape_first),
-    "a weight too many": forge_tensors(
-        MODEL, lambda tensors: tensors.update(extra=next(iter(tensors.values())).clone())
-    ),
+    "a weight too many": forge_tensors(MODEL, copy_first),
     "a moment missing": forge_tensors(ADAMW, drop_first),
     "a moment too short": forge_tensors(ADAMW, reshape_first),
     "a momentum too short": forge_tensors(MUON, reshape_first),
     "an average missing": forge_tensors("average.safetensors", drop_first),
     "an average too short": forge_tensors("average.safetensors", reshape_first),
-    "weights are a pickle": raw(MODEL, pickle.dumps(Evil())),
+    "weights are a pickle": raw(MODEL, PICKLE),
     "weights of a zip file": raw(MODEL, b"PK\x03\x04" + bytes(100)),
-    "header of 2^60 bytes": raw(MODEL, struct.pack("<Q", 2**60)),
-    "header of brackets": raw(MODEL, header(b"[" * 100_000)),
-    "shape of 10^18 weights": raw(MODEL, header(HUGE, bytes(4))),
-    "offsets beyond the end": raw(MODEL, header(BEYOND, bytes(4))),
-    "offsets that overlap": raw(MODEL, header(OVERLAP, bytes(8))),
+    "header of 2^60 bytes": raw(MODEL, with_header(b"", size=2**60)),
+    "header of brackets": raw(MODEL, with_header(b"[" * 100_000)),
+    "shape of 10^18 weights": raw(MODEL, with_header(HUGE, bytes(4))),
+    "offsets beyond the end": raw(MODEL, with_header(BEYOND, bytes(4))),
+    "offsets that overlap": raw(MODEL, with_header(OVERLAP, bytes(8))),
 }
 
 
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("case", FORGED)
-def test_forged_checkpoints_with_valid_hashes(
-    run: Path, root: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("here")
+def test_forged_checkpoints_with_valid_hashes(run: Path, root: Path, case: str, here: Path) -> None:
     """Named by `--resume`, in a whole run: one line, no code runs, nothing is written over."""
-    monkeypatch.chdir(tmp_path)
     FORGED[case](root / NEWEST)
     records = {path: path.read_bytes() for path in (run / "run").glob("*.*")}
     before = fingerprint(root)
-    config = tiny.dalle_run(
-        run / "data",
-        run / "vqvae",
-        run / "run",
-        optimizer="muon",
-        ema_decay=0.9,
-        max_steps=9,
-        checkpoint_every_steps=1000,
-    )
+    config = decoder_run(run, max_steps=9, checkpoint_every_steps=1000)
     with pytest.raises(UserError) as caught:
         tiny.train(config, resume=str(root / NEWEST))
     assert "\n" not in str(caught.value)
     assert NEWEST in str(caught.value)
     assert fingerprint(root) == before
     assert {path: path.read_bytes() for path in records} == records
-    assert not Path(SENTINEL).exists()
+    assert not SENTINEL.exists()
 
 
 FOREIGN = {

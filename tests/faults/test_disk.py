@@ -37,7 +37,7 @@ def mounted(folder: Path, options: str) -> Iterator[Path]:
 
 
 def fill(disk: Path, *, leave: int = 0) -> None:
-    """Writes a file until so many bytes are left."""
+    """Write a file until so many bytes are left."""
     with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(PAGE))
@@ -46,12 +46,10 @@ def fill(disk: Path, *, leave: int = 0) -> None:
 
 
 def save_step(root: Path, step: int) -> None:
-    """Saves a checkpoint of about 30 pages in several files."""
-    tensors = {
-        name: {"weight": torch.full((5000,), float(step))} for name in ("model", "average", "opt")
-    }
-    state = {"long": [step] * 9000}
-    save_checkpoint(root, step, tensors=tensors, state=state)
+    """Save a checkpoint of about 30 pages in several files."""
+    weights = {"weight": torch.full((5000,), float(step))}
+    tensors = dict.fromkeys(("model", "average", "opt"), weights)
+    save_checkpoint(root, step, tensors=tensors, state={"long": [step] * 9000})
 
 
 def test_a_disk_that_is_full_at_any_write(tmp_path: Path) -> None:
@@ -62,13 +60,11 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path) -> None:
             save_step(root, step)
         for pages in range(60):
             fill(disk, leave=pages * PAGE)
-            message = ""
             try:
                 save_step(root, 3)
             except UserError as error:
-                message = str(error)
-            if message:
                 failed += 1
+                message = str(error)
                 assert "cannot write the checkpoint of step 3" in message
                 assert "No space left on device" in message
                 assert str(root) in message
@@ -89,10 +85,8 @@ def test_a_disk_that_is_full_at_any_write(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_resumes_when_a_full_disk_has_room(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
-    straight = tiny.vqvae_run(data, tmp_path / "straight")
-    tiny.train(straight)
+def test_a_run_resumes_when_a_full_disk_has_room(data: Path, tmp_path: Path) -> None:
+    tiny.train(tiny.vqvae_run(data, tmp_path / "straight"))
     with mounted(tmp_path / "disk", "size=8m") as disk:
         config = tiny.vqvae_run(data, disk / "run", evaluate_every_steps=1, sample_every_steps=1)
 
@@ -100,9 +94,9 @@ def test_a_run_resumes_when_a_full_disk_has_room(tmp_path: Path) -> None:
             if "step 4 " in line:
                 fill(disk)
 
-        with pytest.raises(UserError, match="cannot write the checkpoint of step 6"):
-            with log_lines(show):
-                tiny.train(config)
+        expected = "cannot write the checkpoint of step 6"
+        with log_lines(show), pytest.raises(UserError, match=expected):
+            tiny.train(config)
         assert newest(disk / "run").step == 3
         assert not (disk / "run" / "model").exists()
         (disk / "filler").unlink()
@@ -111,9 +105,8 @@ def test_a_run_resumes_when_a_full_disk_has_room(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_model_folder_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
+def test_a_model_folder_that_does_not_fit_is_one_line(data: Path, tmp_path: Path) -> None:
     """The last checkpoint is written, then the disk is full."""
-    data = tiny.write_data(tmp_path / "data")
     with mounted(tmp_path / "disk", "size=8m") as disk:
         config = tiny.vqvae_run(data, disk / "run", checkpoint_every_steps=6)
         save_config(config, tmp_path / "config.yaml")
@@ -158,17 +151,15 @@ def test_a_read_only_folder_is_refused_before_reading(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("obstacle", ["checkpoints", ".run.lock", "config.yaml"])
-def test_an_obstacle_is_named_before_the_first_step(tmp_path: Path, obstacle: str) -> None:
+def test_an_obstacle_is_named_before_the_first_step(
+    data: Path, tmp_path: Path, obstacle: str
+) -> None:
     """A file where a folder should be, and folders where files should be."""
     out = tmp_path / "run"
     out.mkdir()
-    if obstacle == "checkpoints":
-        (out / obstacle).write_text("")
-    else:
-        (out / obstacle).mkdir()
-    config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), out)
+    (Path.touch if obstacle == "checkpoints" else Path.mkdir)(out / obstacle)
     with log_lines() as shown, pytest.raises(UserError, match="output_dir: ") as caught:
-        tiny.train(config)
+        tiny.train(tiny.vqvae_run(data, out))
     assert "\n" not in str(caught.value)
     assert not any("  step " in line for line in shown)
 

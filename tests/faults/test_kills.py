@@ -10,10 +10,9 @@ import pytest
 
 from benchmarks import crash_recovery
 from benchmarks.crash_recovery import INTERVAL
-from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 from tests.reference.processes import Script, on_a_busy_machine, run_script
-from tests.reference.runs import assert_same_end, newest
+from tests.reference.runs import assert_same_end, config_file, newest
 
 pytestmark = pytest.mark.slow
 
@@ -58,18 +57,10 @@ def test_a_kill_at_every_file_operation_of_a_save_of_a_run(folder: Path) -> None
     assert hits > 30, "the kills did not reach the save"
 
 
-def test_of_two_processes_one_is_killed(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
+def test_of_two_processes_one_is_killed(data: Path, tmp_path: Path) -> None:
+    options = {"max_steps": 60, "every": 20, "checkpoint_every_steps": 5}
     for name in ("straight", "stopped"):
-        config = tiny.vqvae_run(
-            data,
-            tmp_path / name,
-            max_steps=60,
-            checkpoint_every_steps=5,
-            evaluate_every_steps=20,
-            sample_every_steps=20,
-        )
-        save_config(config, tmp_path / f"{name}.yaml")
+        config_file(tiny.vqvae_run(data, tmp_path / name, **options))
     command = ("scripts/train_vqvae.py", "--config")
     run_script(*command, tmp_path / "straight.yaml", processes=2)
     assert newest(tmp_path / "straight").state["num_processes"] == 2

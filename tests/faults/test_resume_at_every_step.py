@@ -16,49 +16,38 @@ from hypothesis import strategies as st
 
 from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import StoppedError
-from dalle_mini_impl.training.clip import ClipRunConfig, train_clip
-from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-from dalle_mini_impl.training.run import save_config
-from dalle_mini_impl.training.vqvae import VQVAERunConfig, VQVAETaskConfig, train_vqvae
+from dalle_mini_impl.training.clip import ClipRunConfig
+from dalle_mini_impl.training.vqvae import VQVAETaskConfig
 from tests.reference import line_runs, tiny
 from tests.reference.line_task import LineTask, build_trainer
 from tests.reference.log_lines import log_lines
 from tests.reference.processes import Script, run_script
-from tests.reference.runs import EVERYTHING_RANDOM, run_results
+from tests.reference.runs import EVERYTHING_RANDOM, config_file, run_results
 from vqvae.losses.adversarial import DiscriminatorConfig
 
 STEPS = 8  # 25 training images in batches of 8: the epoch ends within the fourth
-OPTIONS: dict[str, Any] = {
-    "max_steps": STEPS,
-    "gradient_accumulation_steps": 2,
-    "ema_decay": 0.9,
-    "checkpoint_every_steps": 1,
-    "evaluate_every_steps": 4,
-    "sample_every_steps": 4,
-}
+OPTIONS: dict[str, Any] = {"max_steps": STEPS, "every": 4, "checkpoint_every_steps": 1}
+OPTIONS |= {"gradient_accumulation_steps": 2, "ema_decay": 0.9}
 
 
 def stop_after_every_step(config: Any) -> None:
-    """Trains with new objects for each step: a signal comes as soon as it is done."""
-    runs = {VQVAERunConfig: train_vqvae, DalleRunConfig: train_dalle, ClipRunConfig: train_clip}
-    run: Any = runs[type(config)]
+    """Train with new objects for each step: a signal comes as soon as it is done."""
+
+    def stop(line: str) -> None:
+        if "  step " in line:
+            signal.raise_signal(signal.SIGTERM)
+
     resume = None
     for step in range(1, STEPS + 1):
-
-        def stop(line: str) -> None:
-            if "  step " in line:
-                signal.raise_signal(signal.SIGTERM)
-
-        with pytest.raises(StoppedError, match=f"stopped after step {step}, with a checkpoint"):
-            with log_lines(stop) as lines:
-                run(config, resume=resume)
+        expected = f"stopped after step {step}, with a checkpoint"
+        with log_lines(stop) as lines, pytest.raises(StoppedError, match=expected):
+            tiny.train(config, resume=resume)
         assert (resume is None) or any(f"resuming at step {step - 1} " in line for line in lines)
         resume = "latest"
-    run(config, resume="latest")  # the evaluation of the last step, and the model
+    tiny.train(config, resume="latest")  # the evaluation of the last step, and the model
 
 
 def assert_the_same_stopped_or_not(config: Any, tmp_path: Path) -> None:
-    precision = torch.get_float32_matmul_precision()
     out = Path(config.output_dir)
     # Of an optimizer's state, the options are the rates of its last step: each step sets its own.
     without = ("config", "optimizer_0", "optimizer_1")
@@ -66,7 +55,6 @@ def assert_the_same_stopped_or_not(config: Any, tmp_path: Path) -> None:
     straight = run_results(out, STEPS, without=without)
     shutil.move(out, tmp_path / "straight")
     stop_after_every_step(config)
-    torch.set_float32_matmul_precision(precision)
     stopped = run_results(out, STEPS, without=without)
     for name, value in straight.items():
         assert stopped[name] == value, name
@@ -77,73 +65,54 @@ def assert_the_same_stopped_or_not(config: Any, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantizer", ["fsq", "vq", "gumbel"])
-def test_a_tokenizer_run_stopped_after_every_step(tmp_path: Path, quantizer: str) -> None:
-    data = tiny.write_data(tmp_path / "data")
+def test_a_tokenizer_run_stopped_after_every_step(
+    data: Path, tmp_path: Path, quantizer: str
+) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", vqvae={"quantizer": quantizer}, **OPTIONS)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_run_with_all_losses_stopped_after_every_step(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
+def test_a_run_with_all_losses_stopped_after_every_step(data: Path, tmp_path: Path) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run", vqvae={"quantizer": "vq"}, **OPTIONS)
-    config = dataclasses.replace(
-        config,
-        task=VQVAETaskConfig(
-            perturbed_image_fraction=0.5, perceptual_weight=0.5, next_feature_weight=0.1
-        ),
-        discriminator=DiscriminatorConfig(
-            weight=0.8, adaptive=True, feature_matching_weight=1.0, channels=4, num_layers=2
-        ),
-    )
+    weights = {"perceptual_weight": 0.5, "next_feature_weight": 0.1}
+    task = VQVAETaskConfig(perturbed_image_fraction=0.5, **weights)
+    gan = {"weight": 0.8, "adaptive": True, "feature_matching_weight": 1.0}
+    discriminator = DiscriminatorConfig(channels=4, num_layers=2, **gan)  # type: ignore[arg-type]
+    config = dataclasses.replace(config, task=task, discriminator=discriminator)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "decoder"), [("adamw", {}), ("muon", {}), ("muon", tiny.WITH_ENCODER)]
-)
+@pytest.mark.parametrize("name", ["adamw", "muon", "muon with encoder"])
 def test_a_decoder_run_stopped_after_every_step(
-    tmp_path: Path, optimizer: str, decoder: dict[str, Any]
+    data: Path, vqvae_dir: Path, tmp_path: Path, name: str
 ) -> None:
-    data = tiny.write_data(tmp_path / "data")
-    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
-    config = tiny.dalle_run(
-        data,
-        tmp_path / "vqvae",
-        tmp_path / "run",
-        task=EVERYTHING_RANDOM,
-        decoder=decoder,
-        optimizer=optimizer,
-        **OPTIONS,
-    )
+    options = OPTIONS | {"task": EVERYTHING_RANDOM, "optimizer": name.removesuffix(" with encoder")}
+    options |= {"decoder": tiny.WITH_ENCODER if "encoder" in name else {}}
+    config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", **options)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_published_decoder_stopped_after_every_step(tmp_path: Path) -> None:
+def test_a_published_decoder_stopped_after_every_step(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
     """Masks, BPE dropout and enlarged views: made again at each resume, and always the same."""
-    data = tiny.write_data(tmp_path / "data")
-    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     task = {"shifted_view_probability": 1.0, "augmentation_ends_at": 1.0}
+    task |= {"bpe_dropout_probability": 0.3}
+    decoder = {"attention": "dalle", "kernel_size": 3, "block": "gelu"}
+    decoder |= {"has_target_positions": False}
     config = tiny.dalle_run(
-        data,
-        tmp_path / "vqvae",
-        tmp_path / "run",
-        task=task | {"bpe_dropout_probability": 0.3},
-        **OPTIONS,
+        data, vqvae_dir, tmp_path / "run", task=task, decoder=decoder, **OPTIONS
     )
-    decoder = dataclasses.replace(
-        config.decoder, attention="dalle", kernel_size=3, block="gelu", has_target_positions=False
-    )
-    config = dataclasses.replace(config, decoder=decoder, max_zoom=1.25)
+    config = dataclasses.replace(config, max_zoom=1.25)
     assert_the_same_stopped_or_not(config, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-def test_a_clip_run_stopped_after_every_step(tmp_path: Path, loss: str) -> None:
-    data = tiny.write_data(tmp_path / "data")
+def test_a_clip_run_stopped_after_every_step(data: Path, tmp_path: Path, loss: str) -> None:
     config = tiny.clip_run(data, tmp_path / "run", loss=loss, **OPTIONS)
     assert_the_same_stopped_or_not(config, tmp_path)
 
@@ -186,10 +155,8 @@ def test_a_run_resumes_on_other_processes(tmp_path: Path, before: int, after: in
     run_script(worker, tmp_path / "moved", "10", "20", processes=after)
     order = SampleOrder(LineTask.num_samples, global_batch_size=8, seed=0)
     for start, stop, processes in ((0, 10, before), (10, 20, after)):
-        parts = [
-            json.loads((tmp_path / "moved" / f"seen-{start}-{rank}.json").read_text())
-            for rank in range(processes)
-        ]
+        files = [tmp_path / "moved" / f"seen-{start}-{rank}.json" for rank in range(processes)]
+        parts = [json.loads(file.read_text()) for file in files]
         assert [part["world"] for part in parts] == [processes] * processes
         for step in range(start, stop):
             ids = [number for part in parts for number in part["ids"][step - start]]
@@ -200,15 +167,12 @@ def test_a_run_resumes_on_other_processes(tmp_path: Path, before: int, after: in
 
 
 @pytest.mark.slow
-def test_indivisible_batch_is_refused(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
-    config = tiny.vqvae_run(data, tmp_path / "run", global_batch_size=9)
-    save_config(config, tmp_path / "run.yaml")
-    script = Script("scripts/train_vqvae.py", "--config", tmp_path / "run.yaml", processes=2)
+def test_indivisible_batch_is_refused(data: Path, tmp_path: Path) -> None:
+    config = config_file(tiny.vqvae_run(data, tmp_path / "run", global_batch_size=9))
+    script = Script("scripts/train_vqvae.py", "--config", config, processes=2)
     code, _ = script.finish()
     assert code != 0
-    assert "training.global_batch_size: got 9, expected a multiple of 2 (2 processes x 1" in (
-        script.all_output()
-    )
+    expected = "training.global_batch_size: got 9, expected a multiple of 2 (2 processes x 1"
+    assert expected in script.all_output()
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

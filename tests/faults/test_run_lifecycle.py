@@ -51,13 +51,11 @@ class LifeOfARun(RuleBasedStateMachine):
 
     @initialize()
     def begin(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(
-            dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-        )
+        memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        self.folder = tempfile.TemporaryDirectory(dir=memory)
         self.out = Path(self.folder.name)
-        straight = fresh_trainer(self.out / "straight")
-        self.true_path = [weights_of(straight)]
-        self.straight = straight
+        self.straight = fresh_trainer(self.out / "straight")
+        self.true_path = [weights_of(self.straight)]
         self.trainer = fresh_trainer(self.out)
         self.saved: dict[int, bool] = {}
         """Steps whose checkpoints are kept -> whether they are still as they were written."""
@@ -168,10 +166,5 @@ class LifeOfARun(RuleBasedStateMachine):
 
 TestLifeOfARun = LifeOfARun.TestCase
 TestLifeOfARun.settings = settings(
-    max_examples=12,
-    stateful_step_count=15,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    phases=(Phase.generate,),
+    max_examples=12, stateful_step_count=15, phases=(Phase.generate,)
 )

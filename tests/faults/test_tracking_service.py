@@ -11,49 +11,38 @@ from pathlib import Path
 
 import pytest
 
-from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 from tests.reference.processes import Script, on_a_busy_machine, run_script
-from tests.reference.runs import assert_same_end, newest
+from tests.reference.runs import assert_same_end, config_file, newest
 
 TRAIN = "scripts/train_vqvae.py"
 
 
-def write_config(folder: Path, name: str, *, mode: str) -> Path:
-    config = tiny.vqvae_run(
-        folder / "data",
-        folder / name,
-        tracking=mode,
-        max_steps=150,
-        checkpoint_every_steps=50,
-        evaluate_every_steps=50,
-        sample_every_steps=50,
-    )
-    save_config(config, folder / f"{name}.yaml")
-    return folder / f"{name}.yaml"
+def write_config(data: Path, name: str, *, mode: str) -> Path:
+    run = tiny.vqvae_run(data, data.parent / name, tracking=mode, max_steps=150, every=50)
+    return config_file(run)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> str:
+    (tmp_path / "home").mkdir()
+    return str(tmp_path / "home")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds the process in /proc")
-def test_a_service_killed_twice_costs_nothing(tmp_path: Path) -> None:
+def test_a_service_killed_twice_costs_nothing(data: Path, home: str, tmp_path: Path) -> None:
     """Killed in a run, then in the resumed run; the run itself is stopped in between."""
-    tiny.write_data(tmp_path / "data")
-    home = tmp_path / "home"
-    home.mkdir()
-    alone = {"HOME": str(home), "WANDB_MODE": "offline", "WANDB_API_KEY": ""}
-    run_script(TRAIN, "--config", write_config(tmp_path, "straight", mode="disabled"))
-    config = write_config(tmp_path, "tracked", mode="auto")
+    alone = {"HOME": home, "WANDB_MODE": "offline", "WANDB_API_KEY": ""}
+    run_script(TRAIN, "--config", write_config(data, "straight", mode="disabled"))
+    config = write_config(data, "tracked", mode="auto")
     resume: tuple[str, ...] = ()
     for step in (10, 90):
         script = Script(TRAIN, "--config", config, *resume, **alone)
         script.wait_for(rf"step {step} ")
-        services = [
-            pid
-            for pid in script.children()
-            if "wandb-core" in Path(f"/proc/{pid}/comm").read_text()
-        ]
-        assert len(services) == 1
-        os.kill(services[0], signal.SIGKILL)
+        names = {pid: Path(f"/proc/{pid}/comm").read_text() for pid in script.children()}
+        (service,) = [pid for pid, name in names.items() if "wandb-core" in name]
+        os.kill(service, signal.SIGKILL)
         if step == 10:
             script.wait_for(r"step 70 ")
             script.send(signal.SIGTERM)
@@ -66,21 +55,12 @@ def test_a_service_killed_twice_costs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_key_without_a_network_costs_less_than_five_seconds(tmp_path: Path) -> None:
+def test_a_key_without_a_network_costs_few_seconds(data: Path, home: str, tmp_path: Path) -> None:
     """A port that nobody listens on; with a key, `auto` would go online."""
-    tiny.write_data(tmp_path / "data")
-    home = tmp_path / "home"
-    home.mkdir()
+    online = {"HOME": home, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     seconds = {}
     for mode in ("disabled", "auto"):
-        script = Script(
-            TRAIN,
-            "--config",
-            write_config(tmp_path, mode, mode=mode),
-            HOME=str(home),
-            WANDB_API_KEY="0" * 40,
-            WANDB_BASE_URL="http://127.0.0.1:9",
-        )
+        script = Script(TRAIN, "--config", write_config(data, mode, mode=mode), **online)
         code, seconds[mode] = script.finish()
         assert code == 0, script.all_output()
         assert script.err == []  # not even tried, which takes half a minute to fail

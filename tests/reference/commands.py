@@ -32,15 +32,17 @@ def run_here(name: str, *arguments: str | Path) -> int:
     return 0
 
 
-def run_python(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the repository's folder."""
+def run_python(
+    *arguments: str | Path, timeout: float = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in the repository's folder."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
 

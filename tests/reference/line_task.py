@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dalle_mini_impl.hardware import build_accelerator
-from dalle_mini_impl.training.config import TrainingConfig
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
 from dalle_mini_impl.training.trainer import Trainer
-from tests.reference.tiny import render_image
+from tests.reference.tiny import render_image, training_config
+
+Spoiled = dict[int, str] | None  # step -> what is wrong with it
 
 
 class LineTask:
@@ -25,11 +26,7 @@ class LineTask:
     sample_weights = None
 
     def __init__(
-        self,
-        *,
-        spoiled: dict[int, str] | None = None,
-        max_steps: int = 20,
-        seconds_per_step: float = 0.0,
+        self, *, spoiled: Spoiled = None, max_steps: int = 20, seconds_per_step: float = 0.0
     ) -> None:
         self.spoiled, self.max_steps = spoiled or {}, max_steps
         self.seconds_per_step = seconds_per_step
@@ -80,17 +77,8 @@ class LineTask:
 
 def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes: Any) -> Trainer:
     """A run of `task` at step 0, without W&B."""
-    options: dict[str, Any] = {
-        "max_steps": task.max_steps,
-        "global_batch_size": 4,
-        "learning_rate": 0.05,
-        "warmup_steps": 1,
-        "log_every_steps": 1,
-        "evaluate_every_steps": 1000,
-        "sample_every_steps": 1000,
-        "checkpoint_every_steps": 1000,
-        "mixed_precision": "no",
-    }
+    options = {"max_steps": task.max_steps, "every": 1000, "warmup_steps": 1}
+    options |= {"global_batch_size": 4, "learning_rate": 0.05}
     accelerator = build_accelerator("no")
     tracker = open_tracker(
         TrackingConfig(mode="disabled"),
@@ -99,5 +87,5 @@ def build_trainer(task: LineTask, out: Path, *, resume_step: int = 0, **changes:
         is_main=accelerator.is_main_process,
         resume_step=resume_step,
     )
-    config = TrainingConfig(**(options | changes))
+    config = training_config(**(options | changes))
     return Trainer(task, config, accelerator=accelerator, tracker=tracker, output_dir=out)

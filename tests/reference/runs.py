@@ -4,7 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dalle_mini_impl.training.checkpoint import Checkpoint, newest_checkpoint
+from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
 
 EVERYTHING_RANDOM = {
@@ -14,13 +17,21 @@ EVERYTHING_RANDOM = {
     "shifted_view_probability": 0.5,
     "augmentation_ends_at": 1.0,
 }
-TIMES = {
-    "time",
-    "train/samples_per_second",
-    "train/tokens_per_second",
-    "train/data_wait_fraction",
-    "train/save_fraction",
-}
+SPEEDS = ("samples_per_second", "tokens_per_second", "data_wait_fraction", "save_fraction")
+TIMES = {"time", *(f"train/{name}" for name in SPEEDS)}
+
+
+def config_file(config: Any) -> Path:
+    """Write a run's config beside its folder, as `<output_dir>.yaml`."""
+    path = Path(f"{config.output_dir}.yaml")
+    save_config(config, path)
+    return path
+
+
+def facts_of(file: Any) -> dict[str, Any]:
+    """What a generated image says of its making."""
+    with Image.open(file) as image:
+        return dict(json.loads(image.text["dalle_mini_impl"]))  # type: ignore[attr-defined]
 
 
 def newest(out: Path) -> Checkpoint:

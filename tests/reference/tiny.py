@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageDraw
@@ -34,8 +34,7 @@ from tests.reference.log_lines import log_lines
 from tests.reference.random_weights import randomize
 from vqvae import VQVAE, VQVAEConfig
 
-RunConfig = TypeVar("RunConfig", VQVAERunConfig, DalleRunConfig)
-
+Changes = dict[str, Any] | None
 SIZE = 16
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("disc", "box")
@@ -54,9 +53,10 @@ VQVAE_SIZES = VQVAEConfig(
 )
 DECODER_SIZES = DecoderConfig(hidden_size=16, num_layers=2, num_heads=2, dropout_probability=0.1)
 WITH_ENCODER = {"architecture": "encoder_decoder", "num_encoder_layers": 1}
+WIDTHS: dict[str, Any] = {"hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
 TOWERS = TowersConfig(
-    image=ViTConfig(patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
-    text=TextTowerConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24),
+    image=ViTConfig(patch_size=8, num_layers=1, **WIDTHS),
+    text=TextTowerConfig(num_layers=1, **WIDTHS),
     embedding_size=8,
 )
 TRAINING = TrainingConfig(
@@ -65,11 +65,14 @@ TRAINING = TrainingConfig(
     learning_rate=3e-3,
     warmup_steps=2,
     log_every_steps=1,
-    evaluate_every_steps=3,
-    sample_every_steps=3,
-    checkpoint_every_steps=3,
     mixed_precision="no",
 )
+
+
+def training_config(*, every: int = 3, **changes: Any) -> TrainingConfig:
+    """Six steps, unless told otherwise; `every` so many an evaluation, samples and a checkpoint."""
+    names = ("evaluate_every_steps", "sample_every_steps", "checkpoint_every_steps")
+    return dataclasses.replace(TRAINING, **(dict.fromkeys(names, every) | changes))
 
 
 def render_image(number: int) -> Image.Image:
@@ -90,32 +93,22 @@ def write_data(folder: Path, *, count: int = 30) -> Path:
     for number in range(count):
         render_image(number).save(folder / f"{number}.png")
         caption = CAPTIONS[number % len(CAPTIONS)]
-        row = {
-            "file_name": f"{number}.png",
-            "text": caption,
-            "texts": [f"{caption} on white"],
-            "color": caption.split()[1],
-            "split": "val" if number % 6 == 5 else "train",
-        }
-        lines.append(json.dumps(row))
+        row: dict[str, Any] = {"file_name": f"{number}.png", "color": caption.split()[1]}
+        row |= {"text": caption, "texts": [f"{caption} on white"]}
+        lines.append(json.dumps(row | {"split": "val" if number % 6 == 5 else "train"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
 def vqvae_run(
-    data: Path,
-    out: Path,
-    *,
-    tracking: str = "disabled",
-    vqvae: dict[str, Any] | None = None,
-    **training: Any,
+    data: Path, out: Path, *, tracking: str = "disabled", vqvae: Changes = None, **training: Any
 ) -> VQVAERunConfig:
     """A tokenizer run of six steps, unless told otherwise."""
     return VQVAERunConfig(
         data=DataConfig(source=str(data)),
         output_dir=str(out),
         vqvae=dataclasses.replace(VQVAE_SIZES, **(vqvae or {})),
-        training=dataclasses.replace(TRAINING, **training),
+        training=training_config(**training),
         tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
     )
 
@@ -126,8 +119,8 @@ def dalle_run(
     out: Path,
     *,
     tracking: str = "disabled",
-    task: dict[str, Any] | None = None,
-    decoder: dict[str, Any] | None = None,
+    task: Changes = None,
+    decoder: Changes = None,
     dropout_probability: float = 0.1,
     **training: Any,
 ) -> DalleRunConfig:
@@ -144,7 +137,7 @@ def dalle_run(
             DECODER_SIZES, dropout_probability=dropout_probability, **(decoder or {})
         ),
         task=DalleTaskConfig(**(task or {})),
-        training=dataclasses.replace(TRAINING, **training),
+        training=training_config(**training),
         tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
     )
 
@@ -163,15 +156,9 @@ def translation_run(table: Path, out: Path, **training: Any) -> TranslationRunCo
         data=TextPairsConfig(source=str(table), held_out_percent=20),
         output_dir=str(out),
         text=TextConfig(vocab_size=300, text_length=12),
-        model=EncoderDecoderConfig(
-            hidden_size=16,
-            num_encoder_layers=1,
-            num_decoder_layers=1,
-            num_heads=2,
-            intermediate_size=24,
-        ),
+        model=EncoderDecoderConfig(num_encoder_layers=1, num_decoder_layers=1, **WIDTHS),
         beam=BeamConfig(num_beams=2),
-        training=dataclasses.replace(TRAINING, **training),
+        training=training_config(**training),
         tracking=TrackingConfig(mode="disabled"),
     )
 
@@ -180,16 +167,13 @@ def vit_run(
     data: Path, out: Path, *, implementation: str = "ours", **training: Any
 ) -> ViTRunConfig:
     """A classifier run of six steps, unless told otherwise: which color is it?"""
+    source = {"source": str(data), "label": "color", "held_out_percent": 30}
     return ViTRunConfig(
-        data=LabelledDataConfig(
-            source=str(data), label="color", families=(), image_size=SIZE, held_out_percent=30
-        ),
+        data=LabelledDataConfig(families=(), image_size=SIZE, **source),  # type: ignore[arg-type]
         output_dir=str(out),
         implementation=implementation,  # type: ignore[arg-type]
-        model=ViTConfig(
-            patch_size=8, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=24
-        ),
-        training=dataclasses.replace(TRAINING, **training),
+        model=TOWERS.image,
+        training=training_config(**training),
         tracking=TrackingConfig(mode="disabled"),
     )
 
@@ -204,7 +188,7 @@ def clip_run(
         image_size=SIZE,
         text=TextConfig(vocab_size=300, text_length=8),
         model=dataclasses.replace(TOWERS, loss=loss),  # type: ignore[arg-type]
-        training=dataclasses.replace(TRAINING, **training),
+        training=training_config(**training),
         tracking=TrackingConfig(mode=tracking),  # type: ignore[arg-type]
     )
 
@@ -248,7 +232,6 @@ def build_vqvae(*, seed: int = 0, **changes: Any) -> VQVAE:
 
 
 def build_text_tokenizer(*, text_length: int = 8) -> TextTokenizer:
-    """A caption tokenizer of the twelve captions."""
     return TextTokenizer(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
 
 

@@ -1,11 +1,9 @@
 """Checkpoints come back as they were saved, in spite of kills, full disks and flipped bits."""
 
 import os
-import resource
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +22,7 @@ from dalle_mini_impl.training.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from tests.reference.limits import file_size_limit
 
 
 @pytest.fixture
@@ -36,12 +35,8 @@ def memory_path() -> Iterator[Path]:
 
 def save_simple(root: Path, step: int) -> Path:
     """Save a checkpoint whose every part tells its step."""
-    return save_checkpoint(
-        root,
-        step,
-        tensors={"model": {"weight": torch.full((5, 3), float(step))}, "ema": {}},
-        state={"marker": step},
-    )
+    tensors = {"model": {"weight": torch.full((5, 3), float(step))}, "ema": {}}
+    return save_checkpoint(root, step, tensors=tensors, state={"marker": step})
 
 
 def step_names(root: Path) -> list[str]:
@@ -101,12 +96,10 @@ def test_file_modes_follow_the_umask(tmp_path: Path) -> None:
         ({"state": {"bad": torch.zeros(1)}}, "state: "),
     ],
 )
-def test_bad_arguments_are_refused_before_writing(
-    tmp_path: Path, arguments: dict[str, Any], message: str
-) -> None:
+def test_bad_arguments_are_refused(tmp_path: Path, arguments: Any, message: str) -> None:
     good: dict[str, Any] = {"step": 1, "tensors": {}, "state": {}}
     with pytest.raises(ValueError, match=message):
-        save_checkpoint(tmp_path / "root", **{**good, **arguments})
+        save_checkpoint(tmp_path / "root", **good | arguments)
     assert not (tmp_path / "root").exists()
 
 
@@ -130,12 +123,8 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path: Path) -> None:
     assert step_names(tmp_path) == ["step-00000003", "step-00000004"]
 
 
-def test_a_rewound_run_keeps_later_checkpoints(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for step in (100, 200):
-        save_simple(tmp_path, step)
-    for step in (20, 40, 60):
+def test_a_rewound_run_keeps_later_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (100, 200, 20, 40, 60):
         save_simple(tmp_path, step)
     kept = ["step-00000040", "step-00000060", "step-00000100", "step-00000200"]
     assert step_names(tmp_path) == kept
@@ -150,9 +139,7 @@ def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     assert step_names(tmp_path) == ["step-00000006", "step-00000007"]
 
 
-@settings(
-    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_in_any_file_is_found(memory_path: Path, data: st.DataObject) -> None:
     path = memory_path / "step-00000001"
@@ -245,9 +232,7 @@ def test_a_kill_at_any_file_operation_loses_nothing(memory_path: Path, step: int
     assert event > 20, "the kills did not reach the save"
 
 
-def test_everything_is_on_the_disk_before_the_rename(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_on_disk_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     fsync, replace = os.fsync, os.replace
 
@@ -267,28 +252,11 @@ def test_everything_is_on_the_disk_before_the_rename(
     assert calls[3:] == ["manifest.json", "folder", "rename", tmp_path.name]
 
 
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """Make every write beyond a file size fail, much as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("tensors", "state"),
-    [
-        ({"model": {"w": torch.zeros(300_000)}}, {}),
-        ({"model": {"w": torch.zeros(3)}}, {"long": "x" * 600_000}),
-    ],
-    ids=["in safetensors", "in JSON"],
-)
+@pytest.mark.parametrize(("num_floats", "num_letters"), [(300_000, 0), (3, 600_000)])
 def test_a_failed_write_leaves_the_earlier_checkpoints(
-    tmp_path: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]
+    tmp_path: Path, num_floats: int, num_letters: int
 ) -> None:
+    tensors, state = {"model": {"w": torch.zeros(num_floats)}}, {"long": "x" * num_letters}
     save_simple(tmp_path, 1)
     save_simple(tmp_path, 2)
     with file_size_limit(500_000), pytest.raises(UserError) as raised:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
-from dalle_mini_impl.training.checkpoint import newest_checkpoint, save_checkpoint
+from dalle_mini_impl.training.checkpoint import load_checkpoint, save_checkpoint
 from dalle_mini_impl.training.ema import MovingAverage
 from dalle_mini_impl.training.muon import Muon
 from dalle_mini_impl.training.optimizer import (
@@ -20,7 +20,7 @@ from dalle_mini_impl.training.optimizer import (
     restore_optimizer_state,
 )
 
-OPTIONS = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+OPTIONS: dict[str, Any] = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.95)}
 
 
 def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
@@ -30,15 +30,12 @@ def names_of(model: nn.Module, parameters: list[Tensor]) -> set[str]:
 
 def test_only_matrices_decay(build_dalle: Callable[..., Dalle]) -> None:
     model = build_dalle()
-    (adamw,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    (adamw,) = build_optimizers(model, kind="adamw", **OPTIONS)
     decaying, others = adamw.param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert {group["initial_lr"] for group in adamw.param_groups} == {0.01}
-    matrices = {
-        name
-        for name, parameter in model.named_parameters()
-        if name.startswith("blocks.") and parameter.ndim == 2
-    }
+    hidden = {name: weight for name, weight in model.named_parameters() if "blocks." in name}
+    matrices = {name for name, weight in hidden.items() if weight.ndim == 2}
     assert matrices
     assert names_of(model, decaying["params"]) == matrices | {"text_head.weight"}
     everything = decaying["params"] + others["params"]
@@ -47,7 +44,7 @@ def test_only_matrices_decay(build_dalle: Callable[..., Dalle]) -> None:
 
 def test_muon_trains_hidden_matrices_only(build_dalle: Callable[..., Dalle]) -> None:
     model = build_dalle()
-    adamw, muon = build_optimizers(model, kind="muon", **OPTIONS)  # type: ignore[arg-type]
+    adamw, muon = build_optimizers(model, kind="muon", **OPTIONS)
     hidden = [parameter for group in muon.param_groups for parameter in group["params"]]
     assert hidden
     assert all(name.startswith("blocks.") for name in names_of(model, hidden))
@@ -63,7 +60,7 @@ def test_adamw_follows_the_paper() -> None:
     model = nn.Linear(3, 2)
     weights = [model.weight.detach().double(), model.bias.detach().double()]
     moments = [(torch.zeros_like(w), torch.zeros_like(w)) for w in weights]
-    (optimizer,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    (optimizer,) = build_optimizers(model, kind="adamw", **OPTIONS)
     for step in range(1, 5):
         for index, parameter in enumerate((model.weight, model.bias)):
             gradient = torch.randn(parameter.shape, generator=generator)
@@ -114,16 +111,16 @@ def test_restored_moments_have_the_layout_of_weights() -> None:
             model.weight.grad = gradient.to(memory_format=torch.channels_last)
             optimizer.step()
 
-    (straight,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    (straight,) = build_optimizers(model, kind="adamw", **OPTIONS)
     steps(straight, gradients)
     expected = model.weight.detach().clone()
 
     model.weight.data.copy_(start)
-    (first,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    (first,) = build_optimizers(model, kind="adamw", **OPTIONS)
     steps(first, gradients[:2])
     tensors, rest = flatten_optimizer_state(first)
     as_in_a_file = {name: value.contiguous() for name, value in tensors.items()}
-    (second,) = build_optimizers(model, kind="adamw", **OPTIONS)  # type: ignore[arg-type]
+    (second,) = build_optimizers(model, kind="adamw", **OPTIONS)
     restore_optimizer_state(second, as_in_a_file, rest)
     assert second.state[model.weight]["exp_avg"].stride() == model.weight.stride()
     steps(second, gradients[2:])
@@ -131,10 +128,7 @@ def test_restored_moments_have_the_layout_of_weights() -> None:
 
 
 def adamw(weights: list[nn.Parameter]) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [
-        {"params": weights[:1], "weight_decay": 0.1},
-        {"params": weights[1:]},
-    ]
+    groups: list[Any] = [{"params": weights[:1], "weight_decay": 0.1}, {"params": weights[1:]}]
     return torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9))
 
 
@@ -195,12 +189,9 @@ def test_three_steps_and_a_resume_equal_six_steps(tmp_path: Path, name: str) -> 
     train(weights, first, range(3))
     tensors, meta = flatten_optimizer_state(first)
     model = {str(index): weight for index, weight in enumerate(weights)}
-    save_checkpoint(
-        tmp_path, 3, tensors={"model": model, "optimizer": tensors}, state={"optimizer": meta}
-    )
-
-    loaded = newest_checkpoint(tmp_path)
-    assert loaded is not None
+    groups = {"model": model, "optimizer": tensors}
+    path = save_checkpoint(tmp_path, 3, tensors=groups, state={"optimizer": meta})
+    loaded = load_checkpoint(path)
     resumed = [nn.Parameter(loaded.tensors["model"][str(index)].clone()) for index in range(2)]
     second = OPTIMIZERS[name](resumed)
     restore_optimizer_state(second, loaded.tensors["optimizer"], loaded.state["optimizer"])

@@ -1,5 +1,6 @@
 """The trainer: non-finite numbers never reach the weights, budgets end, numbers are logged."""
 
+import json
 import logging
 import re
 import time
@@ -64,9 +65,14 @@ def test_non_finite_numbers_never_reach_the_weights(
 def test_ten_non_finite_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     task = LineTask(spoiled=dict.fromkeys(range(2, 20), "loss"))
     trainer = build_trainer(task, tmp_path)
-    with pytest.raises(UserError, match=r"not finite 10 steps in a row up to step 11.*learning_r"):
+    with pytest.raises(UserError, match=r"not finite 10 steps in a row up to step 11") as caught:
         trainer.train()
+    for part in ("not_finite.jsonl lists the samples", "training.learning_rate"):
+        assert part in str(caught.value)
     assert all(value.isfinite().all() for value in trainer.model.state_dict().values())
+    rows = [json.loads(row) for row in (tmp_path / "not_finite.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(2, 12))
+    assert rows[0]["loss_of_each_process"] == ["nan"]
 
     task = LineTask(spoiled={step: "loss" for step in range(20) if step % 10 != 9})
     build_trainer(task, tmp_path / "nine").train()  # never ten in a row
