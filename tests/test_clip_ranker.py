@@ -18,6 +18,7 @@ from dalle_mini_impl.clip_ranker import ClipRanker, TransformersClipRanker, load
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from tests.faults.hostile import change_json
 from tests.reference import tiny
 
 IMAGES = [tiny.render_image(number) for number in range(12)]
@@ -39,13 +40,6 @@ def clip_dir(ranker: ClipRanker, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def folder(clip_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clip_dir, tmp_path / "clip")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    tiny.build_pipeline().save_pretrained(folder)
-    return folder
 
 
 def test_score_is_a_cosine_of_its_pair_alone(ranker: ClipRanker) -> None:
@@ -71,34 +65,24 @@ def test_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> No
 
 
 def changed(**values: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        before = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(before | values))
-
-    return damage
+    return lambda folder: change_json(folder / CONFIG, **values)
 
 
 def sizes(tower: str, **values: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         towers = json.loads((folder / CONFIG).read_text())["towers"]
-        changed(towers=towers | {tower: towers[tower] | values})(folder)
+        change_json(folder / CONFIG, towers=towers | {tower: towers[tower] | values})
 
     return damage
 
 
-def without(name: str) -> Callable[[Path], None]:
+def weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
-        del weights[name]
-        save_file(weights, folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
 
     return damage
-
-
-def with_nan(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
-    weights["text_tower.positions"][0, 0] = float("nan")
-    save_file(weights, folder / WEIGHTS)
 
 
 def truncated(folder: Path) -> None:
@@ -121,9 +105,15 @@ def other_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (without("text_tower.head.weight"), "tensor text_tower.head.weight: got none"),
+        (
+            weights(lambda tensors: tensors.pop("text_tower.head.weight")),
+            "tensor text_tower.head.weight: got none",
+        ),
+        (
+            weights(lambda tensors: tensors["text_tower.positions"][0].fill_(torch.nan)),
+            "tensor text_tower.positions: holds numbers that are not finite",
+        ),
         (truncated, "model.safetensors: not loaded"),
-        (with_nan, "tensor text_tower.positions: holds numbers that are not finite"),
         (linked, "a link that leads out of the folder"),
         (changed(tint=1), "ClipConfig: unknown or missing fields: tint"),
         (changed(vocab_size=True), "vocab_size: got True, expected a whole number"),

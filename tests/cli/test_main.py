@@ -94,6 +94,8 @@ BAD_INPUT = {
     ),
     "native weights of the page": ("app --native int4", "--native: invalid choice ... --help"),
     "unknown option": ("evaluate --model MODEL --fast", "--fast ... --help"),
+    "emoji of no size": ("prepare_emoji --out OUT --size 2", "size: got 2, expected at least 8"),
+    "no such kind of scene": ("prepare_shapes --out OUT --kinds double", "--kinds: ... 'double'"),
     "unknown option of the demo": ("demo --fast", "--fast ... --help"),
 }
 
@@ -225,9 +227,8 @@ def test_console_lists_commands(
         assert f"  {name:18} {summary}" in lines
     for arguments, got in (((), "none"), (("paint",), "paint"), (("../x",), "../x")):
         assert run_console(monkeypatch, *arguments) == 2
-        assert_one_line(
-            capsys.readouterr().err, f"command: got {got}, expected one of generate", {}
-        )
+        message = f"command: got {got}, expected one of generate"
+        assert_one_line(capsys.readouterr().err, message, {})
     assert run_console(monkeypatch, "generate", "--prompt", "x") == 2
     assert "dalle-mini generate --help lists" in capsys.readouterr().err
 
@@ -237,15 +238,18 @@ LIGHT = [name for name in COMMANDS if not name.startswith(("train_", "prepare_")
 
 def test_help_loads_no_heavy_library() -> None:
     code = (
-        "import sys\n"
+        "import runpy, sys\n"
         "from dalle_mini_impl.cli.main import console\n"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'wandb', 'numpy', 'PIL'}\n"
+        "def script():\n"
+        "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
         f"for name in {LIGHT}:\n"
-        "    sys.argv = ['dalle-mini', name, '--help']\n"
-        "    try:\n"
-        "        console()\n"
-        "    except SystemExit as error:\n"
-        "        assert not error.code\n"
+        "    own = ['scripts/' + name + '.py', '--help']\n"
+        "    for start, sys.argv in ((console, ['dalle-mini', name, '--help']), (script, own)):\n"
+        "        try:\n"
+        "            start()\n"
+        "        except SystemExit as error:\n"
+        "            assert not error.code\n"
         "print('loaded:', sorted(heavy & sys.modules.keys()))\n"
     )
     result = run_python("-c", code)
@@ -253,19 +257,13 @@ def test_help_loads_no_heavy_library() -> None:
     assert result.stdout.splitlines()[-1] == "loaded: []"
     for name in LIGHT:
         assert f"usage: dalle-mini {name} " in result.stdout
-
-
-def test_script_names_itself_in_its_help() -> None:
-    result = run_apart("generate", "--help")
-    assert (result.returncode, result.stdout[:19]) == (0, "usage: generate.py ")
+        assert f"usage: {name}.py " in result.stdout
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_output_in_a_narrow_encoding(encoding: str, model_dir: Path, tmp_path: Path) -> None:
-    arguments = ["--model", model_dir, "--prompt", "빨간 원", "--num-images", "1"]
-    result = run_apart(
-        "generate", *arguments, "--out", tmp_path / "그림", PYTHONIOENCODING=encoding
-    )
+    arguments = ["--model", model_dir, "--prompt", "빨간 원", "--out", tmp_path / "그림"]
+    result = run_apart("generate", *arguments, "--num-images=1", PYTHONIOENCODING=encoding)
     assert result.returncode == 0, result.stderr
     assert rf"{tmp_path}/\uadf8\ub9bc" in result.stdout
     assert (tmp_path / "그림" / "0000-빨간-원_0.png").is_file()

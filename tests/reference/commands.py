@@ -32,10 +32,13 @@ def run_here(name: str, *arguments: str | Path) -> int:
     return 0
 
 
-def run_python(*arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs Python in the repository's folder."""
+def run_python(
+    *arguments: str | Path, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs Python in the repository's folder, on several processes by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env},
         cwd=REPOSITORY,
         capture_output=True,
@@ -45,9 +48,11 @@ def run_python(*arguments: str | Path, **env: str) -> subprocess.CompletedProces
     )
 
 
-def run_apart(name: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
+def run_apart(
+    name: str, *arguments: str | Path, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Runs a script as a user does."""
-    return run_python(f"scripts/{name}.py", *arguments, **env)
+    return run_python(f"scripts/{name}.py", *arguments, processes=processes, **env)
 
 
 def write_presets(data: Path, out: Path) -> tuple[Path, Path]:

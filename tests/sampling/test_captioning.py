@@ -39,9 +39,8 @@ def test_likelihoods_of_all_captions_sum_to_one(build_dalle: BuildDalle) -> None
     first = text_log_likelihood(model, torch.tensor([[k, 0, 0, 0] for k in range(1, 6)]))
     assert float(first.exp().sum() + pads[0, 0]) == pytest.approx(1, abs=1e-5)
     by_first = likelihoods.exp().reshape(5, 5, 5)
-    second = text_log_likelihood(
-        model, torch.tensor([[a, b, 0, 0] for a in range(1, 6) for b in range(1, 6)])
-    ).exp()
+    pairs = [[a, b, 0, 0] for a in range(1, 6) for b in range(1, 6)]
+    second = text_log_likelihood(model, torch.tensor(pairs)).exp()
     third_pads = pads[:, 2].reshape(5, 5, 5)[..., 0]
     expected = second.reshape(5, 5) * (1 - third_pads)
     torch.testing.assert_close(by_first.sum(dim=2), expected, atol=1e-5, rtol=0)
@@ -58,15 +57,11 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
         ratio = scores.image_given_text[row, column] - scores.image[row]
         torch.testing.assert_close(ratio, log_likelihood_ratio(model, *pair)[0], atol=1e-3, rtol=0)
     joint = (scores.image_given_text + text_log_likelihood(model, TEXT)).double().exp()
-    probabilities = scores.probabilities(use_prior=True).double()
-    torch.testing.assert_close(
-        probabilities, joint / joint.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
-    )
     alike = scores.image_given_text.double().exp()
-    probabilities = scores.probabilities().double()
-    torch.testing.assert_close(
-        probabilities, alike / alike.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
-    )
+    for use_prior, masses in ((True, joint), (False, alike)):
+        probabilities = scores.probabilities(use_prior=use_prior).double()
+        expected = masses / masses.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
     assert not torch.equal(scores.probabilities(), scores.probabilities(use_prior=True))
 
 
