@@ -226,35 +226,27 @@ def test_invalid_ranking(model_dir: Path, tmp_path: Path, ranking: Ranking, mess
 @pytest.fixture(scope="module")
 def their_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP of transformers with random weights."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTokenizer,
-    )
+    import transformers as hf
 
     folder = tmp_path_factory.mktemp("their")
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: number for number, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[])
+    tokenizer = hf.CLIPTokenizer(vocab=vocab, merges=[])
     tokenizer.model_max_length = 12
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     text = {"vocab_size": len(words), "max_position_embeddings": 12, "num_attention_heads": 2}
     image = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    config = CLIPConfig(
-        text_config=small | text | ends, vision_config=small | image, projection_dim=8
-    )
-    model = CLIPModel(config)
+    towers = {"text_config": small | text | ends, "vision_config": small | image}
+    model = hf.CLIPModel(hf.CLIPConfig(**towers, projection_dim=8))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    hf.CLIPProcessor(hf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -274,9 +266,9 @@ def test_clip_of_transformers(their_dir: Path, model_dir: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
 def test_damaged_clip_of_transformers(their_dir: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(their_dir, tmp_path / "their")
-    found = [path for path in folder.iterdir() if path.name in (name, "processor_config.json")]
-    for path in found:
-        path.write_bytes(path.read_bytes()[:20])
+    for path in folder.iterdir():
+        if path.name in (name, "processor_config.json"):
+            path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=f"^clip: {folder} does not load: ") as caught:
         load_clip_ranker(folder)
     assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 """Regions: from a mask, rows or a fraction to tokens that are inpainted and pixels that stay."""
 
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -31,14 +32,9 @@ def mask_of(*boxes: tuple[int, int, int, int], size: tuple[int, int] = (16, 16))
 def inpainting_mask_of(
     *, source_size: tuple[int, int] = (16, 16), seeds: int = 3, **what: object
 ) -> InpaintingMask:
-    given = {"mask": None, "keep_rows": None, "keep_fraction": None} | what
-    return build_inpainting_mask(
-        **given,  # type: ignore[arg-type]
-        source_size=source_size,
-        size=SIZE,
-        grid=GRID,
-        seeds=list(range(seeds)),
-    )
+    options: Any = {"mask": None, "keep_rows": None, "keep_fraction": None} | what
+    options |= {"size": SIZE, "grid": GRID, "seeds": list(range(seeds))}
+    return build_inpainting_mask(source_size=source_size, **options)
 
 
 def cells_of(is_masked: torch.Tensor) -> list[int]:

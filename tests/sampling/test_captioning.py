@@ -15,6 +15,7 @@ from dalle_mini_impl.sampling.likelihood import (
     score_pairs,
     text_log_likelihood,
 )
+from tests.reference.slow_sampling import captions
 
 BuildDalle = Callable[..., Dalle]
 TEXT = torch.tensor([[4, 2, 9, 0, 0], [4, 2, 0, 0, 0], [1, 1, 3, 5, 10]])
@@ -29,8 +30,7 @@ def test_text_is_predicted_as_with_an_image_after_it(build_dalle: BuildDalle) ->
 
 def test_likelihoods_of_all_captions_sum_to_one(build_dalle: BuildDalle) -> None:
     model = build_dalle(vocab_size=6, text_length=4)
-    captions = torch.tensor(list(itertools.product(range(1, 6), repeat=3)))
-    padded = torch.cat([captions, torch.zeros(125, 1, dtype=torch.long)], dim=1)
+    padded = torch.tensor([[*row, 0] for row in itertools.product(range(1, 6), repeat=3)])
     likelihoods = text_log_likelihood(model, padded)
     # What is missing to one are captions with pads inside, which no training ever shows.
     with torch.inference_mode():
@@ -67,9 +67,9 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
 
 def test_caption_score_does_not_depend_on_batch(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=torch.Generator().manual_seed(0))
+    text = captions(model, ROWS_PER_BATCH + 5)
     together = text_log_likelihood(model, text)
-    alone = [text_log_likelihood(model, text[i : i + 1]) for i in range(len(text))]
+    alone = [text_log_likelihood(model, row) for row in text.split(1)]
     # One shape for all, but a library may round the rows of one product in several ways.
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-3, rtol=0)
 

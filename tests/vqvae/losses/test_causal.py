@@ -28,42 +28,34 @@ def build_predictor(code_dim: int = 3, num_cells: int = 6) -> NextFeaturePredict
 
 
 def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tensor:
-    """One image, one cell after the other, in float64: pre-norm blocks, heads by slices."""
+    """One image in float64: pre-norm blocks, one head after the other, with an explicit mask."""
     weights = {name: value.double() for name, value in predictor.state_dict().items()}
 
-    def linear(name: str, x: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
-        return weights[f"{name}{weight}"] @ x + weights[f"{name}{bias}"]
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}weight"].T + weights[f"{name}bias"]
 
     def norm(name: str, x: Tensor) -> Tensor:
-        scaled = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        spread = (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        scaled = (x - x.mean(dim=1, keepdim=True)) / spread
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    cells = [cell for row in features.double().permute(1, 2, 0) for cell in row][:-1]
-    states = [
-        linear("stem.", cell) + weights["positions"][place] for place, cell in enumerate(cells)
-    ]
-    size = len(states[0]) // NUM_HEADS
+    cells = features.double().flatten(1).T[:-1]  # (cells but the last, channels)
+    x = linear("stem.", cells) + weights["positions"][: len(cells)]
+    is_later = torch.ones(len(cells), len(cells)).triu(diagonal=1).bool()
     for layer in range(len(predictor.layers)):
         at = f"layers.{layer}"
-        mixed = [
-            linear(f"{at}.self_attn.", norm(f"{at}.norm1", x), "in_proj_weight", "in_proj_bias")
-            for x in states
-        ]
-        for place in range(len(states)):
-            parts = []
-            for head in range(NUM_HEADS):
-                starts = [part * len(states[0]) + head * size for part in range(3)]
-                own, key, value = (slice(start, start + size) for start in starts)
-                seen = range(place + 1)
-                scores = [mixed[place][own] @ mixed[other][key] / math.sqrt(size) for other in seen]
-                attention = torch.stack(scores).softmax(dim=0)
-                parts.append(sum(attention[other] * mixed[other][value] for other in seen))
-            states[place] = states[place] + linear(f"{at}.self_attn.out_proj.", torch.cat(parts))  # type: ignore[arg-type]
-        for place, x in enumerate(states):
-            inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
-            gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
-            states[place] = x + linear(f"{at}.linear2.", gelu)
-    return torch.stack([linear("head.", norm("norm", x)) for x in states])
+        parts = linear(f"{at}.self_attn.in_proj_", norm(f"{at}.norm1", x)).chunk(3, dim=1)
+        heads = []
+        for query, key, value in zip(
+            *(part.chunk(NUM_HEADS, dim=1) for part in parts), strict=True
+        ):
+            scores = query @ key.T / math.sqrt(query.shape[1])
+            heads.append(scores.masked_fill(is_later, -math.inf).softmax(dim=1) @ value)
+        x = x + linear(f"{at}.self_attn.out_proj.", torch.cat(heads, dim=1))
+        inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
+        gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        x = x + linear(f"{at}.linear2.", gelu)
+    return linear("head.", norm("norm", x))
 
 
 def test_predictions_and_loss_equal_the_reference() -> None:

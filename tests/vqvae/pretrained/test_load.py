@@ -133,17 +133,15 @@ def test_damaged_openai_weights_are_refused(damage: str, tmp_path: Path) -> None
     folder = source_folder("openai", tmp_path / "openai")
     path = folder / "decoder.safetensors"
     weights, name = load_file(path), "blocks.group_2.block_1.res_path.conv_3.w"
-    if damage == "missing":
-        del weights[name]
-    elif damage == "unknown":
-        weights["blocks.group_5.block_1.res_path.conv_1.w"] = torch.zeros(1)
-    elif damage == "shape":
-        weights[name] = weights[name][:1].clone()
-    elif damage == "infinite":
-        weights[name][0, 0] = torch.inf
-    else:
-        weights = {"weight": torch.zeros(3)}
-    save_file(weights, path)
+    tensor = weights.pop(name)
+    damaged = {
+        "missing": weights,
+        "unknown": weights | {name: tensor, "blocks.group_5.block_1.conv_1.w": torch.zeros(1)},
+        "shape": weights | {name: tensor[:1].clone()},
+        "infinite": weights | {name: torch.full_like(tensor, torch.inf)},
+        "other names": {"weight": torch.zeros(3)},
+    }
+    save_file(damaged[damage], path)
     with pytest.raises(ValueError, match="openai") as caught:
         load_tokenizer(folder, image_size=SIZE)
     assert "\n" not in str(caught.value)
