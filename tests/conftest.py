@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -51,6 +52,16 @@ def unchecked() -> Iterator[None]:
     jaxtyping_config.update("jaxtyping_disable", True)
     yield
     jaxtyping_config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder as a run leaves it: its own name is `model`."""
+    from tests.reference import tiny
+
+    folder = tmp_path_factory.mktemp("run") / "model"
+    tiny.build_pipeline().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

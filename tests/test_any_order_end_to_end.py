@@ -73,14 +73,9 @@ def fraction_right(dalle: Dalle) -> tuple[float, float]:
     """Inpaint the second token of new images: the fraction that is right, by caption."""
     text, image = images(300, seed=3)
     is_masked = torch.tensor([False, True, False, False]).expand(300, -1)
-    generated = inpaint_image_token_ids(
-        dalle,
-        text,
-        image.masked_fill(is_masked, 0),
-        is_masked,
-        seeds=torch.arange(300),
-        sampling_config=SamplingConfig(guidance_scale=1.0),
-    ).image_token_ids
+    options = {"seeds": torch.arange(300), "sampling_config": SamplingConfig(guidance_scale=1.0)}
+    known = image.masked_fill(is_masked, 0)
+    generated = inpaint_image_token_ids(dalle, text, known, is_masked, **options).image_token_ids
     right, is_first = generated[:, 1] == image[:, 1], text[:, 0] == LIKE_FIRST
     return float(right[is_first].float().mean()), float(right[~is_first].float().mean())
 
@@ -94,19 +89,13 @@ def test_random_order_inpaints_from_both_sides() -> None:
 
 
 @pytest.mark.parametrize(("probability", "ends_at"), [(0.5, 1.0), (0.5, 0.75)])
-def test_a_run_says_in_its_model_folder_how_it_ended(
+def test_model_folder_says_how_its_run_ended(
     tmp_path: Path, probability: float, ends_at: float
 ) -> None:
     tiny.build_vqvae().save_pretrained(tmp_path / "vqvae")
     task = {"random_order_probability": probability, "augmentation_ends_at": ends_at}
-    run = tiny.dalle_run(
-        tiny.write_data(tmp_path / "data"),
-        tmp_path / "vqvae",
-        tmp_path / "out",
-        task=task,
-        max_steps=1,
-    )
-    folder, _ = tiny.train(run)
+    folders = tiny.write_data(tmp_path / "data"), tmp_path / "vqvae", tmp_path / "out"
+    folder, _ = tiny.train(tiny.dalle_run(*folders, task=task, max_steps=1))
     expected = probability > 0 and ends_at == 1
     assert json.loads((folder / "model_index.json").read_text())["generates_any_order"] is expected
     assert TextToImagePipeline.from_pretrained(folder).generates_any_order is expected

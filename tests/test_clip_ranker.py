@@ -18,6 +18,7 @@ from dalle_mini_impl.clip_ranker import ClipRanker, TransformersClipRanker, load
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import TextToImagePipeline
+from tests.faults.hostile import change_json
 from tests.reference import tiny
 
 IMAGES = [tiny.render_image(number) for number in range(12)]
@@ -39,13 +40,6 @@ def clip_dir(ranker: ClipRanker, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture
 def folder(clip_dir: Path, tmp_path: Path) -> Path:
     return shutil.copytree(clip_dir, tmp_path / "clip")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run") / "model"
-    tiny.build_pipeline().save_pretrained(folder)
-    return folder
 
 
 def test_score_is_a_cosine_of_its_pair_alone(ranker: ClipRanker) -> None:
@@ -71,34 +65,24 @@ def test_loaded_folder_scores_the_same(ranker: ClipRanker, clip_dir: Path) -> No
 
 
 def changed(**values: Any) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        before = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(before | values))
-
-    return damage
+    return lambda folder: change_json(folder / CONFIG, **values)
 
 
 def sizes(tower: str, **values: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         towers = json.loads((folder / CONFIG).read_text())["towers"]
-        changed(towers=towers | {tower: towers[tower] | values})(folder)
+        change_json(folder / CONFIG, towers=towers | {tower: towers[tower] | values})
 
     return damage
 
 
-def without(name: str) -> Callable[[Path], None]:
+def weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
-        weights = load_file(folder / WEIGHTS)
-        del weights[name]
-        save_file(weights, folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
+        change(tensors)
+        save_file(tensors, folder / WEIGHTS)
 
     return damage
-
-
-def with_nan(folder: Path) -> None:
-    weights = load_file(folder / WEIGHTS)
-    weights["text_tower.positions"][0, 0] = float("nan")
-    save_file(weights, folder / WEIGHTS)
 
 
 def truncated(folder: Path) -> None:
@@ -121,9 +105,15 @@ def other_tokenizer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (without("text_tower.head.weight"), "tensor text_tower.head.weight: got none"),
+        (
+            weights(lambda tensors: tensors.pop("text_tower.head.weight")),
+            "tensor text_tower.head.weight: got none",
+        ),
+        (
+            weights(lambda tensors: tensors["text_tower.positions"][0].fill_(torch.nan)),
+            "tensor text_tower.positions: holds numbers that are not finite",
+        ),
         (truncated, "model.safetensors: not loaded"),
-        (with_nan, "tensor text_tower.positions: holds numbers that are not finite"),
         (linked, "a link that leads out of the folder"),
         (changed(tint=1), "ClipConfig: unknown or missing fields: tint"),
         (changed(vocab_size=True), "vocab_size: got True, expected a whole number"),
@@ -236,35 +226,27 @@ def test_invalid_ranking(model_dir: Path, tmp_path: Path, ranking: Ranking, mess
 @pytest.fixture(scope="module")
 def their_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP of transformers with random weights."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTokenizer,
-    )
+    import transformers as hf
 
     folder = tmp_path_factory.mktemp("their")
     letters = [chr(number) for number in range(ord("a"), ord("z") + 1)]
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {word: number for number, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=[])
+    tokenizer = hf.CLIPTokenizer(vocab=vocab, merges=[])
     tokenizer.model_max_length = 12
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     text = {"vocab_size": len(words), "max_position_embeddings": 12, "num_attention_heads": 2}
     image = {"image_size": 8, "patch_size": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
     ends = {"bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1}
-    config = CLIPConfig(
-        text_config=small | text | ends, vision_config=small | image, projection_dim=8
-    )
-    model = CLIPModel(config)
+    towers = {"text_config": small | text | ends, "vision_config": small | image}
+    model = hf.CLIPModel(hf.CLIPConfig(**towers, projection_dim=8))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn(parameter.shape))
     model.save_pretrained(folder)
     size = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
-    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    hf.CLIPProcessor(hf.CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
     return folder
 
 
@@ -284,9 +266,9 @@ def test_clip_of_transformers(their_dir: Path, model_dir: Path, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json"])
 def test_damaged_clip_of_transformers(their_dir: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(their_dir, tmp_path / "their")
-    found = [path for path in folder.iterdir() if path.name in (name, "processor_config.json")]
-    for path in found:
-        path.write_bytes(path.read_bytes()[:20])
+    for path in folder.iterdir():
+        if path.name in (name, "processor_config.json"):
+            path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(UserError, match=f"^clip: {folder} does not load: ") as caught:
         load_clip_ranker(folder)
     assert "\n" not in str(caught.value)

@@ -53,24 +53,23 @@ def test_a_preset_loads_builds_and_can_be_saved(path: Path, tmp_path: Path) -> N
     config = read_config(config_class, path)
     save_config(config, tmp_path / "config.yaml")
     assert read_config(config_class, tmp_path / "config.yaml") == config
+    if hasattr(config, "text"):
+        assert config.text.vocab_size >= MIN_VOCAB_SIZE
     with torch.device("meta"):
         if isinstance(config, VQVAERunConfig):
             model: torch.nn.Module = VQVAE(config.vqvae)
         elif isinstance(config, TranslationRunConfig):
-            assert config.text.vocab_size >= MIN_VOCAB_SIZE
             model = EncoderDecoder(config.model, vocab_size=config.text.vocab_size)
         elif isinstance(config, ViTRunConfig):
             size = 8 if config.data.source == "digits" else config.data.image_size
             model = VisionTransformer(config.model, image_size=size, num_channels=3, num_classes=9)
         elif isinstance(config, ClipRunConfig):
-            assert config.text.vocab_size >= MIN_VOCAB_SIZE
             sizes = {"vocab_size": config.text.vocab_size, "text_length": config.text.text_length}
             model = Clip(ClipConfig(towers=config.model, image_size=config.image_size, **sizes))
         else:
             assert config.vqvae_dir in tokenizers(), "no preset makes this tokenizer"
             tokenizer = tokenizers()[config.vqvae_dir].vqvae
             assert config.data == tokenizers()[config.vqvae_dir].data
-            assert config.text.vocab_size >= MIN_VOCAB_SIZE
             model = decoder_of(config, tokenizer)
     assert num_parameters(model) > 10_000
 
@@ -174,17 +173,15 @@ def test_an_unknown_key_is_named(tmp_path: Path, section: str, key: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("preset", "option", "message"),
+    ("preset", "option"),
     [
-        ("clip/emoji", "model.image.hidden_size", "model.image.hidden_size: got 0, expected at"),
-        ("clip/emoji", "model.text.hidden_size", "model.text.hidden_size: got 0, expected at"),
-        ("vit/emoji", "model.hidden_size", "model.hidden_size: got 0, expected at least 1"),
+        ("clip", "model.image.hidden_size"),
+        ("clip", "model.text.hidden_size"),
+        ("vit", "model.hidden_size"),
     ],
 )
-def test_a_value_of_a_tower_is_named_by_its_whole_path(
-    preset: str, option: str, message: str
-) -> None:
-    path = REPOSITORY / "configs" / f"{preset}.yaml"
+def test_a_value_of_a_tower_is_named_by_its_whole_path(preset: str, option: str) -> None:
+    path = REPOSITORY / "configs" / preset / "emoji.yaml"
     with pytest.raises(UserError) as caught:
         load_config(class_of(path), ["--config", str(path), f"--{option}", "0"], description="")
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(f"{option}: got 0, expected at least 1")

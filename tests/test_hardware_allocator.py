@@ -2,12 +2,13 @@
 
 import platform
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from tests.reference.commands import run_python
 
 COUNT_FAULTS = """
 import resource, torch
@@ -25,8 +26,8 @@ for _ in range(9):
 
 def median_faults(*, keep: bool) -> float:
     """Pages that the kernel cleared in a step, once there is memory to take again."""
-    code = COUNT_FAULTS.format(keep=keep)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = run_python("-c", COUNT_FAULTS.format(keep=keep))
+    assert done.returncode == 0, done.stderr
     return statistics.median(int(line) for line in done.stdout.split()[4:])
 
 
@@ -64,4 +65,4 @@ assert keep_freed_memory()
 {choice}
 assert not keep_freed_memory()
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    assert run_python("-c", code).returncode == 0

@@ -25,9 +25,7 @@ def test_products_stay_float32(is_amd: bool, monkeypatch: pytest.MonkeyPatch) ->
     assert ((left @ right).double() - exact).abs().max() / exact.abs().max() < 1e-5
 
 
-def test_medium_only_on_amd(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_medium_only_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(hardware, "medium_is_float32", lambda: True)
     for is_amd, expected in ((True, "medium"), (False, "highest")):

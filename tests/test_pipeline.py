@@ -21,13 +21,6 @@ def pipeline() -> TextToImagePipeline:
     return tiny.build_pipeline()
 
 
-@pytest.fixture(scope="module")
-def model_dir(pipeline: TextToImagePipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    pipeline.save_pretrained(folder)
-    return folder
-
-
 def bytes_of(images: list[Image.Image]) -> list[bytes]:
     return [image.tobytes() for image in images]
 
@@ -39,6 +32,10 @@ def test_saved_folder_generates_the_same_images(decoder: dict[str, Any], tmp_pat
     loaded = TextToImagePipeline.from_pretrained(tmp_path)
     assert loaded.dalle.config == pipeline.dalle.config
     assert type(loaded.dalle) is type(pipeline.dalle)
+    assert loaded.sampling_config == pipeline.sampling_config
+    assert not loaded.dalle.training
+    for name, value in pipeline.dalle.state_dict().items():
+        assert torch.equal(value, loaded.dalle.state_dict()[name]), name
     prompts, options = ["a red disc", "파란 상자"], {"num_images": 2, "num_candidates": 2}
     generated, again = (each(prompts, **options) for each in (pipeline, loaded))
     assert bytes_of(generated.images) == bytes_of(again.images)
@@ -47,21 +44,6 @@ def test_saved_folder_generates_the_same_images(decoder: dict[str, Any], tmp_pat
     part = loaded.inpaint("a red disc", generated.images[0], keep_rows=1, seed=3)
     whole = generated.images[0].crop((0, 0, 16, 4))
     assert part.images[0].crop((0, 0, 16, 4)).tobytes() == whole.tobytes()
-
-
-def test_loaded_folder_generates_the_same_images(
-    pipeline: TextToImagePipeline, model_dir: Path
-) -> None:
-    loaded = TextToImagePipeline.from_pretrained(model_dir)
-    assert loaded.sampling_config == pipeline.sampling_config
-    assert not loaded.dalle.training
-    generated, again = (each("a red disc", num_images=3, seed=4) for each in (pipeline, loaded))
-    assert bytes_of(generated.images) == bytes_of(again.images)
-    assert generated.seeds == again.seeds == [4, 5, 6]
-    assert generated.prompts == ["a red disc"] * 3
-    assert len(set(bytes_of(generated.images))) == 3
-    for name, value in pipeline.dalle.state_dict().items():
-        assert torch.equal(value, loaded.dalle.state_dict()[name]), name
 
 
 def test_image_does_not_depend_on_its_batch(pipeline: TextToImagePipeline) -> None:
@@ -175,9 +157,8 @@ def test_inpainting_keeps_tokens_and_pixels(any_order: TextToImagePipeline) -> N
     generated = any_order.inpaint("a blue box", IMAGE, mask=HOLE, num_images=6, seed=3)
     assert generated.seeds == [3, 4, 5, 6, 7, 8]
     for image in generated.images:
-        for place in ((x, y) for x in range(16) for y in range(16)):
-            if HOLE.getpixel(place) == 0:
-                assert image.getpixel(place) == IMAGE.getpixel(place)
+        outside = Image.composite(IMAGE, image, HOLE)  # the hole filled with the original
+        assert outside.tobytes() == IMAGE.tobytes()
     assert len({image.crop((9, 1, 15, 6)).tobytes() for image in generated.images}) > 1
 
     rows = any_order.inpaint("a blue box", IMAGE, keep_rows=1, seed=1).images[0]
@@ -209,9 +190,7 @@ def test_best_inpainting_candidates_are_kept(any_order: TextToImagePipeline) -> 
     assert bytes_of(kept.images) == [every.images[best].tobytes()]
 
 
-def test_raster_order_inpaints_the_end_only(
-    pipeline: TextToImagePipeline,
-) -> None:
+def test_raster_order_inpaints_the_end_only(pipeline: TextToImagePipeline) -> None:
     assert not pipeline.generates_any_order
     assert pipeline.inpaint("a red disc", IMAGE, keep_rows=1).images
     below = Image.new("L", IMAGE.size, 0)

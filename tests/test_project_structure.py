@@ -4,7 +4,6 @@ import ast
 import re
 import shlex
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-REPOSITORY = Path(__file__).parents[1]
+from tests.reference.commands import REPOSITORY, run_python
+
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 TEXTS = [REPOSITORY / "README.md", REPOSITORY / "README.ko.md", *REPOSITORY.glob("docs/guide*.md")]
 PACKAGES = ("dalle_mini_impl", "vqvae")
@@ -90,9 +90,8 @@ COMMANDS = sorted({tuple(command) for path in TEXTS for command in commands_in(p
 
 
 def test_the_readme_shows_commands() -> None:
-    assert {"scripts/train_vqvae.py", "scripts/train_dalle.py", "scripts/generate.py"} <= {
-        command[0] for command in COMMANDS
-    }
+    shown = {command[0] for command in COMMANDS}
+    assert {f"scripts/{name}.py" for name in ("train_vqvae", "train_dalle", "generate")} <= shown
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -147,58 +146,19 @@ def test_modules_that_check_shapes_evaluate_their_annotations() -> None:
         assert "jaxtyping" not in text or "from __future__ import annotations" not in text, name
 
 
-def test_help_comes_without_the_heavy_libraries() -> None:
-    code = (
-        "import runpy, sys\n"
-        "sys.argv = ['scripts/generate.py', '--help']\n"
-        "try:\n"
-        "    runpy.run_path('scripts/generate.py', run_name='__main__')\n"
-        "except SystemExit as error:\n"
-        "    assert not error.code, error.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'wandb', 'numpy', 'PIL'}\n"
-        "print('loaded:', sorted(heavy & sys.modules.keys()))\n"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "--prompt" in result.stdout
-    assert result.stdout.splitlines()[-1] == "loaded: []"
-
-
 def test_generation_imports_no_training_libraries() -> None:
     # torch.compiler.disable as a decorator, for one, imports the compiler: two seconds.
     heavy = "{'torch._dynamo', 'transformers', 'datasets', 'accelerate', 'wandb'}"
     modules = "dalle_mini_impl.cli.image_files, dalle_mini_impl.cli.pipelines"
     code = f"import sys, {modules}; print(sorted({heavy} & sys.modules.keys()))"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout.strip() == "[]"
+    result = run_python("-c", code)
+    assert (result.returncode, result.stdout.strip()) == (0, "[]"), result.stderr
 
 
 def test_the_import_contracts_hold() -> None:
     code = "from importlinter.cli import lint_imports_command; lint_imports_command()"
     # In a process of its own: it switches the loggers of this one off.
-    result = subprocess.run(
-        [sys.executable, "-c", code, "--no-cache"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    result = run_python("-c", code, "--no-cache")
     assert result.returncode == 0, result.stdout
     assert re.search(r"[1-9]\d* kept, 0 broken", result.stdout)
 

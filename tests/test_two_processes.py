@@ -3,9 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae import VQVAETaskConfig
 from tests.reference import tiny, training_worker
+from tests.reference.commands import run_apart, run_python
 from vqvae.losses.adversarial import DiscriminatorConfig
 
 NOT_COMPARED = {
@@ -25,21 +24,21 @@ NOT_COMPARED = {
     "train/save_fraction",
     "train/batch_codebook_perplexity",  # of a process's part: not a mean over samples
 }
-REPOSITORY = Path(__file__).parents[1]
 
 
-def torchrun(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Starts two processes; a failure of any shows both their outputs."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return subprocess.run(
-        [*command, "--nproc_per_node", "2", *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+def output_of(result: subprocess.CompletedProcess[str]) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def assert_close_metrics(one: Path, two: Path, *, rel: float) -> None:
+    """Every number of two runs, but for times: sums over processes come in another order."""
+    rows = tiny.read_metrics(one), tiny.read_metrics(two)
+    assert len(rows[0]) == len(rows[1])
+    for first, second in zip(*rows, strict=True):
+        assert first.keys() == second.keys()
+        for key in first.keys() - NOT_COMPARED:
+            assert second[key] == pytest.approx(first[key], rel=rel, abs=1e-6), key
 
 
 def write_configs(data: Path, folder: Path, vqvae_dir: Path, **training: Any) -> dict[str, Any]:
@@ -78,16 +77,9 @@ def test_generate_on_two_processes(tmp_path: Path, prompts: tuple[str, ...]) -> 
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--num-images", "3", "--seed", "2"]
     options += [part for prompt in prompts for part in ("--prompt", prompt)]
-    script = REPOSITORY / "scripts" / "generate.py"
-    two = torchrun(script, *options, "--out", tmp_path / "two")
-    assert two.returncode == 0, two.stderr
-    assert two.stdout.count("grid: ") == 1  # of the first process alone
-    one = subprocess.run(
-        [sys.executable, script, *options, "--out", tmp_path / "one"],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert one.returncode == 0
+    shown = output_of(run_apart("generate", *options, "--out", tmp_path / "two", processes=2))
+    assert shown.count("grid: ") == 1  # of the first process alone
+    output_of(run_apart("generate", *options, "--out", tmp_path / "one"))
     expected = images_of(tmp_path / "one")
     assert len(expected) == 3 * len(prompts) + 1
     assert images_of(tmp_path / "two") == expected
@@ -102,9 +94,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
     write_configs(data, pair, tmp_path / "vqvae", activation_checkpointing=True)
     configs = write_configs(data, alone, tmp_path / "vqvae")
     tiny.build_pipeline().save_pretrained(tmp_path / "model")
-    result = torchrun(training_worker.__file__, pair)
-    assert result.returncode == 0, result.stdout + result.stderr
-    lines = sorted(line for line in result.stdout.splitlines() if line.startswith("process"))
+    shown = output_of(run_python(training_worker.__file__, pair, processes=2))
+    lines = sorted(line for line in shown.splitlines() if line.startswith("process"))
     assert lines == ["process 0 of 2", "process 1 of 2"]
 
     seen = [json.loads((pair / f"seen-{rank}.json").read_text()) for rank in (0, 1)]
@@ -118,13 +109,8 @@ def test_two_processes_do_what_one_does(tmp_path: Path, capsys: pytest.CaptureFi
     training_worker.fit_a_line(alone / "line")
     for name, config in configs.items():
         tiny.train(config)
-        one, two = tiny.read_metrics(alone / name), tiny.read_metrics(pair / name)
         assert len(tiny.losses(alone / name)) == 4
-        assert [row["step"] for row in one] == [row["step"] for row in two]
-        for first, second in zip(one, two, strict=True):
-            assert first.keys() == second.keys()
-            for key in first.keys() - NOT_COMPARED:
-                assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-6), key
+        assert_close_metrics(alone / name, pair / name, rel=1e-5)
     assert tiny.losses(pair / "line") == pytest.approx(tiny.losses(alone / "line"), rel=1e-5)
 
     training_worker.generate(tmp_path / "model", alone / "images")
@@ -146,8 +132,7 @@ def test_next_feature_on_two_processes(tmp_path: Path) -> None:
         discriminator=DiscriminatorConfig(weight=0.1, channels=4, num_layers=2),
     )
     save_config(config, tmp_path / "c.yaml")
-    result = torchrun(REPOSITORY / "scripts" / "train_vqvae.py", "--config", tmp_path / "c.yaml")
-    assert result.returncode == 0, result.stdout + result.stderr
+    output_of(run_apart("train_vqvae", "--config", tmp_path / "c.yaml", processes=2))
     one = dataclasses.replace(config, output_dir=str(tmp_path / "one"))
     tiny.train(one)
     key = "train/next_feature_loss"
@@ -168,16 +153,11 @@ def test_discriminator_on_two_processes(tmp_path: Path) -> None:
     config = dataclasses.replace(config, discriminator=critic)
     tiny.train(config)
     save_config(dataclasses.replace(config, output_dir=str(tmp_path / "two")), tmp_path / "c.yaml")
-    result = torchrun(REPOSITORY / "scripts" / "train_vqvae.py", "--config", tmp_path / "c.yaml")
-    assert result.returncode == 0, result.stdout + result.stderr
+    output_of(run_apart("train_vqvae", "--config", tmp_path / "c.yaml", processes=2))
     state = (tmp_path / "two" / "checkpoints" / "step-00000004" / "state.json").read_text()
     assert json.loads(state)["state"]["num_processes"] == 2
-    one, two = tiny.read_metrics(tmp_path / "one"), tiny.read_metrics(tmp_path / "two")
-    weights = [row["train/generator_weight"] for row in one if "train/loss" in row]
+    rows = tiny.read_metrics(tmp_path / "one")
+    weights = [row["train/generator_weight"] for row in rows if "train/loss" in row]
     assert weights[:2] == [0, 0]
     assert min(weights[2:]) > 0
-    assert len(one) == len(two)
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for key in first.keys() - NOT_COMPARED:  # sums in another order
-            assert second[key] == pytest.approx(first[key], rel=1e-4, abs=1e-6), key
+    assert_close_metrics(tmp_path / "one", tmp_path / "two", rel=1e-4)

@@ -37,15 +37,13 @@ def test_families_stay_on_one_side(tmp_path: Path) -> None:
         row["role"] = f"role {number // 3}" if number % 2 else None
         row["base"] = f"base {number // 4}"
     (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    splits = load_labelled_images(
-        str(folder), label="color", families=("role", "base"), image_size=16, held_out_percent=30
-    )
+    options = {"families": ("role", "base"), "image_size": 16, "held_out_percent": 30}
+    splits = load_labelled_images(str(folder), label="color", **options)
     assert splits.class_names == tuple(sorted(tiny.COLORS))
     assert set(splits.train.families).isdisjoint(splits.held_out.families)
     assert len(splits.train.labels) + len(splits.held_out.labels) == 30  # of all splits
     assert {name.split()[0] for name in splits.train.families} == {"role", "base"}
-    pure = {"red": (255, 0, 0), "blue": (0, 0, 255)}
-    for name, color in pure.items():
+    for name, color in {"red": (255, 0, 0), "blue": (0, 0, 255)}.items():
         chosen = splits.train.pixels[splits.train.labels == splits.class_names.index(name)]
         assert len(chosen)
         assert tuple(chosen[0, :, 6, 6].tolist()) == color
@@ -53,9 +51,7 @@ def test_families_stay_on_one_side(tmp_path: Path) -> None:
 
 def test_a_source_without_the_attribute_is_refused(tmp_path: Path) -> None:
     folder = tiny.write_data(tmp_path / "data")
-    with pytest.raises(
-        UserError, match=r"data.label: no image has the attribute 'group'; expected"
-    ):
-        load_labelled_images(
-            str(folder), label="group", families=(), image_size=16, held_out_percent=30
-        )
+    message = "data.label: no image has the attribute 'group'; expected"
+    options = {"families": (), "image_size": 16, "held_out_percent": 30}
+    with pytest.raises(UserError, match=message):
+        load_labelled_images(str(folder), label="group", **options)

@@ -92,18 +92,15 @@ def test_a_table_is_split_by_its_texts(tmp_path: Path) -> None:
         ("one\t ", "line 1: got 'one"),
         ("a\tb\tc", "line 1: got"),
         ("one\ttwo", "pairs to learn and"),
+        (None, r"data.source: cannot read .*/pairs.tsv"),
     ],
 )
-def test_a_bad_table_is_named(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "pairs.tsv").write_text(text)
+def test_a_bad_or_missing_table_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "pairs.tsv").write_text(text)
     with pytest.raises(UserError, match=message) as caught:
         load_text_pairs(str(tmp_path / "pairs.tsv"), held_out_percent=10)
     assert str(caught.value).startswith("data.source")
-
-
-def test_a_missing_table_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.source: cannot read .*/none.tsv"):
-        load_text_pairs(str(tmp_path / "none.tsv"), held_out_percent=10)
 
 
 def test_nearest_source_predictions(names: TextPairs) -> None:

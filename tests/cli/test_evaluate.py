@@ -42,10 +42,8 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    folder = tmp_path / "run" / "model"
-    tiny.build_pipeline().save_pretrained(folder)
-    return folder
+def model(model_dir: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model_dir, tmp_path / "run" / "model")
 
 
 def measure(model: Path, data: Path, out: Path, **options: Any) -> tuple[dict[str, Any], Path]:

@@ -39,6 +39,10 @@ def write_metadata(folder: Path, rows: list[Any]) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def write_images(folder: Path, count: int) -> None:
+    write_metadata(folder, [{"file_name": f"{i}.png", "text": "x"} for i in range(count)])
+
+
 def write_tar(path: Path, members: dict[str, bytes]) -> None:
     with tarfile.open(path, "w") as archive:
         for name, data in members.items():
@@ -103,9 +107,12 @@ def test_lines_of_one_image_are_merged(tmp_path: Path) -> None:
 
 def test_linked_source_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    write_metadata(tmp_path / "folder", [{"file_name": "a.png", "text": "x"}])
+    write_images(tmp_path / "folder", 1)
     (tmp_path / "link").symlink_to(tmp_path / "folder")
-    assert keys(open_pairs(str(tmp_path / "link"))) == ["a.png"]
+    assert keys(open_pairs(str(tmp_path / "link"))) == ["0.png"]
+
+
+FIELDS = st.sampled_from(["file_name", "text", "texts", "split", "x"])
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -113,12 +120,7 @@ def test_linked_source_folder(tmp_path: Path) -> None:
     rows=st.lists(
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-            lambda inner: (
-                st.lists(inner, max_size=3)
-                | st.dictionaries(
-                    st.sampled_from(["file_name", "text", "texts", "split", "x"]), inner
-                )
-            ),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(FIELDS, inner),
             max_leaves=8,
         ),
         max_size=3,
@@ -282,14 +284,6 @@ def test_a_header_that_points_backwards_does_not_loop(tmp_path: Path) -> None:
 # Parquet
 
 
-@pytest.fixture
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-
-
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -302,7 +296,7 @@ def image_row(shade: int, text: Any, **fields: Any) -> dict[str, Any]:
     return {"image": {"bytes": png_bytes(shade), "path": "/orig.png"}, "text": text} | fields
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("datasets_cache")
 def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
     rows = [
         image_row(0, "zero", n=1, when=datetime.date(2024, 1, 2)),
@@ -320,7 +314,7 @@ def test_parquet_rows_stay_encoded_until_read(tmp_path: Path) -> None:
     assert set(reasons(pairs)) == {"row 1"}
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("datasets_cache")
 def test_parquet_with_plain_bytes_and_other_captions(tmp_path: Path) -> None:
     rows = [{"image": png_bytes(3), "alt": ["a", "b"], "blob": b"\x00"}]
     write_parquet(tmp_path / "x.parquet", rows)
@@ -331,22 +325,21 @@ def test_parquet_with_plain_bytes_and_other_captions(tmp_path: Path) -> None:
     assert splits == ["train"]
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("datasets_cache")
 def test_parquet_with_large_lists_in_a_folder_with_brackets(tmp_path: Path) -> None:
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
     folder = tmp_path / "pics [2024] *"
     folder.mkdir()
     texts = pa.array([["a", "b"]], pa.large_list(pa.string()))
-    table = pa.table({"image": [png_bytes(3)], "texts": texts})
-    pyarrow.parquet.write_table(table, folder / "x.parquet")
+    pq.write_table(pa.table({"image": [png_bytes(3)], "texts": texts}), folder / "x.parquet")
     pairs = open_pairs(str(folder))
     assert pairs[0].captions == ("a", "b")
     assert pairs.read_image(0) == png_bytes(3)
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("datasets_cache")
 def test_parquet_file_names_tell_the_splits(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train-00000-of-00002.parquet", [image_row(0, "a"), image_row(1, "b")])
     write_parquet(tmp_path / "train-00001-of-00002.parquet", [image_row(2, "c")])
@@ -358,7 +351,7 @@ def test_parquet_file_names_tell_the_splits(tmp_path: Path) -> None:
     assert val.read_image(0) == png_bytes(3)
 
 
-@pytest.mark.usefixtures("cache")
+@pytest.mark.usefixtures("datasets_cache")
 def test_parquet_that_changed_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     write_parquet(path, [image_row(0, "old")])
@@ -402,30 +395,27 @@ def test_a_relative_path_is_not_taken_for_a_hub_name(
 ) -> None:
     (tmp_path / "data").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"^no folder or file data/none$"):
-        open_pairs("data/none")
-    with pytest.raises(UserError, match=r"^no folder or file dada/none\.tar$"):
-        open_pairs("dada/none.tar")
+    for name in ("data/none", "dada/none.tar"):
+        with pytest.raises(UserError, match=f"^no folder or file {name}$"):
+            open_pairs(name)
 
 
-def test_an_unreachable_hub_name_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    import huggingface_hub.constants
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match="which the Hub did not give: "):
-        open_pairs("nobody/nothing")
-
-
-def test_a_hub_name_without_a_network_fails_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("is_offline", "message"),
+    [
+        (True, "^no folder or file my/photos here; .*which the Hub did not give: "),
+        (False, "^no folder or file my/photos here; taken as the name of .*cannot be reached"),
+    ],
+)
+def test_an_unreachable_hub_name_fails_at_once(
+    monkeypatch: pytest.MonkeyPatch, is_offline: bool, message: str
+) -> None:
     import datasets
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    message = "^no folder or file my/photos here; taken as the name of .*cannot be reached"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", is_offline)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", is_offline)
     with pytest.raises(UserError, match=message):
         open_pairs("my/photos")
 
@@ -444,7 +434,7 @@ def test_named_splits_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 def test_sources_without_splits_hold_out_the_same_pairs(tmp_path: Path) -> None:
-    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(40)])
+    write_images(tmp_path, 40)
     train = set(keys(open_pairs(str(tmp_path), split="train")))
     val = set(keys(open_pairs(str(tmp_path), split="validation")))
     assert val
@@ -456,7 +446,7 @@ def test_sources_without_splits_hold_out_the_same_pairs(tmp_path: Path) -> None:
 
 
 def test_small_sets_hold_nothing_out(tmp_path: Path) -> None:
-    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(9)])
+    write_images(tmp_path, 9)
     assert len(open_pairs(str(tmp_path), split="train")) == 9
     with pytest.raises(UserError, match="has 9 pairs; expected at least 10 to hold some"):
         open_pairs(str(tmp_path), split="val")
@@ -485,7 +475,7 @@ def test_held_out_fraction() -> None:
 @pytest.fixture
 def mixed(tmp_path: Path) -> Pairs:
     """Ten images, of which number 3 is cut off and number 7 is a web page."""
-    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": "x"} for i in range(10)])
+    write_images(tmp_path, 10)
     (tmp_path / "3.png").write_bytes(png_bytes()[:48])
     (tmp_path / "7.png").write_bytes(b"<html>")
     return open_pairs(str(tmp_path))
@@ -499,12 +489,8 @@ def test_read_pixels_is_decode_resize_and_scale(tmp_path: Path) -> None:
 
 def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
     calls: list[tuple[int, int]] = []
-    pixels, kept, bad = load_all_pixels(
-        mixed,
-        image_size=4,
-        max_bad_fraction=0.2,
-        progress=lambda done, total: calls.append((done, total)),
-    )
+    options = {"image_size": 4, "progress": lambda done, total: calls.append((done, total))}
+    pixels, kept, bad = load_all_pixels(mixed, max_bad_fraction=0.2, **options)
     assert kept == [0, 1, 2, 4, 5, 6, 8, 9]
     assert pixels.shape == (8, 3, 4, 4)
     assert pixels.dtype == torch.uint8
@@ -517,6 +503,14 @@ def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
 def test_too_many_bad_images_stop_the_load(mixed: Pairs) -> None:
     with pytest.raises(UserError, match=r"2 of the first 8 images \(of 10\).*3\.png: .*7\.png: "):
         load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
+
+
+def test_nothing_but_bad_images_stops_the_load(tmp_path: Path) -> None:
+    write_images(tmp_path, 3)
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"")
+    with pytest.raises(UserError, match="empty file"):
+        load_all_pixels(open_pairs(str(tmp_path)), image_size=4, max_bad_fraction=1.0)
 
 
 def test_image_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:

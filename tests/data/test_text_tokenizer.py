@@ -16,14 +16,8 @@ from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokeni
 from dalle_mini_impl.errors import UserError
 from tests.reference.log_lines import log_lines
 
-CAPTIONS = [
-    "a red square",
-    "a blue square",
-    "flag of South Korea",
-    "flag of Norway",
-    "빨간 사각형",
-    "대한민국 국기",
-] * 3
+CAPTIONS = ["a red square", "a blue square", "flag of South Korea", "flag of Norway"] * 3
+CAPTIONS += ["빨간 사각형", "대한민국 국기"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +41,8 @@ def decode(encoder: TextTokenizer, row: list[int]) -> str:
 def test_case_spaces_and_unicode_form_do_not_matter(encoder: TextTokenizer) -> None:
     decomposed = unicodedata.normalize("NFD", "대한민국 국기")
     assert decomposed != "대한민국 국기"
-    first, *others = rows(
-        encoder, "flag of south korea", "  Flag of  SOUTH\tKorea\n", "flag\u3000of\xa0south korea"
-    )
+    spaced = ("  Flag of  SOUTH\tKorea\n", "flag\u3000of\xa0south korea")
+    first, *others = rows(encoder, "flag of south korea", *spaced)
     assert all(other == first for other in others)
     composed, from_decomposed = rows(encoder, "대한민국 국기", decomposed)
     assert composed == from_decomposed

@@ -32,19 +32,19 @@ def pixels() -> Tensor:
 
 
 def build(folder: Path, **changes: Any) -> tuple[TokenDataset, list[str]]:
+    """The data set of three images with changes in its options or its variation."""
     options: dict[str, Any] = {
         "pairs": PAIRS,
         "pixels": pixels(),
         "vqvae": tiny.build_vqvae(),
         "text_tokenizer": tiny.build_text_tokenizer(),
     }
-    sizes = {"num_views": 2, "max_shift": 2} | {
-        name: changes.pop(name) for name in set(changes) & set(Variation.__dataclass_fields__)
-    }
-    options |= changes | {"variation": Variation(**sizes)}
-    pairs, images = options.pop("pairs"), options.pop("pixels")
+    variation: dict[str, Any] = {"num_views": 2, "max_shift": 2}
+    for name, value in changes.items():
+        (options if name in options else variation)[name] = value
+    options["variation"] = Variation(**variation)
     with log_lines() as lines:
-        dataset = build_token_dataset(pairs, images, cache_dir=folder, **options)
+        dataset = build_token_dataset(cache_dir=folder, **options)
     return dataset, lines
 
 
@@ -141,16 +141,14 @@ def test_captions_have_variants_and_the_first_is_the_usual_one(tmp_path: Path) -
     assert torch.equal(dataset.image_token_ids, plain.image_token_ids)
     table = dataset.text_token_ids.unflatten(0, (6, NUM_VARIANTS))
     assert torch.equal(table[:, 0], plain.text_token_ids)
-    for caption, rows in zip(
-        text_tokenizer.decode(plain.text_token_ids.long()), table, strict=True
-    ):
+    captions = text_tokenizer.decode(plain.text_token_ids.long())
+    for caption, rows in zip(captions, table, strict=True):
         assert set(text_tokenizer.decode(rows.long())) == {caption}
     ids, uniforms = torch.arange(3), torch.linspace(0, 0.999, 200)
     assert torch.equal(dataset.captions_of(ids, torch.zeros(3)), plain.text_token_ids[[0, 2, 3]])
-    seen = dataset.captions_of(torch.full((200,), 2), uniforms)
-    assert text_tokenizer.decode(seen) == text_tokenizer.decode(
-        plain.captions_of(torch.full((200,), 2), uniforms)
-    )
+    third = torch.full((200,), 2)
+    seen, usual = (each.captions_of(third, uniforms) for each in (dataset, plain))
+    assert text_tokenizer.decode(seen) == text_tokenizer.decode(usual)
     assert len(seen.unique(dim=0)) == len(dataset.text_token_ids[-3 * NUM_VARIANTS :].unique(dim=0))
 
 
@@ -165,18 +163,13 @@ def test_lookups_follow_their_uniforms() -> None:
     uniforms = torch.tensor([0.24, 0.26, 0.49, 0.999, 0.24, 0.26, 0.5, 0.67, 0.83, 0.84])
     chosen = dataset.captions_of(ids, uniforms).flatten().tolist()
     assert chosen == [0, 1, 2, 2, 3, 4, 3, 4, 4, 5]
-    assert dataset.images_of(ids[:3], torch.tensor([0.0, 0.5, 0.49])).tolist() == [
-        [0, 1],
-        [2, 3],
-        [4, 5],
-    ]
+    images = dataset.images_of(ids[:3], torch.tensor([0.0, 0.5, 0.49]))
+    assert images.tolist() == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_largest_uniform_stays_in_range() -> None:
-    captions = torch.arange(33)[:, None].int()
-    dataset = TokenDataset(
-        torch.zeros(1, 33, 1, dtype=torch.int32), captions, torch.tensor([0, 33])
-    )
+    images, captions = torch.zeros(1, 33, 1).int(), torch.arange(33)[:, None].int()
+    dataset = TokenDataset(images, captions, torch.tensor([0, 33]))
     largest = torch.tensor([1 - 2**-24])
     assert dataset.captions_of(torch.tensor([0]), largest).item() == 32
     assert dataset.images_of(torch.tensor([0]), largest).item() == 0

@@ -33,11 +33,12 @@ def run_here(name: str, *arguments: str | Path) -> int:
 
 
 def run_python(
-    *arguments: str | Path, timeout: float = 300, **env: str
+    *arguments: str | Path, processes: int = 1, timeout: float = 300, **env: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python in the repository's folder."""
+    """Run Python in the repository's folder, on several processes by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable, *(launcher if processes > 1 else []), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **env},
         cwd=REPOSITORY,
         capture_output=True,
@@ -47,9 +48,11 @@ def run_python(
     )
 
 
-def run_apart(name: str, *arguments: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    """Runs a script as a user does."""
-    return run_python(f"scripts/{name}.py", *arguments, **env)
+def run_apart(
+    name: str, *arguments: str | Path, processes: int = 1, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a script as a user does."""
+    return run_python(f"scripts/{name}.py", *arguments, processes=processes, **env)
 
 
 def write_presets(data: Path, out: Path) -> tuple[Path, Path]:

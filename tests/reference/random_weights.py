@@ -1,7 +1,18 @@
 """Random weights, so wide that a mistake anywhere moves the results by more than rounding does."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_pixels(count: int = 3, size: int = 16, *, seed: int = 0) -> Tensor:
+    """Images of uniform numbers in [-1, 1], the same each time."""
+    shape, generator = (count, 3, size, size), torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator) * 2 - 1
 
 
 @torch.no_grad()

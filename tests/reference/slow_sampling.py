@@ -10,6 +10,15 @@ from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 
 
+def captions(model: Any, count: int) -> Tensor:
+    """Random captions of one token or more, padded."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (count, model.config.text_length)
+    text = torch.randint(1, model.config.vocab_size, shape, generator=generator)
+    lengths = torch.randint(1, shape[1] + 1, (count, 1), generator=generator)
+    return text.masked_fill(torch.arange(shape[1]) >= lengths, 0)
+
+
 def slow_scale(sampling_config: SamplingConfig, step: int, num_steps: int) -> float:
     if sampling_config.guidance_schedule == "constant":
         return sampling_config.guidance_scale

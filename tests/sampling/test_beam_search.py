@@ -16,13 +16,8 @@ SOURCES = torch.tensor([[1, 2, 3], [3, 3, 0], [2, 1, 0], [1, 0, 0]])
 
 
 def build(seed: int) -> EncoderDecoder:
-    config = EncoderDecoderConfig(
-        hidden_size=8,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        num_heads=2,
-        intermediate_size=12,
-    )
+    layers = {"num_encoder_layers": 1, "num_decoder_layers": 1}
+    config = EncoderDecoderConfig(hidden_size=8, num_heads=2, intermediate_size=12, **layers)
     model = EncoderDecoder(config, vocab_size=VOCAB_SIZE).eval()
     randomize(model, seed=seed, scale=0.6)
     with torch.no_grad():

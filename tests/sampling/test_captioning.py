@@ -15,6 +15,7 @@ from dalle_mini_impl.sampling.likelihood import (
     score_pairs,
     text_log_likelihood,
 )
+from tests.reference.slow_sampling import captions
 
 BuildDalle = Callable[..., Dalle]
 TEXT = torch.tensor([[4, 2, 9, 0, 0], [4, 2, 0, 0, 0], [1, 1, 3, 5, 10]])
@@ -29,8 +30,7 @@ def test_text_is_predicted_as_with_an_image_after_it(build_dalle: BuildDalle) ->
 
 def test_likelihoods_of_all_captions_sum_to_one(build_dalle: BuildDalle) -> None:
     model = build_dalle(vocab_size=6, text_length=4)
-    captions = torch.tensor(list(itertools.product(range(1, 6), repeat=3)))
-    padded = torch.cat([captions, torch.zeros(125, 1, dtype=torch.long)], dim=1)
+    padded = torch.tensor([[*row, 0] for row in itertools.product(range(1, 6), repeat=3)])
     likelihoods = text_log_likelihood(model, padded)
     # What is missing to one are captions with pads inside, which no training ever shows.
     with torch.inference_mode():
@@ -39,9 +39,8 @@ def test_likelihoods_of_all_captions_sum_to_one(build_dalle: BuildDalle) -> None
     first = text_log_likelihood(model, torch.tensor([[k, 0, 0, 0] for k in range(1, 6)]))
     assert float(first.exp().sum() + pads[0, 0]) == pytest.approx(1, abs=1e-5)
     by_first = likelihoods.exp().reshape(5, 5, 5)
-    second = text_log_likelihood(
-        model, torch.tensor([[a, b, 0, 0] for a in range(1, 6) for b in range(1, 6)])
-    ).exp()
+    pairs = [[a, b, 0, 0] for a in range(1, 6) for b in range(1, 6)]
+    second = text_log_likelihood(model, torch.tensor(pairs)).exp()
     third_pads = pads[:, 2].reshape(5, 5, 5)[..., 0]
     expected = second.reshape(5, 5) * (1 - third_pads)
     torch.testing.assert_close(by_first.sum(dim=2), expected, atol=1e-5, rtol=0)
@@ -58,23 +57,19 @@ def test_scores_are_bayes_rule(build_dalle: BuildDalle) -> None:
         ratio = scores.image_given_text[row, column] - scores.image[row]
         torch.testing.assert_close(ratio, log_likelihood_ratio(model, *pair)[0], atol=1e-3, rtol=0)
     joint = (scores.image_given_text + text_log_likelihood(model, TEXT)).double().exp()
-    probabilities = scores.probabilities(use_prior=True).double()
-    torch.testing.assert_close(
-        probabilities, joint / joint.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
-    )
     alike = scores.image_given_text.double().exp()
-    probabilities = scores.probabilities().double()
-    torch.testing.assert_close(
-        probabilities, alike / alike.sum(dim=1, keepdim=True), atol=1e-5, rtol=0
-    )
+    for use_prior, masses in ((True, joint), (False, alike)):
+        probabilities = scores.probabilities(use_prior=use_prior).double()
+        expected = masses / masses.sum(dim=1, keepdim=True)
+        torch.testing.assert_close(probabilities, expected, atol=1e-5, rtol=0)
     assert not torch.equal(scores.probabilities(), scores.probabilities(use_prior=True))
 
 
 def test_caption_score_does_not_depend_on_batch(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    text = torch.randint(1, 11, (ROWS_PER_BATCH + 5, 5), generator=torch.Generator().manual_seed(0))
+    text = captions(model, ROWS_PER_BATCH + 5)
     together = text_log_likelihood(model, text)
-    alone = [text_log_likelihood(model, text[i : i + 1]) for i in range(len(text))]
+    alone = [text_log_likelihood(model, row) for row in text.split(1)]
     # One shape for all, but a library may round the rows of one product in several ways.
     torch.testing.assert_close(torch.cat(alone), together, atol=1e-3, rtol=0)
 

@@ -12,18 +12,14 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import generate_image_token_ids, generate_sequentially
 from dalle_mini_impl.sampling.sampler import GeneratedTokens, SamplingConfig
-from tests.reference.slow_sampling import slow_generate
+from tests.reference.slow_sampling import captions, slow_generate
 
 BuildDalle = Callable[..., Dalle]
 
 
-def captions(model: Dalle, count: int) -> Tensor:
-    """Captions of one token or more, padded."""
-    generator = torch.Generator().manual_seed(3)
-    shape = (count, model.config.text_length)
-    text = torch.randint(1, model.config.vocab_size, shape, generator=generator)
-    lengths = torch.randint(1, shape[1] + 1, (count, 1), generator=generator)
-    return text.masked_fill(torch.arange(shape[1]) >= lengths, 0)
+def generate(model: Dalle, text: Tensor, seeds: Tensor, **config: Any) -> GeneratedTokens:
+    sampling_config = SamplingConfig(**config)
+    return generate_image_token_ids(model, text, seeds=seeds, sampling_config=sampling_config)
 
 
 SAMPLING_CONFIGS = [
@@ -36,16 +32,14 @@ SAMPLING_CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("generate", [generate_image_token_ids, generate_sequentially])
+@pytest.mark.parametrize("function", [generate_image_token_ids, generate_sequentially])
 @pytest.mark.parametrize("sampling_config", SAMPLING_CONFIGS)
 def test_tokens_equal_a_slow_loop_without_cache(
-    build_dalle: BuildDalle,
-    sampling_config: SamplingConfig,
-    generate: Callable[..., GeneratedTokens],
+    build_dalle: BuildDalle, sampling_config: SamplingConfig, function: Callable[..., Any]
 ) -> None:
     model = build_dalle()
     text, seeds = captions(model, 3), torch.tensor([11, 12, 13])
-    generated = generate(model, text, seeds=seeds, sampling_config=sampling_config)
+    generated = function(model, text, seeds=seeds, sampling_config=sampling_config)
     assert generated.num_passes <= model.config.image_length
     for row in range(3):
         tokens, ratio = slow_generate(model, text[row], int(seeds[row]), sampling_config)
@@ -60,39 +54,27 @@ def test_tokens_equal_a_slow_loop_without_cache(
 def test_a_batch_of_n_is_n_batches_of_one(build_dalle: BuildDalle, guidance_scale: float) -> None:
     # Wide enough that matrix products of other row counts do round differently.
     model = build_dalle(hidden_size=192, num_heads=3, codebook_levels=(8, 5, 5))
-    sampling_config = SamplingConfig(guidance_scale=guidance_scale)
-
-    def generate(text: Tensor, seeds: Tensor) -> GeneratedTokens:
-        return generate_image_token_ids(model, text, seeds=seeds, sampling_config=sampling_config)
-
     text, seeds = captions(model, 20), torch.arange(100, 120)
-    alone = [generate(text[i : i + 1], seeds[i : i + 1]) for i in range(20)]
+
+    def generate_rows(rows: Tensor) -> GeneratedTokens:
+        return generate(model, text[rows], seeds[rows], guidance_scale=guidance_scale)
+
+    alone = [generate_rows(torch.tensor([row])) for row in range(20)]
     tokens = torch.cat([each.image_token_ids for each in alone])
-    log_likelihood_ratios = torch.cat([each.log_likelihood_ratio for each in alone])
+    ratios = torch.cat([each.log_likelihood_ratio for each in alone])
     assert len(tokens.unique(dim=0)) == 20
     shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    for picks in (
-        torch.arange(1),
-        torch.arange(3),
-        torch.arange(3).flip(0),
-        torch.arange(16),
-        torch.arange(20),
-        shuffled,
-        torch.tensor([7] * 18),
-    ):
-        together = generate(text[picks], seeds[picks])
-        assert torch.equal(together.image_token_ids, tokens[picks])
+    in_order = [torch.arange(count) for count in (1, 3, 16, 20)]
+    for rows in (*in_order, torch.arange(3).flip(0), shuffled, torch.tensor([7] * 18)):
+        together = generate_rows(rows)
+        assert torch.equal(together.image_token_ids, tokens[rows])
         # Sums of float32 in another order; the ratios are tens of nats.
-        torch.testing.assert_close(
-            together.log_likelihood_ratio, log_likelihood_ratios[picks], atol=1e-3, rtol=0
-        )
+        torch.testing.assert_close(together.log_likelihood_ratio, ratios[rows], atol=1e-3, rtol=0)
 
 
 def test_an_empty_batch_is_empty(build_dalle: BuildDalle) -> None:
     model = build_dalle()
-    generated = generate_image_token_ids(
-        model, captions(model, 0), seeds=torch.arange(0), sampling_config=SamplingConfig()
-    )
+    generated = generate(model, captions(model, 0), torch.arange(0))
     assert generated.image_token_ids.shape == (0, model.config.image_length)
     assert generated.log_likelihood_ratio.shape == (0,)
 
@@ -102,9 +84,9 @@ def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
     text = captions(model, 1).expand(4, -1)
     seeds = torch.tensor([5, 6, 5, 2**63 - 1])
     torch.manual_seed(0)
-    first = generate_image_token_ids(model, text, seeds=seeds, sampling_config=SamplingConfig())
+    first = generate(model, text, seeds)
     torch.manual_seed(1)
-    again = generate_image_token_ids(model, text, seeds=seeds, sampling_config=SamplingConfig())
+    again = generate(model, text, seeds)
     assert torch.equal(first.image_token_ids, again.image_token_ids)
     assert torch.equal(first.image_token_ids[0], first.image_token_ids[2])
     assert len(first.image_token_ids.unique(dim=0)) == 3
@@ -113,55 +95,39 @@ def test_the_seed_decides_and_nothing_else(build_dalle: BuildDalle) -> None:
 def test_low_temperature_takes_the_likeliest_token(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     text, seeds = captions(model, 6), torch.arange(6)
-    tokens = [
-        generate_image_token_ids(
-            model, text, seeds=own, sampling_config=SamplingConfig(guidance_scale=2.0, **more)
-        ).image_token_ids
-        for own, more in (
-            (seeds, {"top_k": 1}),
-            (seeds, {"temperature": 1e-4}),
-            (seeds + 50, {"top_p": 1e-9}),
-        )
-    ]
-    assert torch.equal(tokens[0], tokens[1])
-    assert torch.equal(tokens[0], tokens[2])
+    likeliest = generate(model, text, seeds, guidance_scale=2.0, top_k=1)
+    cold = generate(model, text, seeds, guidance_scale=2.0, temperature=1e-4)
+    narrow = generate(model, text, seeds + 50, guidance_scale=2.0, top_p=1e-9)
+    for other in (cold, narrow):
+        assert torch.equal(other.image_token_ids, likeliest.image_token_ids)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_one_seed_per_caption(build_dalle: BuildDalle) -> None:
     model = build_dalle()
     with pytest.raises(ValueError, match="seeds: got 2, expected one per caption, 3"):
-        generate_image_token_ids(
-            model, captions(model, 3), seeds=torch.arange(2), sampling_config=SamplingConfig()
-        )
+        generate(model, captions(model, 3), torch.arange(2))
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("field", "values"),
     [
-        ("guidance_scale", -1.0),
-        ("guidance_scale", math.nan),
-        ("guidance_scale", math.inf),
-        ("temperature", 0.0),
-        ("temperature", -1.0),
-        ("temperature", math.nan),
-        ("temperature", math.inf),
-        ("top_k", -1),
-        ("top_p", 0.0),
-        ("top_p", 1.5),
-        ("top_p", math.nan),
+        ("guidance_scale", (-1.0, math.nan, math.inf)),
+        ("temperature", (0.0, -1.0, math.nan, math.inf)),
+        ("top_k", (-1,)),
+        ("top_p", (0.0, 1.5, math.nan)),
     ],
 )
-def test_bad_values_are_refused(field: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{field}: got {value}"):
-        SamplingConfig(**{field: value})
+def test_bad_values_are_refused(field: str, values: tuple[float, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{field}: got {value}"):
+            SamplingConfig(**{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_unknown_schedules_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match="guidance_schedule: got 'linear', expected one of constant"
-    ):
+    message = "guidance_schedule: got 'linear', expected one of constant"
+    with pytest.raises(ValueError, match=message):
         SamplingConfig(guidance_schedule="linear")  # type: ignore[arg-type]
 
 

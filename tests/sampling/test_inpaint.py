@@ -13,7 +13,7 @@ from dalle_mini_impl.sampling.inpaint import (
     inpainting_order,
     is_raster_order,
 )
-from dalle_mini_impl.sampling.sampler import SamplingConfig
+from dalle_mini_impl.sampling.sampler import GeneratedTokens, SamplingConfig
 from tests.reference.slow_sampling import slow_generate
 
 BuildDalle = Callable[..., Dalle]
@@ -22,6 +22,12 @@ SAMPLING_CONFIGS = [
     SamplingConfig(guidance_scale=1.0),
     SamplingConfig(guidance_scale=3.0, guidance_schedule="cosine", temperature=1.3, top_p=0.9),
 ]
+
+
+def inpaint(
+    model: Dalle, text: Tensor, image: Tensor, holes: Tensor, seeds: Tensor, config: SamplingConfig
+) -> GeneratedTokens:
+    return inpaint_image_token_ids(model, text, image, holes, seeds=seeds, sampling_config=config)
 
 
 def rows(model: Dalle, count: int) -> tuple[Tensor, Tensor]:
@@ -39,9 +45,7 @@ def test_tokens_equal_a_slow_loop_without_cache(
     text, image = rows(model, 4)
     holes = torch.stack([HOLE, HOLE.roll(3), HOLE.roll(-5), HOLE.flip(0)])  # one for each row
     seeds = torch.tensor([3, 4, 5, 2**63 - 1])
-    generated = inpaint_image_token_ids(
-        model, text, image, holes, seeds=seeds, sampling_config=sampling_config
-    )
+    generated = inpaint(model, text, image, holes, seeds, sampling_config)
     assert torch.equal(generated.image_token_ids[~holes], image[~holes])
     for row in range(4):
         hole = holes[row].tolist()
@@ -63,9 +67,7 @@ def test_a_seed_continues_its_own_image(build_dalle: BuildDalle, num_kept: int) 
     whole = generate_image_token_ids(model, text, seeds=seeds, sampling_config=sampling_config)
     below = (torch.arange(12) >= num_kept).expand(3, -1)
     start = whole.image_token_ids.masked_fill(below, 0)
-    again = inpaint_image_token_ids(
-        model, text, start, below, seeds=seeds, sampling_config=sampling_config
-    )
+    again = inpaint(model, text, start, below, seeds, sampling_config)
     assert torch.equal(again.image_token_ids, whole.image_token_ids)
 
 
@@ -73,14 +75,8 @@ def first_token_frequencies(
     model: Dalle, text: Tensor, image: Tensor, count: int = 200
 ) -> list[float]:
     """How often each token stands in the first cell of the hole, over many seeds."""
-    generated = inpaint_image_token_ids(
-        model,
-        text.expand(count, -1),
-        image.expand(count, -1),
-        HOLE.expand(count, -1),
-        seeds=torch.arange(count),
-        sampling_config=SamplingConfig(guidance_scale=1.0),
-    )
+    many = [each.expand(count, -1) for each in (text, image, HOLE)]
+    generated = inpaint(model, *many, torch.arange(count), SamplingConfig(guidance_scale=1.0))
     return (generated.image_token_ids[:, 5].bincount(minlength=12) / count).tolist()
 
 
@@ -90,9 +86,7 @@ def test_a_hole_depends_on_every_side_and_on_the_caption(build_dalle: BuildDalle
         model.image_embedding.rows.mul_(6)
     text, image = rows(model, 1)
     before = first_token_frequencies(model, text, image)
-    assert before == first_token_frequencies(
-        model, text, image
-    )  # the same seeds, so the same tokens
+    assert before == first_token_frequencies(model, text, image)  # the same seeds
 
     def shift(changed: list[float]) -> float:
         return sum(abs(a - b) for a, b in zip(before, changed, strict=True)) / 2
@@ -114,14 +108,8 @@ def test_result_does_not_depend_on_the_batch(build_dalle: BuildDalle) -> None:
     holes = torch.stack([HOLE.roll(shift) for shift in range(count)])
 
     def fill(picks: Tensor) -> Tensor:
-        return inpaint_image_token_ids(
-            model,
-            text[picks],
-            image[picks],
-            holes[picks],
-            seeds=picks,
-            sampling_config=sampling_config,
-        ).image_token_ids
+        parts = text[picks], image[picks], holes[picks]
+        return inpaint(model, *parts, picks, sampling_config).image_token_ids
 
     together = fill(torch.arange(count))
     assert len(together.unique(dim=0)) == count
@@ -144,9 +132,6 @@ def test_orders() -> None:
 def test_bad_masks_are_refused(build_dalle: BuildDalle, holes: Tensor) -> None:
     model = build_dalle()
     text, image = rows(model, 2)
-    with pytest.raises(
-        ValueError, match=r"^is_masked: got .* tokens, expected equally many in each"
-    ):
-        inpaint_image_token_ids(
-            model, text, image, holes, seeds=torch.arange(2), sampling_config=SAMPLING_CONFIGS[0]
-        )
+    message = "^is_masked: got .* tokens, expected equally many in each"
+    with pytest.raises(ValueError, match=message):
+        inpaint(model, text, image, holes, torch.arange(2), SAMPLING_CONFIGS[0])

@@ -13,17 +13,12 @@ from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.jacobi import jacobi_decode
 from dalle_mini_impl.sampling.sampler import GeneratedTokens, SamplingConfig
-from tests.reference.slow_sampling import slow_allowed, slow_scale
+from tests.reference.slow_sampling import captions, slow_allowed, slow_scale
+from tests.reference.tiny import WITH_ENCODER
 
 BuildDalle = Callable[..., Dalle]
-WITH_ENCODER = {"architecture": "encoder_decoder", "num_encoder_layers": 1}
 NUM_IMAGES = 8_000
 CAPTION = torch.tensor([[3, 7, 2, 0, 0]])
-
-
-@pytest.fixture(scope="module")
-def tiny(build_dalle: BuildDalle) -> Dalle:
-    return build_tiny(build_dalle)
 
 
 def decode(
@@ -98,17 +93,13 @@ SAMPLING_CONFIGS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "window"), [*((name, 3) for name in SAMPLING_CONFIGS), ("all", 5)]
+    ("name", "window", "decoder"),
+    [*((name, 3, {}) for name in SAMPLING_CONFIGS), ("all", 5, {}), ("all", 3, WITH_ENCODER)],
 )
-def test_distribution_is_that_of_sequential_sampling(tiny: Dalle, name: str, window: int) -> None:
-    check_distribution(tiny, name, window)
-
-
-def test_distribution_with_an_encoder(build_dalle: BuildDalle) -> None:
-    check_distribution(build_tiny(build_dalle, **WITH_ENCODER), "all", 3)
-
-
-def check_distribution(tiny: Any, name: str, window: int) -> None:
+def test_distribution_is_that_of_sequential_sampling(
+    build_dalle: BuildDalle, name: str, window: int, decoder: dict[str, Any]
+) -> None:
+    tiny: Any = build_tiny(build_dalle, **decoder)
     images = all_images(tiny)
     probabilities = exact_probabilities(tiny, images, SAMPLING_CONFIGS[name])
     text, seeds = CAPTION.expand(NUM_IMAGES, -1), torch.arange(NUM_IMAGES)
@@ -120,7 +111,8 @@ def check_distribution(tiny: Any, name: str, window: int) -> None:
     assert surprise(counts, probabilities) < 3.5  # one in 4,000 of correct samplers
 
 
-def test_chi_square_sees_a_slightly_wrong_distribution(tiny: Dalle) -> None:
+def test_chi_square_sees_a_slightly_wrong_distribution(build_dalle: BuildDalle) -> None:
+    tiny = build_tiny(build_dalle)
     images = all_images(tiny)
     right = exact_probabilities(tiny, images, SAMPLING_CONFIGS["plain"])
     wrong = exact_probabilities(tiny, images, SamplingConfig(guidance_scale=1.0, temperature=0.9))
@@ -129,12 +121,6 @@ def test_chi_square_sees_a_slightly_wrong_distribution(tiny: Dalle) -> None:
         generated = source.multinomial(NUM_IMAGES, replacement=True, generator=generator)
         counts = generated.bincount(minlength=len(images)).double()
         assert low < surprise(counts, right) < high
-
-
-def captions(model: Dalle, count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    shape = (count, model.config.text_length)
-    return torch.randint(1, model.config.vocab_size, shape, generator=generator)
 
 
 @pytest.mark.parametrize("window", [2, 4, 100])

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from tests.reference.random_weights import random_pixels
 from vqvae.logit_laplace import logit_laplace_loss, logit_laplace_pixels
 
 
@@ -35,8 +36,7 @@ def test_loss_by_hand() -> None:
 
 
 def test_loss_is_least_at_the_pixels_and_bounded() -> None:
-    generator = torch.Generator().manual_seed(0)
-    pixels = 2 * torch.rand(2, 3, 32, 32, generator=generator) - 1
+    pixels = random_pixels(2, 32)
     unit = 0.8 * (pixels + 1) / 2 + 0.1
     means = torch.logit(unit)
     exact = torch.cat([means, torch.full_like(means, -1.0)], dim=1)

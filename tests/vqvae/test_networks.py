@@ -3,14 +3,12 @@
 import pytest
 import torch
 
+from tests.reference.random_weights import randomize
 from vqvae.networks import Decoder, Encoder, ResidualBlock
 
 
 def randomized(module: torch.nn.Module) -> torch.nn.Module:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    randomize(module, scale=0.4)
     return module
 
 

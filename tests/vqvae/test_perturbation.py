@@ -21,19 +21,14 @@ def test_tokens_become_one_of_the_nearest_others() -> None:
     codebook = torch.randn(9, 3)
     output = quantized(codebook, batch=40)
     found = perturb_latents(output, codebook, Perturbation(1.0, 1.0, num_neighbors=2))
-    ranks = set()
-    num_changed = 0
+    ranks = []
     vectors = found.permute(0, 2, 3, 1).reshape(-1, 3)
     for old, vector in zip(output.token_ids.flatten().tolist(), vectors, strict=True):
         new = int((codebook - vector).norm(dim=1).argmin())
-        order = (codebook - codebook[old]).norm(dim=1).argsort().tolist()
-        assert order[0] == old
-        assert new in order[:3]
-        num_changed += new != old
-        ranks.add(order.index(new))
-    assert ranks == {0, 1, 2}
+        ranks.append((codebook - codebook[old]).norm(dim=1).argsort().tolist().index(new))
+    assert set(ranks) == {0, 1, 2}
     # The fraction of each image is uniform, so half of all; 640 tokens in 40 images.
-    assert 0.35 < num_changed / 640 < 0.65
+    assert 0.35 < 1 - ranks.count(0) / 640 < 0.65
 
 
 def test_perturbation_hits_the_given_fraction() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.reference.random_weights import random_pixels
 from vqvae import VQVAE
 from vqvae.losses.adversarial import (
     DiscriminatorConfig,
@@ -24,7 +25,7 @@ Networks = tuple[VQVAE, PatchDiscriminator, Tensor]
 def networks(build_vqvae: Callable[..., VQVAE]) -> Networks:
     torch.manual_seed(0)
     vqvae = build_vqvae().train()
-    return vqvae, PatchDiscriminator(channels=4, num_layers=2), torch.rand(3, 3, 16, 16) * 2 - 1
+    return vqvae, PatchDiscriminator(channels=4, num_layers=2), random_pixels()
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:

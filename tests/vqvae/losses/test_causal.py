@@ -3,14 +3,13 @@
 import copy
 import math
 from collections.abc import Callable
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.reference.random_weights import random_pixels, randomize
 from vqvae import VQVAE, VQVAEConfig
 from vqvae.losses.causal import (
     NUM_HEADS,
@@ -24,51 +23,39 @@ from vqvae.losses.causal import (
 def build_predictor(code_dim: int = 3, num_cells: int = 6) -> NextFeaturePredictor:
     """One in which every weight matters; a fresh one predicts 0."""
     predictor = NextFeaturePredictor(code_dim=code_dim, num_cells=num_cells)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in predictor.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.3 * noise if "norm" in name and noise.ndim == 1 else 0.3 * noise)
+    randomize(predictor)
     return predictor
 
 
 def plain_predictions(predictor: NextFeaturePredictor, features: Tensor) -> Tensor:
-    """One image, one cell after the other, in float64: pre-norm blocks, heads by slices."""
+    """One image in float64: pre-norm blocks, one head after the other, with an explicit mask."""
     weights = {name: value.double() for name, value in predictor.state_dict().items()}
 
-    def linear(name: str, x: Tensor, weight: str = "weight", bias: str = "bias") -> Tensor:
-        return weights[f"{name}{weight}"] @ x + weights[f"{name}{bias}"]
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ weights[f"{name}weight"].T + weights[f"{name}bias"]
 
     def norm(name: str, x: Tensor) -> Tensor:
-        scaled = (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+        spread = (x.var(dim=1, correction=0, keepdim=True) + 1e-5).sqrt()
+        scaled = (x - x.mean(dim=1, keepdim=True)) / spread
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    cells = [cell for row in features.double().permute(1, 2, 0) for cell in row][:-1]
-    states = [
-        linear("stem.", cell) + weights["positions"][place] for place, cell in enumerate(cells)
-    ]
-    size = len(states[0]) // NUM_HEADS
+    cells = features.double().flatten(1).T[:-1]  # (cells but the last, channels)
+    x = linear("stem.", cells) + weights["positions"][: len(cells)]
+    is_later = torch.ones(len(cells), len(cells)).triu(diagonal=1).bool()
     for layer in range(len(predictor.layers)):
         at = f"layers.{layer}"
-        mixed = [
-            linear(f"{at}.self_attn.", norm(f"{at}.norm1", x), "in_proj_weight", "in_proj_bias")
-            for x in states
-        ]
-        for place in range(len(states)):
-            parts = []
-            for head in range(NUM_HEADS):
-                starts = [part * len(states[0]) + head * size for part in range(3)]
-                own, key, value = (slice(start, start + size) for start in starts)
-                seen = range(place + 1)
-                scores = [mixed[place][own] @ mixed[other][key] / math.sqrt(size) for other in seen]
-                attention = torch.stack(scores).softmax(dim=0)
-                parts.append(sum(attention[other] * mixed[other][value] for other in seen))
-            states[place] = states[place] + linear(f"{at}.self_attn.out_proj.", torch.cat(parts))  # type: ignore[arg-type]
-        for place, x in enumerate(states):
-            inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
-            gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
-            states[place] = x + linear(f"{at}.linear2.", gelu)
-    return torch.stack([linear("head.", norm("norm", x)) for x in states])
+        parts = linear(f"{at}.self_attn.in_proj_", norm(f"{at}.norm1", x)).chunk(3, dim=1)
+        heads = []
+        for query, key, value in zip(
+            *(part.chunk(NUM_HEADS, dim=1) for part in parts), strict=True
+        ):
+            scores = query @ key.T / math.sqrt(query.shape[1])
+            heads.append(scores.masked_fill(is_later, -math.inf).softmax(dim=1) @ value)
+        x = x + linear(f"{at}.self_attn.out_proj.", torch.cat(heads, dim=1))
+        inner = linear(f"{at}.linear1.", norm(f"{at}.norm2", x))
+        gelu = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+        x = x + linear(f"{at}.linear2.", gelu)
+    return linear("head.", norm("norm", x))
 
 
 def test_predictions_and_loss_equal_the_reference() -> None:
@@ -78,19 +65,13 @@ def test_predictions_and_loss_equal_the_reference() -> None:
     plain = torch.stack([plain_predictions(predictor, image) for image in features])
     torch.testing.assert_close(predictions.double(), plain, rtol=1e-4, atol=1e-4)
 
-    expected, found = features.double().numpy(), plain.numpy()
     ratios = []
     for channel in range(3):
-        targets = [image[channel].flatten()[1:] for image in expected]
-        variance = np.concatenate(targets).var() + SMALLEST_VARIANCE
-        errors = [
-            (prediction[place, channel] - values[place]) ** 2
-            for prediction, values in zip(found, targets, strict=True)
-            for place in range(5)
-        ]
-        ratios.append(sum(errors) / len(errors) / variance)
+        targets = features[:, channel].flatten(1)[:, 1:].double()  # all cells but the first
+        errors = (plain[:, :, channel] - targets) ** 2
+        ratios.append(errors.mean() / (targets.var(correction=0) + SMALLEST_VARIANCE))
     loss = float(next_feature_loss(predictions, features).detach())
-    assert loss == pytest.approx(sum(ratios) / 3, rel=1e-4)
+    assert loss == pytest.approx(float(sum(ratios)) / 3, rel=1e-4)
 
 
 def test_a_later_feature_changes_no_earlier_prediction() -> None:
@@ -139,7 +120,7 @@ def test_encoder_and_predictor_learn_and_the_decoder_does_not(
     vqvae = build_vqvae(quantizer=quantizer).train()
     both = NextFeatureVQVAE(vqvae).train()
     both.predictor.load_state_dict(build_predictor(vqvae.quantizer.code_dim, 16).state_dict())
-    pixels = torch.rand(3, 3, 16, 16) * 2 - 1
+    pixels = random_pixels()
     noise, same = (torch.Generator().manual_seed(1) for _ in range(2))
     copy.deepcopy(vqvae)(pixels, generator=same)
     output = both(pixels, generator=noise)
@@ -171,9 +152,8 @@ def smooth_and_random(count: int, generator: torch.Generator) -> Tensor:
     """Images with smooth red; green and blue are random in each cell of 4 x 4."""
     flowing = torch.rand(count, 1, 2, 2, generator=generator) * 2 - 1
     sudden = torch.rand(count, 2, 4, 4, generator=generator) * 2 - 1
-    sizes: dict[str, Any] = {"size": (16, 16)}
-    parts = [F.interpolate(flowing, mode="bilinear", **sizes), F.interpolate(sudden, **sizes)]
-    return torch.cat(parts, dim=1)
+    red = F.interpolate(flowing, (16, 16), mode="bilinear")
+    return torch.cat([red, F.interpolate(sudden, (16, 16))], dim=1)
 
 
 def descend(model: nn.Module, loss: Callable[[], Tensor], *, rate: float, steps: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.faults import hostile
+from tests.reference.random_weights import noise
 from vqvae.losses import perceptual
 from vqvae.losses.perceptual import PerceptualDistance
 
@@ -40,8 +41,7 @@ def test_features_are_those_of_the_published_network(distance: PerceptualDistanc
 def test_perceptual_distance_orders_and_trains(distance: PerceptualDistance) -> None:
     pixels = ramps(32).expand(2, -1, -1, -1)
     assert float(distance(pixels, pixels)) == 0.0
-    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(0))
-    near, far = (pixels + size * noise for size in (0.05, 0.3))
+    near, far = (pixels + size * noise(*pixels.shape) for size in (0.05, 0.3))
     reconstructions = far.requires_grad_()
     loss = distance(reconstructions, pixels)
     assert 0 < float(distance(near, pixels)) < float(loss.detach()) <= 4
@@ -54,9 +54,8 @@ def test_perceptual_distance_orders_and_trains(distance: PerceptualDistance) -> 
 def test_another_file_is_refused_and_never_loaded(tmp_path: Path) -> None:
     sentinel = tmp_path / "sentinel"
     (tmp_path / "weights.pth").write_bytes(hostile.pickled(sentinel))
-    with pytest.raises(
-        ValueError, match=r"weights.pth: got SHA-256 \w+, expected 579344248a93e230$"
-    ):
+    message = r"weights.pth: got SHA-256 \w+, expected 579344248a93e230$"
+    with pytest.raises(ValueError, match=message):
         perceptual._read_weights(tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"no.pth: No such file or directory, expected"):
         perceptual._read_weights(tmp_path / "no.pth")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.reference import quantizers as reference
+from tests.reference.random_weights import noise
 from vqvae.quantizers import GumbelQuantizer
 
 CODEBOOK_SIZE, CODE_DIM = 6, 3
@@ -17,16 +18,19 @@ def quantizer(kl_weight: float = 0.1) -> GumbelQuantizer:
     return GumbelQuantizer(codebook_size=CODEBOOK_SIZE, code_dim=CODE_DIM, kl_weight=kl_weight)
 
 
-def logits(seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, CODEBOOK_SIZE, 3, 4, generator=generator)
+def logits() -> Tensor:
+    return noise(2, CODEBOOK_SIZE, 3, 4)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.25])
 def test_mixtures_equal_the_reference(temperature: float) -> None:
     model = quantizer()
     model.temperature.fill_(temperature)
-    output = model(logits(), generator=torch.Generator().manual_seed(7))
+    output = model(logits(), generator=seeded(7))
     uniform = reference.uniform_noise(7, 24, CODEBOOK_SIZE)
     expected = reference.gumbel_mixture(logits(), model.codebook.detach(), uniform, temperature)
     torch.testing.assert_close(output.quantized_latents, expected)
@@ -38,7 +42,7 @@ def test_noise_samples_codes_with_their_probability() -> None:
     model.temperature.fill_(1e-5)  # mixtures of a single code
     row = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.0])
     grid = row.view(1, -1, 1, 1).expand(1, -1, 100, 200)
-    mixed = model(grid, generator=torch.Generator().manual_seed(0)).quantized_latents
+    mixed = model(grid, generator=seeded(0)).quantized_latents
     codes = mixed.detach().movedim(1, -1).flatten(0, 2)
     chosen = torch.cdist(codes, model.codebook).argmin(dim=1)
     assert (codes - model.codebook[chosen]).abs().amax(dim=1).median() < 1e-6
@@ -57,8 +61,8 @@ def test_evaluation_takes_the_most_likely_code() -> None:
 
 def test_soft_latents_approach_codes_when_cold() -> None:
     model = quantizer()
-    soft = model.soft_latents(logits(), generator=torch.Generator().manual_seed(3))
-    trained = model(logits(), generator=torch.Generator().manual_seed(3)).quantized_latents
+    soft = model.soft_latents(logits(), generator=seeded(3))
+    trained = model(logits(), generator=seeded(3)).quantized_latents
     assert torch.equal(soft, trained)
     model.temperature.fill_(1 / 16)
     ids = logits().argmax(dim=1)
@@ -93,12 +97,9 @@ def test_gradients_reach_encoder_and_codebook() -> None:
 
 
 def test_gumbel_noise_uses_the_generator() -> None:
-    model = quantizer()
-    encoder_latents = logits()
-    first, second, other = (
-        model(encoder_latents, generator=torch.Generator().manual_seed(seed)).quantized_latents
-        for seed in (1, 1, 2)
-    )
+    model, encoder_latents = quantizer(), logits()
+    outputs = [model(encoder_latents, generator=seeded(seed)) for seed in (1, 1, 2)]
+    first, second, other = (output.quantized_latents for output in outputs)
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
     assert torch.equal(encoder_latents, logits())

@@ -6,19 +6,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.reference import quantizers as reference
+from tests.reference.random_weights import noise
 from vqvae.quantizers import VectorQuantizer, kmeans
 from vqvae.quantizers.distributed import MAX_GATHERED_ROWS
 from vqvae.quantizers.kmeans import sample_by_error, spherical_kmeans
 
 
-def latents(code_dim: int, seed: int = 0) -> Tensor:
-    return torch.randn(4, code_dim, 4, 4, generator=torch.Generator().manual_seed(seed))
+def latents(seed: int = 0) -> Tensor:
+    return noise(4, 3, 4, 4, seed=seed)
 
 
 def build(codebook_size: int, code_dim: int = 3, ema_decay: float = 0.99) -> VectorQuantizer:
     quantizer = VectorQuantizer(codebook_size=codebook_size, code_dim=code_dim)
     quantizer.ema_decay = ema_decay
     return quantizer
+
+
+def assert_codes_have_length_1(quantizer: VectorQuantizer) -> None:
+    lengths = quantizer.codebook.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
 def started(codebook_size: int = 12, code_dim: int = 3, ema_decay: float = 0.99) -> VectorQuantizer:
@@ -41,7 +47,7 @@ def test_codes_and_moving_averages_agree_with_the_reference() -> None:
     codebook, counts = quantizer.codebook.clone(), quantizer.ema_counts.clone()
     sums = quantizer.ema_sums.clone()
     for step in range(3):
-        encoder_latents = latents(3, seed=step)
+        encoder_latents = latents(seed=step)
         vectors = rows(encoder_latents)
         expected_ids = [reference.nearest_code(vector, codebook) for vector in vectors]
         output = quantizer(encoder_latents)
@@ -53,21 +59,21 @@ def test_codes_and_moving_averages_agree_with_the_reference() -> None:
         torch.testing.assert_close(quantizer.codebook, codebook)
         torch.testing.assert_close(quantizer.ema_counts, counts)
         torch.testing.assert_close(quantizer.ema_sums, sums)
-    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(12))
+    assert_codes_have_length_1(quantizer)
 
 
 def test_codes_are_the_same_from_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     quantizer = started().eval()
-    at_once = quantizer.encode(latents(3))
+    at_once = quantizer.encode(latents())
     for most in (5 * 12 + 1, 1):  # 64 rows, 5 or 1 a block
         monkeypatch.setattr(kmeans, "MAX_SIMILARITIES", most)
-        assert torch.equal(quantizer.encode(latents(3)), at_once)
+        assert torch.equal(quantizer.encode(latents()), at_once)
 
 
 def test_gradient_passes_straight_through_the_code() -> None:
     quantizer = started().eval()
-    encoder_latents = latents(3).requires_grad_()
-    upstream = latents(3, seed=5)
+    encoder_latents = latents().requires_grad_()
+    upstream = latents(seed=5)
     output = quantizer(encoder_latents)
     (gradient,) = torch.autograd.grad((output.quantized_latents * upstream).sum(), encoder_latents)
     unit = F.normalize(encoder_latents, dim=1)
@@ -80,7 +86,7 @@ def test_commitment_pulls_the_encoder_and_not_the_codebook() -> None:
     for weight in (0.25, 1.0):
         quantizer = started()
         quantizer.commitment_weight = weight
-        encoder_latents = latents(3).requires_grad_()
+        encoder_latents = latents().requires_grad_()
         codes = quantizer.decode(quantizer.encode(encoder_latents))
         output = quantizer(encoder_latents)
         unit = F.normalize(encoder_latents, dim=1)
@@ -98,7 +104,7 @@ def test_commitment_pulls_the_encoder_and_not_the_codebook() -> None:
 def test_only_training_forwards_move_the_codebook() -> None:
     quantizer = started()
     before = quantizer.codebook.clone()
-    encoder_latents = latents(3)
+    encoder_latents = latents()
     untouched = encoder_latents.clone()
     quantizer.encode(encoder_latents)
     quantizer.eval()(encoder_latents)
@@ -111,8 +117,8 @@ def test_only_training_forwards_move_the_codebook() -> None:
 
 def test_encode_decode_and_forward_agree() -> None:
     quantizer = started().eval()
-    output = quantizer(latents(3))
-    assert torch.equal(quantizer.encode(latents(3)), output.token_ids)
+    output = quantizer(latents())
+    assert torch.equal(quantizer.encode(latents()), output.token_ids)
     torch.testing.assert_close(quantizer.decode(output.token_ids), output.quantized_latents)
     ids = torch.arange(quantizer.codebook_size)[:, None, None]
     assert torch.equal(quantizer.encode(quantizer.decode(ids)), ids)
@@ -120,11 +126,9 @@ def test_encode_decode_and_forward_agree() -> None:
 
 
 def test_kmeans_finds_clusters() -> None:
-    generator = torch.Generator().manual_seed(0)
     centers = torch.cat([torch.eye(8), -torch.eye(8)])
-    noise = 0.05 * torch.randn(16, 20, 8, generator=generator)
-    vectors = F.normalize(centers[:, None] + noise, dim=2).flatten(0, 1)
-    codebook, counts = spherical_kmeans(vectors, 16, generator=generator)
+    vectors = F.normalize(centers[:, None] + 0.05 * noise(16, 20, 8), dim=2).flatten(0, 1)
+    codebook, counts = spherical_kmeans(vectors, 16, generator=torch.Generator().manual_seed(0))
     assert (centers @ codebook.T).max(dim=1).values.min() > 0.99
     assert counts.tolist() == [20.0] * 16
 
@@ -142,7 +146,7 @@ def test_starts_with_kmeans_once() -> None:
     copy = build(8)
     copy.load_state_dict(quantizer.state_dict())
     copy.freeze_restarts = True
-    copy(latents(3))  # a second k-means would not come near the loaded codes
+    copy(latents())  # a second k-means would not come near the loaded codes
     assert (copy.codebook * quantizer.codebook).sum(dim=1).min() > 0.99
 
 
@@ -156,9 +160,9 @@ def test_start_from_a_sample_of_many_vectors_counts_them_all() -> None:
 
 def test_more_codes_than_vectors() -> None:
     quantizer = build(200)
-    output = quantizer(latents(3))
+    output = quantizer(latents())
     assert output.metrics["commitment_loss"] < 1e-3
-    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(200))
+    assert_codes_have_length_1(quantizer)
 
 
 def test_the_same_generator_gives_the_same_codebook() -> None:
@@ -169,7 +173,7 @@ def test_the_same_generator_gives_the_same_codebook() -> None:
         generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(len(codebooks))  # the global generator must not matter
         for step in range(3):
-            quantizer(latents(3, seed=step), generator=generator)
+            quantizer(latents(seed=step), generator=generator)
         codebooks.append(quantizer.codebook)
     assert torch.equal(codebooks[0], codebooks[1])
     assert not torch.equal(codebooks[0], codebooks[2])
@@ -187,7 +191,7 @@ def collapsed() -> VectorQuantizer:
 
 
 def one_sided(seed: int) -> Tensor:
-    encoder_latents = latents(3, seed)
+    encoder_latents = latents(seed)
     encoder_latents[:, 0] = encoder_latents[:, 0].abs() + 0.5
     return encoder_latents
 
@@ -226,7 +230,7 @@ def test_small_batches_do_not_restart_codes_in_use() -> None:
 
 
 def test_restarts_prefer_vectors_far_from_their_code() -> None:
-    vectors = F.normalize(torch.randn(100, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    vectors = F.normalize(noise(100, 4), dim=1)
     codes = vectors.clone()
     codes[70:] = -vectors[70:]
     samples = sample_by_error(vectors, codes, 200, generator=torch.Generator().manual_seed(0))
@@ -240,14 +244,14 @@ def test_nonfinite_batches_do_not_spoil_the_codebook() -> None:
     quantizer = build(16, ema_decay=0.5)
     quantizer(torch.full((1, 3, 4, 4), torch.nan))
     assert not quantizer.is_initialized
-    quantizer(latents(3))
-    broken = latents(3, seed=1)
+    quantizer(latents())
+    broken = latents(seed=1)
     broken[0] = torch.nan
     broken[1, 0] = torch.inf
-    for batch in (broken, torch.full_like(broken, torch.nan), latents(3, seed=2)):
+    for batch in (broken, torch.full_like(broken, torch.nan), latents(seed=2)):
         quantizer.ema_counts[0] = 0.0  # a dead code
         quantizer(batch)
-        torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(16))
+        assert_codes_have_length_1(quantizer)
     assert quantizer.ema_counts.isfinite().all()
     assert quantizer.ema_sums.isfinite().all()
 
@@ -257,16 +261,16 @@ def test_unused_codes_survive_underflow_of_their_averages() -> None:
     one_direction = torch.tensor([1.0, 0.0, 0.0]).view(1, 3, 1, 1)
     for _ in range(40):  # 0.01 ** 40 is 0 in float32
         quantizer(one_direction)
-    torch.testing.assert_close(quantizer.codebook.norm(dim=1), torch.ones(12))
+    assert_codes_have_length_1(quantizer)
 
 
 def test_autocast_changes_nothing() -> None:
     plain, cast = started(), started()
-    expected = plain(latents(3))
+    expected = plain(latents())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        output = cast(latents(3))
-        ids = cast.encode(latents(3, seed=1))
+        output = cast(latents())
+        ids = cast.encode(latents(seed=1))
     assert torch.equal(output.token_ids, expected.token_ids)
     assert torch.equal(cast.codebook, plain.codebook)
     assert cast.codebook.dtype == torch.float32
-    assert torch.equal(ids, plain.encode(latents(3, seed=1)))
+    assert torch.equal(ids, plain.encode(latents(seed=1)))
