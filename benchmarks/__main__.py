@@ -28,9 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="output folder")
     parser.add_argument("--rounds", type=int, default=3, help="timed blocks per variant")
     parser.add_argument("--quick", action="store_true", help="toy sizes: only shows that it runs")
-    parser.add_argument(
-        "--bf16", choices=BF16, default="auto", help="auto: where the hardware multiplies it"
-    )
+    parser.add_argument("--bf16", choices=BF16, default="auto", help="auto: if the hardware has it")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     try:
@@ -39,12 +37,9 @@ def main() -> None:
         parser.error(str(error))
     if options.rounds < 1:
         parser.error(f"--rounds: got {options.rounds}, expected at least 1")
-    bf16 = BF16[options.bf16]
-    config = BenchmarkConfig(
-        rounds=1 if options.quick else options.rounds,
-        quick=options.quick,
-        bf16=has_fast_bf16() if bf16 is None else bf16,
-    )
+    rounds, bf16 = 1 if options.quick else options.rounds, BF16[options.bf16]
+    bf16 = has_fast_bf16() if bf16 is None else bf16
+    config = BenchmarkConfig(rounds=rounds, quick=options.quick, bf16=bf16)
     if options.worker:
         measure_part(parts[0], config, options.worker)
         return
@@ -67,9 +62,11 @@ def run_parts(parts: list[str], config: BenchmarkConfig, out: Path) -> None:
         print(f"{part} ...", flush=True)
         measured = run_part(part, config, out / f"{part}.json")
         results += [Result(**row) for row in measured["results"]]
+        # The best rate of all parts: only disturbance makes one smaller.
         for name, rate in measured["ceilings"].items():
             ceilings[name] = max(rate, ceilings[name])
         facts[f"minutes of {part}"] = f"{(time.perf_counter() - started) / 60:.1f}"
+        # Written after each part: an interrupted run of an hour keeps what it has.
         rows = [vars(result) for result in results]
         content = json.dumps({"facts": facts, "ceilings": ceilings, "results": rows}, indent=1)
         (out / "results.json").write_text(content + "\n", encoding="utf-8")
@@ -82,6 +79,7 @@ def run_part(part: str, config: BenchmarkConfig, file: Path) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks", "--parts", part, "--worker", str(file)]
     command += ["--rounds", str(config.rounds), "--bf16", "yes" if config.bf16 else "no"]
     command += ["--quick"] if config.quick else []
+    # In its own process: compiled code, memory thresholds and a crash end with it.
     file.unlink(missing_ok=True)
     code = subprocess.run(command, check=False).returncode
     if code == 0 and file.is_file():

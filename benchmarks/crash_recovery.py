@@ -42,8 +42,8 @@ STEPS, INTERVAL = 90, 5
 LAST_EVENT = 60  # about the number of file operations of two saves
 FLIPS = 100
 KINDS = ("tokenizer", "decoder")
+# Called with ``("resumed", step)`` once and ``("step", step)`` after each step.
 Report = Callable[[str, int], None]
-"""Called with ``("resumed", step)`` once and ``("step", step)`` after each step."""
 
 VQVAE_CONFIG = VQVAEConfig(
     image_size=SIZE,
@@ -295,13 +295,12 @@ class Outcome:
     kind: str
     kills: int = 0
     kills_inside_a_save: int = 0
+    # Times that a run did not start again before its newest checkpoint was deleted by hand.
     failed_resumes: int = 0
-    """Times that a run did not start again before its newest checkpoint was deleted by hand."""
+    # Steps between the last one seen before a kill and the one that the run resumed from.
     largest_loss: int = 0
-    """Steps between the last one seen before a kill and the one that the run resumed from."""
     finished: int = 0
-    equal: int = 0
-    """Finished runs with the weights of the run that was never killed."""
+    equal: int = 0  # finished runs with the weights of the run that was never killed
     flips: int = 0
     flips_noticed: int = 0
     seconds: float = 0.0

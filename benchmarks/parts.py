@@ -12,12 +12,9 @@ from benchmarks.timing import Precision, Result
 class BenchmarkConfig:
     """Options of a run."""
 
-    rounds: int
-    """Timed blocks per variant."""
-    quick: bool
-    """Toy sizes and one round: shows that everything runs, measures nothing."""
-    bf16: bool
-    """Whether bf16 is measured: emulated, its figures mean nothing."""
+    rounds: int  # timed blocks per variant
+    quick: bool  # toy sizes and one round: shows that everything runs, measures nothing
+    bf16: bool  # whether bf16 is measured: emulated, its figures mean nothing
 
     def precisions(self) -> Iterator[Precision]:
         """Yield float32, then bf16 if it is measured."""
@@ -32,6 +29,7 @@ Part = Callable[[BenchmarkConfig], list[Result]]
 def _part(module: str, function: str, size: Size | None = None, **options: object) -> Part:
     """Name a function of a module; a size becomes the toy size in a quick run."""
 
+    # Imported late: a part then runs although the packages of the others are missing.
     def run(config: BenchmarkConfig) -> list[Result]:
         sizes = [] if size is None else [TOY if config.quick else size]
         compare = getattr(import_module(f"benchmarks.{module}"), function)
@@ -57,11 +55,7 @@ PARTS: dict[str, Part] = {
 
 
 def choose_parts(words: Sequence[str]) -> list[str]:
-    """List the parts that begin with one of the words, or all of them, in the order of a run.
-
-    Raises:
-        ValueError: If a word fits no part.
-    """
+    """List the parts that begin with one of the words, or all of them, in the order of a run."""
     for word in words:
         if word != "all" and not any(name.startswith(word) for name in PARTS):
             raise ValueError(f"parts: got {word!r}, expected all, or some of {', '.join(PARTS)}")

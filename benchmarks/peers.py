@@ -11,6 +11,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Stub:
 
 def import_dalle_pytorch() -> Any:
     """Import DALLE-pytorch with stubs; a NotMeasuredError if it is not installed."""
-    require_dalle_pytorch()
+    require("dalle_pytorch")
     for name in missing_modules():
         module = types.ModuleType(name)
         vars(module).update({attribute: Stub for attribute in STUBS[name]})
@@ -54,10 +55,11 @@ def import_dalle_pytorch() -> Any:
     return dalle_pytorch
 
 
-def require_dalle_pytorch() -> None:
-    """Raise a NotMeasuredError if DALLE-pytorch is not installed."""
-    if importlib.util.find_spec("dalle_pytorch") is None:
-        raise NotMeasuredError("dalle-pytorch is not installed; make bench installs it")
+def require(package: str) -> None:
+    """Raise a NotMeasuredError if a package is not installed."""
+    if importlib.util.find_spec(package) is None:
+        name = package.replace("_", "-")
+        raise NotMeasuredError(f"{name} is not installed; make bench installs it")
 
 
 def missing_modules() -> list[str]:
@@ -67,6 +69,7 @@ def missing_modules() -> list[str]:
         if name in sys.modules:
             found = sys.modules[name].__spec__ is not None  # a stub has none
         else:
+            # Asking for a submodule imports its parent, which may be missing itself.
             parent = name.rpartition(".")[0]
             found = parent not in missing and importlib.util.find_spec(name) is not None
         if not found:
@@ -90,10 +93,8 @@ class Decoder:
     """A peer's decoder and its loss."""
 
     model: nn.Module
-    loss: Callable[[nn.Module], Tensor]
-    """Of the model, compiled or not, on the pairs of its size."""
-    optimizer: torch.optim.Optimizer
-    """Fused AdamW, the same for all."""
+    loss: Callable[[nn.Module], Tensor]  # of the model, compiled or not, on the pairs of its size
+    optimizer: torch.optim.Optimizer  # fused AdamW, the same for all
 
 
 def build_decoder(name: str, size: Size) -> Decoder:
@@ -113,26 +114,21 @@ def build_decoder(name: str, size: Size) -> Decoder:
         def loss(net: nn.Module) -> Tensor:
             output = net(inputs)
             logits = output if isinstance(output, Tensor) else output.logits
+            # In float32, as in ours: a bf16 softmax over the vocabulary loses the tail.
             return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
+    # DALLE-pytorch freezes its image VAE: AdamW would decay it.
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), fused=True)
     return Decoder(model, loss, optimizer)
 
 
 def build_dalle(size: Size) -> Any:
-    """Build DALLE-pytorch's decoder with its class defaults (rotary, token shift, GEGLU).
-
-    Its discrete VAE has the least size that it accepts.
-    """
+    """Build DALLE-pytorch's decoder with its class defaults (rotary, token shift, GEGLU)."""
     dalle_pytorch = import_dalle_pytorch()
-    vae = dalle_pytorch.DiscreteVAE(
-        image_size=size.grid * 8,
-        num_layers=3,
-        num_tokens=size.codebook,
-        codebook_dim=16,
-        hidden_dim=16,
-    )
+    # The smallest discrete VAE that it accepts: only tokens are compared.
+    widths = {"num_layers": 3, "codebook_dim": 16, "hidden_dim": 16}
+    vae = dalle_pytorch.DiscreteVAE(image_size=size.grid * 8, num_tokens=size.codebook, **widths)
     return dalle_pytorch.DALLE(vae=vae, **dalle_arguments(size))
 
 
@@ -149,13 +145,9 @@ def dalle_arguments(size: Size) -> dict[str, int]:
 
 
 def build_language_model(name: str, size: Size) -> Any:
-    """Build x-transformers', Llama's or GPT-2's decoder over one vocabulary for both modalities.
-
-    Without dropout, with torch's fused attention.
-    """
-    package = "x_transformers" if name == X_TRANSFORMERS else "transformers"
-    if importlib.util.find_spec(package) is None:
-        raise NotMeasuredError(f"{package} is not installed; make bench installs it")
+    """Build x-transformers', Llama's or GPT-2's decoder over one vocabulary for both modalities."""
+    # All without dropout and with torch's fused attention, as ours.
+    require("x_transformers" if name == X_TRANSFORMERS else "transformers")
     vocab = size.vocab + size.codebook
     if name == X_TRANSFORMERS:
         import x_transformers
@@ -193,29 +185,23 @@ def build_language_model(name: str, size: Size) -> Any:
     return transformers.GPT2LMHeadModel(config)
 
 
-def decoder_training(decoder: Decoder, size: Size, precision: Precision, *, compiled: bool) -> Job:
+def decoder_training(
+    build: Callable[[], Decoder], size: Size, precision: Precision, *, compiled: bool
+) -> Job:
     """Train a peer's decoder on random tokens, one step per call; items are tokens."""
-    flops = timing.count_flops(_training_step(decoder, decoder.model, precision))
-    flops += timing.attention_flops(
-        layers=size.layers, width=size.width, length=size.length, rows=size.batch
-    )
-    net: Any = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
-    step = _training_step(decoder, net, precision)
-    timing.require_training(step, steps=3, compiled=compiled)
-    return Job(run=step, items=size.tokens, flops=flops)
+    decoder = build()
 
-
-def _training_step(decoder: Decoder, net: nn.Module, precision: Precision) -> Callable[[], float]:
-    def step() -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+    def step(net: Any = decoder.model) -> float:
+        with timing.autocast(precision):
             loss = decoder.loss(net)
-        loss.backward()
-        nn.utils.clip_grad_norm_(decoder.model.parameters(), 1.0)
-        decoder.optimizer.step()
-        decoder.optimizer.zero_grad()
-        return float(loss.detach())
+        return timing.update(loss, decoder.optimizer, max_norm=1.0)
 
-    return step
+    # Counted eagerly: the counter does not see into compiled code.
+    flops = timing.count_flops(step)
+    flops += timing.attention_flops(size.layers, size.width, size.length, size.batch)
+    run = partial(step, torch.compile(decoder.model, dynamic=False)) if compiled else step
+    timing.require_training(run, steps=3, compiled=compiled)
+    return Job(run=run, items=size.tokens, flops=flops)
 
 
 def linear_weights(model: nn.Module) -> list[Tensor]:

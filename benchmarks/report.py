@@ -42,19 +42,18 @@ def table(results: Sequence[Result], ceilings: dict[str, float]) -> list[str]:
         notes = [result.note, result.failure]
         if result.build_seconds > 20:
             notes.append(f"{result.build_seconds:.0f} s to build, compile and verify")
-        lines.append(
-            _row(
-                [
-                    f"**{result.variant}**" if result.is_ours else result.variant,
-                    number(_figure(result, median(result.costs))),
-                    f"{number(figures[0])} to {number(figures[-1])}",
-                    *(number(median(result.costs) / median(one.costs)) for one in own),
-                    "" if fraction is None else f"{100 * fraction:.0f} %",
-                    f"{max(others):.2f}" if others else "not known",
-                    "; ".join(note for note in notes if note),
-                ]
-            )
-        )
+        cost = median(result.costs)
+        cells = [
+            f"**{result.variant}**" if result.is_ours else result.variant,
+            number(_figure(result, cost)),
+            f"{number(figures[0])} to {number(figures[-1])}",
+            # Ratios are of costs, in every unit: above 1 is good for ours.
+            *(number(cost / median(one.costs)) for one in own),
+            "" if fraction is None else f"{100 * fraction:.0f} %",
+            f"{max(others):.2f}" if others else "not known",
+            "; ".join(note for note in notes if note),
+        ]
+        lines.append(_row(cells))
     return lines
 
 

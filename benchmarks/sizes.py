@@ -15,12 +15,9 @@ class Size:
     layers: int
     heads: int
     text_length: int
-    grid: int
-    """Image tokens along a side."""
-    vocab: int
-    """Caption tokens."""
-    codebook: int
-    """Image tokens to choose from."""
+    grid: int  # image tokens along a side
+    vocab: int  # caption tokens
+    codebook: int  # image tokens to choose from
     batch: int
 
     @property
@@ -41,6 +38,7 @@ class Size:
     @property
     def intermediate(self) -> int:
         """Width of a gated feed-forward network: 8/3 of the width, rounded up to 64."""
+        # Three matrices then hold as many weights as the two of a plain network four times as wide.
         return -(-8 * self.width // (3 * 64)) * 64
 
     @property
@@ -58,13 +56,10 @@ EMOJI_64 = Size("emoji-64", 320, 7, 5, 20, 16, 4096, 1000, 1)  # checkpoints/emo
 
 
 def random_pairs(size: Size, *, batch: int | None = None) -> tuple[Tensor, Tensor]:
-    """Make the same random captions, without pads, and images every time.
-
-    Returns:
-        Caption tokens (batch, text_length) from 1, and image tokens (batch, image_length) from 0.
-    """
+    """Make the same captions (batch, text_length) and images (batch, image_length) every time."""
     generator = torch.Generator().manual_seed(0)
     rows = size.batch if batch is None else batch
+    # From 1: a program that skips pads would have less to do.
     text = torch.randint(1, size.vocab, (rows, size.text_length), generator=generator)
     image = torch.randint(0, size.codebook, (rows, size.image_length), generator=generator)
     return text, image

@@ -51,8 +51,8 @@ class Recipe:
     expected: str
     decoder: Overrides = field(default_factory=dict)
     tokenizer: Overrides = field(default_factory=dict)
+    # Fields of SamplingConfig; without other changes the preset's decoder generates.
     sampling: Overrides = field(default_factory=dict)
-    """Fields of SamplingConfig; without other changes the preset's decoder generates."""
 
 
 @functools.cache

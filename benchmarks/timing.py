@@ -21,6 +21,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dalle_mini_impl import hardware
@@ -43,16 +44,11 @@ class NotMeasuredError(Exception):
 class Job:
     """Verified work, ready to be timed."""
 
-    run: Callable[[], object]
-    """One call; its result is dropped."""
-    items: float = 1.0
-    """Output of one call: tokens, images, 1 for a whole process."""
-    flops: float = 0.0
-    """Matrix products and convolutions of one call."""
-    bytes: float = 0.0
-    """Memory that one call must read."""
-    note: str = ""
-    """Shown beside the figure."""
+    run: Callable[[], object]  # one call; its result is dropped
+    items: float = 1.0  # output of one call: tokens, images, 1 for a whole process
+    flops: float = 0.0  # matrix products and convolutions of one call
+    bytes: float = 0.0  # memory that one call must read
+    note: str = ""  # shown beside the figure
 
 
 @dataclass(frozen=True)
@@ -60,17 +56,12 @@ class Variant:
     """One row of a comparison."""
 
     name: str
-    build: Callable[[], Job]
-    """Builds and verifies the job; raises if the work is not done."""
+    build: Callable[[], Job]  # builds and verifies the job; raises if the work is not done
     is_ours: bool = False
-    precision: Precision = "float32"
-    """Decides which ceiling bounds it."""
-    matmul: str = "highest"
-    """For ``torch.set_float32_matmul_precision`` while it is built and runs."""
-    keeps_memory: bool = False
-    """Whether freed memory stays with the process, as in our training."""
-    rounds: int | None = None
-    """Fewer rounds than the others, for work that takes minutes."""
+    precision: Precision = "float32"  # decides which ceiling bounds it
+    matmul: str = "highest"  # for `torch.set_float32_matmul_precision` while it is built and runs
+    keeps_memory: bool = False  # whether freed memory stays with the process, as in our training
+    rounds: int | None = None  # fewer rounds than the others, for work that takes minutes
 
 
 @dataclass(kw_only=True)
@@ -80,21 +71,15 @@ class Result:
     work: str
     variant: str
     is_ours: bool
-    unit: str
-    """A rate such as ``tokens/s``, or a cost: ``s``, ``ms``, ``GiB``."""
-    costs: list[float] = field(default_factory=list)
-    """Of each round: seconds per item, or GiB."""
+    unit: str  # a rate such as `tokens/s`, or a cost: `s`, `ms`, `GiB`
+    costs: list[float] = field(default_factory=list)  # of each round: seconds per item, or GiB
+    # Processor cores that other programs used during each round; None where unknown.
     others: list[float | None] = field(default_factory=list)
-    """Processor cores that other programs used during each round; None where unknown."""
-    flops: float = 0.0
-    """Per item."""
-    bytes: float = 0.0
-    """Per item."""
+    flops: float = 0.0  # per item
+    bytes: float = 0.0  # per item
     precision: Precision = "float32"
-    floor: float | None = None
-    """Lower bound of the cost, where it is known without a ceiling."""
-    build_seconds: float = 0.0
-    """Building, verifying and compiling."""
+    floor: float | None = None  # lower bound of the cost, where it is known without a ceiling
+    build_seconds: float = 0.0  # building, verifying and compiling
     failure: str = ""
     note: str = ""
 
@@ -108,7 +93,7 @@ def interleave(work: str, rows: Iterable[Variant], unit: str, rounds: int) -> li
     ]
     # 1. build and verify: a variant that fails here is never timed
     jobs = [_build(one, result) for one, result in zip(variants, results, strict=True)]
-    # 2. time in rounds
+    # 2. time in rounds: whoever always ran after the same neighbor would inherit its heat and cache
     for round_number in range(rounds):
         for index in rotated_order(len(variants), round_number):
             one, job, result = variants[index], jobs[index], results[index]
@@ -133,9 +118,6 @@ def _build(one: Variant, result: Result) -> Job | None:
             raise NotMeasuredError('this processor rounds at matmul "medium"')
         set_machine(one.matmul, keeps_memory=one.keeps_memory)
         job = one.build()
-    except NotMeasuredError as reason:
-        result.failure = f"not measured: {reason}"
-        return None
     # One that fails must not take the others with it.
     except Exception as error:
         result.failure = failure_text(error)
@@ -149,17 +131,16 @@ def _build(one: Variant, result: Result) -> Job | None:
 def _time(one: Variant, job: Job, result: Result) -> None:
     if result.failure:
         return
-    gc.collect()
+    gc.collect()  # here, not in somebody's timed block
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
+    blocks: list[tuple[float, float | None]] = []
     try:
         # A block that other programs disturbed is measured again, unless it takes too long.
-        blocks = [_block(job)]
-        while (
-            (blocks[-1][1] or 0) > QUIET_CORES
-            and blocks[-1][0] < LONGEST_SECONDS
-            and len(blocks) < MOST_TRIES
-        ):
-            blocks.append(_block(job))
+        for _ in range(MOST_TRIES):
+            seconds, cores = _block(job)
+            blocks.append((seconds, cores))
+            if seconds >= LONGEST_SECONDS or (cores or 0) <= QUIET_CORES:
+                break
     except Exception as error:
         result.failure = failure_text(error)
         return
@@ -177,6 +158,7 @@ def _block(job: Job) -> tuple[float, float | None]:
     first = time.perf_counter() - started
     if first > LONGEST_SECONDS:
         return first, load.cores()
+    # Short calls fill a second: one alone would be lost in the clock ticks of /proc/stat.
     load, calls, started = OtherLoad(), 0, time.perf_counter()
     while calls == 0 or time.perf_counter() - started < SHORTEST_SECONDS:
         job.run()
@@ -198,6 +180,8 @@ def set_machine(matmul: str, *, keeps_memory: bool) -> None:
 
 def failure_text(error: Exception) -> str:
     """Describe an error in one line."""
+    if isinstance(error, NotMeasuredError):
+        return f"not measured: {error}"
     return f"failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
@@ -244,6 +228,7 @@ def _busy_seconds() -> float | None:
         fields = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
     except OSError:
         return None
+    # Guest time is part of user already; waiting for a disk is no load.
     user, nice, system, _idle, _wait, interrupts, soft, stolen = (int(f) for f in fields[:8])
     ticks = user + nice + system + interrupts + soft + stolen
     return ticks / os.sysconf("SC_CLK_TCK")
@@ -260,6 +245,7 @@ def measure_ceilings(*, side: int = 1536) -> dict[str, float]:
     try:
         torch.set_float32_matmul_precision("highest")
         rates = [matmul_rate(side, torch.float32)]
+        # "medium" counts only where it is as exact: elsewhere it would be bf16's ceiling.
         if medium_is_float32():
             torch.set_float32_matmul_precision("medium")
             rates.append(matmul_rate(side, torch.float32))
@@ -289,15 +275,17 @@ def matmul_rate(
 def _read_rate() -> float:
     values = torch.ones(MEMORY_BYTES // 4)
     vector = torch.ones(4096)
+    # Which of torch's reductions reads fastest depends on the vector instructions.
     ways = (values.sum, values.max, lambda: values.view(-1, 4096) @ vector)
     return MEMORY_BYTES / min(min(call_seconds(way)) for way in ways)
 
 
 def call_seconds(run: Callable[[], object], *, warm_up: int = 3, repeats: int = 10) -> list[float]:
-    """Time single calls, waiting for the GPU if one is in use."""
+    """Time single calls."""
     for _ in range(warm_up):
         run()
     seconds = []
+    # A kernel launch returns before its work is done: wait before and after.
     for _ in range(repeats):
         _synchronize()
         started = time.perf_counter()
@@ -333,6 +321,23 @@ def count_flops(run: Callable[[], object], *, with_batched: bool = False) -> flo
     return float(sum(flops for op, flops in counts.items() if with_batched or "bmm" not in str(op)))
 
 
-def attention_flops(*, layers: int, width: int, length: int, rows: int) -> float:
+def attention_flops(layers: int, width: int, length: int, rows: int) -> float:
     """Count attention's two products, forward and backward, as if the mask were full."""
+    # Each product costs 2 * length^2 * width; its backward pass has two of the same size.
     return 12.0 * layers * width * length**2 * rows
+
+
+def autocast(precision: Precision) -> torch.autocast:
+    """Run a peer's forward pass as our trainer runs ours: bf16 products, float32 weights."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def update(loss: Tensor, optimizer: torch.optim.Optimizer, *, max_norm: float = 0.0) -> float:
+    """Finish a training step of a peer: gradients, clipping if ``max_norm`` is set, update."""
+    loss.backward()
+    if max_norm:
+        weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        nn.utils.clip_grad_norm_(weights, max_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return float(loss.detach())  # every trainer logs its loss, and on a GPU waits for it

@@ -168,8 +168,8 @@ class FirstStep:
     """The first step of a discrete VAE, to be compared with that of another program."""
 
     loss: float
+    # Its norm; without it any mixture of fresh codes would pass, since they average to nothing.
     codebook_gradient: float
-    """Its norm; without it any mixture of fresh codes would pass, since they average to nothing."""
 
     def is_like(self, other: "FirstStep") -> bool:
         """Tell whether both may be one computation with different noise."""
@@ -379,8 +379,7 @@ def peer_lookup(vectors: Tensor, codebook: Tensor, *, cosine: bool) -> Callable[
     return find
 
 
-Reconstruct = Callable[[Tensor], Tensor]
-"""Sends images in [-1, 1] through hard codes."""
+Reconstruct = Callable[[Tensor], Tensor]  # sends images in [-1, 1] through hard codes
 
 
 class Learner:

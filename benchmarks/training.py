@@ -8,14 +8,14 @@ import functools
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 from benchmarks import ours, peers
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.sizes import MEDIUM, SMALL, TOY, Size
-from benchmarks.timing import Job, Precision, Result, Variant, interleave, set_machine
+from benchmarks.timing import Precision, Result, Variant, interleave, set_machine
 
 SIZES = {size.name: size for size in (SMALL, MEDIUM, TOY)}
 GIB = 2**30
@@ -47,6 +47,7 @@ def step_variants(size: Size, precision: Precision, *, with_compiled: bool) -> I
             build = partial(ours.decoder_training, size, precision, compiled=compiled)
             yield ours.variant(name, build, precision=precision, keeps_memory=True)
     for name in peers.DECODERS:
+        # One model for all ways of a peer: they do not run at the same time.
         decoder = functools.cache(partial(peers.build_decoder, name, size))
         for words, compiled, matmul in WAYS:
             # Under autocast the float32 product does not matter.
@@ -56,17 +57,11 @@ def step_variants(size: Size, precision: Precision, *, with_compiled: bool) -> I
                 continue
             yield Variant(
                 f"{name}, {words}",
-                partial(_peer_job, decoder, size, precision, compiled),
+                partial(peers.decoder_training, decoder, size, precision, compiled=compiled),
                 precision=precision,
                 matmul=matmul,
                 keeps_memory=words != WAYS[0][0],
             )
-
-
-def _peer_job(
-    decoder: Callable[[], peers.Decoder], size: Size, precision: Precision, compiled: bool
-) -> Job:
-    return peers.decoder_training(decoder(), size, precision, compiled=compiled)
 
 
 def compare_peak_memory(config: BenchmarkConfig, size: Size) -> list[Result]:
@@ -75,13 +70,9 @@ def compare_peak_memory(config: BenchmarkConfig, size: Size) -> list[Result]:
     results = []
     for precision in config.precisions():
         for one in memory_variants(size, precision):
-            result = Result(
-                work=f"peak memory, train {size.name} at batch {size.batch}, {precision}",
-                variant=one.name,
-                is_ours=one.is_ours,
-                unit="GiB",
-                floor=floor,
-            )
+            work = f"peak memory, train {size.name} at batch {size.batch}, {precision}"
+            result = Result(work=work, variant=one.name, is_ours=one.is_ours, unit="GiB")
+            result.floor = floor
             try:
                 result.costs = [measure_in_fresh_process(one.name, size, precision)]
             except (ValueError, subprocess.TimeoutExpired) as error:
@@ -135,6 +126,7 @@ def main(name: str, size: str, precision: Precision) -> None:
     [one] = [each for each in memory_variants(SIZES[size], precision) if each.name == name]
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
     job = one.build()
+    # The building took steps too: by now the allocator has seen all sizes.
     for _ in range(2):
         job.run()
     print(peak_gib())
