@@ -8,7 +8,6 @@ be those of a run that was never killed. The same is done to Accelerate's `save_
 
 import argparse
 import hashlib
-import json
 import logging
 import multiprocessing
 import os
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from benchmarks.data import write_images
+from benchmarks.data import read_json_lines, write_images
 from dalle_mini_impl.models.dalle_config import DecoderConfig
 from dalle_mini_impl.training import checkpoint, dalle, trainer, vqvae
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig
@@ -42,7 +41,7 @@ STEPS, INTERVAL = 90, 5
 LAST_EVENT = 60  # about the number of file operations of two saves
 FLIPS = 100
 KINDS = ("tokenizer", "decoder")
-# Called with ``("resumed", step)`` once and ``("step", step)`` after each step.
+# Called with ("resumed", step) once and ("step", step) after each step.
 Report = Callable[[str, int], None]
 
 VQVAE_CONFIG = VQVAEConfig(
@@ -126,7 +125,8 @@ class Ours:
 
     def fingerprint(self, out: Path) -> str:
         """Hash the result of a finished run: weights, averages, moments and losses."""
-        rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        rows = read_json_lines(out / "metrics.jsonl")
+        # In hexadecimal: a difference in the last bit shows.
         losses = [float(row["train/loss"]).hex() for row in rows if "train/loss" in row]
         assert len(losses) == STEPS
         digest = hashlib.sha256(" ".join(losses).encode())
@@ -184,9 +184,9 @@ class Accelerate:
             for (sample_ids,) in batches:
                 uniforms = torch.rand(len(sample_ids), task.num_uniforms)
                 batch = task.make_batch(sample_ids, uniforms)
-                loss, _ = task.loss(
-                    model, batch, progress=step / STEPS, generator=torch.default_generator
-                )
+                # The default generator is among the states that Accelerate saves.
+                generator = torch.default_generator
+                loss, _ = task.loss(model, batch, progress=step / STEPS, generator=generator)
                 accelerator.backward(loss)
                 optimizer.step()
                 schedule.step()
@@ -248,17 +248,13 @@ def signal_inside_a_save(
 ) -> Callable[..., Any]:
     """Wrap a function that saves, so that it signals its own process at a file operation.
 
-    Args:
-        save: The function.
-        fatal_event: Which operation, counted from 1 over all saves, twice for each: before and
-            after; 0 for none.
-        number: The signal.
+    ``fatal_event`` counts from 1 over all saves, twice an operation: before and after; 0 is none.
     """
     events, is_saving = 0, False
 
     def event() -> None:
         nonlocal events
-        events += is_saving
+        events += is_saving  # a run also renames and unlinks outside of saves
         if is_saving and events == fatal_event:
             os.kill(os.getpid(), number)
 
@@ -310,7 +306,6 @@ class Outcome:
 def _child(
     who: str, kind: str, folder: Path, out: Path, fatal_event: int, pipe: Connection
 ) -> None:
-    """Train in a process that is there to be killed."""
     torch.set_num_threads(1)
     logging.getLogger().addHandler(logging.NullHandler())  # warnings would go to stderr
 
@@ -325,27 +320,18 @@ def attempt(
 ) -> tuple[int | None, int, int]:
     """Start or resume a run in its own process until it ends or is killed.
 
-    Args:
-        who: A key of `PROGRAMS`.
-        kind: One of `KINDS`.
-        folder: Filled by `prepare`.
-        out: Folder of the run.
-        fatal_event: The file operation of a save at which the process kills itself; 0 for none.
-        steps: Kill it after this many steps; 0 for never.
-
-    Returns:
-        Exit code, negative for a signal; the step that it resumed from; the last reported step.
+    It kills itself at ``fatal_event`` of its saves or is killed after ``steps``; 0 is never.
+    Returns the exit code (negative: a signal), the step resumed from and the last reported step.
     """
     context = multiprocessing.get_context("forkserver")
     # Loaded once and inherited: a start then costs a tenth of a second instead of three.
     preload = ["benchmarks.crash_recovery", "datasets", "torch._dynamo", "transformers"]
     context.set_forkserver_preload(preload)
     listener, speaker = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_child, args=(who, kind, folder, out, fatal_event, speaker), daemon=True
-    )
+    arguments = (who, kind, folder, out, fatal_event, speaker)
+    process = context.Process(target=_child, args=arguments, daemon=True)
     process.start()
-    speaker.close()
+    speaker.close()  # or the pipe would outlive the child
     resumed = last = seen = 0
     # The pipe closes when the process ends, whatever ended it.
     while True:
@@ -380,6 +366,7 @@ def kill_repeatedly(who: str, kind: str, folder: Path, *, kills: int, seed: int 
         # 2. a run that is killed until it ends, or until there were enough kills
         out, reached, is_over = base / f"killed-{outcome.finished}", 0, False
         while not is_over:
+            # Every second kill goes into a save, which is a small part of the time.
             plan: dict[str, int] = {}
             if outcome.kills < kills:
                 inside = outcome.kills % 2 == 1
@@ -415,6 +402,7 @@ def flip_bits(folder: Path, outcome: Outcome, *, flips: int) -> None:
     files = sorted(path for path in newest.iterdir() if path.is_file())
     load = PROGRAMS[who].loader(kind, folder)
     silent: dict[str, int] = {}
+    # The files in turn, large or small: by size nearly all flips would hit the weights.
     for number in range(flips):
         file = files[number % len(files)]
         original = file.read_bytes()
@@ -437,9 +425,9 @@ def flip_bits(folder: Path, outcome: Outcome, *, flips: int) -> None:
 def render(outcomes: list[Outcome]) -> str:
     """Format a table with a row per training as Markdown."""
     head = (
-        "| training | kills that hit | of these inside a save | resumed unaided "
-        "| most steps lost (a save every "
-        f"{INTERVAL}) | runs ended, of these with equal weights | flipped bits noticed | minutes |"
+        "| training | kills that hit | of these inside a save | resumed unaided | most steps lost "
+        f"(a save every {INTERVAL}) | runs ended, of these with equal weights "
+        "| flipped bits noticed | minutes |"
     )
     lines = [head, "|" + "---|" * 8]
     for found in outcomes:
@@ -456,9 +444,8 @@ def render(outcomes: list[Outcome]) -> str:
 
 def main() -> None:
     """Run all campaigns and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.crash_recovery", description=__doc__
-    )
+    prog = "python -m benchmarks.crash_recovery"
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--kills", type=int, default=40, help="of each training")
     parser.add_argument("--out", type=Path, default=Path("out/crash_recovery"))
     parser.add_argument("--who", choices=(*PROGRAMS, "all"), default="all")

@@ -1,9 +1,11 @@
 """From files to pixels: reading and decoding captioned images, before any network."""
 
+import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks import ours
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.timing import Job, Result, Variant, interleave
+from dalle_mini_impl.data.images import decode_image, image_to_pixels
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
 
@@ -54,6 +57,7 @@ def write_images(folder: Path, count: int, *, side: int = FILE_SIDE) -> None:
         for left, top, width in random.integers(0, side // 2, (6, 3)):
             color = tuple(int(value) for value in random.integers(0, 256, 3))
             draw.ellipse((left, top, left + width, top + width), fill=color)
+        # A JPEG of smooth colors alone is small and decodes faster than a photograph.
         noise = random.normal(0, 6, (side, side, 3))
         pixels = np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=JPEG_QUALITY)
@@ -88,11 +92,8 @@ class DallePytorchFolder(Dataset[Tensor]):
         crop = round(min(image.size) * fraction**0.5)
         left = int(self.random.integers(0, image.width - crop + 1))
         top = int(self.random.integers(0, image.height - crop + 1))
-        square = image.resize(
-            (self.side, self.side),
-            Image.Resampling.BILINEAR,
-            box=(left, top, left + crop, top + crop),
-        )
+        box = (left, top, left + crop, top + crop)
+        square = image.resize((self.side, self.side), Image.Resampling.BILINEAR, box=box)
         return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 255
 
 
@@ -105,10 +106,32 @@ def read_as_peer(folder: Path, workers: int) -> int:
 def decode_only(folder: Path) -> int:
     """Decode a folder's images and drop them; returns their number."""
     paths = list(folder.glob("*.jpg"))
+    # Pillow opens lazily: only load() decodes.
     for path in paths:
         with Image.open(path) as image:
             image.load()
     return len(paths)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Read the metadata of prepare_emoji.py, one object per image."""
+    return read_json_lines(folder / "metadata.jsonl")
+
+
+def read_json_lines(file: Path) -> list[dict[str, Any]]:
+    """Read a file of one JSON object per line."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def read_pixels(folder: Path, rows: list[dict[str, Any]]) -> Tensor:
+    """Read the images of some rows to (images, 3, side, side) in [-1, 1]."""
+    images = [decode_image((folder / row["file_name"]).read_bytes(), source="") for row in rows]
+    return torch.stack([image_to_pixels(image) for image in images])
+
+
+def to_bytes(pixels: Tensor) -> Tensor:
+    """Turn pixels in [-1, 1] into bytes."""
+    return ((pixels + 1) * 127.5).round().byte()
 
 
 def _verified(read: Callable[[], int], count: int) -> Job:

@@ -1,14 +1,9 @@
 """Programs as users run them: from the start of a process, and from a folder of images.
 
-Training runs each program by its own defaults. DALLE-pytorch encodes every image anew in every
-step, here by the discrete VAE that its train_vae.py makes by default. Ours reads and encodes each
-image once: that work, spread over the 20 epochs that DALLE-pytorch trains by default, is part of
-what is timed here.
+Training runs each program by its own defaults, tokenization included.
 """
 
-import dataclasses
 import itertools
-import json
 import shutil
 import subprocess
 import sys
@@ -20,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from benchmarks import ours, peers, timing
-from benchmarks.data import DallePytorchFolder, write_images
+from benchmarks.data import DallePytorchFolder, read_json_lines, write_images
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.sizes import DEMO
 from benchmarks.timing import Job, Precision, Result, Variant, interleave
@@ -73,28 +68,23 @@ STEPS_PER_CALL = 5
 
 def compare_startup(config: BenchmarkConfig) -> list[Result]:
     """Compare seconds from the start of a process to the help text and to the first image."""
+    help_command = [sys.executable, GENERATE, "--help"]
+    imports = f"{peers.DALLE}: its imports, before it reads a command line"
     import_llama = [*PYTHON, "from transformers import LlamaForCausalLM"]
     import_torch = Variant("import torch", partial(process_job, [*PYTHON, "import torch"]))
     to_help = [
-        ours.variant(
-            "ours, generate.py --help", partial(process_job, [sys.executable, GENERATE, "--help"])
-        ),
-        Variant(
-            f"{peers.DALLE}: its imports, before it reads a command line",
-            lambda: process_job([*PYTHON, stub_code()]),
-        ),
+        ours.variant("ours, generate.py --help", partial(process_job, help_command)),
+        Variant(imports, lambda: process_job([*PYTHON, stub_code()])),
         Variant(f"{peers.LLAMA}: import of the model", partial(process_job, import_llama)),
         import_torch,
         Variant("python alone", partial(process_job, [*PYTHON, "pass"])),
     ]
     results = interleave("start-up", to_help, "s", config.rounds)
     with tempfile.TemporaryDirectory() as name:
+        peer_name = f"{peers.DALLE}, what its generate.py does, without text tokenizer"
         to_image = [
             ours.variant("ours, generate.py", partial(own_image, Path(name))),
-            Variant(
-                f"{peers.DALLE}, what its generate.py does, without text tokenizer",
-                partial(peer_image, Path(name)),
-            ),
+            Variant(peer_name, partial(peer_image, Path(name))),
             import_torch,
         ]
         work = "first image from process start, a model of the demo's size"
@@ -130,15 +120,13 @@ def own_image(folder: Path) -> Job:
 def write_model(folder: Path, decoder: DecoderConfig | None = None) -> None:
     """Write a model folder with random weights, of the demo's size or with another decoder."""
     torch.manual_seed(0)
-    if decoder is None:
-        sizes: dict[str, Any] = {"num_layers": DEMO.layers, "num_heads": DEMO.heads}
-        decoder = DecoderConfig(hidden_size=DEMO.width, **sizes)
     text = TextConfig(vocab_size=DEMO.vocab, text_length=DEMO.text_length)
-    dalle, pipeline = ours.build_model(VQVAE(VQVAEConfig()), decoder, text)
-    ours.randomize_heads(dalle)
-    pipeline.sampling_config = dataclasses.replace(
-        pipeline.sampling_config, guidance_scale=ours.GUIDANCE_SCALE
+    dalle, pipeline = ours.build_model(
+        VQVAE(VQVAEConfig()), decoder or ours.decoder_config(DEMO), text
     )
+    ours.randomize_heads(dalle)
+    guided = {"guidance_scale": ours.GUIDANCE_SCALE}
+    pipeline.sampling_config = pipeline.sampling_config.override(guided)
     pipeline.save_pretrained(folder)
 
 
@@ -158,6 +146,7 @@ def peer_image(folder: Path) -> Job:
 def stub_code() -> str:
     """Return Python source that imports DALLE-pytorch with stubs, for another process."""
     peers.require_dalle_pytorch()
+    # Only what is missing here: an installed package must cost what it costs its users.
     lines = ["import sys, types"]
     for name in peers.missing_modules():
         lines.append(f"sys.modules[{name!r}] = types.ModuleType({name!r})")
@@ -188,16 +177,12 @@ TOY_RUN = WholeRun(
 
 def matched_run(vae: dict[str, Any], dalle: dict[str, Any], *, batch: int) -> WholeRun:
     """Translate DALLE-pytorch's arguments: images, tokens, vocabularies, width, depth, heads."""
-    return WholeRun(
-        vqvae=VQVAEConfig(
-            image_size=vae["image_size"], quantizer="vq", vq_codebook_size=vae["num_tokens"]
-        ),
-        decoder=DecoderConfig(
-            hidden_size=dalle["dim"], num_layers=dalle["depth"], num_heads=dalle["heads"]
-        ),
-        text=TextConfig(vocab_size=dalle["num_text_tokens"], text_length=dalle["text_seq_len"]),
-        batch=batch,
-    )
+    codes: dict[str, Any] = {"quantizer": "vq", "vq_codebook_size": vae["num_tokens"]}
+    vqvae = VQVAEConfig(image_size=vae["image_size"], **codes)
+    layers = {"num_layers": dalle["depth"], "num_heads": dalle["heads"]}
+    decoder = DecoderConfig(hidden_size=dalle["dim"], **layers)
+    text = TextConfig(vocab_size=dalle["num_text_tokens"], text_length=dalle["text_seq_len"])
+    return WholeRun(vqvae=vqvae, decoder=decoder, text=text, batch=batch)
 
 
 def compare_whole_training(config: BenchmarkConfig) -> list[Result]:
@@ -223,16 +208,17 @@ def compare_whole_training(config: BenchmarkConfig) -> list[Result]:
         try:
             wait = data_wait(folder, Path(name) / "run", steps=3 if config.quick else 20)
             results[0].note += f"; training waits for data {100 * wait:.2f} % of its time"
+        # A remark beside the figures; without it they still count.
         except Exception as error:
             results[0].note += f"; data wait failed: {error}"
     return results
 
 
 def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
-    """Train from a folder: per call one batch read and tokenized, and a step for each epoch.
-
-    So each image is read and tokenized once in ``epochs`` steps. Items are images of a step.
-    """
+    """Train from a folder: per call one batch read and tokenized, and a step for each epoch."""
+    # DALLE-pytorch encodes every image anew in every step, by the discrete VAE that train_vae.py
+    # makes by default. Ours reads and encodes each image once: spread over the epochs, that is one
+    # batch of such work in every ``epochs`` steps.
     torch.manual_seed(0)
     vqvae = VQVAE(run.vqvae).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dalle, pipeline = ours.build_model(vqvae, run.decoder, run.text)
@@ -252,9 +238,8 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     timing.require_falling([step() for _ in range(5)])
     # The trainer reads tokens only; the pixels of one batch are read and encoded in each call.
     size, width, layers = run.vqvae.image_size, run.decoder.hidden_size, run.decoder.num_layers
-    flops = timing.count_flops(step) + timing.attention_flops(
-        layers=layers, width=width, length=dalle.config.sequence_length, rows=run.batch
-    )
+    length = dalle.config.sequence_length
+    flops = timing.count_flops(step) + timing.attention_flops(layers, width, length, run.batch)
 
     def read(index: int) -> Tensor:
         image = decode_image(pairs.read_image(index), source="", min_side=2 * size)
@@ -285,8 +270,7 @@ def data_wait(folder: Path, out: Path, *, steps: int) -> float:
         tracking=TrackingConfig(mode="disabled"),
     )
     train_dalle(config)
-    lines = (out / "dalle" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = read_json_lines(out / "dalle" / "metrics.jsonl")
     return next(row[key] for row in rows for key in row if key == "train/data_wait_fraction")
 
 
@@ -304,22 +288,18 @@ def peer_training(folder: Path, vae: dict[str, Any], dalle: dict[str, Any]) -> J
 
     def step(images: Tensor) -> float:
         loss = model(text.clone(), images, return_loss=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        return timing.update(loss, optimizer, max_norm=CLIP_NORM)
 
     def endless() -> Iterator[Tensor]:
         while True:
             yield from loader
 
+    # Epochs do not end where calls do.
     batches = endless()
     first = next(batches)
     timing.require_falling([step(first) for _ in range(3)])
-    flops = timing.count_flops(lambda: step(first)) + timing.attention_flops(
-        layers=dalle["depth"], width=dalle["dim"], length=model.total_seq_len, rows=BATCH
-    )
+    flops = timing.count_flops(lambda: step(first))
+    flops += timing.attention_flops(dalle["depth"], dalle["dim"], model.total_seq_len, BATCH)
     return Job(
         run=lambda: [step(images) for images in itertools.islice(batches, STEPS_PER_CALL)],
         items=BATCH * STEPS_PER_CALL,

@@ -16,11 +16,10 @@ from statistics import median
 
 import torch
 from accelerate.utils import compile_regions
-from torch import nn
 
 from benchmarks import ours
-from benchmarks.sizes import Size
-from benchmarks.timing import call_seconds, matmul_rate
+from benchmarks.sizes import Size, random_pairs
+from benchmarks.timing import attention_flops, call_seconds, matmul_rate, update
 from dalle_mini_impl.models.dalle import Dalle
 from dalle_mini_impl.sampling.generate import generate_sequentially
 from dalle_mini_impl.sampling.sampler import SamplingConfig
@@ -54,6 +53,7 @@ def measure_limits() -> tuple[float, float]:
     rate = matmul_rate(MATMUL_SIDE, torch.bfloat16, device=DEVICE, summarize=median)
     source = torch.randn(COPY_BYTES // 4, device=DEVICE)
     target = torch.empty_like(source)
+    # A copy reads and writes each byte.
     return rate, 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
 
 
@@ -63,12 +63,10 @@ def training_flops(model: Dalle, batch_size: int) -> float:
     hidden = sum(p.numel() for p in model.blocks.parameters() if p.ndim == 2)
     width, layers = sizes.decoder.hidden_size, sizes.decoder.num_layers
     # Each head scores only the positions of its own modality.
-    heads = width * (
-        sizes.text_length * sizes.vocab_size + sizes.image_length * sizes.codebook_size
-    )
-    # Two products of length x length x width, forward once and backward twice.
-    attention = 12 * layers * width * sizes.sequence_length**2
-    return batch_size * (6 * hidden * sizes.sequence_length + 6 * heads + attention)
+    scores = sizes.text_length * sizes.vocab_size + sizes.image_length * sizes.codebook_size
+    attention = attention_flops(layers, width, sizes.sequence_length, batch_size)
+    # Per weight and position: a product and a sum, forward once and backward twice.
+    return attention + 6 * batch_size * (hidden * sizes.sequence_length + width * scores)
 
 
 def train(peak: float) -> Iterator[Row]:
@@ -80,6 +78,7 @@ def train(peak: float) -> Iterator[Row]:
                 yield row | _train(size, peak, compiled=compiled)
             except torch.OutOfMemoryError:
                 yield row | {"result": f"out of memory at batch {size.batch}"}
+            # The next size needs the memory, and its own compiled code.
             torch.compiler.reset()
             torch.cuda.empty_cache()
 
@@ -88,12 +87,11 @@ def _train(size: Size, peak: float, *, compiled: bool) -> Row:
     torch.manual_seed(0)
     model = ours.build_decoder(size, random_heads=True).to(DEVICE).train()
     flops = training_flops(model, size.batch)
-    optimizers = build_optimizers(
+    [optimizer] = build_optimizers(
         model, kind="adamw", learning_rate=1e-4, weight_decay=0.05, betas=(0.9, 0.95)
     )
     forward = compile_regions(model, dynamic=False) if compiled else model
-    text = torch.randint(1, size.vocab, (size.batch, size.text_length), device=DEVICE)
-    image = torch.randint(size.codebook, (size.batch, size.image_length), device=DEVICE)
+    text, image = (tokens.to(DEVICE) for tokens in random_pairs(size))
 
     def step() -> None:
         with torch.autocast(DEVICE, torch.bfloat16):
@@ -101,13 +99,10 @@ def _train(size: Size, peak: float, *, compiled: bool) -> Row:
             image_nats = token_nats(logits.image.flatten(0, 1), image.flatten())
             text_nats = token_nats(logits.text.flatten(0, 1), text.flatten())
             loss = image_nats.mean() + 0.1 * text_nats.mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        update(loss, optimizer, max_norm=1.0)
 
     torch.cuda.reset_peak_memory_stats()
+    # The first step compiles, so it is timed apart.
     [first] = call_seconds(step, warm_up=0, repeats=1)
     seconds = seconds_of(step)
     return {
@@ -140,16 +135,16 @@ def sample(bandwidth: float) -> Iterator[Row]:
 
 
 def _sample(model: Dalle, size: Size, rows: int, scale: float, bandwidth: float) -> Row:
-    text = torch.randint(1, size.vocab, (rows, size.text_length), device=DEVICE)
+    text = random_pairs(size, batch=rows)[0].to(DEVICE)
     seeds, sampling_config = torch.arange(rows), SamplingConfig(guidance_scale=scale)
-    generate = partial(
-        generate_sequentially, model, text, seeds=seeds, sampling_config=sampling_config
-    )
+    options = {"seeds": seeds, "sampling_config": sampling_config}
+    generate = partial(generate_sequentially, model, text, **options)
     seconds = seconds_of(generate, warm_up=1, repeats=3)
     # The floor: every token reads all weights, and the keys and values of the positions before it.
     weights = sum(p.nbytes for p in model.blocks.parameters()) + model.image_head.rows.nbytes
     guided_rows = rows * (2 if scale != 1 else 1)
     mean_length = size.text_length + 1 + size.image_length / 2
+    # Keys and values, two bytes a number.
     cache = 2 * 2 * size.layers * size.width * mean_length * guided_rows
     floor = size.image_length * (weights + cache) / bandwidth
     return {
@@ -188,9 +183,7 @@ def _tokenizer_works(config: VQVAEConfig, batch_size: int) -> dict[str, Callable
         with torch.autocast(DEVICE, torch.bfloat16):
             output = vqvae(pixels)
             loss = reconstruction_loss(output.reconstruction, pixels, wavelet_weight=0.5)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(loss, optimizer)
 
     token_ids = vqvae.encode_to_token_ids(pixels)
     return {
@@ -210,16 +203,15 @@ def main(arguments: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     peak, bandwidth = measure_limits()
-    rows: list[Row] = [
-        {
-            "work": "limits",
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "bf16_tflops": round(peak / 1e12),
-            "copy_gb_per_second": round(bandwidth / 1e9),
-        }
-    ]
-    print(rows[0], flush=True)
+    limits: Row = {
+        "work": "limits",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "bf16_tflops": round(peak / 1e12),
+        "copy_gb_per_second": round(bandwidth / 1e9),
+    }
+    print(limits, flush=True)
+    rows = [limits]
     runs = {"train": partial(train, peak), "sample": partial(sample, bandwidth)}
     for part in options.parts:
         for row in runs.get(part, tokenize)():

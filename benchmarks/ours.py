@@ -45,6 +45,7 @@ def variant(name: str, build: Callable[[], Job], **options: Any) -> Variant:
 
 def matmul_setting() -> str:
     """Return the matrix product that training and generation choose on this machine."""
+    # The rule is in the package alone: let it choose, look, and undo it.
     before = torch.get_float32_matmul_precision()
     try:
         use_fast_float32()
@@ -53,16 +54,16 @@ def matmul_setting() -> str:
         torch.set_float32_matmul_precision(before)
 
 
+def decoder_config(size: Size) -> DecoderConfig:
+    """Configure a decoder without dropout, as peers have none."""
+    sizes: dict[str, Any] = {"num_layers": size.layers, "num_heads": size.heads}
+    return DecoderConfig(hidden_size=size.width, dropout_probability=0.0, **sizes)
+
+
 def build_decoder(size: Size, *, random_heads: bool = False) -> Dalle:
-    """Build a decoder with plain image tokens, as peers have, and without dropout."""
-    decoder = DecoderConfig(
-        hidden_size=size.width,
-        num_layers=size.layers,
-        num_heads=size.heads,
-        dropout_probability=0.0,
-    )
+    """Build a decoder with plain image tokens, as peers have."""
     config = DalleConfig(
-        decoder=decoder,
+        decoder=decoder_config(size),
         vocab_size=size.vocab,
         text_length=size.text_length,
         codebook_levels=(size.codebook,),
@@ -82,7 +83,7 @@ def randomize_heads(dalle: Dalle) -> Dalle:
 def build_pipeline(dalle: Dalle, vqvae: VQVAE) -> TextToImagePipeline:
     """Build a pipeline with a caption tokenizer that fills the decoder's vocabulary."""
     vocab_size = dalle.config.vocab_size
-    # So many different words fill the vocabulary.
+    # So many different words fill the vocabulary; Knuth's multiplier scatters their digits.
     words = (f"{2654435761 * number % 2**32:08x}" for number in range(4 * vocab_size))
     tokenizer = train_text_tokenizer(words, vocab_size=vocab_size)
     text_tokenizer = TextTokenizer(tokenizer, dalle.config.text_length)
@@ -106,15 +107,8 @@ def build_model(
 
 def build_dalle_task(tokens: TokenDataset, pipeline: TextToImagePipeline) -> DalleTask:
     """Build the decoder's default task, with the same tokens for training and validation."""
-    return DalleTask(
-        tokens,
-        tokens,
-        DalleTaskConfig(),
-        sample_weights=None,
-        identity="",
-        pipeline=pipeline,
-        fixed_prompts=(),
-    )
+    options: dict[str, Any] = {"sample_weights": None, "identity": "", "fixed_prompts": ()}
+    return DalleTask(tokens, tokens, DalleTaskConfig(), pipeline=pipeline, **options)
 
 
 def build_trainer(task: Task, *, batch: int, precision: Precision, **options: Any) -> Trainer:
@@ -146,14 +140,11 @@ def count_trainer_flops(trainer: Trainer, *, with_batched: bool = False) -> floa
     return flops
 
 
-def decoder_training(
-    size: Size,
-    precision: Precision,
-    *,
-    activation_checkpointing: bool = False,
-    compiled: bool = False,
-) -> Job:
-    """Train a decoder on random tokens, one step per call; items are tokens."""
+def decoder_training(size: Size, precision: Precision, **options: Any) -> Job:
+    """Train a decoder on random tokens, one step per call; items are tokens.
+
+    Further options are of TrainingConfig.
+    """
     torch.manual_seed(0)
     text, image = random_pairs(size)
     tokens = TokenDataset(
@@ -163,40 +154,23 @@ def decoder_training(
     )
     dalle = build_decoder(size)
     # A tokenizer only for the pipeline's shapes: no pixels are encoded here.
-    vqvae_config = VQVAEConfig(
-        image_size=size.grid * 2,
-        patch_size=2,
-        channels=(8,),
-        quantizer="vq",
-        vq_codebook_size=size.codebook,
-    )
-    trainer = build_trainer(
-        build_dalle_task(tokens, build_pipeline(dalle, VQVAE(vqvae_config))),
-        batch=size.batch,
-        precision=precision,
-        activation_checkpointing=activation_checkpointing,
-        compile=compiled,
-    )
+    codes: dict[str, Any] = {"quantizer": "vq", "vq_codebook_size": size.codebook}
+    vqvae = VQVAE(VQVAEConfig(image_size=size.grid * 2, patch_size=2, channels=(8,), **codes))
+    task = build_dalle_task(tokens, build_pipeline(dalle, vqvae))
+    trainer = build_trainer(task, batch=size.batch, precision=precision, **options)
     step = trainer_step(trainer)
-    flops = count_trainer_flops(trainer) + timing.attention_flops(
-        layers=size.layers, width=size.width, length=size.length, rows=size.batch
-    )
-    timing.require_training(step, steps=3, compiled=compiled)
+    flops = count_trainer_flops(trainer)
+    flops += timing.attention_flops(size.layers, size.width, size.length, size.batch)
+    timing.require_training(step, steps=3, compiled=trainer.config.compile)
     return Job(run=step, items=size.tokens, flops=flops)
 
 
 def decoder_sampler(
     size: Size, precision: Precision, native: NativeWeights | None = None
 ) -> Callable[..., Job]:
-    """Build a decoder and verify its cache.
+    """Build a decoder, verify its cache and return what makes the job; items are images.
 
-    Args:
-        size: Of the decoder.
-        precision: bf16 weights are half as large; only float32 gives the same images everywhere.
-        native: Generate with the compiled pass and such weights.
-
-    Returns:
-        A function of ``batch`` and ``guided`` that returns the job; items are images.
+    With ``native`` weights the compiled pass generates.
     """
     torch.manual_seed(0)
     model = build_decoder(size, random_heads=True).eval()
@@ -236,18 +210,12 @@ def require_cache_is_exact(
 ) -> None:
     """Raise a ValueError if cached generation differs from one uncached pass.
 
-    Args:
-        model: In evaluation mode.
-        size: Its size.
-        tolerated_nats: How much less likely than the likeliest token a sampled one may be.
-        native: The compiled pass over its weights, to generate with that.
+    A sampled token may be ``tolerated_nats`` less likely than the likeliest one.
     """
     text, _ = random_pairs(size, batch=2)
+    config = SamplingConfig(guidance_scale=1.0, temperature=ARGMAX_TEMPERATURE)
     tokens = generate_image_token_ids(
-        native or model,
-        text,
-        seeds=torch.arange(2),
-        sampling_config=SamplingConfig(guidance_scale=1.0, temperature=ARGMAX_TEMPERATURE),
+        native or model, text, seeds=torch.arange(2), sampling_config=config
     ).image_token_ids
     # The reference: one pass over the sampled tokens, in which no cache takes part.
     with torch.inference_mode():

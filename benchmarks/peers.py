@@ -114,10 +114,10 @@ def build_decoder(name: str, size: Size) -> Decoder:
         def loss(net: nn.Module) -> Tensor:
             output = net(inputs)
             logits = output if isinstance(output, Tensor) else output.logits
-            # In float32, as in ours: a bf16 softmax over the vocabulary loses the tail.
+            # A float32 softmax, as in ours, whatever the precision of the products.
             return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
-    # DALLE-pytorch freezes its image VAE: AdamW would decay it.
+    # DALLE-pytorch holds its image VAE too, frozen.
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=3e-4, betas=(0.9, 0.95), fused=True)
     return Decoder(model, loss, optimizer)
@@ -196,7 +196,7 @@ def decoder_training(
             loss = decoder.loss(net)
         return timing.update(loss, decoder.optimizer, max_norm=1.0)
 
-    # Counted eagerly: the counter does not see into compiled code.
+    # Counted before torch.compile: a model compiled under the counter would stay eager.
     flops = timing.count_flops(step)
     flops += timing.attention_flops(size.layers, size.width, size.length, size.batch)
     run = partial(step, torch.compile(decoder.model, dynamic=False)) if compiled else step

@@ -3,13 +3,6 @@
 Two comparisons. Random weights at size M: every program, but Jacobi decoding looks better than it
 is, since a decoder that knows nothing accepts nearly every draft token. Trained weights: our
 `checkpoints/emoji-64` beside transformers' Llama of its size, whose time depends on no weights.
-
-DALLE-pytorch's own switches do not do what they say, verified on release 1.6.6:
-- `use_cache=True` is dropped when `cond_scale` is 1 (dalle_pytorch.py, `forward_with_cond_scale`
-  calls itself without the cache), so that every token goes through the whole sequence;
-- with guidance and cache, the null pass works on a shallow copy of the conditional cache: both
-  write into the same token-shift queues, and the guided logits are wrong.
-"Cache mended" passes the cache on, the one line that the first needs. Its guided row is as shipped.
 """
 
 import functools
@@ -37,6 +30,7 @@ NATIVE: dict[NativeWeights, str] = {"float32": "ours, native float32", "int8": "
 # Which one is faster depends on the processor: twice as fast on some, half as fast on others.
 BOTH_PRODUCTS = (("", "highest"), (', matmul "medium"', "medium"))
 VERIFIED_ROWS = 2  # images generated before timing
+Generate = Callable[[Tensor], Tensor]  # prompts (batch, text_length) to (batch, image_length)
 MODEL = Path("checkpoints/emoji-64")
 PROMPTS = (
     "red heart, Twemoji style",
@@ -60,6 +54,7 @@ def compare_random_weights(
         for guided in (False, True):
             rows = [*own_variants(size, config, batch, guided=guided)]
             rows += peer_variants(size, batch, guided=guided)
+            # Compiling takes a minute a row.
             if config.quick:
                 rows = [one for one in rows if "compiled" not in one.name]
             words = "guidance 3" if guided else "no guidance"
@@ -99,9 +94,10 @@ def own_variants(
             ways['static cache, compiled, matmul "medium"'] = "medium"
         model = partial(_peer, peers.LLAMA, size, getattr(torch, precision))
         for words, matmul in ways.items():
+            program = partial(llama, guided=guided, compiled="compiled" in words)
             yield Variant(
                 f"{peers.LLAMA}, {precision}, {words}",
-                partial(llama_job, model, size, batch, guided, "compiled" in words),
+                partial(peer_job, program, model, size, batch, guided=guided),
                 precision=precision,
                 matmul=matmul,
             )
@@ -113,7 +109,7 @@ def peer_variants(size: Size, batch: int, *, guided: bool) -> Iterator[Variant]:
         return
     for words, matmul in BOTH_PRODUCTS if not guided else ():
         model = partial(_peer, peers.X_TRANSFORMERS, size)
-        build = partial(x_transformers_job, model, size, batch)
+        build = partial(peer_job, x_transformers, model, size, batch)
         yield Variant(f"x-transformers, float32{words}", build, matmul=matmul)
     ways: dict[str, dict[str, Any]] = {"cache mended": {"use_cache": True}}
     if guided:
@@ -123,86 +119,88 @@ def peer_variants(size: Size, batch: int, *, guided: bool) -> Iterator[Variant]:
     for name, options in ways.items():
         mended = "mended" in name
         for words, matmul in BOTH_PRODUCTS if guided or mended else BOTH_PRODUCTS[:1]:
-            model = partial(_peer, peers.DALLE, size)
-            yield Variant(
-                f"{peers.DALLE}, {name}{words}",
-                partial(dalle_job, model, size, batch, options, mended=mended),
-                matmul=matmul,
-                rounds=1 if name == "as shipped" else None,
+            model, program = partial(_peer, peers.DALLE, size), partial(dalle, mended=mended)
+            # Without a cache an image takes a minute: one round, and its number is not verified.
+            build = partial(
+                peer_job,
+                partial(program, **options),
+                model,
+                size,
+                batch,
+                guided=guided,
+                verify=bool(options),
             )
+            rounds = None if options else 1
+            yield Variant(f"{peers.DALLE}, {name}{words}", build, matmul=matmul, rounds=rounds)
 
 
-def llama_job(
-    model: Callable[[], Any], size: Size, batch: int, guided: bool, compiled: bool
+def peer_job(
+    program: Callable[[Any, Size], Generate],
+    model: Callable[[], Any],
+    size: Size,
+    batch: int,
+    *,
+    guided: bool = False,
+    verify: bool = True,
 ) -> Job:
-    """Generate with ``generate`` of transformers; items are images.
+    """Generate with a peer's program around its model; items are images."""
+    net = model()
+    generate, text = program(net, size), random_pairs(size, batch=batch)[0]
+    some = text[:VERIFIED_ROWS]
+    if verify and (shape := generate(some).shape) != (len(some), size.image_length):
+        raise ValueError(f"generated {tuple(shape)}, expected {len(some)} x {size.image_length}")
+    # Each token multiplies every weight once per row, and reads it once for all rows.
+    weights = peers.linear_weights(net)
+    tokens = batch * (1 + guided) * size.image_length
+    return Job(
+        run=lambda: generate(text),
+        items=batch,
+        flops=2.0 * sum(map(torch.numel, weights)) * tokens,
+        bytes=float(sum(weight.nbytes for weight in weights)) * size.image_length,
+    )
 
-    Args:
-        model: Builds or returns the model.
-        size: Its size.
-        batch: Images at once.
-        guided: With ``guidance_scale=3``, whose null prompt is a caption of zeros.
-        compiled: Static cache, and the compilation that ``generate`` otherwise keeps for GPUs.
-    """
+
+def llama(net: Any, size: Size, *, guided: bool, compiled: bool = False) -> Generate:
+    """Use ``generate`` of transformers; compiled, with a static cache."""
     from transformers import CompileConfig, GenerationConfig
 
-    net = model()
-    text, _ = random_pairs(size, batch=batch)
-    config = GenerationConfig(
-        max_new_tokens=size.image_length,
-        min_new_tokens=size.image_length,
-        do_sample=True,
-        top_k=0,
-        pad_token_id=0,
-        cache_implementation="static" if compiled else None,
-    )
+    length = {"max_new_tokens": size.image_length, "min_new_tokens": size.image_length}
+    config = GenerationConfig(do_sample=True, top_k=0, pad_token_id=0, **length)
     if compiled:
+        # generate() keeps its compilation for GPUs, unless this private switch is set.
+        config.cache_implementation = "static"
         config.compile_config = CompileConfig(fullgraph=False, mode="default")
         config.compile_config._compile_all_devices = True
     if guided:
         config.guidance_scale = ours.GUIDANCE_SCALE
 
     def generate(prompts: Tensor) -> Tensor:
-        null = {"negative_prompt_ids": torch.zeros_like(prompts)} if guided else {}
-        attention_mask = torch.ones_like(prompts)
-        tokens = net.generate(
-            prompts, attention_mask=attention_mask, generation_config=config, **null
-        )
-        return tokens[:, size.text_length :]
+        # The null prompt is a caption of zeros.
+        options = {"negative_prompt_ids": torch.zeros_like(prompts)} if guided else {}
+        options["attention_mask"] = torch.ones_like(prompts)
+        return net.generate(prompts, generation_config=config, **options)[:, size.text_length :]
 
-    return _verified(generate, text, net, size, passes=1 + guided)
+    return generate
 
 
-def x_transformers_job(model: Callable[[], Any], size: Size, batch: int) -> Job:
-    """Generate with x-transformers' wrapper and its cache; items are images."""
-    net = model()  # before the import: it reports a missing package
+def x_transformers(net: Any, size: Size) -> Generate:
+    """Use x-transformers' wrapper and its cache."""
     from x_transformers import AutoregressiveWrapper
 
-    wrapper = AutoregressiveWrapper(net)
-    text, _ = random_pairs(size, batch=batch)
-
-    def generate(prompts: Tensor) -> Tensor:
-        return wrapper.generate(
-            prompts, size.image_length, cache_kv=True, filter_logits_fn=lambda logits: logits
-        )
-
-    return _verified(generate, text, wrapper, size)
+    generate = AutoregressiveWrapper(net).generate
+    # Sampled from all logits, as ours: its default filter keeps a tenth of them.
+    options: dict[str, Any] = {"cache_kv": True, "filter_logits_fn": lambda logits: logits}
+    return lambda prompts: generate(prompts, size.image_length, **options)
 
 
-def dalle_job(
-    model: Callable[[], Any], size: Size, batch: int, options: dict[str, Any], *, mended: bool
-) -> Job:
-    """Generate with DALLE-pytorch, its tiny discrete VAE's decoding included; items are images.
-
-    Args:
-        model: Builds or returns the model.
-        size: Its size.
-        batch: Images at once.
-        options: Of ``generate_images``.
-        mended: Whether the cache is passed on without guidance.
-    """
-    net = model()
-    text, _ = random_pairs(size, batch=batch)
+# DALLE-pytorch's own switches do not do what they say, verified on release 1.6.6:
+# - `use_cache=True` is dropped when `cond_scale` is 1 (dalle_pytorch.py: `forward_with_cond_scale`
+#   calls itself without the cache), so that every token goes through the whole sequence;
+# - with guidance and cache, the null pass works on a shallow copy of the conditional cache: both
+#   write into the same token-shift queues, and the guided logits are wrong.
+# "Cache mended" passes the cache on, the one line that the first needs; guided rows are as shipped.
+def dalle(net: Any, size: Size, *, mended: bool, **options: Any) -> Generate:
+    """Use ``generate_images`` of DALLE-pytorch, its tiny discrete VAE's decoding included."""
 
     def pass_cache_on(*arguments: Any, cond_scale: float = 1.0, **others: Any) -> Tensor:
         del cond_scale
@@ -215,34 +213,11 @@ def dalle_job(
             # A copy, since guidance writes zeros into the caller's captions.
             images = net.generate_images(prompts.clone(), **options)
         finally:
+            # The rows of one model share it.
             vars(net).pop("forward_with_cond_scale", None)
-        return images[:, 0, ::8, ::8].flatten(1)  # one number per token
+        return images[:, 0, ::8, ::8].flatten(1)  # one number per token: (batch, image_length)
 
-    # Without a cache an image takes a minute, and what returns it is the same code: not verified.
-    guided = options.get("cond_scale", 1.0) != 1.0
-    return _verified(generate, text, net, size, passes=1 + guided, verify=bool(options))
-
-
-def _verified(
-    generate: Callable[[Tensor], Tensor],
-    text: Tensor,
-    net: torch.nn.Module,
-    size: Size,
-    *,
-    passes: int = 1,
-    verify: bool = True,
-) -> Job:
-    """Verify the number of tokens, and count what one call must compute and read."""
-    some = text[:VERIFIED_ROWS]
-    if verify and (shape := generate(some).shape) != (len(some), size.image_length):
-        raise ValueError(f"generated {tuple(shape)}, expected {len(some)} x {size.image_length}")
-    weights = peers.linear_weights(net)
-    return Job(
-        run=lambda: generate(text),
-        items=len(text),
-        flops=2.0 * sum(map(torch.numel, weights)) * len(text) * passes * size.image_length,
-        bytes=float(sum(weight.nbytes for weight in weights)) * size.image_length,
-    )
+    return generate
 
 
 def compare_trained_weights(config: BenchmarkConfig) -> list[Result]:
@@ -268,13 +243,11 @@ def trained_variants(pipeline: TextToImagePipeline, *, guided: bool) -> Iterator
     for name, options in ways.items():
         yield ours.variant(name, partial(trained_job, pipeline, guided=guided, **options))
 
-    def build_llama() -> Any:
-        return peers.build_language_model(peers.LLAMA, EMOJI_64).eval()
-
+    build_llama, program = partial(_peer, peers.LLAMA, EMOJI_64), partial(llama, guided=guided)
     for words, matmul in BOTH_PRODUCTS:
         yield Variant(
             f"{peers.LLAMA}, dynamic cache{words}",
-            partial(llama_job, build_llama, EMOJI_64, 1, guided, compiled=False),
+            partial(peer_job, program, build_llama, EMOJI_64, 1, guided=guided),
             matmul=matmul,
         )
 
@@ -288,14 +261,7 @@ def trained_job(
 ) -> Job:
     """Generate all prompts one after the other; items are images.
 
-    Args:
-        pipeline: The trained model.
-        guided: With its own guidance scale, or 1.
-        weights: Of the compiled pass; None is torch.
-        window: Tokens per pass; the fastest number when None.
-
-    Raises:
-        ValueError: If several tokens a pass generate another image than one.
+    With the native pass if it gets ``weights``, and by default the fastest number of tokens a pass.
     """
     model: TextToImageModel | NativeDecoder = pipeline.dalle
     if weights is not None:
@@ -305,19 +271,18 @@ def trained_job(
     window = window or best_window(model, 1)
 
     def generate(number: int, window: int) -> tuple[Tensor, int]:
+        prompt, seeds = text[number : number + 1], torch.tensor([number])
         generated = jacobi_decode(
-            model,
-            text[number : number + 1],
-            seeds=torch.tensor([number]),
-            sampling_config=sampling_config,
-            window=window,
+            model, prompt, seeds=seeds, sampling_config=sampling_config, window=window
         )
         return generated.image_token_ids, generated.num_passes
 
     generated = [generate(number, window) for number in range(len(PROMPTS))]
+    # Jacobi decoding is exact: any window must generate what one token at a time does.
     if not torch.equal(generated[0][0], generate(0, 1)[0]):
         raise ValueError("Jacobi passes generate another image")
     passes = sum(count for _, count in generated) / len(PROMPTS)
+    # Passes, and so seconds, differ between prompts: a call runs them all.
     turn = itertools.cycle(range(len(PROMPTS)))
     return Job(
         run=lambda: [generate(next(turn), window) for _ in PROMPTS],

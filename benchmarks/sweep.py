@@ -34,7 +34,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+
+from benchmarks.data import read_json_lines, read_pixels, read_rows, to_bytes
+from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
+from dalle_mini_impl.data.images import image_to_pixels
+from dalle_mini_impl.data.splits import stable_hash
+from dalle_mini_impl.evaluation.distribution import FeatureSpace
+from dalle_mini_impl.evaluation.emoji import evaluate_grid
+from dalle_mini_impl.pipeline import TextToImagePipeline
+from vqvae import VQVAE
 
 CONFIGS = Path("configs/demo")
 NUM_PLAIN = 96
@@ -64,20 +74,16 @@ def read_recipes() -> dict[str, list[Recipe]]:
 
 def as_options(overrides: Overrides) -> list[str]:
     """Turn overrides into arguments of a command line."""
-    texts = {
-        name: value if isinstance(value, str) else json.dumps(value)
+    return [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value)}"
         for name, value in overrides.items()
-    }
-    return [f"--{name}={text}" for name, text in texts.items()]
+    ]
 
 
 def hold_out_other_cells(emoji: Path, out: Path) -> None:
     """Copy the data set with two other cells of each role in `test_compose`."""
-    from dalle_mini_impl.builtin_datasets.emoji.prepare import grid_roles
-    from dalle_mini_impl.data.splits import stable_hash
-
-    rows = read_rows(emoji)
-    chosen = set()
+    # Chosen by a hash of the cell: the same cells for every sweep, whatever the order of rows.
+    rows, chosen = read_rows(emoji), set()
     for role, grid in grid_roles(rows).items():
         free = [cell for cell, row in grid.items() if row["split"] == "train"]
         for cell in sorted(free, key=lambda cell: stable_hash("recipes", role, *cell))[:2]:
@@ -89,12 +95,6 @@ def hold_out_other_cells(emoji: Path, out: Path) -> None:
     shutil.copytree(emoji / "images", out / "images", dirs_exist_ok=True)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (out / "metadata.jsonl").write_text(text, encoding="utf-8")
-
-
-def read_rows(data: Path) -> list[dict[str, Any]]:
-    """Read the metadata of prepare_emoji.py, one object per image."""
-    lines = (data / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
 
 
 @contextmanager
@@ -120,17 +120,16 @@ def train(script: str, run: Path, overrides: Overrides) -> None:
     arguments += as_options(overrides)
     # Recipes share tokenizers, and several processes may want the same one.
     with lock(run.with_name(f"{run.name}.lock"), wait=True):
+        # The model folder is the last thing that a run writes.
         if (run / "model").exists():
             return
+        # The sum over all children so far, so take the difference.
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         with run.with_name(f"{run.name}.log").open("a") as log:
-            subprocess.run(
-                [sys.executable, f"scripts/{script}.py", *arguments],
-                check=True,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-            )
+            command = [sys.executable, f"scripts/{script}.py", *arguments]
+            # One thread each: several processes of a sweep have a core of their own.
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run(command, check=True, stdout=log, stderr=log, env=environment)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         (run / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
@@ -173,18 +172,8 @@ def slug(name: str) -> str:
 
 def last_figures(run: Path) -> Figures:
     """Read the last value of each metric of a run."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {key: value for line in lines for key, value in json.loads(line).items()}
-
-
-def read_pixels(data: Path, rows: list[dict[str, Any]]) -> Any:
-    """Read images to (images, 3, side, side) in [-1, 1]."""
-    import torch
-
-    from dalle_mini_impl.data.images import decode_image, image_to_pixels
-
-    images = [decode_image((data / row["file_name"]).read_bytes(), source="") for row in rows]
-    return torch.stack([image_to_pixels(image) for image in images])
+    rows = read_json_lines(run / "metrics.jsonl")
+    return {key: value for row in rows for key, value in row.items()}
 
 
 def reconstruct(model: Path, data: Path) -> tuple[int, float]:
@@ -193,16 +182,11 @@ def reconstruct(model: Path, data: Path) -> tuple[int, float]:
     By colors and contrasts at several scales: the mean squared distance in
     `evaluation.distribution`, 0 for equal images.
     """
-    import torch
-
-    from dalle_mini_impl.evaluation.distribution import FeatureSpace
-    from vqvae import VQVAE
-
     torch.set_num_threads(1)
     pixels = read_pixels(data, [row for row in read_rows(data) if row["split"] == "test_compose"])
     vqvae = VQVAE.from_pretrained(model)
     reconstructions = vqvae.decode_from_token_ids(vqvae.encode_to_token_ids(pixels))
-    true, coded = (((each + 1) * 127.5).round().byte() for each in (pixels, reconstructions))
+    true, coded = to_bytes(pixels), to_bytes(reconstructions)
     space = FeatureSpace(true)
     distance = (space(coded) - space(true)).square().sum(dim=1).mean()
     return math.prod(vqvae.image_grid_size), float(distance)
@@ -211,32 +195,16 @@ def reconstruct(model: Path, data: Path) -> tuple[int, float]:
 def evaluate_model(model: Path, data: Path, sampling: Overrides) -> Figures:
     """Generate held-out cells, and plain things that training showed, in both languages.
 
-    Returns:
-        Fractions: cells, tones and genders right; plain things nearest to their own image, of all
-        plain things. And the seconds of processor time that an image takes, one by one.
+    Fractions: cells, tones and genders right; plain things nearest to their own image, of all plain
+    things. And the seconds of processor time that an image takes, one by one.
     """
-    import torch
-
-    from dalle_mini_impl.data.images import image_to_pixels
-    from dalle_mini_impl.data.splits import stable_hash
-    from dalle_mini_impl.evaluation.emoji import evaluate_grid
-    from dalle_mini_impl.pipeline import TextToImagePipeline
-
     torch.set_num_threads(1)
     pipeline = TextToImagePipeline.from_pretrained(str(model))
     grid = evaluate_grid(pipeline, data, **sampling)
-    figures = {
-        "cells": grid.grid_accuracy,
-        "tone": grid.tone_accuracy,
-        "gender": grid.gender_accuracy,
-    }
-    things = [
-        row
-        for row in read_rows(data)
-        if row["split"] == "train"
-        and not row["skin_tones"]
-        and row["kind"] in {"other", "country flag"}
-    ]
+    figures = {"cells": grid.grid_accuracy, "tone": grid.tone_accuracy}
+    figures["gender"] = grid.gender_accuracy
+    plain = [row for row in read_rows(data) if row["split"] == "train" and not row["skin_tones"]]
+    things = [row for row in plain if row["kind"] in {"other", "country flag"}]
     # In an order of their own, so that a longer list begins with the same things.
     things.sort(key=lambda row: stable_hash("plain", row["hexcode"]))
     reference = read_pixels(data, things).flatten(1)
@@ -244,11 +212,12 @@ def evaluate_model(model: Path, data: Path, sampling: Overrides) -> Figures:
         prompts = [row[column] for row in things[:NUM_PLAIN]]
         generated = pipeline(prompts, seed=0, **sampling).images
         pixels = torch.stack([image_to_pixels(image).flatten() for image in generated])
+        # Chance level: one in all plain things.
         nearest = torch.cdist(pixels, reference).argmin(dim=1)
         figures[language] = float((nearest == torch.arange(len(prompts))).float().mean())
     seconds = []
     for row in things[:NUM_TIMED]:
-        started = time.process_time()
+        started = time.process_time()  # which other programs do not change
         pipeline(row["text"], seed=0, **sampling)
         seconds.append(time.process_time() - started)
     figures["seconds_per_image"] = statistics.median(seconds)
@@ -256,17 +225,17 @@ def evaluate_model(model: Path, data: Path, sampling: Overrides) -> Figures:
 
 
 def bits_above_line(row: Figures, results: list[Figures]) -> float | None:
-    """Compare a tokenizer with FSQ at its own PSNR: the line through FSQ's two numbers of codes.
+    """Return how many bits an image needs more (below 0: fewer) than FSQ's at its own PSNR.
 
-    Returns:
-        Bits per image more (or, below 0, fewer) than FSQ would need; None if the line's ends are
-        not there yet, or too near to each other to span one.
+    None if FSQ's two numbers of codes are not measured yet, or too near to each other.
     """
+    # FSQ at any PSNR: the line through its two numbers of codes.
     known = {result["recipe"]: result for result in results}
     few, many = known.get("FSQ, 240 codes"), known.get("FSQ, 1,000 codes")
     if few is None or many is None:
         return None
     run = many["psnr_db"] - few["psnr_db"]
+    # Over a shorter run the noise of its ends would decide the slope.
     if abs(run) < 0.1:
         return None
     slope = (many["bits"] - few["bits"]) / run
@@ -326,9 +295,7 @@ def table(sweep: str, results: list[Figures]) -> str:
 
 def read_results(file: Path) -> list[Figures]:
     """Read the results so far."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return read_json_lines(file) if file.exists() else []
 
 
 def main() -> None:

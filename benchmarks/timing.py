@@ -340,4 +340,4 @@ def update(loss: Tensor, optimizer: torch.optim.Optimizer, *, max_norm: float = 
         nn.utils.clip_grad_norm_(weights, max_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())  # every trainer logs its loss, and on a GPU waits for it
+    return float(loss.detach())

@@ -8,15 +8,8 @@ Four comparisons:
   DALL-E, where the quantizer is most of the work.
 - Look-up: the nearest of K codes for 2,048 vectors, the inner step of every VQ tokenizer.
 - Quality: seconds of training until held-out emoji are reconstructed from 256 tokens with 22 dB.
-  Both sides make 16 x 16 tokens of a 64 px Twemoji. They train in turns of equal time, on images in
-  memory, each by its own preset: ours at a rate that decays over a number of steps chosen
-  beforehand, DALLE-pytorch's as its train_vae.py trains (Adam, rate 1e-3, batches of 8, no KL
-  term). The quality is that of hard codes, as a decoder generates them, over the images of
-  `test_compose`; measuring it is not part of the time. A program that has not reached the goal in
-  six times our time is stopped.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import ours, peers, timing
+from benchmarks.data import read_pixels, read_rows, to_bytes
 from benchmarks.parts import BenchmarkConfig
-from benchmarks.timing import Job, NotMeasuredError, Precision, Result, Variant, interleave
+from benchmarks.timing import Job, Precision, Result, Variant, interleave
 from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 from dalle_mini_impl.training.optimizer import build_optimizers
 from dalle_mini_impl.training.trainer import Trainer
@@ -49,6 +43,11 @@ BY_DEFAULT = {"num_layers": 3, "num_tokens": 1024, "codebook_dim": 512, "hidden_
 NUM_VECTORS, WIDTH = 2048, 32
 LEAST_AGREEMENT = 0.999  # ties in the last bit may fall either way
 
+# Time to quality. Both sides make 16 x 16 tokens of a 64 px Twemoji. They train in turns of equal
+# time, on images in memory, each by its own preset: ours at a rate that decays over a number of
+# steps chosen beforehand, DALLE-pytorch's as its train_vae.py trains (Adam, no KL term). Quality is
+# that of hard codes, as a decoder generates them, over the images of `test_compose`; it is measured
+# while the clock stands. A program that has not reached the goal in six times our time is stopped.
 GOAL_DB = 22.0
 TURN_SECONDS = 5.0
 MOST_TIMES_OURS = 6.0
@@ -82,6 +81,7 @@ def compare_tokenizers(config: BenchmarkConfig) -> list[Result]:
 
 def random_images(batch: int, side: int) -> Tensor:
     """Make smooth images in [-1, 1], (batch, 3, side, side)."""
+    # Noise has no structure to compress: a loss on it would hardly fall.
     coarse = torch.rand(batch, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
     return F.interpolate(coarse, side, mode="bilinear").clamp(-1, 1)
 
@@ -111,10 +111,9 @@ def gumbel_variants(
         loss.backward()
         peer_first_step = FirstStep(float(loss.detach()), float(vae.codebook.weight.grad.norm()))
         vae.zero_grad()
-        parts = (vae.encoder, vae.decoder, vae.codebook.weight.detach().clone())
-        return gumbel_training(
-            *parts, pixels, precision, peer_first_step=peer_first_step, compiled=compiled
-        )
+        codebook = vae.codebook.weight.detach().clone()
+        expected: dict[str, Any] = {"peer_first_step": peer_first_step, "compiled": compiled}
+        return gumbel_training(vae.encoder, vae.decoder, codebook, pixels, precision, **expected)
 
     for words, compiled in OWN_WAYS[: 1 + with_compiled]:
         build = partial(own_training, compiled=compiled)
@@ -144,17 +143,12 @@ def own_job(work: Work, pixels: Tensor, precision: Precision, *, compiled: bool 
         raise ValueError("the tokenizer returns images of another size")
 
     def infer() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with timing.autocast(precision):
             if work == "encode":
                 return vqvae.encode_to_token_ids(pixels)
             return vqvae.decode_from_token_ids(token_ids)
 
     return Job(run=infer, items=len(pixels), flops=timing.count_flops(infer, with_batched=True))
-
-
-def to_bytes(pixels: Tensor) -> Tensor:
-    """Turn pixels in [-1, 1] into bytes."""
-    return ((pixels + 1) * 127.5).round().byte()
 
 
 def build_vqvae_trainer(vqvae: VQVAE, images: Tensor, **options: Any) -> Trainer:
@@ -190,21 +184,13 @@ def gumbel_training(
     """Train a discrete VAE with our Gumbel quantizer between given networks; items are images.
 
     The mathematics is that of DALLE-pytorch's DiscreteVAE by default: squared error, temperature
-    0.9, no KL term.
-
-    Args:
-        encoder: Images to logits over the codes.
-        decoder: Codes to images.
-        codebook: Initial rows, (codes, width).
-        pixels: In [-1, 1].
-        precision: bf16 is autocast.
-        peer_first_step: What our first step must equal but for its noise, else a ValueError.
-        compiled: Whether torch.compile makes the forward and backward pass.
+    0.9, no KL term. The encoder makes logits over the codes, whose initial rows are ``codebook``. A
+    ValueError if our first step differs from ``peer_first_step`` by more than its noise.
     """
     codes, width = codebook.shape
     quantizer = GumbelQuantizer(codebook_size=codes, code_dim=width, kl_weight=0.0)
     quantizer.codebook.data.copy_(codebook)
-    quantizer.temperature.fill_(0.9)
+    quantizer.temperature.fill_(0.9)  # DiscreteVAE's default
     model = nn.Sequential(encoder, quantizer, decoder)
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -213,7 +199,7 @@ def gumbel_training(
     )
 
     def eager_loss() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with timing.autocast(precision):
             reconstructions = decoder(quantizer(encoder(pixels)).quantized_latents)
             return F.mse_loss(reconstructions.float(), pixels)
 
@@ -234,11 +220,7 @@ def gumbel_training(
     compute_loss = torch.compile(eager_loss, dynamic=False) if compiled else eager_loss
 
     def step() -> float:
-        loss = compute_loss()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        return timing.update(compute_loss(), optimizer)
 
     timing.require_training(step, steps=5, compiled=compiled)
     return Job(run=step, items=len(pixels), flops=flops)
@@ -252,22 +234,16 @@ def _dvae_variants(
     *,
     with_compiled: bool,
 ) -> Iterator[Variant]:
-    ways = [
-        ("as shipped", "highest", torch.contiguous_format, False),
-        ("channels last", "highest", torch.channels_last, False),
-        ('channels last, matmul "medium"', "medium", torch.channels_last, False),
-    ]
+    ways = ["as shipped", "channels last", 'channels last, matmul "medium"']
     if work == "train" and with_compiled:
-        ways += [
-            ("channels last, compiled", "highest", torch.channels_last, True),
-            ('channels last, compiled, matmul "medium"', "medium", torch.channels_last, True),
-        ]
-    for words, matmul, layout, compiled in ways:
+        ways += ["channels last, compiled", 'channels last, compiled, matmul "medium"']
+    for words in ways:
+        layout = torch.channels_last if "channels last" in words else torch.contiguous_format
         yield Variant(
             f"{peers.DALLE}, {words}",
-            partial(dvae_job, work, build, pixels, precision, layout, compiled=compiled),
+            partial(dvae_job, work, build, pixels, precision, layout, compiled="compiled" in words),
             precision=precision,
-            matmul=matmul,
+            matmul="medium" if "medium" in words else "highest",
             keeps_memory=work == "train" and words != "as shipped",
         )
 
@@ -285,7 +261,7 @@ def dvae_job(
     precision: Precision,
     layout: torch.memory_format,
     *,
-    compiled: bool = False,
+    compiled: bool,
 ) -> Job:
     """Encode, decode or train DALLE-pytorch's discrete VAE; see `own_job`."""
     vae = build().to(memory_format=layout)
@@ -294,15 +270,12 @@ def dvae_job(
     token_ids = vae.get_codebook_indices(images)
 
     def step(net: Callable[..., Tensor] = vae) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with timing.autocast(precision):
             loss = net(images, return_loss=True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return float(loss.detach())
+        return timing.update(loss, optimizer)
 
     def infer() -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        with timing.autocast(precision):
             if work == "encode":
                 return vae.get_codebook_indices(images)
             with torch.no_grad():
@@ -362,10 +335,9 @@ def own_lookup(vectors: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
 
 def peer_lookup(vectors: Tensor, codebook: Tensor, *, cosine: bool) -> Callable[[], Tensor]:
     """Prepare the look-up of vector-quantize-pytorch, by angle or by distance."""
-    try:
-        from vector_quantize_pytorch import VectorQuantize
-    except ImportError:
-        raise NotMeasuredError("vector-quantize-pytorch is not installed") from None
+    peers.require("vector_quantize_pytorch")
+    from vector_quantize_pytorch import VectorQuantize
+
     codes, width = codebook.shape
     quantizer = VectorQuantize(dim=width, codebook_size=codes, use_cosine_sim=cosine).eval()
     quantizer._codebook.embed.data.copy_(codebook)
@@ -416,9 +388,6 @@ def compare_time_to_quality(config: BenchmarkConfig) -> list[Result]:
         row = Result(work=work, variant=f"{peers.DALLE}, {words}", is_ours=False, unit="s")
         try:
             learners.append(Learner(*dvae_learning(sizes, train), row))
-        except NotMeasuredError as reason:
-            row.failure = f"not measured: {reason}"
-            failed.append(row)
         except Exception as error:  # one that fails must not take the others with it
             row.failure = timing.failure_text(error)
             failed.append(row)
@@ -449,17 +418,13 @@ def take_turns(learners: list[Learner], held_out: Tensor, *, goal: float, second
 def read_emoji(folder: Path, *, few: bool) -> tuple[Tensor, Tensor]:
     """Prepare Twemoji of 64 px: the splits train and test_compose as bytes, (images, 3, 64, 64)."""
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
-    from dalle_mini_impl.data.images import decode_image, image_to_pixels
 
     prepare_emoji(folder, size=64, styles=["twemoji"], npm_dir=None)
-    lines = (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
-    splits = []
-    for split in ("train", "test_compose"):
-        names = [row["file_name"] for row in rows if row["split"] == split][: 64 if few else None]
-        images = [decode_image((folder / name).read_bytes(), source=name) for name in names]
-        splits.append(to_bytes(torch.stack([image_to_pixels(image) for image in images])))
-    return splits[0], splits[1]
+    train, held_out = (
+        [row for row in read_rows(folder) if row["split"] == split][: 64 if few else None]
+        for split in ("train", "test_compose")
+    )
+    return to_bytes(read_pixels(folder, train)), to_bytes(read_pixels(folder, held_out))
 
 
 def faster_product(step: Callable[[], object]) -> str:
@@ -487,27 +452,19 @@ def mean_psnr(reconstruct: Reconstruct, held_out: Tensor) -> float:
 def own_learning(train: Tensor) -> tuple[Callable[[], object], Reconstruct]:
     """Train a tokenizer of 4 x 4 px patches on images as bytes, with the trainer's own step."""
     torch.manual_seed(0)
-    config = VQVAEConfig(
-        image_size=train.shape[-1],
-        patch_size=4,
-        channels=(128,),
-        num_encoder_blocks=2,
-        num_decoder_blocks=2,
-        fsq_levels=(8, 5, 5, 5),
-    )
-    vqvae = VQVAE(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trainer = build_vqvae_trainer(
-        vqvae,
-        train,
-        batch=32,
-        precision="bfloat16" if has_fast_bf16() else "float32",
-        max_steps=QUALITY_STEPS,
-        learning_rate=3e-3,
-        betas=(0.9, 0.99),
-        weight_decay=0.0,
-        decay_fraction=0.4,
-        warmup_steps=30,
-    )
+    network: dict[str, Any] = {"patch_size": 4, "channels": (128,), "fsq_levels": (8, 5, 5, 5)}
+    network |= {"num_encoder_blocks": 2, "num_decoder_blocks": 2}
+    vqvae = VQVAE(VQVAEConfig(image_size=train.shape[-1], **network))
+    vqvae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    precision: Precision = "bfloat16" if has_fast_bf16() else "float32"
+    schedule: dict[str, Any] = {"max_steps": QUALITY_STEPS, "warmup_steps": 30}
+    schedule |= {
+        "decay_fraction": 0.4,
+        "learning_rate": 3e-3,
+        "betas": (0.9, 0.99),
+        "weight_decay": 0.0,
+    }
+    trainer = build_vqvae_trainer(vqvae, train, batch=32, precision=precision, **schedule)
 
     def reconstruct(pixels: Tensor) -> Tensor:
         vqvae.eval()
@@ -523,14 +480,12 @@ def dvae_learning(sizes: dict[str, Any], train: Tensor) -> tuple[Callable[[], ob
     optimizer = torch.optim.Adam(model.parameters(), lr=DVAE_RATE)
     generator = torch.Generator().manual_seed(0)
 
-    def step() -> None:
+    def step() -> float:
         ids = torch.randint(len(train), (DVAE_BATCH,), generator=generator)
         images = (train[ids].float() / 255).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=has_fast_bf16()):  # as ours
             loss = model(images, return_loss=True, temp=DVAE_TEMPERATURE)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        return timing.update(loss, optimizer)
 
     def reconstruct(pixels: Tensor) -> Tensor:
         model.eval()

@@ -44,7 +44,7 @@ def step_variants(size: Size, precision: Precision, *, with_compiled: bool) -> I
     """Yield our rows, and every peer in every way it can run; compiling takes a minute each."""
     for name, compiled in (("ours", False), ("ours, training.compile", True)):
         if with_compiled or not compiled:
-            build = partial(ours.decoder_training, size, precision, compiled=compiled)
+            build = partial(ours.decoder_training, size, precision, compile=compiled)
             yield ours.variant(name, build, precision=precision, keeps_memory=True)
     for name in peers.DECODERS:
         # One model for all ways of a peer: they do not run at the same time.
@@ -73,6 +73,7 @@ def compare_peak_memory(config: BenchmarkConfig, size: Size) -> list[Result]:
             work = f"peak memory, train {size.name} at batch {size.batch}, {precision}"
             result = Result(work=work, variant=one.name, is_ours=one.is_ours, unit="GiB")
             result.floor = floor
+            # In a fresh process: a peak never falls.
             try:
                 result.costs = [measure_in_fresh_process(one.name, size, precision)]
             except (ValueError, subprocess.TimeoutExpired) as error:
@@ -126,7 +127,6 @@ def main(name: str, size: str, precision: Precision) -> None:
     [one] = [each for each in memory_variants(SIZES[size], precision) if each.name == name]
     set_machine(one.matmul, keeps_memory=one.keeps_memory)
     job = one.build()
-    # The building took steps too: by now the allocator has seen all sizes.
     for _ in range(2):
         job.run()
     print(peak_gib())

@@ -127,7 +127,7 @@ def test_learners_take_turns_until_the_goal_or_six_times_our_time() -> None:
 
 def test_our_tokenizer_learns_to_a_quality(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "QUALITY_STEPS", 40)
-    train = tokenizer.to_bytes(random_images(32, 16))
+    train = data.to_bytes(random_images(32, 16))
     step, reconstruct = tokenizer.own_learning(train)
     before = tokenizer.mean_psnr(reconstruct, train)
     for _ in range(40):
