@@ -49,7 +49,7 @@ def test_every_touched_cell_is_masked() -> None:
     assert inpainting_mask.shown.nonzero().tolist() == [[3, 5], [4, 5], [15, 15]]
 
 
-def test_one_white_pixel_of_a_large_mask_counts_and_dark_gray_does_not() -> None:
+def test_white_pixel_of_a_large_mask_counts_but_no_dark_gray() -> None:
     mask = mask_of((700, 300, 700, 300), size=(1600, 1600))
     ImageDraw.Draw(mask).rectangle((0, 0, 200, 200), fill=127)
     shown = mask_pixels(mask, source_size=(1600, 1600), size=SIZE)

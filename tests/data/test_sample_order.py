@@ -44,8 +44,7 @@ def test_order_is_the_same_on_every_machine_and_release() -> None:
 
 
 @given(
-    weights=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30),
-    seed=st.integers(0, 99),
+    weights=st.lists(st.floats(0, 100, width=32), min_size=1, max_size=30), seed=st.integers(0, 99)
 )
 def test_weighted_epochs_hold_the_expected_counts(weights: list[float], seed: int) -> None:
     if sum(weights) < 1e-3:
