@@ -177,16 +177,8 @@ def test_rank_none_keeps_the_first() -> None:
 
 
 def generate(model: Path, out: Path, ranking: Ranking) -> dict[str, Any]:
-    generate_to_folder(
-        str(model),
-        prompts=["a blue box"],
-        num_images=1,
-        num_candidates=6,
-        seed=0,
-        out=out,
-        overrides={},
-        ranking=ranking,
-    )
+    options: Any = {"num_images": 1, "num_candidates": 6, "seed": 0, "overrides": {}}
+    generate_to_folder(str(model), prompts=["a blue box"], out=out, ranking=ranking, **options)
     [path] = out.glob("0*.png")
     with Image.open(path) as image:
         return json.loads(image.text["dalle_mini_impl"])  # type: ignore[attr-defined,no-any-return]

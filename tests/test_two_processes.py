@@ -14,16 +14,11 @@ from dalle_mini_impl.training.run import save_config
 from dalle_mini_impl.training.vqvae import VQVAETaskConfig
 from tests.reference import tiny, training_worker
 from tests.reference.commands import run_apart, run_python
+from tests.reference.runs import EVERYTHING_RANDOM, TIMES
 from vqvae.losses.adversarial import DiscriminatorConfig
 
-NOT_COMPARED = {
-    "time",
-    "train/samples_per_second",
-    "train/tokens_per_second",
-    "train/data_wait_fraction",
-    "train/save_fraction",
-    "train/batch_codebook_perplexity",  # of a process's part: not a mean over samples
-}
+# The perplexity is of a process's part: no mean over samples.
+NOT_COMPARED = TIMES | {"train/batch_codebook_perplexity"}
 
 
 def output_of(result: subprocess.CompletedProcess[str]) -> str:
@@ -43,24 +38,9 @@ def assert_close_metrics(one: Path, two: Path, *, rel: float) -> None:
 
 def write_configs(data: Path, folder: Path, vqvae_dir: Path, **training: Any) -> dict[str, Any]:
     """Configs whose losses do not depend on the process: no dropout of the network."""
-    random = {
-        "caption_dropout_probability": 0.3,
-        "token_noise_probability": 0.2,
-        "random_order_probability": 0.5,
-        "shifted_view_probability": 0.5,
-    }
-    configs = {
-        "vqvae": tiny.vqvae_run(data, folder / "vqvae", max_steps=4),
-        "dalle": tiny.dalle_run(
-            data,
-            vqvae_dir,
-            folder / "dalle",
-            task=random,
-            dropout_probability=0.0,
-            max_steps=4,
-            **training,
-        ),
-    }
+    options = {"task": EVERYTHING_RANDOM, "dropout_probability": 0.0, "max_steps": 4}
+    dalle = tiny.dalle_run(data, vqvae_dir, folder / "dalle", **options, **training)
+    configs = {"vqvae": tiny.vqvae_run(data, folder / "vqvae", max_steps=4), "dalle": dalle}
     folder.mkdir()
     for name, config in configs.items():
         save_config(config, folder / f"{name}.yaml")

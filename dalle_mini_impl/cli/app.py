@@ -85,6 +85,7 @@ class PageBackend:
             guidance_scale=_number("guidance_scale", guidance_scale),
             temperature=_number("temperature", temperature),
         )
+        # After the pipeline's own checks, which refuse prompts that are no text and have no length.
         if len(prompt) > MAX_PROMPT_LENGTH:
             raise UserError(
                 f"prompt: got {len(prompt)} characters, expected at most {MAX_PROMPT_LENGTH}"
@@ -101,6 +102,8 @@ class PageBackend:
         # A page that is open for days must not fill the disk.
         if len(self._calls) == CALLS_KEPT:
             shutil.rmtree(self._calls.popleft(), ignore_errors=True)
+        # Each call has its own: the same prompt and seed would replace files that a page still
+        # shows.
         folder = Path(tempfile.mkdtemp(dir=self.folder))
         self._calls.append(folder)
         return folder
@@ -124,6 +127,7 @@ def build_page(backend: PageBackend) -> Any:
         try:
             images = backend.generate(*values)
         except UserError as error:
+            # Shown on the page; a traceback in the terminal would look like a fault of the program.
             raise gr.Error(str(error), print_exception=False) from None
         return images, [path for path, _ in images]
 
@@ -158,6 +162,7 @@ def build_page(backend: PageBackend) -> Any:
         gr.on(
             [button.click, prompt.submit], generate, inputs, [gallery, files], api_name="generate"
         )
+    # One call at a time: a second one would take memory and save no time.
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
 
 
@@ -178,6 +183,8 @@ def serve(
         page = build_page(PageBackend(pipeline, Path(folder), model=model))
         theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
+            # Nothing leaves the machine: no tunnel, no monitoring, and no file larger than a byte
+            # comes in.
             page.launch(
                 server_name=host,
                 server_port=port,

@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write JSON to stdout: one line per image, caption or measurement."""
     options = parse(arguments)
+    # After parsing: --help and bad options need not wait for torch.
     from dalle_mini_impl.cli.pipelines import open_pipeline
 
     captions = list(options.caption)
@@ -62,6 +63,7 @@ def main(arguments: Sequence[str]) -> None:
             )
             captions += prefixes(completed, options.complete)
         rows = completed
+        # Without images, the completions are the result.
         if options.images or not completed:
             rows = caption_images(
                 pipeline, options.images, captions, use_prior=options.use_prior, top=options.top
@@ -112,9 +114,11 @@ def complete_captions(
             f"num_tokens: got {num_tokens}, expected at most the model's "
             f"{text_tokenizer.text_length}"
         )
+    # The last seed, too, must fit into 64 bits.
     if not 0 <= seed < 2**63 - num_samples:
         raise UserError(f"seed: got {seed}, expected 0 to 2 ** 63 - {num_samples + 1}")
     dalle = _caption_decoder(pipeline, "complete")
+    # The tokenizer refuses empty captions, but completing may start from nothing.
     null = text_tokenizer.null_text_token_ids().unsqueeze(0)
     prefix = (text_tokenizer.encode([start]) if start.strip() else null).to(device)
     # The first without seeds: always the likeliest token.
@@ -147,6 +151,7 @@ def prefixes(captions: Sequence[str], start: str) -> list[str]:
     found = [start] if start.strip() else []
     for words in map(str.split, captions):
         found += [" ".join(words[:count]) for count in range(shortest, len(words) + 1)]
+    # In order of first appearance, so that equal runs print equal lines.
     return list(dict.fromkeys(found))
 
 
@@ -185,6 +190,7 @@ def caption_images(
         probabilities = scores.probabilities(use_prior=use_prior)[0]
         # p(image) is the same for every caption, but not for every image.
         ratios = scores.image_given_text[0] - scores.image[0]
+        # Stable: captions of equal probability keep the order in which they were given.
         best = probabilities.argsort(descending=True, stable=True)[:top].tolist()
         rows = []
         for index in best:

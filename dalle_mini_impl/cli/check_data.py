@@ -36,6 +36,7 @@ def main(arguments: Sequence[str]) -> None:
     from dalle_mini_impl.training.estimate import estimate_lines, read_run
 
     preset = None if options.config is None else find_preset(options.config)
+    # A decoder's preset names no image size: that is its tokenizer's.
     config, vqvae = (None, None) if preset is None else read_run(preset)
     text = config.text if isinstance(config, DalleRunConfig) else TextConfig()
     source = options.source or (config and config.data.source)
@@ -53,5 +54,6 @@ def main(arguments: Sequence[str]) -> None:
         logger.info("\n".join(estimate_lines(config, vqvae, report)))
     limits = config.data if config else DataConfig
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
+    # Last, and not as an error: such data can be trained on.
     if report.has_problems:
         raise SystemExit(1)

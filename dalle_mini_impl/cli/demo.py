@@ -96,6 +96,7 @@ def steps_report(run_dir: Path) -> list[str]:
     """Warn, in one line, of far fewer steps than the decoder behind the README's images had."""
     names = (path.name for path in (run_dir / "checkpoints").glob("step-????????"))
     steps = int(max(names, default="step-0").removeprefix("step-"))
+    # 0 steps: the model was copied here without its run.
     if not 0 < steps < 0.8 * README_STEPS:
         return []
     return [
@@ -108,6 +109,7 @@ def held_out_sheet(report: "GridReport") -> "Image.Image":
     """Lay pairs of generated and reference images of held-out combinations out."""
     from dalle_mini_impl.data.image_grid import make_grid
 
+    # Evenly spaced, since combinations come sorted by role.
     step = max(1, len(report.generated) // NUM_HELD_OUT_SHOWN)
     images, captions = [], []
     for index in range(0, step * min(NUM_HELD_OUT_SHOWN, len(report.generated)), step):

@@ -215,6 +215,7 @@ def _compare(
     # Baselines: what the tokenizer alone costs, and what perfect memorization would score.
     others = {"generated": generated.pixels, RECONSTRUCTED: reconstructions}
     if len(data.train) >= len(reference):
+        # Only in sets of one size: the distance between two sets shrinks as they grow.
         others["training images"] = data.train.subsample(len(reference)).pixels
     # Plain features always, those of a network where its weights are installed.
     spaces = [plain]
@@ -265,6 +266,7 @@ def _protocol(
             "styles": " ".join(config.styles) or "all",
             **({"clip": Path(config.clip).name} if config.clip else {}),
         },
+        # These decide the last digits, and thereby now and then a token.
         "machine": {
             "device": pipeline.device.type,
             "threads": torch.get_num_threads(),
@@ -276,6 +278,7 @@ def _protocol(
 
 def _versions() -> dict[str, str]:
     found = {}
+    # Metrics depend on the libraries that resize images and invert matrices.
     for name in LIBRARIES:  # the source tree without an installation has no version of its own
         try:
             found[name] = version(name)
@@ -328,5 +331,6 @@ def _tracking_of(run_dir: Path) -> TrackingConfig:
     try:
         stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
         return TrackingConfig(**stored["tracking"])
+    # A model may come without its run, or its config.yaml be of something else.
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return TrackingConfig()

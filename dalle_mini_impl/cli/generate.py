@@ -82,6 +82,7 @@ def main(arguments: Sequence[str]) -> None:
         out=options.out,
         overrides=sampling_overrides(options),
         ranking=Ranking(options.rank, options.clip),
+        # None only without any option of inpainting: a mask without its image must be refused.
         inpainting=None if inpainting == InpaintingFiles() else inpainting,
         native=options.native,
     )
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str]) -> None:
 def sampling_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Collect the fields of ``SamplingConfig`` that the command line gives."""
     names = ("guidance_scale", "guidance_schedule", "temperature", "top_k", "top_p")
+    # Not every command has all of them.
     values = {name: getattr(options, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -109,6 +111,7 @@ class Ranking:
         """Refuse a missing CLIP, or one that is not used, before anything is loaded."""
         if self.by != "clip" and self.clip is not None:
             raise UserError(f"clip: got {self.clip} with --rank {self.by}, expected --rank clip")
+        # The folder is looked for before the model is loaded, which takes longer.
         if self.by == "clip" and self.clip is None and not (Path(model) / CLIP_FOLDER).is_dir():
             raise UserError(
                 f"rank: got clip, but {model} has no folder {CLIP_FOLDER}; expected --clip with a "
@@ -223,9 +226,11 @@ def generate_to_folder(
     numbers = {prompt: first + index for index, prompt in enumerate(unique)}
     total = len(unique) * request.num_images
     logger.info(f"generating {total} image{'s' if total > 1 else ''}")
+    # Numbers are given before the prompts are split: names must not depend on the processes.
     mine = dataclasses.replace(request, prompts=processes.split(unique))
     with _full_memory_or_disk_in_one_line(out):
         files = _write_batches(pipeline, mine, out, numbers=numbers, metadata=metadata)
+        # In the order of the prompts again, whichever process generated them.
         files = sorted(processes.gather(files))
         if not processes.is_main:
             return None
@@ -262,6 +267,7 @@ def _full_memory_or_disk_in_one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
+        # torch raises plain RuntimeErrors where a CPU's memory is full.
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -75,10 +75,12 @@ def save_grid(path: Path, files: Sequence[ImageFile], *, num_images: int) -> Non
 
 def image_name(number: int, prompt: str, seed: int) -> str:
     """Name an image's file, never a path: letters of every script and digits of the prompt stay."""
+    # Composed letters: macOS and Linux would otherwise give one prompt two names.
     prompt = unicodedata.normalize("NFC", prompt).lower()
     words = re.sub(r"[\W_]+", "-", prompt).strip("-")[:MAX_NAME_LENGTH]
     # A letter that is cut in its bytes is dropped.
     words = words.encode()[:MAX_NAME_BYTES].decode(errors="ignore").strip("-")
+    # A prompt of signs alone, such as one emoji, leaves no letters.
     return f"{number:04d}-{words or 'image'}_{seed}.png"
 
 
@@ -90,6 +92,7 @@ def grid_name(number: int) -> str:
 def next_number(folder: Path) -> int:
     """Find the first number that no image or grid of a folder has; 0 in an empty one."""
     names = [path.name for path in folder.iterdir()]
+    # At most nine digits: a stranger's file must not push the numbers beyond any sense.
     found = [re.fullmatch(r"(?:grid-(\d{4,9})|(\d{4,9})-.*)\.png", name) for name in names]
     return max((int(match[1] or match[2]) + 1 for match in found if match), default=0)
 

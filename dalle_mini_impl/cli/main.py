@@ -80,6 +80,7 @@ def run_script(
     Raises:
         SystemExit: The exit code is not 0.
     """
+    # From the launcher's environment: no library has been imported yet that could tell.
     is_main_process = int(os.environ.get("RANK", "0")) == 0
     _set_up_logging(is_main_process)
     resume = f"to resume: {_resume_command(arguments)}" if takes_resume else "run it again"
@@ -134,6 +135,7 @@ def _set_up_logging(is_main_process: bool) -> None:
     warnings.setLevel(logging.WARNING)
     warnings.setFormatter(_RedactingFormatter("%(levelname)s: %(message)s"))
     progress = logging.StreamHandler(sys.stdout)
+    # Warnings go to stderr alone, although both handlers are of the root.
     progress.addFilter(lambda record: record.levelno < logging.WARNING)
     progress.setFormatter(_RedactingFormatter("%(message)s"))
     # The other processes of a run would only repeat what the first one says.
@@ -172,6 +174,7 @@ def show_elapsed_minutes() -> None:
 
 def printable(text: str) -> str:
     """Make a message one line without control codes, which names of files may hold."""
+    # splitlines knows all line ends of Unicode, not only \n.
     line = " ".join(text.splitlines())
     return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
@@ -179,6 +182,7 @@ def printable(text: str) -> str:
 def _resume_command(arguments: Sequence[str]) -> str:
     """Write the command that resumes this one, in the form that the user typed."""
     kept, skip = [], False
+    # An old --resume would resume another run's checkpoint, or name this one twice.
     for argument in arguments:
         if not skip and argument != "--resume" and not argument.startswith("--resume="):
             kept.append(argument)
@@ -189,6 +193,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
     launcher: list[str] = []
     if size == "1":
         if not is_console:
+            # What the user can type: sys.executable is a long path where plain python is the same.
             python = "python" if shutil.which("python") == sys.executable else sys.executable
             launcher = [python]
     else:
@@ -201,6 +206,7 @@ def _resume_command(arguments: Sequence[str]) -> str:
 def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError):
         return True
+    # Imported only after a failure: --help must not wait for torch.
     from dalle_mini_impl.hardware import is_out_of_memory
 
     return is_out_of_memory(error)

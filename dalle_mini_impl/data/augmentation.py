@@ -42,6 +42,7 @@ def zoom_images(
             size + int(growth * (round(max_zoom * size) - size + 1)) for size in image.shape[1:]
         ]
         top, left = int(down * (sides[0] - height + 1)), int(right * (sides[1] - width + 1))
+        # One by one, since each image grows to its own size.
         large = F.interpolate(image[None].float(), size=sides, mode="bilinear")
         results.append(large[0, :, top : top + height, left : left + width].round().byte())
     return torch.stack(results)

@@ -55,6 +55,7 @@ def encode_variants(
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
     """Bring a caption to normal form and cut it into the words that are split on their own."""
+    # Split here, since the library's own dropout takes no seed.
     normal = tokenizer.normalizer.normalize_str(text)
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
 
@@ -85,6 +86,7 @@ def _merged(
         _, place = min(possible, default=(0, None))
         if place is None:
             return tokens
+        # One merge per round: every merge changes which pairs are possible.
         tokens[place : place + 2] = [tokens[place] + tokens[place + 1]]
 
 

@@ -111,6 +111,7 @@ def check_data(
     pairs, splits = open_all_splits(source)
     started = time.monotonic()
     images, unreadable = _read_all(pairs, splits, progress)
+    # Measured here, because the estimate of a run needs it.
     seconds = (time.monotonic() - started) / len(pairs)
     # The tokenizer that training would learn tells how many captions would be cut.
     texts = [text for image in images for text in image.captions]
@@ -149,6 +150,7 @@ def _read_all(
         # Equal bytes of other width and height are another image.
         digest = hashlib.sha256(f"{decoded.size}".encode())
         digest.update(decoded.tobytes())
+        # From the header, since decoding has turned and converted the image.
         kind, width, height = describe_image(data)
         captions, pixels = pairs[index].captions, digest.digest()[:16]
         return _Image(printable(path), splits[index], captions, kind, width, height, pixels)
@@ -177,6 +179,7 @@ def _duplicates(images: Sequence[_Image]) -> list[Finding]:
         groups[image.pixels].append(image)
     within, across = [], []
     # A copy in another split is worse than one in the same: it makes evaluation too good.
+    # Whole groups: three copies are one finding, not three pairs.
     for group in groups.values():
         if len({image.split for image in group}) > 1:
             across.append(" = ".join(f"{image.path} ({image.split})" for image in group))
@@ -236,6 +239,7 @@ def report_lines(report: DataReport) -> list[str]:
     for finding in report.findings:
         word = "PROBLEM" if finding.is_problem else "note"
         lines.append(f"{word}: {len(finding.paths)} {finding.what}")
+        # A few examples are enough to find the cause, which is mostly one for all.
         lines += [f"  {path}" for path in finding.paths[:_MAX_NAMED]]
         if len(finding.paths) > _MAX_NAMED:
             lines.append(f"  and {len(finding.paths) - _MAX_NAMED} more")
@@ -266,6 +270,7 @@ def _histogram(lengths: Sequence[int], text_length: int) -> list[str]:
     middle = lengths[len(lengths) // 2]
     lines = [f"caption tokens: {lengths[0]} to {lengths[-1]}, median {middle}, {text_length} fit"]
     for number in range(max(bins) + 1):
+        # The last bin that fits may be narrower than the others.
         first, last = number * width + 1, min((number + 1) * width, text_length)
         name = f"{first}-{last}" if first <= text_length else f"over {text_length}"
         bar = "#" * -(-_BAR * bins[number] // max(bins.values()))

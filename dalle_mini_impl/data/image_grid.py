@@ -33,6 +33,7 @@ def make_grid(
         )
     if captions is not None and len(captions) != len(images):
         raise ValueError(f"got {len(captions)} captions, expected {len(images)}, one per image")
+    # Sheets are RGB; other modes would be pasted with other colors.
     tiles = [to_rgb(image) for image in images]
     if captions is not None:
         tiles = [_double_until_legible(tile) for tile in tiles]
@@ -115,6 +116,7 @@ def _wrap(text: str, width: int) -> str:
 def _shorten(line: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     if font.getlength(line) <= width:
         return line
+    # Letters differ in width: only measuring tells what fits.
     while line and font.getlength(line + "...") > width:
         line = line[:-1]
     return line + "..."

@@ -139,6 +139,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     # Modes I, I;16, I;16B: sixteen bits, which convert("RGB") would clip.
     if image.mode.startswith("I"):
         return _sixteen_bit_to_rgb(image)
+    # A color key in the header counts, too; modes alone would miss it.
     if image.has_transparency_data:
         background = Image.new("RGB", image.size, WHITE)
         for top in range(0, image.height, _STRIP):  # in strips: each form needs four bytes a pixel
@@ -170,6 +171,7 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1 pixel")
     box = middle_square(image.size)
+    # With box, no enlarged image of the whole is ever made.
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
 
 
@@ -205,6 +207,7 @@ def pixels_to_images(
     if pixels.isnan().any():
         raise ValueError("pixels hold NaN, expected numbers in [-1, 1]")
     scaled = ((pixels.detach().float().clamp(-1, 1) + 1) * 127.5).round()
+    # Rounded: a plain cast would darken every image by half a step.
     arrays = scaled.to(device="cpu", dtype=torch.uint8)
     arrays = rearrange(arrays, "batch channels height width -> batch height width channels")
     return [Image.fromarray(array.numpy()) for array in arrays.contiguous()]

@@ -123,6 +123,7 @@ def random_cells(
     num_kept = min(round(fraction * length), length - 1)
     is_masked = torch.ones(len(seeds), length, dtype=torch.bool)
     for row, seed in zip(is_masked, seeds, strict=True):
+        # A generator per seed: an image does not depend on the others of its call.
         order = torch.randperm(length, generator=torch.Generator().manual_seed(seed))
         row[order[:num_kept]] = False
     return is_masked
@@ -141,4 +142,5 @@ def paste_back(
 ) -> Image.Image:
     """Put the image's own pixels back where ``masked_pixels`` is False."""
     mask = Image.fromarray(masked_pixels.numpy().astype(np.uint8) * 255)
+    # Cropped and scaled as the model saw it.
     return Image.composite(generated, resize_and_crop(image, generated.width), mask)

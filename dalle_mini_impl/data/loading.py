@@ -65,6 +65,7 @@ def each_image(
             assert whole is not None
             yield whole
     finally:
+        # A caller that stops early must not wait for the rest of the images.
         executor.shutdown(cancel_futures=True)
 
 

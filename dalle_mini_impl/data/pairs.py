@@ -75,6 +75,7 @@ def open_all_splits(
 def _list_source(source: str, text_columns: Sequence[str]) -> Pairs:
     pairs = _choose_reader(source, text_columns)
     if not pairs.listed:
+        # Reasons of the first records: an empty list alone would leave the user guessing.
         first = "; ".join(f"{record.path}: {record.reason}" for record in pairs.skipped[:3])
         raise UserError(
             f"no captioned images found in {source}{f' ({first})' if first else ''}, expected "
@@ -120,6 +121,7 @@ def _read_folder(folder: Path, text_columns: Sequence[str]) -> Pairs:
     # The most explicit form wins.
     if (folder / METADATA_NAME).is_file():
         return read_metadata_folder(folder, text_columns)
+    # Sorted, since the order of a folder differs between file systems.
     tars = sorted(path for path in folder.glob("*.tar") if path.is_file())
     if tars:
         pairs = Pairs()

@@ -46,6 +46,7 @@ def choose_split(source: str, listed: Sequence[Pair], split: str | None) -> list
 
 def split_names(listed: Sequence[Pair]) -> list[str]:
     """Name the split of each record, as ``choose_split`` sees it."""
+    # Where a source names any split, records without one are for training.
     if any(pair.split for pair in listed):
         return [pair.split or TRAIN for pair in listed]
     held_out = held_out_indices([pair.path for pair in listed])
@@ -63,6 +64,7 @@ def held_out_indices(paths: Sequence[str]) -> set[int]:
     digests = [hashlib.sha1(f"0:{path}".encode()).digest()[:8] for path in paths]
     uniforms = [int.from_bytes(digest, "big") / 2**64 for digest in digests]
     held_out = {index for index, uniform in enumerate(uniforms) if uniform < HELD_OUT_FRACTION}
+    # The smallest hashes are held out in any case, which the fraction of a small set may miss.
     return held_out | set(sorted(range(len(uniforms)), key=uniforms.__getitem__)[:MIN_HELD_OUT])
 
 

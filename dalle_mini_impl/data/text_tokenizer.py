@@ -60,6 +60,7 @@ def train_text_tokenizer(captions: Iterable[str], *, vocab_size: int) -> Tokeniz
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD_TOKEN],
+        # All 256 bytes, seen or not: no prompt has an unknown token.
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -134,6 +135,7 @@ class TextTokenizer:
         if isinstance(captions, str):
             raise ValueError(f"captions is the string {captions!r}, expected a list of strings")
         texts = [_checked(caption) for caption in captions]
+        # Fast: without offsets, which nothing here needs.
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
@@ -176,6 +178,7 @@ class TextTokenizer:
 
     def fingerprint(self) -> str:
         """Hash the vocabulary: equal fingerprints mean equal tokens for equal captions."""
+        # The whole file and not its vocabulary alone: rules of splitting decide the tokens as well.
         rules = self.tokenizer.to_str()
         return hashlib.sha256(f"{self.text_length} {rules}".encode()).hexdigest()[:16]
 
@@ -218,6 +221,7 @@ class TextTokenizer:
 
 def _read_tokenizer(path: Path) -> Tokenizer:
     """Parse a tokenizer's file once its patterns are known to be ours."""
+    # The limit holds while reading: a file may grow after its size was asked.
     with path.open("rb") as file:
         content = file.read(MAX_TOKENIZER_BYTES + 1)
     if len(content) > MAX_TOKENIZER_BYTES:
@@ -235,6 +239,7 @@ def _read_tokenizer(path: Path) -> Tokenizer:
         raise ValueError("it splits text by other patterns than those of this project")
     # 2. as the library reads it
     tokenizer = Tokenizer.from_str(text)
+    # Compared as the library writes them: fields that a file leaves out get their defaults.
     if _rules(json.loads(tokenizer.to_str())) != _rules(ours):
         raise ValueError("it splits text by other rules than those of this project")
     return tokenizer
@@ -246,6 +251,7 @@ def _patterns(value: Any) -> list[Any]:
         return [pattern for each in value for pattern in _patterns(each)]
     if not isinstance(value, dict):
         return []
+    # Tokens may spell anything, "Regex" too; they are no patterns.
     parts = [each for key, each in value.items() if key != "vocab"]
     return _patterns(parts) + ([str(value["Regex"])] if "Regex" in value else [])
 

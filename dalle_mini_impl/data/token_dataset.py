@@ -113,6 +113,7 @@ def build_token_dataset(
         cache_dir: Where token data sets are kept.
     """
     key = _fingerprint(pairs, pixels, vqvae, text_tokenizer, variation)
+    # The name holds the hash of all inputs: any change makes another file, and both stay.
     path = cache_dir / f"tokens-{key}.safetensors"
     if path.is_file():
         try:
@@ -149,6 +150,7 @@ def _encode_views(
 ) -> Int[Tensor, "samples views image_length"]:
     progress = log_now_and_then("image tokens: encoded")
     device = next(vqvae.parameters()).device
+    # The same views for every seed of a run, so that runs can use one file.
     generator = torch.Generator().manual_seed(0)
     views = []
     num_views, max_shift = variation.num_views, variation.max_shift
@@ -167,6 +169,7 @@ def _encode_views(
             if view > 0:
                 part = shift_images(part, offsets[rows])
             part_ids = vqvae.encode_to_token_ids(bytes_to_pixels(part.to(device)))
+            # Four bytes a token are enough, and halve the file.
             ids.append(part_ids.flatten(1).int().cpu())
             progress(view * len(pixels) + int(rows[-1]) + 1, num_views * len(pixels))
         views.append(torch.cat(ids))
@@ -191,6 +194,7 @@ def _fingerprint(
 ) -> str:
     # All that the tokens depend on, pixels included: a stale cache would train on wrong tokens.
     digest = hashlib.sha256(vqvae.fingerprint().encode())
+    # Without a copy of the pixels, which may fill much of the memory.
     digest.update(pixels.contiguous().numpy().data)
     digest.update(text_tokenizer.fingerprint().encode())
     texts = [list(pair.captions) for pair in pairs]

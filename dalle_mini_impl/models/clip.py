@@ -106,6 +106,7 @@ class TextTower(nn.Module):
         self.dropout = ChannelDropout(config.dropout_probability)
         self.blocks = build_blocks(config, config.num_layers, DOSOVITSKIY_2021)
         self.output_norm = build_norm(width, use_bias=True)
+        # CLIP projects without a bias: the embedding is scaled to length one right after.
         self.head = nn.Linear(width, embedding_size, bias=False)
 
     def forward(
@@ -145,8 +146,11 @@ class Clip(nn.Module):
             num_classes=towers.embedding_size,
         )
         scale, bias = START[towers.loss]
+        # Learned as a logarithm: each step changes the scale by a factor, and it stays positive.
         self.log_scale = nn.Parameter(torch.tensor(math.log(scale)))
         if towers.loss == "sigmoid":
+            # Nearly all pairs of a batch are no match: without a negative bias, the first steps
+            # would learn only that (SigLIP, section 3.2).
             self.bias = nn.Parameter(torch.tensor(bias))
         initialize_weights(self)
 
@@ -207,6 +211,7 @@ def sigmoid_loss(
     """
     # log p(right answer) = log sigmoid(logit) for a match, log sigmoid(-logit) for any other pair.
     signs = torch.where(is_match, 1.0, -1.0).to(logits.dtype)
+    # Divided by the images and not by the pairs, as in the paper's pseudocode.
     return -F.logsigmoid(signs * logits).sum(dim=1).mean()
 
 

@@ -54,6 +54,7 @@ class Dalle(nn.Module):
         self.text_start = nn.Parameter(torch.empty(width))
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.text_positions = nn.Embedding(config.text_length, width)
+        # A pad per position is attended like any token, so that short captions need no mask.
         self.text_pads = nn.Embedding(config.text_length, width)
         self.image_embedding = FactorizedEmbedding(config.codebook_levels, width)
         self.target_positions: nn.Embedding | None = None
@@ -69,6 +70,7 @@ class Dalle(nn.Module):
         self.output_norm = build_norm(width, use_bias=decoder.block_options.use_bias)
         self.text_head = nn.Linear(width, config.vocab_size, bias=False)
         self.image_head = FactorizedEmbedding(config.codebook_levels, width)
+        # Two branches per block: attention and feed-forward.
         initialize_weights(self, num_branches=2 * decoder.num_layers)
 
     def forward(
@@ -93,6 +95,7 @@ class Dalle(nn.Module):
                 hidden_states, rotation=rotation, attention_mask=mask, is_causal=mask is None
             )
         hidden_states = self.output_norm(hidden_states)
+        # The caption's last position predicts an image token, so text logits end before it.
         text_length = self.config.text_length
         return DalleLogits(
             text=self.text_head(hidden_states[:, :text_length]),
@@ -118,11 +121,13 @@ class Dalle(nn.Module):
         image_order: Int[Tensor, "batch image_length"] | None = None,
     ) -> Float[Tensor, "batch codebook_size"]:
         """Read the captions into an empty cache; return the logits of the first image token."""
+        # Raster order begins with cell 0.
         first_cell = torch.zeros_like(text_token_ids[:, 0])
         if image_order is not None:
             first_cell = image_order[:, 0]
         hidden_states = self.embed_text(text_token_ids, first_cell)
         for index, block in enumerate(self.blocks):
+            # No rotation: rotary angles are of grid cells, and text positions are learned.
             hidden_states = block(hidden_states, is_causal=True, cache=cache.layer(index))
         return self.image_logits(hidden_states[:, -1])
 
@@ -163,6 +168,7 @@ class Dalle(nn.Module):
     ) -> Float[Tensor, "batch text_length_plus_1 hidden"]:
         """Embed text_start and the caption, whose last position predicts ``first_cell``."""
         is_pad = (text_token_ids == PAD_TOKEN_ID).unsqueeze(-1)
+        # Row 0 of the token table is looked up too and never used: each position has its own pad.
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         tokens = tokens + self.text_positions.weight  # (batch, text_length, hidden)
         start = self.text_start.expand(len(tokens), 1, -1)

@@ -68,6 +68,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, ("hidden_size", "num_layers", "num_heads"), prefix="decoder.")
+        # Rotary positions: one half of a head turns by row, the other by column, each in pairs.
         if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"decoder.hidden_size: got {self.hidden_size}, expected a multiple of "
@@ -101,6 +102,7 @@ class DecoderConfig:
             )
         if not self.has_encoder:
             return
+        # An option that would be ignored is refused: the config says what the model is.
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in ENCODER_DECODER_FIELDS and value != field.default:
@@ -165,6 +167,7 @@ class DalleConfig:
             raise ValueError(
                 f"image_grid_size: got {self.image_grid_size}, expected positive sizes"
             )
+        # Checked from the config alone, before a hostile folder's sizes are allocated.
         if self.decoder.raster_order_only and self.sequence_length > MAX_MASKED_LENGTH:
             raise ValueError(
                 f"image_grid_size: got {self.image_grid_size}, with the caption "
@@ -184,4 +187,5 @@ class DalleConfig:
     @property
     def sequence_length(self) -> int:
         """Input positions of the decoder: start, caption (if no encoder reads it), image."""
+        # The last image token is never read; the start takes its place.
         return self.image_length + (0 if self.decoder.has_encoder else self.text_length)

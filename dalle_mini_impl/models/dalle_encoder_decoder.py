@@ -81,6 +81,7 @@ class DalleEncoderDecoder(nn.Module):
         rotation = self.rotation(image_order[:, :-1], num_starts=1)
         for block in self.blocks:
             hidden_states = block(hidden_states, rotation=rotation, is_causal=True, context=context)
+        # The encoder sees every token at once: there is nothing left to predict of a caption.
         return DalleLogits(text=None, image=self.image_logits(hidden_states))
 
     def encode(
@@ -92,6 +93,7 @@ class DalleEncoderDecoder(nn.Module):
         tokens = torch.where(is_pad, self.text_pads.weight, self.text_embedding(text_token_ids))
         hidden_states = tokens + self.text_positions.weight
         for block in self.encoder_blocks:
+            # Neither causal nor masked: a token sees the whole caption, pads included.
             hidden_states = block(hidden_states)
         return self.encoder_norm(hidden_states)
 

@@ -74,6 +74,7 @@ class EncoderDecoder(nn.Module):
     def __init__(self, config: EncoderDecoderConfig, *, vocab_size: int) -> None:
         super().__init__()
         self.config, self.vocab_size = config, vocab_size
+        # Behind the tokenizer's own ids, which therefore need no shift.
         self.start_token_id, self.end_token_id = vocab_size, vocab_size + 1
         width = config.hidden_size
         self.embedding = nn.Embedding(vocab_size + 2, width)
@@ -143,6 +144,8 @@ class EncoderDecoder(nn.Module):
     ) -> Float[Tensor, "rows vocab_plus_2"]:
         """Add one token to each row, the start token first, and predict the next one."""
         positions = torch.full_like(token_ids, state.length).unsqueeze(1)  # (rows, 1)
+        # The cache is as long as the longest row; what lies behind this position is not written
+        # yet.
         mask = state.cache.mask_at(positions)  # (rows, 1, 1, max_length)
         hidden_states = self.embed(token_ids[:, None], first_position=state.length)
         for index, block in enumerate(self.decoder_blocks):

@@ -104,6 +104,8 @@ class VisionTransformer(nn.Module):
         if self.config.pooling == "class_token":
             class_token = self.class_token.expand(len(pixels), 1, -1)
             hidden_states = torch.cat([class_token, hidden_states], dim=1)
+        # Learned positions, one-dimensional: the paper found two-dimensional ones no better
+        # (appendix D.4).
         hidden_states = self.dropout(hidden_states + self.positions)
         for block in self.blocks:
             hidden_states = block(hidden_states)
@@ -117,6 +119,7 @@ class VisionTransformer(nn.Module):
 def initialize_weights(model: VisionTransformer) -> None:
     """Set every weight of a fresh model: Glorot's uniform matrices, as in the paper's own code."""
     for name, parameter in model.named_parameters():
+        # A head of zeros starts at equal probabilities (section 3.2 of the paper, for fine-tuning).
         if name.endswith("bias") or name.startswith("head"):
             nn.init.zeros_(parameter)
         elif name in ("positions", "class_token"):

@@ -44,12 +44,14 @@ def load_library() -> ctypes.CDLL:
             _compile(compiler, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
+        # A compiler's output fills pages; a message is one line.
         reason = " ".join(str(error).split())[:300]
         raise UnavailableError(f"{compiler} made no library that loads: {reason}") from error
 
 
 def cache_folder() -> Path:
     """Return the folder of compiled files, created if missing; only this user may write to it."""
+    # Without owners of files, nobody can tell who wrote the library.
     if not hasattr(os, "getuid"):
         raise UnavailableError(f"not supported on {sys.platform}")
     if sys.platform == "darwin":
@@ -64,6 +66,7 @@ def cache_folder() -> Path:
 
 def _require_own(path: Path) -> None:
     """Refuse paths that someone else owns or may write to, and links, which may point anywhere."""
+    # Not stat, which would judge a link by the file it points to.
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
         raise UnavailableError(f"{path}: a link, not yours, or others may write to it")
@@ -75,6 +78,7 @@ def _fingerprint(compiler: str) -> str:
         [compiler, "--version"], capture_output=True, check=True, timeout=MAX_SECONDS
     ).stdout
     processor = f"{platform.machine()} {platform.processor()}"
+    # Home folders are shared by machines: -march=native code of one may be illegal on another.
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
         names = ("model name", "flags", "Features", "CPU part")

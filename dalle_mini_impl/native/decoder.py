@@ -103,6 +103,7 @@ class NativeDecoder:
     """
 
     def __init__(self, model: TextToImageModel, weights: NativeWeights) -> None:
+        # Checked first: a model that is not supported needs no compilation.
         model = _supported(model)
         self._library = load_library()
         self.config, self.weights = model.config, weights
@@ -132,6 +133,7 @@ class NativeDecoder:
             num_layers=decoder.num_layers,
             batch_size=batch_size,
             num_heads=decoder.num_heads,
+            # Keys lie in panels of 64 positions, which products read whole.
             max_length=_whole_panels(self.config.sequence_length),
             head_dim=decoder.head_dim,
             dtype=torch.float32 if self.weights == "float32" else torch.bfloat16,
@@ -160,6 +162,7 @@ class NativeDecoder:
         for index, row in enumerate(different):
             source = int((group == index).nonzero()[0])
             hidden_states = self._embedder.embed_text(row[None, :-1], row[-1:])
+            # Written where the first row with these inputs is; its copies follow below.
             images = torch.full_like(positions, source)
             logits.append(
                 self._decode(hidden_states[0], cache, images, positions, cells, positions[-1:])
@@ -168,6 +171,8 @@ class NativeDecoder:
         source_of_row = torch.tensor(sources)[group] if sources else group
         rows = torch.arange(len(group))
         copies = rows[source_of_row != rows]
+        # Positions are interleaved in a panel, so that whole panels are copied. What lies behind
+        # the caption is overwritten before it is read.
         end = _whole_panels(length)
         for part in (cache.keys, cache.values):
             part[:, copies, :, :end] = part[:, source_of_row[copies], :, :end]
@@ -354,6 +359,7 @@ def _supported(model: TextToImageModel) -> Dalle:
 def _with_plain_table(model: Dalle) -> Dalle:
     """Share the model's embeddings, with the factorized rows of image tokens summed once."""
     embedder = copy.copy(model)
+    # A table of modules of its own: the new embedding must not reach the caller's model.
     embedder._modules = dict(model._modules)
     table = FactorizedEmbedding((model.config.codebook_size,), model.config.decoder.hidden_size)
     table.rows = nn.Parameter(model.image_embedding.table().detach(), requires_grad=False)

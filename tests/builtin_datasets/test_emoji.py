@@ -160,7 +160,7 @@ def test_with_article(phrase: str, expected: str | None) -> None:
     assert with_article(phrase) == expected
 
 
-def test_held_out_cells_leave_every_gender_and_tone_of_a_role_in_train() -> None:
+def test_every_gender_and_tone_of_a_role_is_in_train() -> None:
     assert len(full_roles()) > 80
     for neutral in full_roles():
         held_out = held_out_cells(neutral)

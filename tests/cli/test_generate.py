@@ -119,6 +119,9 @@ def test_inpainting(
         assert re.match(f"error: {message}", capsys.readouterr().err)
 
 
+ONE_PROMPT: Any = {"prompts": ["a red disc"], "num_candidates": 1, "seed": 0, "overrides": {}}
+
+
 @pytest.mark.parametrize("inpaints", [False, True])
 def test_images_are_written_batch_by_batch(
     inpaints: bool, model_dir: Path, source: Path, tmp_path: Path
@@ -128,16 +131,10 @@ def test_images_are_written_batch_by_batch(
     def count(line: str) -> None:
         counts[line] = len(list(tmp_path.glob("0*.png")))
 
+    inpainting = InpaintingFiles(source, keep_rows=1) if inpaints else None
     with log_lines(count):
         generate_to_folder(
-            str(model_dir),
-            prompts=["a red disc"],
-            out=tmp_path,
-            overrides={},
-            inpainting=InpaintingFiles(source, keep_rows=1) if inpaints else None,
-            num_images=70,
-            num_candidates=1,
-            seed=0,
+            str(model_dir), out=tmp_path, num_images=70, inpainting=inpainting, **ONE_PROMPT
         )
     batches = {"64 of 70 generated": 64, "70 of 70 generated": 70}
     assert counts == {"generating 70 images": 0} | batches
@@ -146,13 +143,7 @@ def test_images_are_written_batch_by_batch(
 def test_too_many_images_are_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_images: got 999999999 of 1 prompts"):
         generate_to_folder(
-            str(tmp_path / "never read"),
-            prompts=["a red disc"],
-            num_images=999_999_999,
-            num_candidates=1,
-            seed=0,
-            out=tmp_path / "out",
-            overrides={},
+            str(tmp_path / "never read"), out=tmp_path / "out", num_images=999_999_999, **ONE_PROMPT
         )
     assert not (tmp_path / "out").exists()
 

@@ -59,11 +59,7 @@ def test_metadata_comes_back(prompt: str, tmp_path: Path) -> None:
         opened.load()
         assert opened.tobytes() == image.tobytes()
         texts = opened.text
-    assert json.loads(texts["dalle_mini_impl"]) == {
-        "prompt": prompt,
-        "seed": 2**63 - 1,
-        **metadata,
-    }
+    assert json.loads(texts["dalle_mini_impl"]) == {"prompt": prompt, "seed": 2**63 - 1, **metadata}
     assert texts["parameters"].startswith(f"{prompt}\nseed: {2**63 - 1}, guidance_scale: 3.5")
 
 

@@ -111,7 +111,7 @@ def test_tars_text_files_and_tables_are_checked_too(tmp_path: Path) -> None:
     assert set(report.split_sizes) == {"train", "val"}  # set apart, as training does
 
 
-def test_nothing_usable_is_reported_and_nothing_there_is_an_error(tmp_path: Path) -> None:
+def test_nothing_usable_is_reported_and_no_source_refused(tmp_path: Path) -> None:
     data = distinct(tmp_path / "data")
     for image in data.glob("*.png"):
         image.write_bytes(b"")

@@ -116,19 +116,14 @@ def test_one_seed_per_caption(build_dalle: BuildDalle) -> None:
         ("temperature", (0.0, -1.0, math.nan, math.inf)),
         ("top_k", (-1,)),
         ("top_p", (0.0, 1.5, math.nan)),
+        ("guidance_schedule", ("linear",)),
     ],
 )
-def test_bad_values_are_refused(field: str, values: tuple[float, ...]) -> None:
-    for value in values:
-        with pytest.raises(ValueError, match=f"{field}: got {value}"):
-            SamplingConfig(**{field: value})  # type: ignore[arg-type]
-
-
 @pytest.mark.usefixtures("unchecked")
-def test_unknown_schedules_are_refused() -> None:
-    message = "guidance_schedule: got 'linear', expected one of constant"
-    with pytest.raises(ValueError, match=message):
-        SamplingConfig(guidance_schedule="linear")  # type: ignore[arg-type]
+def test_bad_values_are_refused(field: str, values: tuple[Any, ...]) -> None:
+    for value in values:
+        with pytest.raises(ValueError, match=f"{field}: got {value!r}, expected"):
+            SamplingConfig(**{field: value})
 
 
 def test_overrides_replace_fields() -> None:

@@ -103,6 +103,7 @@ class JanusSizes(LibrarySizes):
         from transformers import JanusVQVAE, JanusVQVAEConfig
 
         values = dataclasses.asdict(self)
+        # The library lays decoded tokens out on a grid of num_patches a side.
         return JanusVQVAE(JanusVQVAEConfig(**values, num_patches=image_size // self.downsampling))
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
@@ -163,6 +164,7 @@ class Emu3Sizes(LibrarySizes):
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
         del image_size
+        # Convolutions alone: one model takes every size.
         return Emu3VQVAE(Emu3VQVAEConfig(**dataclasses.asdict(self)))
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
@@ -224,6 +226,7 @@ class DiffusersSizes(LibrarySizes):
     def build(self, image_size: int) -> nn.Module:
         """Build the model with fresh weights."""
         del image_size
+        # Without lookup_from_codebook, decoding would take ids for latents.
         return _vq_model()(**dataclasses.asdict(self), lookup_from_codebook=True)
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
@@ -235,6 +238,7 @@ class DiffusersSizes(LibrarySizes):
 
     def decode(self, model: Any, token_ids: Int[Tensor, "b gh gw"]) -> Float[Tensor, "b 3 h w"]:
         """Tokens to images, not clamped."""
+        # The lookup returns rows of codes; the shape folds them into a grid again.
         shape = (*token_ids.shape, self.vq_embed_dim)
         return model.decode(token_ids.flatten(), force_not_quantize=True, shape=shape).sample
 
@@ -266,15 +270,18 @@ def read_sizes(kind: str, values: Mapping[str, Any]) -> tuple[Sizes, int | None]
     """
     sizes_class = KINDS[kind]
     known = sizes_class.defaults() | dict(values)
+    # Fixed by our interface: RGB, and one code per cell. Other values would load and fail late.
     for name, expected in (("in_channels", 3), ("out_channels", 3), ("double_latent", False)):
         if known.get(name, expected) != expected:
             raise ValueError(f"{name}: got {shown(known[name])}, expected {expected}")
+    # The library's own rule.
     if kind == "diffusers" and known["vq_embed_dim"] is None:
         known["vq_embed_dim"] = known["latent_channels"]
     chosen = {each.name: known[each.name] for each in dataclasses.fields(sizes_class)}
     # The library's defaults may be tuples, where JSON has lists.
     plain = {name: list(each) if type(each) is tuple else each for name, each in chosen.items()}
     sizes = build_config(sizes_class, plain)
+    # Janus alone fixes its image size, in tokens per side.
     patches = known.get("num_patches")
     return sizes, patches * sizes.downsampling if type(patches) is int else None
 

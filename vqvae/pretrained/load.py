@@ -49,11 +49,13 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
             wrong.
     """
     folder = Path(folder)
+    # A config decides: the two files of DALL-E come without one.
     if not (folder / CONFIG_NAME).is_file() and (folder / ENCODER_NAME).is_file():
         return load_openai_dvae(folder, image_size=_required(image_size, "DALL-E's tokenizer"))
     path = own_file(folder, CONFIG_NAME)
     values = read_json(path)
     kind = kind_of(values)
+    # Neither a library's marker nor our stored kind: a VQVAE of ours.
     if kind is None and "kind" not in values:
         return _of_that_size(VQVAE.from_pretrained(folder), image_size)
     with located(path):
@@ -112,6 +114,7 @@ class PretrainedTokenizer(nn.Module):
                 f"token_ids: got a grid of {tuple(token_ids.shape[1:])}, "
                 f"expected {self.image_grid_size}"
             )
+        # Embedding lookups on a GPU abort the process at an id out of range.
         require_token_ids(token_ids, self.codebook_size)
         # Not every model decodes an empty batch.
         if not len(token_ids):
@@ -119,6 +122,7 @@ class PretrainedTokenizer(nn.Module):
             return torch.zeros(0, 3, size, size, device=token_ids.device)
         sizes = self.config.sizes
         parts = [sizes.decode(self.model, part) for part in self._parts(token_ids)]
+        # No decoder here ends in a bounded layer: saturated colors overshoot.
         return torch.cat(parts).clamp(-1, 1)
 
     @property
@@ -146,6 +150,7 @@ class PretrainedTokenizer(nn.Module):
         save_tokenizer(folder, self.model, dataclasses.asdict(self.config), dtype=dtype)
 
     def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
+        # An image larger than the limit goes alone.
         return batch.split(max(1, MAX_PIXELS_AT_ONCE // self.config.image_size**2))
 
 
@@ -154,6 +159,7 @@ def _stored_config(values: dict[str, Any]) -> PretrainedConfig:
     kind, image_size = values.get("kind"), values.get("image_size")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {shown(kind)}, expected one of {', '.join(KINDS)}")
+    # Not isinstance: JSON's true is an int.
     if type(image_size) is not int:
         raise ValueError(f"image_size: got {shown(image_size)}, expected a whole number")
     odd = sorted(values.keys() - {"kind", "image_size", "sizes"})

@@ -33,6 +33,7 @@ def load_openai_dvae(folder: str | Path, *, image_size: int) -> VQVAE:
     folder = Path(folder)
     encoder = _read(own_file(folder, ENCODER_NAME))
     decoder = _read(own_file(folder, DECODER_NAME))
+    # A hostile tensor may have any shape: slicing, indexing or unpacking it fails in these ways.
     errors = (RuntimeError, IndexError, ValueError)
     with (
         located(f"{folder}: not DALL-E's tokenizer", errors),
@@ -44,6 +45,7 @@ def load_openai_dvae(folder: str | Path, *, image_size: int) -> VQVAE:
         table = decoder.pop("blocks.input.w")
         codebook = (table[:, :, 0, 0].T + decoder.pop("blocks.input.b")).contiguous()
         weights = {"quantizer.codebook": codebook, "quantizer.temperature": torch.tensor(1.0)}
+        # Strict loading below refuses every tensor that has no place in our networks.
         weights |= _renamed(encoder, model.encoder, "encoder", config.num_encoder_blocks)
         weights |= _renamed(decoder, model.decoder, "decoder", config.num_decoder_blocks)
         model.load_state_dict(weights, strict=True)
@@ -63,6 +65,7 @@ def _config_of(
 ) -> VQVAEConfig:
     # Each group but the last halves the grid and doubles the channels.
     width = len(encoder["blocks.input.w"])
+    # A 1 x 1 convolution over one-hot codes: (code_dim, codebook_size, 1, 1).
     code_dim, codebook_size = decoder["blocks.input.w"].shape[:2]
     num_groups = _count(encoder, "blocks.group_{}.block_1.res_path.conv_1.w")
     block = "blocks.group_1.block_{}.res_path.conv_1.w"

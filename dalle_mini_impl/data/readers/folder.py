@@ -99,6 +99,7 @@ def _merge(first: Pair, second: Pair, place: str) -> Pair:
         raise UserError(
             f"{place}: {second.path} is in split {second.split!r}, but in {first.split!r} above"
         )
+    # The first line wins where both name an attribute.
     captions = tuple(dict.fromkeys([*first.captions, *second.captions]))
     return replace(first, captions=captions, attributes=second.attributes | first.attributes)
 
@@ -124,6 +125,7 @@ def _list_one_folder(parent: Path, names: list[str], root: Path, pairs: Pairs) -
     for name in images:
         path = parent / name
         key = path.relative_to(root).as_posix()
+        # The usual name, for a message on what is missing.
         text_name = texts.get(path.stem, f"{path.stem}.txt")
         try:
             _check_file(path, root)

@@ -105,6 +105,7 @@ class Pairs:
                 data = file.read(MAX_IMAGE_BYTES if is_whole else pair.size)
         except OSError as error:
             raise BadImageError(pair.path, f"cannot be read ({error.strerror})") from error
+        # The tar has been cut since it was listed.
         if not is_whole and len(data) != pair.size:
             raise BadImageError(pair.path, f"{len(data)} bytes left, expected {pair.size}")
         return data
@@ -120,6 +121,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"longer than {MAX_TEXT_BYTES} bytes")
     try:
         fields = json.loads(data.decode("utf-8-sig"))
+    # json recurses for every nested list: a line of brackets exhausts the stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from error
     if not isinstance(fields, dict):
@@ -159,6 +161,7 @@ def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
         except OSError:
             continue
         names = [entry.name for entry in visible if entry.name not in set(folders)]
+        # Reversed, since the last one is taken next: folders come in sorted order.
         remaining += [parent / name for name in reversed(folders)]
         yield parent, names
 
@@ -180,6 +183,7 @@ def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> 
         for text in value if isinstance(value, list) else [value]:
             if isinstance(text, str) and len(text) <= MAX_TEXT_BYTES and is_unicode(text):
                 found[collapse(text)] = None
+    # Captions of white space alone collapse to nothing.
     found.pop("", None)
     return tuple(found)
 
@@ -214,6 +218,7 @@ def lines_of_captions(data: bytes) -> tuple[str, ...]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"its caption is not UTF-8 text (byte {error.start})") from error
+    # Not splitlines, which also splits at form feeds and other signs within a caption.
     lines = [collapse(line) for line in text.split("\n")]
     return tuple(dict.fromkeys(line for line in lines if line))
 

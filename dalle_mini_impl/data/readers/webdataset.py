@@ -122,10 +122,12 @@ class _TarReader:
         reason = self._refusal(member, suffix)
         if reason:
             return reason
+        # Members of a key need not stand next to each other, although the format says so.
         sample = self.samples.setdefault(str(path.with_suffix("")), _Sample())
         if suffix in OTHER_IMAGE_SUFFIXES:
             sample.other_image = path.name
             return ""
+        # Only places are kept: a shard of gigabytes is listed in little memory.
         span = _Span(str(path), member.offset_data, member.size)
         if suffix in _TEXT_SUFFIXES and suffix not in sample.texts:
             sample.texts[suffix] = span
@@ -145,6 +147,7 @@ class _TarReader:
             return "its name is not valid Unicode"
         if member.size > limit:
             return f"{member.size} bytes, expected at most {limit}"
+        # Checked now: random access would find it only in the middle of training.
         is_cut_off = member.offset_data + member.size > self.file_size
         return "cut off by the end of the tar" if is_cut_off else ""
 

@@ -126,9 +126,11 @@ def test_encode_decode_and_forward_agree() -> None:
 
 
 def test_kmeans_finds_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
     centers = torch.cat([torch.eye(8), -torch.eye(8)])
-    vectors = F.normalize(centers[:, None] + 0.05 * noise(16, 20, 8), dim=2).flatten(0, 1)
-    codebook, counts = spherical_kmeans(vectors, 16, generator=torch.Generator().manual_seed(0))
+    errors = 0.05 * torch.randn(16, 20, 8, generator=generator)
+    vectors = F.normalize(centers[:, None] + errors, dim=2).flatten(0, 1)
+    codebook, counts = spherical_kmeans(vectors, 16, generator=generator)
     assert (centers @ codebook.T).max(dim=1).values.min() > 0.99
     assert counts.tolist() == [20.0] * 16
 
