@@ -44,9 +44,7 @@ def test_all_that_is_left_out_is_listed_anew(tmp_path: Path) -> None:
     assert not file.exists()
 
 
-def test_reading_and_encoding_tell_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     folder = write_images(tmp_path / "images", 3)
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)

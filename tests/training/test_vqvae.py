@@ -286,9 +286,7 @@ def test_disabled_options_use_no_random_numbers() -> None:
     assert task.perceptual is None
 
 
-def test_options_that_do_not_fit(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_do_not_fit(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.vqvae_run(data, tmp_path / "run")
     large = dataclasses.replace(GAN, num_layers=3)
     with pytest.raises(ValueError, match=r"^vqvae.image_size: got 16, expected at least 24"):
