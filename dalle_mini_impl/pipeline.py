@@ -48,7 +48,7 @@ class TextToImagePipeline:
         prompt -> text_token_ids -> image_token_ids -> pixels
           text_tokenizer        dalle             vqvae
 
-    ``sampling_config`` holds unless a call overrides it. ``generates_any_order`` says that the
+    ``sampling_config`` is the default for each call. ``generates_any_order`` says that the
     decoder was trained in random order to the end, so that any part of an image can be inpainted.
 
     Raises:
@@ -78,7 +78,7 @@ class TextToImagePipeline:
                 )
         if generates_any_order and dalle.config.decoder.raster_order_only:
             raise ValueError(
-                "generates_any_order: got true, but the decoder generates raster order only"
+                "generates_any_order: got true, but the decoder generates in raster order only"
             )
         self.dalle, self.vqvae, self.text_tokenizer = dalle, vqvae, text_tokenizer
         self.native: NativeDecoder | None = None
@@ -196,12 +196,12 @@ class TextToImagePipeline:
     ) -> PipelineOutput:
         """Inpaint a part of an image; give exactly one of mask, keep_rows and keep_fraction.
 
-        The image is scaled and cropped to the model's square. With a mask or rows, every pixel
-        outside of them is the image's own; a variation by fraction is decoded as a whole, from old
-        and new tokens.
+        The image is scaled and cropped to the model's square. With ``mask`` or
+        ``keep_rows``, the kept pixels are the image's own; with ``keep_fraction``, the whole image
+        is decoded from kept and new tokens.
 
         Args:
-            prompt: Prompts for the whole image, not for its new part alone.
+            prompt: Describes the whole image, not only the inpainted part.
             image: The image.
             mask: As large as the image, white where it is inpainted. Every token whose patch has
                 some white is sampled anew.
@@ -210,7 +210,7 @@ class TextToImagePipeline:
             **options: As in a plain call.
 
         Returns:
-            ``num_images`` images per prompt, in order. Scores count the inpainted tokens alone.
+            ``num_images`` images per prompt, in order. Scores count only the inpainted tokens.
 
         Raises:
             UserError: If a value is out of range, or the decoder cannot inpaint this part.
@@ -284,7 +284,7 @@ class TextToImagePipeline:
                     seeds=seeds,
                     sampling_config=request.sampling_config,
                 )
-            # 2. keep the best candidates; only a ranker has to see the images of all
+            # 2. keep the best candidates; only an image ranker needs all of them decoded
             if isinstance(request.rank, str):
                 scores = self._log_likelihood_ratios(generated, text_token_ids, request)
                 kept = best_of(scores, num_candidates=candidates)
@@ -312,7 +312,7 @@ class TextToImagePipeline:
     def _log_likelihood_ratios(
         self, generated: GeneratedTokens, text_token_ids: torch.Tensor, request: GenerationRequest
     ) -> torch.Tensor:
-        # Sampling sums the ratios up with guidance; without it there are no null logits.
+        # Guided sampling accumulates the ratios; without guidance there are no null logits.
         is_guided = request.sampling_config.guidance_scale != 1.0
         if is_guided or request.candidates_per_image == 1:
             return generated.log_likelihood_ratio
@@ -328,7 +328,7 @@ class TextToImagePipeline:
             grid=self.vqvae.image_grid_size,
             seeds=seeds.tolist(),
         )
-        # A decoder of raster order has never seen tokens to the right or below.
+        # A raster-order decoder was never conditioned on tokens to the right or below.
         if not self.generates_any_order and not is_raster_order(inpainting_order(mask.is_masked)):
             field = "mask" if inpainting.keep_fraction is None else "keep_fraction"
             raise UserError(

@@ -1,7 +1,7 @@
 """A page in the browser: a prompt in, images out, and nothing leaves the machine.
 
-Limits of a page hold only in the browser, so everything that arrives is checked here again. No text
-of a user is ever shown as HTML or Markdown.
+The page enforces its limits only in the browser, so every value is checked here again. User text is
+never rendered as HTML or Markdown.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="model folder; default: %(default)s",
     )
     add("--port", type=int, default=7860, help="default: %(default)s")
-    add("--host", default="127.0.0.1", help="0.0.0.0 lets others in; default: %(default)s")
+    add("--host", default="127.0.0.1", help="0.0.0.0 accepts other machines; default: %(default)s")
     add_native(parser)
     return parser.parse_args(arguments)
 

@@ -30,7 +30,7 @@ def add_native(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--native",
         choices=("float32", "int8"),
-        help="sample with a forward pass compiled on this machine, not torch; see guide",
+        help="run the decoder in C++ compiled on this machine; see docs/sampling.md",
     )
 
 

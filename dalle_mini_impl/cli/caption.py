@@ -68,7 +68,7 @@ def main(arguments: Sequence[str]) -> None:
             rows = caption_images(
                 pipeline, options.images, captions, use_prior=options.use_prior, top=options.top
             )
-    # Letters that the output's encoding has not are escaped as JSON does it.
+    # Characters that the output encoding lacks are JSON-escaped.
     is_ascii = sys.stdout.encoding.lower() not in ("utf-8", "utf8")
     for row in rows:
         sys.stdout.write(json.dumps(row, ensure_ascii=is_ascii) + "\n")
@@ -166,9 +166,9 @@ def caption_images(
     """Rank captions for each image file, weighed by p(caption) with ``use_prior``.
 
     Yields:
-        Path of an image and its ``top`` best captions, each with its fraction of the probability
-        of all candidates, log p(image | caption), log p(image | caption) - log p(image), which
-        compares images, and log p(caption), None of a model that predicts no captions; in nats.
+        Path of an image and its ``top`` best captions, each with its probability among the
+        candidates and, in nats, log p(image | caption), log p(image | caption) - log p(image),
+        which compares images, and log p(caption), None if the model predicts no captions.
     """
     from dalle_mini_impl.data.images import read_image_file
     from dalle_mini_impl.sampling.likelihood import score_pairs

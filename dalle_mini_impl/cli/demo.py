@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def generate_demo(model_dir: Path, data_dir: Path, out: Path) -> list[str]:
-    """Write three grids of images; return lines on where they are and how well they are right."""
+    """Write three grids of images; return lines that name them and give the accuracy."""
     from dalle_mini_impl.builtin_datasets.emoji.prepare import FIXED_PROMPTS, FIXED_PROMPTS_KO
     from dalle_mini_impl.cli.pipelines import open_pipeline
     from dalle_mini_impl.data.image_grid import make_grid

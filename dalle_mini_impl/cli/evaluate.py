@@ -20,18 +20,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--out", type=user_path, default="out/evaluation", help="report's folder")
     add("--style", nargs="+", default=[], help="of emoji to generate (default: all)")
     add("--language", choices=("en", "ko"), default="en", help="of the captions")
-    add("--num-candidates", type=int, default=1, help="generate this many, judge the best as well")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--num-candidates", type=int, default=1, help="if over 1, also judge the best of N")
+    add("--seed", type=int, default=0, help="seed of all randomness")
     add("--max-samples", type=int, default=512, help="images per style or split (default: 512)")
     add("--guidance-scale", type=float, help="strength of the caption; 1 = off")
-    add("--temperature", type=float, help="below 1 plays safe")
+    add("--temperature", type=float, help="below 1: more conservative")
     add_native(parser)
-    add("--rank", choices=("likelihood", "clip", "none"), default="likelihood", help="the best by")
+    add("--rank", choices=("likelihood", "clip", "none"), default="likelihood", help="ranked by")
     add("--clip", type=user_text, help="folder or name of a CLIP, for its score and --rank clip")
     add(
         "--wandb",
         choices=("auto", "online", "offline", "disabled"),
-        help="show the report in W&B (default: as the model's run, where it has one)",
+        help="log the report to W&B (default: the mode of the model's training run, if any)",
     )
     return parser.parse_args(arguments)
 

@@ -98,7 +98,7 @@ def evaluate(config: EvaluationConfig) -> Path:
         The report's ``report.md``; ``report.json`` and the images lie in the same folder.
 
     Raises:
-        UserError: If model, data or an option do not serve.
+        UserError: If the model, the data or an option is invalid.
     """
     if config.max_samples < 1:
         raise UserError(f"max_samples: got {config.max_samples}, expected at least 1")
@@ -166,7 +166,7 @@ def _measure(
         rank=rank,
     )
     clock.lap(f"{candidates.scores.numel()} images generated")
-    # Never the best of many alone: selection hides what a single image looks like.
+    # Never only the best of N: selection hides the quality of a single sample.
     ways = {ONE: decode(vqvae, candidates.first)}
     if candidates.scores.shape[1] > 1:
         ways[f"best of {config.num_candidates}"] = decode(vqvae, candidates.best)

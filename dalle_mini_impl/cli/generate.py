@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IMAGES_AT_A_TIME = 64  # generated, then written: so much is lost at most
+IMAGES_AT_A_TIME = 64  # generated, then written: an interrupted call loses at most these
 CLIP_FOLDER = "clip"  # of a model folder
 MAX_IMAGES = 100_000  # of one call: days of work; more is almost certainly a typo
 OF_MODEL = "default: the model's own"
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--top-k", type=int, help=f"sample among this many tokens, 0 = all; {OF_MODEL}")
     add("--top-p", type=float, help=f"sample among tokens of this probability mass; {OF_MODEL}")
     add_native(parser)
-    add("--image", type=user_path, help="inpaint a part of this image: one of the next three")
+    add("--image", type=user_path, help="inpaint this image; needs one of the next three")
     add("--mask", type=user_path, help="an image of the same size, white where it is inpainted")
     add("--keep-rows", type=int, help="inpaint all but the first rows of image tokens")
     add("--keep-fraction", type=float, help="inpaint all but this fraction of the image tokens")

@@ -22,7 +22,7 @@ CONSOLE = "dalle-mini"
 COMMANDS = {
     "generate": "Generate images from prompts, or inpaint a part of an image.",
     "app": "Generate images on a page in the browser.",
-    "caption": "Rank captions of an image by the likelihood of the model that generates.",
+    "caption": "Rank captions for an image by the text-to-image model's likelihood.",
     "check_data": "Find problems in captioned images, and estimate a run on them.",
     "train_vqvae": "Train an image tokenizer (discrete VAE).",
     "train_dalle": "Train a decoder on captioned images.",
@@ -128,7 +128,7 @@ def _termination_raised() -> Iterator[None]:
 
 def _set_up_logging(is_main_process: bool) -> None:
     """Send progress of our packages to stdout, warnings of all to stderr, secrets nowhere."""
-    # Names of files may hold letters that the terminal's encoding has not.
+    # File names may contain characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     sys.stderr.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     warnings = logging.StreamHandler()

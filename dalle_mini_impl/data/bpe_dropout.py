@@ -6,8 +6,8 @@ tokens occur in places where the usual encoding never has them. The dropout of t
 that a repeated or resumed run learns the same tokens.
 
 Source: Provilkov et al. 2020, arXiv:1910.13267, algorithm 1; DALL-E (Ramesh et al. 2021,
-arXiv:2102.12092, appendix B.2) used it at 10 %. There every reading of a caption is split anew;
-here a caption has a fixed number of variants.
+arXiv:2102.12092, appendix B.2) used it at 10 %. There a caption is tokenized
+again each time it is read; here it has a fixed number of variants.
 """
 
 import itertools
@@ -54,7 +54,7 @@ def encode_variants(
 
 
 def words_of(tokenizer: Tokenizer, text: str) -> list[str]:
-    """Bring a caption to normal form and cut it into the words that are split on their own."""
+    """Normalize a caption and pre-tokenize it into words."""
     # Split here, since the library's own dropout takes no seed.
     normal = tokenizer.normalizer.normalize_str(text)
     return [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(normal)]
@@ -77,7 +77,7 @@ def _merged(
 ) -> list[str]:
     tokens = list(word)
     while True:
-        # Each possible merge is left out with its own coin; of the others the oldest is done.
+        # Drop each possible merge independently; apply the remaining one of lowest rank.
         possible = (
             (ranks[pair], place)
             for place, pair in enumerate(itertools.pairwise(tokens))

@@ -74,7 +74,7 @@ class DataReport:
 
     @property
     def has_problems(self) -> bool:
-        """Tell whether anything should be mended before training."""
+        """Tell whether anything should be fixed before training."""
         return any(finding.is_problem for finding in self.findings)
 
 
@@ -185,7 +185,7 @@ def _duplicates(images: Sequence[_Image]) -> list[Finding]:
             across.append(" = ".join(f"{image.path} ({image.split})" for image in group))
         elif len(group) > 1:
             within.append(" = ".join(image.path for image in group))
-    leak = "same pixels in different splits: evaluation would measure what was learned"
+    leak = "same pixels in different splits: evaluation would measure memorization"
     return [
         Finding(leak, tuple(across), True),
         Finding("same pixels within a split", tuple(within), True),

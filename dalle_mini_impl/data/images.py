@@ -45,7 +45,7 @@ class BadImageError(UserError):
         self.reason = reason
 
     def __reduce__(self) -> tuple[type["BadImageError"], tuple[str, str]]:
-        """Rebuild from both arguments, so that the error survives the way between processes."""
+        """Rebuild from both arguments, so that the error survives pickling between processes."""
         return BadImageError, (self.source, self.reason)
 
 
@@ -54,7 +54,7 @@ def decode_image(data: bytes, *, source: str, min_side: int | None = None) -> Im
 
     Transparency is laid over white, EXIF rotation is applied, 16-bit gray is rounded to 8 bits.
     With ``min_side``, a JPEG may be decoded 2, 4 or 8 times smaller (much faster), as long as both
-    sides stay at least so many pixels.
+    sides keep at least ``min_side`` pixels.
 
     Raises:
         BadImageError: Unknown format, too large, damaged; it names ``source``.

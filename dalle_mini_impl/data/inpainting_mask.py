@@ -27,7 +27,7 @@ class InpaintingMask:
     is_masked: Bool[Tensor, "batch image_length"]
     """Which tokens, raster order; every row has the same number of them."""
     shown: Bool[Tensor, "height width"] | None
-    """Where the generation shows; elsewhere the image's own pixels do. None: everywhere."""
+    """Where generated pixels show; elsewhere the source image's do. None: everywhere."""
 
 
 def build_inpainting_mask(
@@ -115,7 +115,7 @@ def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_
 def random_cells(
     fraction: float, *, grid: tuple[int, int], seeds: list[int]
 ) -> Bool[Tensor, "batch image_length"]:
-    """Mark random cells, others for each seed, but for ``fraction``; at least one in each image."""
+    """Mark all cells but a random ``fraction``, different for each seed; at least one per image."""
     if not 0 < fraction < 1:
         raise UserError(f"keep_fraction: got {fraction}, expected above 0 and below 1")
     # At least one cell is generated, whatever the fraction rounds to.

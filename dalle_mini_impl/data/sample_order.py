@@ -26,7 +26,7 @@ def epoch_order(
     Without weights, a permutation. With weights (finite, not negative, not all zero), an epoch
     still has ``num_samples`` entries; sample i is expected n * w_i / sum(w) times and appears that
     often rounded down or up (systematic resampling: evenly spaced points with one random offset on
-    the cumulated weights), shuffled.
+    the cumulative weights), shuffled.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")

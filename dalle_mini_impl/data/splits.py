@@ -54,7 +54,7 @@ def split_names(listed: Sequence[Pair]) -> list[str]:
 
 
 def held_out_indices(paths: Sequence[str]) -> set[int]:
-    """Choose what is held out by a hash of each path, so that a pair stays when others come.
+    """Choose the held-out pairs by a hash of each path, not by number or order.
 
     Below 10 pairs nothing is held out, from 10 on at least two are: one may be broken.
     """

@@ -152,7 +152,7 @@ class TextTokenizer:
             # Once: a long prompt in a loop must not fill the log.
             self._has_warned = True
             logger.warning(
-                "caption of %d tokens is cut to text_length %d (said once): %r",
+                "caption of %d tokens is truncated to text_length %d (shown once): %r",
                 len(truncated[0]),
                 self.text_length,
                 self.tokenizer.decode(truncated[0][:_MAX_SHOWN])[:_MAX_SHOWN].strip(),
@@ -167,7 +167,7 @@ class TextTokenizer:
     def decode(self, text_token_ids: Int64[Tensor, "batch text_length"]) -> list[str]:
         """Turn token ids back into text, in lower case with single spaces.
 
-        A letter that was cut in the middle of its bytes at the end is left out.
+        An incomplete UTF-8 character at the end is dropped.
         """
         texts = self.tokenizer.decode_batch(text_token_ids.tolist(), skip_special_tokens=True)
         return [" ".join(text.rstrip("\ufffd").split()) for text in texts]
@@ -199,8 +199,8 @@ class TextTokenizer:
     def from_pretrained(cls, folder: str | Path) -> "TextTokenizer":
         """Read a folder that ``save_pretrained`` wrote, and nothing else in it.
 
-        A tokenizer by other rules is refused by UserError: a stranger's may hold a pattern that
-        takes forever.
+        Raises UserError for a tokenizer with other rules: an untrusted one may hold a regular
+        expression that takes forever.
         """
         path = Path(folder)
         if not (path / _TOKENIZER_NAME).is_file():

@@ -1,6 +1,6 @@
 """Images tokenized once: what the decoder trains on instead of pixels.
 
-A token data set is a safetensors file beside the run. Its name is a hash of the tokenizers, the
+A token data set is a safetensors file of the run. Its name is a hash of the tokenizers, the
 captions and the pixels, so that it is made again whenever one of them changes, and never otherwise.
 Each image is stored in several views (slightly shifted or enlarged copies): view 0 is the image as
 it is. With BPE dropout each caption is stored in several variants: variant 0 is the usual encoding.
@@ -36,7 +36,7 @@ NUM_MAIN_CAPTIONS = 2  # of an image; the first of its captions
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """How samples differ from one reading to the next; fixed when they are tokenized."""
+    """Augmentation of images and captions, applied once, before they are tokenized."""
 
     num_views: int = 1
     """Views per image, at least 1; the first is the image as it is."""
@@ -52,9 +52,9 @@ class Variation:
 class TokenDataset:
     """Image tokens in several views and caption tokens in several variants, all in memory.
 
-    Captions of all samples are counted through; ``caption_offsets[i]`` is where those of sample i
-    begin and ``caption_offsets[i + 1]`` where they end. Each has as many rows in the table of
-    captions as it has variants, one unless there is BPE dropout.
+    Captions are numbered consecutively over all samples: those of sample i run from
+    ``caption_offsets[i]`` up to, but not including, ``caption_offsets[i + 1]``. Each has one row
+    per variant; there is one variant unless BPE dropout is on.
     """
 
     image_token_ids: Int[Tensor, "samples views image_length"]
@@ -155,7 +155,7 @@ def _encode_views(
     views = []
     num_views, max_shift = variation.num_views, variation.max_shift
     for view in range(num_views):
-        # For view 0 too, though unused: the numbers of a view depend on its place alone.
+        # For view 0 too, though unused: the numbers of a view depend only on its index.
         shape = (len(pixels), 2)
         offsets = torch.randint(-max_shift, max_shift + 1, shape, generator=generator)
         windows = None

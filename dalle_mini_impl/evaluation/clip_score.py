@@ -22,13 +22,13 @@ def measure_clip_score(
     *,
     seed: int,
 ) -> Section:
-    """Average the CLIP scores of generated images (by way of generation) and reference images.
+    """Average the CLIP scores of generated images (by sampling method) and reference images.
 
     Source: Hessel et al. 2021, arXiv:2104.08718, equation 1.
     """
 
     def score(pixels: Pixels, texts: Sequence[str]) -> Estimate:
-        # Their weight is 2.5; 100 is usual since.
+        # The paper scales by 2.5; 100 is the convention since.
         cosines = ranker.score(to_images(pixels), texts)
         return bootstrap_mean((100 * cosines.clamp(min=0)).tolist(), seed=seed)
 

@@ -3,7 +3,7 @@
 Every figure compares half of a set with the reference images of the other captions, over many
 random halvings, so that reference images can be compared with reference images in the same way. Its
 interval is the range over the halvings: halves of a sample vary about as much as whole samples
-generated anew (Shao and Wu 1989). A bootstrap would serve means, but not nearest neighbors: an
+generated anew (Shao and Wu 1989). A bootstrap would work for means, but not nearest neighbors: an
 image that is resampled twice has a neighbor at distance 0.
 """
 
@@ -30,8 +30,8 @@ PLAIN_FEATURES = (
     "Features: colors and contrasts of the Laplacian pyramid on 8 x 8 cells; they need no weights."
 )
 NETWORK_FEATURES = (
-    "Features: means and deviations of the channels of EfficientNet-Lite0, which was trained on "
-    "photographs, at four sizes."
+    "Features: channel means and standard deviations of EfficientNet-Lite0, which was trained on "
+    "photographs, at four scales."
 )
 TEXT = (
     "Sliced Wasserstein distance: smaller is better, but no smaller than that of reference images. "

@@ -33,10 +33,10 @@ ATTRIBUTES = ("cell", "gender", "tone", "style")
 ALL_STYLES = "all styles"
 NUM_SHOWN = 24
 TEXT = (
-    "A generated cell is right if the nearest (in pixels) of the 15 reference images of its role "
-    "is its own (chance 6.7 %), has its gender (33 %), its skin tone (20 %); its style is right if "
-    "the nearest reference image of the same emoji in all styles has it (always, with one style); "
-    "a clock is right if the nearest of 24 is its own. The cells were held out in every style. "
+    "Each generated cell is classified as the nearest (in pixels) of the 15 reference images of "
+    "its role: right cell (chance 6.7 %), gender (33 %), skin tone (20 %). Its style is that of "
+    "the nearest reference image of the same emoji (always right with one style); a clock is "
+    "classified as the nearest of 24. The cells were held out in every style. "
     "Intervals: bootstrap over cells; where all are right, 3 / cells bounds the error."
 )
 ImageTensor: TypeAlias = Float[Tensor, "3 height width"]
@@ -130,7 +130,7 @@ def measure_emoji(
     Args:
         prompts: What was to be generated.
         captions: Their captions.
-        generated: Way of generation -> one image per prompt.
+        generated: Sampling method (single, best of N) -> one image per prompt.
         reconstructions: Of the held-out images, by the image tokenizer.
         seed: Of the shuffling.
     """
@@ -288,7 +288,7 @@ def _table(
     prompts: Sequence[HeldOutPrompt],
     by_style: Mapping[str, Sequence[int]],
 ) -> Table:
-    """Tabulate one kind of prompt by way of generation and style."""
+    """Tabulate one kind of prompt by sampling method and style."""
     fractions, counts = {}, {}
     for way, found in figures.items():
         for style, estimates in found.items():

@@ -1,7 +1,7 @@
 """Memorization: generated images against the training set, in tokens and in features.
 
 A generated image that agrees in most of its tokens with one training image may be memorized. The
-same fraction for held-out images says how much to expect of images that cannot be. The data-copying
+same fraction for held-out images, which cannot be memorized, is the baseline. The data-copying
 test of Meehan et al. compares distances: are generated images nearer to the training set than
 held-out images are?
 """

@@ -166,7 +166,7 @@ def read_data(
     listed = list_data(source, language=language)
     _require_styles(styles, listed)  # before the images are read, which takes minutes
     if not set(listed.splits) - {TRAIN}:
-        raise UserError(f"data: {source} has training images alone; expected held-out ones too")
+        raise UserError(f"data: {source} has only training images; expected a held-out split too")
     try:
         pixels, kept, _ = load_all_pixels(
             listed.pairs,
@@ -196,7 +196,7 @@ def _require_styles(styles: Sequence[str], listed: ListedData) -> None:
     if not styles:
         return
     if listed.kind != "emoji":
-        raise UserError(f"style: got {styles[0]!r}, but the data are no emoji")
+        raise UserError(f"style: got {styles[0]!r}, but this is not an emoji data set")
     known = dict.fromkeys(str(pair.attributes["style"]) for pair in listed.pairs)
     for style in styles:
         if style not in known:
@@ -242,7 +242,7 @@ def generate_candidates(
     The first candidate of caption i has seed ``seed + i`` for any number of candidates, so
     ``pipeline(caption, seed=seed + i)`` generates the same image.
 
-    ``rank`` scores the candidates; ``none`` generates the first one alone. UserError if a number
+    ``rank`` scores the candidates; ``none`` generates only the first. UserError if a number
     is out of range.
     """
     count = len(captions)
@@ -251,8 +251,8 @@ def generate_candidates(
         num_candidates = 1
     device = pipeline.device
     text_token_ids = pipeline.text_tokenizer.encode(list(captions)).to(device)
-    # Guided sampling adds the log-likelihood ratios up on its way; without guidance they take two
-    # more passes, which a single candidate does not need.
+    # Guided sampling accumulates the log-likelihood ratios; without guidance they take two more
+    # passes, which are skipped for a single candidate.
     needs_ratios = (
         rank == "likelihood" and num_candidates > 1 and sampling_config.guidance_scale == 1.0
     )

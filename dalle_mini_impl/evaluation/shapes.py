@@ -49,7 +49,7 @@ def measure_shapes(
 
     Args:
         reference: The held-out images.
-        generated: Way of generation -> one image per caption.
+        generated: Sampling method (single, best of N) -> one image per caption.
         reconstructions: Of the held-out images, by the image tokenizer: the ceiling.
         seed: Of the shuffling of the first way's captions: the floor.
     """

@@ -41,7 +41,7 @@ class Dalle(nn.Module):
 
     Everywhere, captions are padded with ``PAD_TOKEN_ID``; image tokens come in the order in which
     they are generated, and ``image_order`` is the grid cell (raster index) of each of them, raster
-    order when None. Decoders that are ``raster_order_only`` know no other.
+    order when None. ``raster_order_only`` decoders support nothing else.
     """
 
     image_masks: Tensor
@@ -84,7 +84,7 @@ class Dalle(nn.Module):
         if image_order is None:
             image_order = raster_order(self.config, image_token_ids)
         # Position i holds token i in its own cell, and predicts the token of the next cell: the
-        # last token has nothing after it to predict, and the first cell is told to the caption.
+        # last token is never an input, and the caption's last position gets the first cell.
         cells, next_cells = image_order[:, :-1], image_order[:, 1:]
         text = self.embed_text(text_token_ids, image_order[:, 0])
         image = self.embed_image(image_token_ids[:, :-1], cells, next_cells)
@@ -148,8 +148,8 @@ class Dalle(nn.Module):
         hidden_states = self.embed_image(image_token_ids, cells, next_cells)
         rotation = self.rotation(cells, num_text_positions=0)
         positions = steps + 1 + self.config.text_length  # text_start, the caption, then the image
-        # Each token overwrites its position of the cache and sees only positions up to its own.
-        # Hence a rejected draft needs no cleaning up: nobody sees it before it is overwritten.
+        # Each token overwrites its cache slot and attends only to positions up to its own, so a
+        # rejected draft needs no cleanup: it is overwritten before anything attends to it.
         dense_mask = cache.mask_at(positions)
         layer_masks = self.layer_masks(positions)
         for index, (block, mask) in enumerate(zip(self.blocks, layer_masks, strict=True)):
@@ -206,7 +206,7 @@ class Dalle(nn.Module):
     def image_logits(
         self, hidden_states: Float[Tensor, "batch *length hidden"]
     ) -> Float[Tensor, "batch *length codebook_size"]:
-        """Score every image token by the factorized head."""
+        """Compute the logits over the codebook with the factorized head."""
         return F.linear(self.output_norm(hidden_states), self.image_head.table())
 
     def _build_masks(self) -> None:
@@ -228,7 +228,7 @@ class Dalle(nn.Module):
     def layer_masks(
         self, positions: Int[Tensor, "batch length"] | None = None
     ) -> list[Bool[Tensor, "batch 1 length key_length"] | None]:
-        """Return each layer's mask, of the queries at ``positions`` of the sequence or of all."""
+        """Return each layer's mask for the queries at ``positions``, or for all; None is causal."""
         if self.config.decoder.attention == "dense":
             return [None] * len(self.blocks)
         # One mask per kind of layer, not one per layer: DALL-E has 64 layers of three kinds.

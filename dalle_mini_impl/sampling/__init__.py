@@ -1,1 +1,1 @@
-"""From a decoder's logits to image tokens and image files."""
+"""From a decoder's logits to tokens, likelihoods and rankings."""

@@ -1,4 +1,4 @@
-"""Image to text: which caption fits an image, by the decoder that generates images.
+"""Image to text: scoring and completing captions with the text-to-image decoder.
 
 The decoder reads the caption first, so p(caption | image) follows from Bayes' rule: it is
 proportional to p(image | caption) p(caption), and both are known. Over a list of captions this

@@ -1,8 +1,8 @@
 """Generating image tokens: the entry point, which chooses the fastest path.
 
 An image depends on its prompt, its seed and the sampling config alone: its noise comes from its
-seed. Only rounding differs with the rest of its batch, since matrix products of other shapes add
-up in another order; that tips a token only where two are equally likely to six digits.
+seed. Only rounding depends on the rest of the batch, since matrix products of other shapes sum in
+another order; this flips a token only if two are equally likely to about six digits.
 """
 
 import torch
@@ -41,8 +41,8 @@ def generate_image_token_ids(
     for start in range(0, max(len(seeds), 1), ROWS_PER_BATCH):
         rows = slice(start, start + ROWS_PER_BATCH)
         text = text_token_ids[rows]
-        # GPUs are fastest at one captured step after the other, CPUs at few passes over several
-        # tokens. Orders and known tokens are known to Jacobi decoding alone.
+        # GPUs are fastest with one CUDA-graph step per token, CPUs with few passes over several
+        # tokens. Only Jacobi decoding supports `image_order` and `known_token_ids`.
         is_plain = image_order is None and known_token_ids is None
         if text.is_cuda and is_plain and not isinstance(model, NativeDecoder):
             part = generate_sequentially(

@@ -29,7 +29,7 @@ def inpaint_image_token_ids(
     seeds: Int[Tensor, " batch"],
     sampling_config: SamplingConfig,
 ) -> GeneratedTokens:
-    """Generate the masked tokens of every image again, equally many in each row.
+    """Resample the masked tokens of each image; all rows must mask equally many.
 
     Tokens are in raster order, in and out; the log-likelihood ratio is that of the new ones. A
     guidance schedule counts the kept tokens as generated.

@@ -4,8 +4,8 @@ A pass reads the last accepted token and a draft of the tokens after it, and pre
 token after each. The noise of every step is fixed by the image's seed, so a prediction is one
 definite token. The first one is right; the second one is right if the draft token that it was
 conditioned on equals the first; and so on up to the first wrong draft token. The predictions after
-it are the draft of the next pass. The fixed point of this iteration is the very image that one
-token at a time makes: there is nothing to prove about distributions.
+it are the draft of the next pass. The fixed point of this iteration is exactly the image that
+token-by-token sampling generates, so its distribution is unchanged.
 
 Source: Song et al. 2021, arXiv:2002.03629 (fixed-point view of sequential computation); Santilli et
 al. 2023, arXiv:2305.10427 (for greedy decoding); Teng et al. 2024, arXiv:2410.01699 (speculative
@@ -22,9 +22,9 @@ from dalle_mini_impl.native.decoder import NativeDecoder
 from dalle_mini_impl.sampling.logits import gumbel_noise
 from dalle_mini_impl.sampling.sampler import GeneratedTokens, Sampler, SamplingConfig
 
-MAX_WINDOW = 32  # measured: 16 needs half as many passes again, 48 hardly fewer
+MAX_WINDOW = 32  # measured: 16 needs 50 % more passes, 48 hardly fewer
 TOKENS_PER_PASS = 128  # measured on CPUs: more tokens cost as much as they save
-# A compiled pass saves little besides the reading of weights and cache.
+# In the compiled decoder, a wider window saves little more than reads of weights and cache.
 MAX_NATIVE_WINDOW = 16
 NATIVE_TOKENS_PER_PASS = 64
 
@@ -43,7 +43,7 @@ def jacobi_decode(
     """Generate the images of ``generate_sequentially`` in fewer passes, tokens in ``image_order``.
 
     A pass reads ``window`` tokens, the last accepted one included; 1 is one token at a time. The
-    first steps take ``known_token_ids``, at least one token is left to generate.
+    first steps take ``known_token_ids``; at least one token must be left to generate.
     """
     if window < 1:
         raise ValueError(f"window: got {window}, expected at least 1 token")
@@ -94,7 +94,7 @@ def jacobi_decode(
         )
         num_passes += 1
         verified_tokens, new_log_ratios = sampler.sample(logits, read + 1)
-        # Accepted tokens stay: another rounding must not change what later ones are based on.
+        # Accepted tokens stay, even if they round differently now: later ones depend on them.
         is_open = read + 1 >= num_accepted.unsqueeze(1)
         verified_tokens = verified_tokens.where(is_open, draft_tokens.gather(1, read + 1))
         new_log_ratios = new_log_ratios.where(is_open, log_ratios.gather(1, read + 1))

@@ -105,7 +105,7 @@ def image_token_log_likelihoods(
 def text_log_likelihood(
     model: Dalle, text_token_ids: Int[Tensor, "batch text_length"]
 ) -> Float[Tensor, " batch"]:
-    """Compute log p(caption), of captions that begin like this; pads do not count."""
+    """Compute log p of each caption as a prefix of any caption; pads do not count."""
     sums = []
     for start in range(0, len(text_token_ids), ROWS_PER_BATCH):
         text = text_token_ids[start : start + ROWS_PER_BATCH]

@@ -1,4 +1,4 @@
-"""Filters of logits, and the noise that samples from them. No function here edits its input."""
+"""Logit filters and Gumbel noise for sampling. No function modifies its input."""
 
 import torch
 from jaxtyping import Float, Int
@@ -48,8 +48,8 @@ def gumbel_noise(
     Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030, section 2. The bits are squares32 of
         Widynski 2020, arXiv:2004.06278; the seeds are scattered by splitmix64 (Steele et al. 2014).
     """
-    # A function, not a stream: the same numbers on every device, in any order and for any batch,
-    # and without a Python loop over images.
+    # Counter-based, without state: the same numbers on every device, in any order and for any
+    # batch, and without a Python loop over images.
     key = (_scatter(seeds) | 1).unsqueeze(1)
     counter = steps * vocab_size + torch.arange(vocab_size, device=seeds.device)
     weyl = counter * key  # int64 products wrap around, as the source's unsigned ones do

@@ -1,4 +1,4 @@
-"""What one call to the pipeline asks for, checked once, and the images that come back."""
+"""The checked input and the output of one pipeline call."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -28,8 +28,8 @@ class PipelineOutput:
     prompts: list[str]
     """The prompt of each image."""
     seeds: list[int]
-    """The seed of each image: with its prompt, the sampling config and no other candidates it makes
-    the image again."""
+    """The seed of each image; with the same prompt, sampling config and ``num_candidates=1`` it
+    reproduces the image."""
     scores: list[float]
     """log p(image | prompt) - log p(image) of each image in nats; 0 where it was not needed. The
     scores of the call's ranker, if it had one."""

@@ -30,7 +30,7 @@ class SamplingConfig:
     top_k: int = 0
     """Sample among this many likeliest tokens; 0 means all."""
     top_p: float = 1.0
-    """Sample among the likeliest tokens that hold this probability mass."""
+    """Sample from the fewest likeliest tokens with this total probability; 1.0 means all."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.guidance_scale < math.inf:
@@ -73,14 +73,14 @@ class GeneratedTokens(NamedTuple):
     log_likelihood_ratio: Float[Tensor, " batch"]
     """log p(image | caption) - log p(image) in nats; zeros when guidance is off."""
     num_passes: int
-    """Passes of the decoder over its rows, that over the captions included."""
+    """Forward passes of the decoder, prefill included."""
 
 
 class Sampler:
     """The rule that samples the next tokens of a batch of images.
 
-    Seeds are one per image, and everything here is on their device. ``noise`` is ``gumbel_noise``
-    or a faster function of the same numbers.
+    There is one seed per image, and all tensors are on the seeds' device. ``noise`` is
+    ``gumbel_noise`` or a faster function with the same values.
     """
 
     def __init__(

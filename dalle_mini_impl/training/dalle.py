@@ -2,7 +2,7 @@
 
 All images are tokenized once, before the first step (`data/token_dataset.py`); from then on the
 decoder sees tokens only. The loss is the cross-entropy of the image tokens plus, in models that
-write captions, a small weight times that of the caption tokens.
+predict captions, a small weight times that of the caption tokens.
 """
 
 import math
@@ -41,13 +41,13 @@ class DalleTaskConfig:
     """The decoder's loss and its augmentations."""
 
     text_loss_weight: float = 0.1
-    """Weight of the caption's loss relative to the image's, in models that write captions."""
+    """Weight of the caption's loss relative to the image's, in models that predict captions."""
     caption_dropout_probability: float = 0.1
     """Fraction of samples trained without their caption, for guidance."""
     token_noise_probability: float = 0.0
-    """Largest fraction of a sample's input image tokens that are replaced by those of other images.
-    Each sample has its own fraction below it; targets stay. Keeps the decoder from following a
-    remembered image instead of the caption."""
+    """Upper bound of the fraction of input image tokens replaced by tokens of other images. Each
+    sample's fraction is uniform below it; targets stay. Keeps the decoder from continuing a
+    memorized image instead of following the caption."""
     random_order_probability: float = 0.0
     """Fraction of samples trained in random order instead of raster order."""
     shifted_view_probability: float = 0.0
@@ -127,18 +127,18 @@ def train_dalle(config: DalleRunConfig, *, resume: str | None = None) -> Path:
 
 def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     """Read and tokenize the data; build the decoder and the pipeline around it."""
-    # 1. The image tokenizer, which stays as it is.
+    # 1. The image tokenizer, frozen.
     try:
         vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         require_working(vqvae)
     except ValueError as error:
         raise UserError(
-            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or somebody else's "
-            "tokenizer and perhaps vqvae_image_size"
+            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or another "
+            "project's tokenizer, with vqvae_image_size if it takes several sizes"
         ) from None
     vqvae = vqvae.to(run.accelerator.device)
 
-    # 2. Captions and images as tokens; only those that are trained on vary.
+    # 2. Captions and images as tokens; only the training split is augmented.
     variation = Variation(
         num_views=config.num_views,
         max_shift=config.max_shift,
@@ -215,7 +215,7 @@ class SampleUniforms(NamedTuple):
 class DalleTask:
     """Caption and image tokens, and the decoder's loss on them.
 
-    The pipeline holds the decoder in training; it generates the fixed prompts for the sample grid.
+    The pipeline holds the decoder in training; it generates the images of the sample grid.
     """
 
     def __init__(
@@ -307,10 +307,10 @@ class DalleTask:
         image_nats = token_nats(logits.image.flatten(0, 1), targets.flatten()).mean()
         if logits.text is None:
             return image_nats, {"image_nats": image_nats.detach()}
-        # The decoder predicts the caption that it was not given, too, but that counts as zero.
+        # The text loss of a dropped caption is masked out: it enters the mean as zero.
         text_nats = text_loss(logits.text, text_token_ids, is_counted=~is_dropped)
         loss = image_nats + config.text_loss_weight * text_nats
-        # The metric is a mean over the captions that count, the loss one over the whole batch.
+        # The metric averages over the captions that are kept, the loss over the whole batch.
         fraction_counted = max(1 - config.caption_dropout_probability, 1e-9)
         return loss, {
             "image_nats": image_nats.detach(),
@@ -355,7 +355,7 @@ class DalleTask:
 
     @torch.no_grad()
     def make_image_grids(self) -> list[ImageGrid]:
-        """Generate the fixed prompts, one image each, always with the same seeds."""
+        """Generate one image per fixed prompt, always with the same seeds."""
         generated = self.pipeline(list(self.fixed_prompts), num_images=1, seed=0)
         return [ImageGrid("samples", generated.images, list(self.fixed_prompts))]
 

@@ -1,10 +1,10 @@
 """One training loop for every model, on Accelerate; it knows steps, never losses.
 
 Order and randomness are functions, not state. The samples of a step are f(seed, step); every
-random number of a batch is f(seed, step, place in the global batch), so that any number of
-processes trains on the same numbers; network dropout is f(seed, step, process). A resumed run
-therefore continues as if it had never stopped, and a checkpoint holds nothing but weights, moments
-and the step.
+random number of a batch is f(seed, step, place in the global batch), so that they do
+not depend on the number of processes; network dropout is f(seed, step, process). A resumed run
+therefore continues as if it had never stopped, and a checkpoint needs no RNG, sampler or scheduler
+state: it holds weights, their average, optimizer state, and the position in the budget.
 """
 
 import json
@@ -154,8 +154,8 @@ class Trainer:
                 "training.gradient_accumulation_steps (now "
                 f"{self.config.gradient_accumulation_steps}) or pass --training.find_batch_size "
                 f"true, --training.activation_checkpointing true for a Transformer, lower "
-                f"training.global_batch_size (now {self.config.global_batch_size}), or take a "
-                "smaller model; checkpoints are whole"
+                f"training.global_batch_size (now {self.config.global_batch_size}), or use a "
+                "smaller model; existing checkpoints are intact"
             ) from None
 
     def _train(self) -> None:
@@ -219,7 +219,7 @@ class Trainer:
             logger.info(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
 
     def _make_up_for_evaluation(self, stop_request: StopRequest) -> None:
-        """Evaluate at the step of a checkpoint whose evaluation a signal cut short."""
+        """Run the evaluation that a signal interrupted before this checkpoint was saved."""
         self._evaluate(stop_request)
         self.save()
         if self.state.evaluation_is_due:
@@ -229,7 +229,7 @@ class Trainer:
         """Make one optimizer update from this process's micro-batches."""
         config, state, accelerator = self.config, self.state, self.accelerator
         progress = state.progress(config)
-        # Dropout has torch's global generator; other noise has one of its own.
+        # Dropout uses torch's global generator; other noise uses its own.
         seed = torch.randint(2**62, (1,), generator=self._generator(DROPOUT_PURPOSE))
         torch.manual_seed(int(seed))
         generator = self._generator(NOISE_PURPOSE)
@@ -253,7 +253,7 @@ class Trainer:
         # Clipping at infinity only measures the norm.
         max_norm = config.gradient_clip_norm or math.inf
         gradient_norm = nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
-        # A function of step and progress alone, as everything: there is no scheduler to resume.
+        # A function of step and progress only, so there is no scheduler state to resume.
         factor = learning_rate_factor(
             state.step,
             progress,
@@ -378,7 +378,7 @@ class Trainer:
         """Continue from a checkpoint.
 
         Raises:
-            UserError: If it is of another model, another optimizer, or other tokens.
+            UserError: If it belongs to another model, optimizer or token data set.
         """
         require_same_data(checkpoint, self.task.identity, self.task.num_samples)
         try:

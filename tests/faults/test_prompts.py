@@ -192,22 +192,22 @@ run_command("generate", sys.argv[2:])
 """
 
 
-def assert_one_error_line(model: Path | str, *options: object, limit: str = "", **env: str) -> str:
-    """Generate under a limit, which must fail with exit code 2; returns the line."""
+def fail_to_generate(model: Path | str, *options: object, limit: str = "", **env: str) -> Any:
+    """Generate under a limit, which must fail with exit code 2; returns what it printed."""
     arguments = ("--model", model, "--prompt", "a red disc", *options)
     result = run_python("-c", GENERATE, limit, *map(str, arguments), **env)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
-    return result.stderr
+    return result
 
 
 def test_process_shows_neither_secrets_nor_control_codes(tmp_path: Path) -> None:
     model = f"{tmp_path}/\x1b[2Jtopsecretkey/https://me:hunter2@host/x"
-    line = assert_one_error_line(model, WANDB_API_KEY="topsecretkey", LC_ALL="C.UTF-8")
-    assert line.startswith("error: model: ")
+    result = fail_to_generate(model, WANDB_API_KEY="topsecretkey", LC_ALL="C.UTF-8")
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: model: ")
     for hidden in ("\x1b", "topsecretkey", "hunter2", "Traceback"):
-        assert hidden not in line
+        assert hidden not in result.stderr
 
 
 def test_out_of_memory_is_one_line_that_says_what_to_lower(model_dir: Path, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(model_dir: Path, tmp_
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
     )
     options = ("--num-images", 1, "--num-candidates", 2_000_000, "--out", tmp_path)
-    line = assert_one_error_line(model_dir, *options, limit=limit)
+    line = fail_to_generate(model_dir, *options, limit=limit).stderr
     assert line.startswith("error: memory: not enough to generate; lower --num-candidates")
     assert not list(tmp_path.glob("*.png"))
 
@@ -227,7 +227,7 @@ def test_full_disk_is_one_line_and_earlier_images_stay(model_dir: Path, tmp_path
     limit = "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
     options = ("--num-images", 30, "--out", tmp_path)
-    line = assert_one_error_line(model_dir, *options, limit=limit)
+    line = fail_to_generate(model_dir, *options, limit=limit).stderr
     assert line.startswith(f"error: out: writing into {tmp_path} failed: ")
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 30  # and no half of a grid

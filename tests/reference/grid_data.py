@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -23,10 +24,8 @@ def noise(count: int, *, seed: int) -> list[Image.Image]:
 
 def reference_images(num_roles: int) -> dict[str, dict[tuple[str, str], Image.Image]]:
     """One image for every cell of every role."""
-    roles = (f"role {number}" for number in range(num_roles))
-    return {
-        role: dict(zip(CELLS, noise(15, seed=seed), strict=True)) for seed, role in enumerate(roles)
-    }
+    images = [dict(zip(CELLS, noise(15, seed=seed), strict=True)) for seed in range(num_roles)]
+    return {f"role {number}": cells for number, cells in enumerate(images)}
 
 
 def write_grid_data(
@@ -47,37 +46,23 @@ def write_grid_data(
         name_style = "" if style == "twemoji" else f", {style} style"
         for role, cells in reference_images(num_roles).items():
             for number, ((gender, tone), image) in enumerate(cells.items()):
-                row = {
-                    "file_name": f"{style}-{role}-{number}.png",
-                    "text": f"{tone} {gender} {role}{name_style}",
-                    "text_ko": f"{tone} {gender} {role} 이모지",
-                    "split": "test_compose" if held_out and number >= 13 else "train",
-                    "role": role,
-                    "gender": gender,
-                    "skin_tones": [tone],
-                    "hexcode": f"{role}-{number}",
-                    "kind": "other",
-                }
-                rows.append({**row, "style": style})
-                _save(image, folder / str(row["file_name"]), style)
+                row: dict[str, Any] = {"role": role, "gender": gender, "skin_tones": [tone]}
+                row |= {"text": f"{tone} {gender} {role}{name_style}", "kind": "other"}
+                row |= {"text_ko": f"{tone} {gender} {role} 이모지", "hexcode": f"{role}-{number}"}
+                row["split"] = "test_compose" if held_out and number >= 13 else "train"
+                rows.append(_saved(image, folder, row, style))
         for number, image in enumerate(noise(num_clocks, seed=100)):
-            row = {
-                "file_name": f"{style}-clock-{number}.png",
-                "text": f"clock showing {number} o'clock{name_style}",
-                "text_ko": f"{number}시 시계",
-                "split": "test_clock" if number == num_clocks - 1 else "train",
-                "role": None,
-                "gender": None,
-                "skin_tones": [],
-                "hexcode": f"clock-{number}",
-                "kind": "clock",
-            }
-            rows.append({**row, "style": style})
-            _save(image, folder / str(row["file_name"]), style)
+            row = {"role": None, "gender": None, "skin_tones": [], "kind": "clock"}
+            row |= {"text": f"clock showing {number} o'clock{name_style}"}
+            row |= {"text_ko": f"{number}시 시계", "hexcode": f"clock-{number}"}
+            row["split"] = "test_clock" if number == num_clocks - 1 else "train"
+            rows.append(_saved(image, folder, row, style))
     text = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     (folder / "metadata.jsonl").write_text(text + "\n", encoding="utf-8")
     return folder
 
 
-def _save(image: Image.Image, path: Path, style: str) -> None:
-    (image if style == "twemoji" else ImageOps.invert(image)).save(path)
+def _saved(image: Image.Image, folder: Path, row: dict[str, Any], style: str) -> dict[str, Any]:
+    name = f"{style}-{row['hexcode']}.png"
+    (image if style == "twemoji" else ImageOps.invert(image)).save(folder / name)
+    return {"file_name": name, **row, "style": style}

@@ -3,12 +3,16 @@
 In float64, with explicit rotation matrices, and without a cache.
 """
 
+import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from dalle_mini_impl.models.dalle_config import DalleConfig
+
+Cells = list[int | None]
 
 
 def plain_logits(
@@ -21,13 +25,9 @@ def plain_logits(
     """Text and image logits of one caption and one image, cell by cell in ``order``."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
     vectors = [weights["text_start"]]
-    cells: list[int | None] = [None]
+    cells: Cells = [None]
     for place, token in enumerate(text):
-        is_pad = token == 0
-        vector = weights["text_pads.weight" if is_pad else "text_embedding.weight"][
-            place if is_pad else token
-        ]
-        vector = vector + weights["text_positions.weight"][place]
+        vector = text_vector(weights, place, token)
         if place == len(text) - 1 and config.decoder.has_target_positions:
             vector = vector + weights["target_positions.weight"][order[0]]
         vectors.append(vector)
@@ -44,11 +44,19 @@ def plain_logits(
         stream = block(stream, cells, weights, layer, config)
     stream = norm(stream, weights, "output_norm")
     text_logits = [weights["text_head.weight"] @ vector for vector in stream[: len(text)]]
-    head = [
-        token_row(weights, config, "image_head", token) for token in range(config.codebook_size)
-    ]
-    image_logits = [torch.stack(head) @ vector for vector in stream[len(text) :]]
-    return torch.stack(text_logits), torch.stack(image_logits)
+    return torch.stack(text_logits), image_logits(stream[len(text) :], weights, config)
+
+
+def image_logits(stream: Tensor, weights: dict[str, Tensor], config: DalleConfig) -> Tensor:
+    codes = range(config.codebook_size)
+    head = torch.stack([token_row(weights, config, "image_head", token) for token in codes])
+    return stream @ head.T
+
+
+def text_vector(weights: dict[str, Tensor], place: int, token: int) -> Tensor:
+    """A token's embedding, or the pad's own of its place, and its position."""
+    own = weights["text_embedding.weight"][token] if token else weights["text_pads.weight"][place]
+    return own + weights["text_positions.weight"][place]
 
 
 def token_row(weights: dict[str, Tensor], config: DalleConfig, table: str, token: int) -> Tensor:
@@ -69,9 +77,8 @@ def position_vector(weights: dict[str, Tensor], config: DalleConfig, cell: int) 
     if config.decoder.positions == "learned":
         return weights["image_positions.cells.weight"][cell]
     if config.decoder.positions == "axial":
-        return (
-            weights["image_positions.rows.weight"][y] + weights["image_positions.columns.weight"][x]
-        )
+        rows, columns = (weights[f"image_positions.{axis}.weight"] for axis in ("rows", "columns"))
+        return rows[y] + columns[x]
     if config.decoder.positions == "sinusoidal":
         angles = pair_angles(y, x, width)
         values = [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
@@ -105,14 +112,9 @@ def is_seen(query: int | None, key: int | None, layer: int, config: DalleConfig)
         return True
     width, number = config.image_grid_size[1], layer + 1
     if number == config.decoder.num_layers:
-        around = [
-            query - up * width + right
-            for up in range(config.decoder.kernel_size // 2 + 1)
-            for right in range(
-                -(config.decoder.kernel_size // 2), config.decoder.kernel_size // 2 + 1
-            )
-        ]
-        return key in around
+        reach = config.decoder.kernel_size // 2
+        offsets = itertools.product(range(reach + 1), range(-reach, reach + 1))
+        return key in [query - up * width + right for up, right in offsets]
     if number in range(2, 100, 4):
         return key % width == query % width
     return key in range(query - width, query + 1)
@@ -123,52 +125,63 @@ def linear(vectors: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
     return vectors @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
 
 
-def block(
-    stream: Tensor,
-    cells: list[int | None],
+def attention(
+    asking: tuple[Tensor, Cells],
+    answering: tuple[Tensor, Cells],
     weights: dict[str, Tensor],
-    layer: int,
+    name: str,
     config: DalleConfig,
+    sees: Callable[[int, int], bool],
+) -> Tensor:
+    """What query i gathers, head by head, from each key j with `sees(i, j)`."""
+    queries = linear(asking[0], weights, f"{name}.query")
+    keys, values = (linear(answering[0], weights, f"{name}.{kind}") for kind in ("key", "value"))
+    size, rows = config.decoder.head_dim, []
+    for i, asking_cell in enumerate(asking[1]):
+        heads = []
+        for start in range(0, config.decoder.hidden_size, size):
+            part = slice(start, start + size)
+            query = norm(queries[i, part], weights, f"{name}.query_norm")
+            query = rotation_matrix(asking_cell, config) @ query
+            scores = {}
+            for j, cell in enumerate(answering[1]):
+                if sees(i, j):
+                    key = norm(keys[j, part], weights, f"{name}.key_norm")
+                    key = rotation_matrix(cell, config) @ key
+                    scores[j] = math.exp(float(query @ key) / math.sqrt(size))
+            mixed = torch.zeros(size, dtype=torch.float64)
+            for j, score in scores.items():
+                mixed = mixed + score / sum(scores.values()) * values[j, part]
+            heads.append(mixed)
+        rows.append(torch.cat(heads))
+    return linear(torch.stack(rows), weights, f"{name}.output")
+
+
+def feed_forward(stream: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+    """SwiGLU, or GELU where there is no gate, of the normalized stream."""
+    normed = norm(stream, weights, f"{name}.feed_forward_norm")
+    if f"{name}.feed_forward.gate.weight" in weights:
+        gate = linear(normed, weights, f"{name}.feed_forward.gate")
+        value = linear(normed, weights, f"{name}.feed_forward.value")
+        inner = gate / (1 + torch.exp(-gate)) * value
+    else:
+        inner = linear(normed, weights, f"{name}.feed_forward.input")
+        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
+    return linear(inner, weights, f"{name}.feed_forward.output")
+
+
+def block(
+    stream: Tensor, cells: Cells, weights: dict[str, Tensor], layer: int, config: DalleConfig
 ) -> Tensor:
     """Attention, then SwiGLU or GELU, each added to the residual stream."""
-    name = f"blocks.{layer}."
-    normed = norm(stream, weights, f"{name}attention_norm")
-    queries, keys, values = (
-        linear(normed, weights, f"{name}attention.{kind}") for kind in ("query", "key", "value")
-    )
-    size = config.decoder.head_dim
-    heads = []
-    for start in range(0, config.decoder.hidden_size, size):
-        part = slice(start, start + size)
-        mixed = []
-        for i, cell in enumerate(cells):
-            query = norm(queries[i, part], weights, f"{name}attention.query_norm")
-            query = rotation_matrix(cell, config) @ query
-            scores = {}
-            for j in range(i + 1):
-                if not is_seen(cell, cells[j], layer, config):
-                    continue
-                key = norm(keys[j, part], weights, f"{name}attention.key_norm")
-                key = rotation_matrix(cells[j], config) @ key
-                scores[j] = float(query @ key) / math.sqrt(size)
-            fractions = {j: math.exp(score - max(scores.values())) for j, score in scores.items()}
-            total = sum(fractions.values())
-            mixed.append(
-                sum(
-                    (fraction / total * values[j, part] for j, fraction in fractions.items()),
-                    torch.zeros(size, dtype=torch.float64),
-                )
-            )
-        heads.append(torch.stack(mixed))
-    stream = stream + linear(torch.cat(heads, dim=1), weights, f"{name}attention.output")
-    normed = norm(stream, weights, f"{name}feed_forward_norm")
-    if config.decoder.block == "gelu":
-        inner = linear(normed, weights, f"{name}feed_forward.input")
-        inner = inner * (1 + torch.erf(inner / math.sqrt(2))) / 2
-    else:
-        gate = linear(normed, weights, f"{name}feed_forward.gate")
-        inner = gate / (1 + torch.exp(-gate)) * linear(normed, weights, f"{name}feed_forward.value")
-    return stream + linear(inner, weights, f"{name}feed_forward.output")
+    name = f"blocks.{layer}"
+    normed = norm(stream, weights, f"{name}.attention_norm"), cells
+
+    def sees(i: int, j: int) -> bool:
+        return j <= i and is_seen(cells[i], cells[j], layer, config)
+
+    stream = stream + attention(normed, normed, weights, f"{name}.attention", config, sees)
+    return stream + feed_forward(stream, weights, name)
 
 
 def norm(vectors: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:

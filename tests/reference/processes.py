@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO
 
 logger = logging.getLogger(__name__)
 
@@ -35,15 +34,10 @@ class Script:
         if processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone"]
             launcher += ["--nproc_per_node", str(processes)]
+        own_env = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
             [*launcher, *map(str, command)],
-            env={
-                **os.environ,
-                "PYTHONPATH": str(REPOSITORY),
-                "OMP_NUM_THREADS": "1",
-                "PYTHONUNBUFFERED": "1",
-                **env,
-            },
+            env={**os.environ, **own_env, **env},
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -57,14 +51,9 @@ class Script:
         self._readers = []
         for pipe, into in ((self.process.stdout, self.out), (self.process.stderr, self.err)):
             assert pipe is not None
-            reader = threading.Thread(target=self._read, args=(pipe, into), daemon=True)
+            reader = threading.Thread(target=into.extend, args=(pipe,), daemon=True)
             reader.start()
             self._readers.append(reader)
-
-    @staticmethod
-    def _read(pipe: IO[str], into: list[str]) -> None:
-        for line in pipe:
-            into.append(line)
 
     def wait_for(self, pattern: str, *, seconds: float = 300) -> "re.Match[str]":
         """Waits until a line of the output holds a pattern."""
@@ -79,7 +68,6 @@ class Script:
         raise AssertionError(f"no line with {pattern!r} in:\n{self.all_output()}")
 
     def send(self, number: signal.Signals) -> None:
-        """Signals the process that was started."""
         self.process.send_signal(number)
 
     def finish(self, *, seconds: float = 300) -> tuple[int, float]:
@@ -97,7 +85,6 @@ class Script:
         return code, seconds
 
     def all_output(self) -> str:
-        """Everything that was written so far."""
         return "".join([*self.out, *self.err])
 
     def children(self) -> list[int]:
@@ -116,12 +103,7 @@ def run_script(*command: str | Path, processes: int = 1, **env: str) -> Script:
 
 def output_of(*command: str | Path) -> str:
     """Runs a script as a user would, on all processors; returns what it printed."""
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = (sys.executable, *map(str, command))
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -78,7 +78,6 @@ def stepwise_logits(
     for start in range(0, last, window):
         tokens = image[:, start : min(start + window, last)]
         first_steps = torch.full((len(text),), start)
-        logits.append(
-            model.decode_window(tokens, cache, first_steps=first_steps, image_order=image_order)
-        )
+        options = {"first_steps": first_steps, "image_order": image_order}
+        logits.append(model.decode_window(tokens, cache, **options))
     return torch.cat(logits, dim=1)

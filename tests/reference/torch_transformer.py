@@ -7,20 +7,18 @@ from dalle_mini_impl.transformer.attention import MultiHeadAttention
 from dalle_mini_impl.transformer.blocks import TransformerBlock
 from tests.reference.random_weights import randomize
 
+TheirBlock = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+
 
 @torch.no_grad()
-def copy_block(
-    mine: TransformerBlock, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-) -> None:
+def copy_block(mine: TransformerBlock, theirs: TheirBlock) -> None:
     """Randomize our block and give torch's layer the same weights."""
     randomize(mine)
     give_block(mine, theirs)
 
 
 @torch.no_grad()
-def give_block(
-    mine: TransformerBlock, theirs: nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
-) -> None:
+def give_block(mine: TransformerBlock, theirs: TheirBlock) -> None:
     """Give torch's layer the weights of our block."""
     _give_attention(mine.attention, theirs.self_attn)
     norms = [mine.attention_norm, mine.feed_forward_norm]

@@ -23,22 +23,13 @@ class WandbFile(TypedDict):
     history: dict[str, list[Any]]
     """Key -> the values logged, in order; parts of an image set are `key.captions` and so on."""
     config: dict[str, Any]
-    """The run's config."""
     files: list[str]
     """Names under the run's `files/` folder, and `artifact:<type>/<name>/<path>`."""
     run_id: str
-    """W&B's id of the run."""
 
 
 def read_wandb_file(folder: Path) -> WandbFile:
-    """Read a run folder; `wandb.teardown()`, or the end of the process, first completes it.
-
-    Args:
-        folder: `<output_dir>/wandb/offline-run-*`, holding one `.wandb` file.
-
-    Returns:
-        History, config, names of files and run id.
-    """
+    """Read `<output_dir>/wandb/offline-run-*`; `wandb.teardown()` first completes it."""
     (path,) = folder.glob("*.wandb")
     found: WandbFile = {"history": {}, "config": {}, "files": [], "run_id": ""}
     for data in _records(path.read_bytes()):

@@ -17,6 +17,7 @@ from tests.reference import tiny
 from tests.reference.runs import EVERYTHING_RANDOM, checkpoint_dir, read_files
 
 RANDOM: dict[str, Any] = {"task": EVERYTHING_RANDOM}  # and the network's dropout
+WITH_ENCODER = RANDOM | {"decoder": tiny.WITH_ENCODER}
 
 
 @pytest.fixture
@@ -38,9 +39,7 @@ def test_runs_are_the_same_bit_for_bit(
 ) -> None:
     builds: dict[str, Callable[..., Any]] = {
         "decoder": partial(tiny.dalle_run, data, vqvae_dir, **RANDOM),
-        "encoder_decoder": partial(
-            tiny.dalle_run, data, vqvae_dir, decoder=tiny.WITH_ENCODER, **RANDOM
-        ),
+        "encoder_decoder": partial(tiny.dalle_run, data, vqvae_dir, **WITH_ENCODER),
         "translation": partial(tiny.translation_run, tiny.write_text_pairs(tmp_path / "pairs.tsv")),
         "vit": partial(tiny.vit_run, data),
         "clip": partial(tiny.clip_run, data),
@@ -48,10 +47,8 @@ def test_runs_are_the_same_bit_for_bit(
     found = []
     for flag in (False, True):
         out = tmp_path / str(flag)
-        config = builds[kind](
-            out, activation_checkpointing=flag, gradient_accumulation_steps=2, max_steps=3
-        )
-        tiny.train(config)
+        options = {"gradient_accumulation_steps": 2, "max_steps": 3}
+        tiny.train(builds[kind](out, activation_checkpointing=flag, **options))
         found.append((read_files(checkpoint_dir(out, 3)), tiny.losses(out)))
         # 3 steps of 2 micro-batches, through the towers' or the encoder's block and one or two more
         num_blocks = {"encoder_decoder": 3, "vit": 1}.get(kind, 2)
@@ -64,9 +61,8 @@ def test_models_without_our_blocks_refuse_it(data: Path, tmp_path: Path) -> None
     message = r"^training.activation_checkpointing: got true, expected false: "
     with pytest.raises(ValueError, match=message + "the image tokenizer"):
         tiny.vqvae_run(data, tmp_path / "vqvae", activation_checkpointing=True)
-    theirs = tiny.vit_run(
-        data, tmp_path / "vit", implementation="transformers", activation_checkpointing=True
-    )
+    options = {"implementation": "transformers", "activation_checkpointing": True}
+    theirs = tiny.vit_run(data, tmp_path / "vit", **options)
     with pytest.raises(UserError, match=message + "TransformersViT has none"):
         tiny.train(theirs)
 

@@ -82,12 +82,7 @@ def test_retrieval_counts_every_match() -> None:
     ranker = tiny.build_ranker()
     retrieval = build_retrieval(PAIRS, loaded(PAIRS).pixels, ranker.text_tokenizer)
     assert retrieval.captions == ["a red disc", "a blue box", "a green box"]
-    assert retrieval.is_match.tolist() == [
-        [True, False, False],
-        [False, True, False],
-        [True, False, False],
-        [False, True, True],
-    ]
+    assert retrieval.is_match.int().tolist() == [[1, 0, 0], [0, 1, 0], [1, 0, 0], [0, 1, 1]]
     assert retrieval.chance == pytest.approx(5 / 12)
     images = ranker.embed_pixels(retrieval.pixels.float() / 127.5 - 1)
     texts = ranker.embed_texts(retrieval.captions)
@@ -113,17 +108,8 @@ def test_it_learns_captions(tmp_path: Path, loss: str, steps: int) -> None:
     for number, row in enumerate(rows):  # all twelve captions are held out
         row["split"] = "val" if number % 5 == 4 else "train"
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = tiny.clip_run(
-        data,
-        tmp_path / "run",
-        loss=loss,
-        max_steps=steps,
-        global_batch_size=24,
-        learning_rate=5e-3,
-        evaluate_every_steps=80,
-        sample_every_steps=80,
-        checkpoint_every_steps=steps,
-    )
+    options = {"max_steps": steps, "every": 80, "global_batch_size": 24, "learning_rate": 5e-3}
+    config = tiny.clip_run(data, tmp_path / "run", loss=loss, **options)
     folder, lines = tiny.train(config)
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["chance_r1"] == pytest.approx(1 / 12)
@@ -141,8 +127,8 @@ def test_it_learns_captions(tmp_path: Path, loss: str, steps: int) -> None:
     assert sum(at == number for number, at in enumerate(found)) >= 4  # 6 to 11; by chance 1
 
 
-def test_impossible_settings_are_refused(tmp_path: Path) -> None:
-    config = tiny.clip_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
+def test_impossible_settings_are_refused(data: Path, tmp_path: Path) -> None:
+    config = tiny.clip_run(data, tmp_path / "run")
     image = dataclasses.replace(config.model.image, patch_size=5)
     towers = dataclasses.replace(config.model, image=image)
     with pytest.raises(UserError, match=r"patch_size: got 5, expected a divisor"):

@@ -55,6 +55,10 @@ def test_progress_is_the_largest_of_the_limits(
     assert TrainingConfig(**limits).progress(steps_done, minutes_used) == pytest.approx(expected)
 
 
+def decoder_run(**changes: Any) -> DalleRunConfig:
+    return DalleRunConfig(data=DataConfig(source="x"), vqvae_dir="v", output_dir="o", **changes)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -65,6 +69,9 @@ def test_progress_is_the_largest_of_the_limits(
         (lambda: DalleTaskConfig(caption_dropout_probability=2.0), "task.caption_dropout_prob"),
         (lambda: VQVAETaskConfig(wavelet_weight=-1.0), "task.wavelet_weight: got -1"),
         (lambda: VQVAETaskConfig(max_shift=-1), "task.max_shift: got -1"),
+        (lambda: decoder_run(num_views=0), "num_views: got 0"),
+        (lambda: decoder_run(max_shift=-1), "max_shift: got -1"),
+        (lambda: decoder_run(fixed_prompts=("a cat", " ")), "fixed_prompts: got an empty prompt"),
     ],
 )
 def test_other_sections(build: Any, message: str) -> None:
@@ -73,13 +80,15 @@ def test_other_sections(build: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "value", "expected"),
     [
-        ({"num_views": 0}, "num_views: got 0"),
-        ({"max_shift": -1}, "max_shift: got -1"),
-        ({"fixed_prompts": ("a cat", " ")}, "fixed_prompts: got an empty prompt"),
+        ("perturbed_image_fraction", 1.5, "at most 1"),
+        ("perturbed_token_fraction", 2.0, "at most 1"),
+        ("perturbed_neighbors", 0, "at least 1"),
+        *(("gumbel_kl_ends_at", value, "above 0 and up to 1") for value in (0.0, 1.5)),
+        *(("gumbel_temperature_ends_at", value, "above 0 and up to 1") for value in (0.0, 1.5)),
     ],
 )
-def test_a_decoder_run(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DalleRunConfig(data=DataConfig(source="x"), vqvae_dir="v", output_dir="o", **change)
+def test_vqvae_task(name: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^task.{name}: got {value}, expected {expected}$"):
+        VQVAETaskConfig(**{name: value})

@@ -39,9 +39,8 @@ def test_its_gradient_is_that_of_finite_differences() -> None:
         moved[0][row, column] += step
         moved[1][row, column] -= step
         up, down = ((token_nats(each, token_ids) * weights).sum() for each in moved)
-        assert float(logits.grad[row, column]) == pytest.approx(
-            float((up - down) / (2 * step)), abs=1e-3
-        )
+        expected = float((up - down) / (2 * step))
+        assert float(logits.grad[row, column]) == pytest.approx(expected, abs=1e-3)
 
 
 def test_what_it_kept_is_used_up() -> None:

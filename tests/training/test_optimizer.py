@@ -34,8 +34,8 @@ def test_only_matrices_decay(build_dalle: Callable[..., Dalle]) -> None:
     decaying, others = adamw.param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert {group["initial_lr"] for group in adamw.param_groups} == {0.01}
-    hidden = {name: weight for name, weight in model.named_parameters() if "blocks." in name}
-    matrices = {name for name, weight in hidden.items() if weight.ndim == 2}
+    all_weights = dict(model.named_parameters())
+    matrices = {n for n, w in all_weights.items() if n.startswith("blocks.") and w.ndim == 2}
     assert matrices
     assert names_of(model, decaying["params"]) == matrices | {"text_head.weight"}
     everything = decaying["params"] + others["params"]

@@ -13,13 +13,17 @@ from tests.reference import tiny
 from tests.reference.log_lines import log_lines
 
 
-def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path) -> None:
-    folder, file = tmp_path / "images", tmp_path / "skipped.jsonl"
-    records = RunRecords(folder=tmp_path, writes=True, resumes=False)
+def write_images(folder: Path, count: int, num_bad: int = 0) -> Path:
     folder.mkdir()
-    for number in range(20):
+    for number in range(count):
         tiny.render_image(number).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("" if number < 7 else "an image")
+        (folder / f"{number}.txt").write_text("" if number < num_bad else "an image")
+    return folder
+
+
+def test_all_that_is_left_out_is_listed_anew(tmp_path: Path) -> None:
+    folder, file = write_images(tmp_path / "images", 20, num_bad=7), tmp_path / "skipped.jsonl"
+    records = RunRecords(folder=tmp_path, writes=True, resumes=False)
 
     def load(split: str) -> None:
         config = DataConfig(source=str(folder), max_bad_fraction=0.4)
@@ -29,10 +33,8 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
         load("train")
         load("train")
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    assert rows == [
-        {"path": f"{number}.png", "reason": f"no caption: {number}.txt is empty"}
-        for number in range(7)
-    ]
+    reasons = {f"{number}.png": f"no caption: {number}.txt is empty" for number in range(7)}
+    assert rows == [{"path": path, "reason": reason} for path, reason in reasons.items()]
     assert f"skipped 2 more; {file} lists all" in shown
     load("val")
     assert len(file.read_text(encoding="utf-8").splitlines()) == 7
@@ -42,15 +44,9 @@ def test_all_that_is_left_out_is_listed_and_the_list_begins_anew(tmp_path: Path)
     assert not file.exists()
 
 
-def test_long_reading_and_encoding_say_how_far_they_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for number in range(3):
-        tiny.render_image(number).save(folder / f"{number}.png")
-        (folder / f"{number}.txt").write_text("an image")
+    folder = write_images(tmp_path / "images", 3)
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
     size = pipeline.vqvae.config.image_size

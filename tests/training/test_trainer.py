@@ -43,8 +43,7 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def test_non_finite_numbers_never_reach_the_weights(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    task = LineTask(spoiled={3: kind, 4: kind})
-    trainer = build_trainer(task, tmp_path, ema_decay=0.5)
+    trainer = build_trainer(LineTask(spoiled={3: kind, 4: kind}), tmp_path, ema_decay=0.5)
     snapshots = []
     for step in range(6):
         trainer._step(trainer._batches(step))
@@ -119,9 +118,8 @@ def test_non_finite_weights_are_not_saved(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_recovery_from_a_far_too_high_learning_rate(tmp_path: Path) -> None:
     build_trainer(LineTask(max_steps=6), tmp_path, checkpoint_every_steps=2).train()
-    wild = build_trainer(
-        LineTask(max_steps=40), tmp_path, checkpoint_every_steps=1, learning_rate=1e30
-    )
+    options = {"checkpoint_every_steps": 1, "learning_rate": 1e30}
+    wild = build_trainer(LineTask(max_steps=40), tmp_path, **options)
     wild.restore(load_checkpoint(tmp_path / "checkpoints" / "step-00000006"))
     with pytest.raises(UserError, match="not finite 10 steps in a row") as caught:
         wild.train()
@@ -135,16 +133,13 @@ def test_recovery_from_a_far_too_high_learning_rate(tmp_path: Path) -> None:
 
 def test_a_budget_in_minutes(tmp_path: Path) -> None:
     task = LineTask(seconds_per_step=0.02)
-    minutes = 1.5 / 60
-    trainer = build_trainer(
-        task, tmp_path, max_steps=100_000, max_minutes=minutes, decay_fraction=0.5
-    )
+    limits = {"max_steps": 100_000, "max_minutes": 1.5 / 60}
+    trainer = build_trainer(task, tmp_path, decay_fraction=0.5, **limits)
     started = time.perf_counter()
     with log_lines() as lines:
         trainer.train()
-    assert re.fullmatch(
-        rf"{trainer.state.step} steps in 0\.0 minutes \(\d+\.\d per second\)", lines[-1]
-    )
+    expected = rf"{trainer.state.step} steps in 0\.0 minutes \(\d+\.\d per second\)"
+    assert re.fullmatch(expected, lines[-1])
     assert time.perf_counter() - started < 60
     assert 2 <= len(task.progress) <= 76
     assert task.progress == sorted(task.progress)
@@ -177,9 +172,8 @@ def test_a_budget_in_steps(tmp_path: Path) -> None:
 
 
 def test_cost_of_checkpoints_is_logged(tmp_path: Path) -> None:
-    trainer = build_trainer(
-        LineTask(max_steps=6), tmp_path, log_every_steps=2, checkpoint_every_steps=2
-    )
+    task = LineTask(max_steps=6)
+    trainer = build_trainer(task, tmp_path, log_every_steps=2, checkpoint_every_steps=2)
     save = trainer.save
 
     def slow_save() -> bool:
@@ -204,10 +198,8 @@ def test_cost_of_checkpoints_is_logged(tmp_path: Path) -> None:
 
 def test_metrics_are_means_and_speeds(tmp_path: Path) -> None:
     task = LineTask(max_steps=6, seconds_per_step=0.02)
-    trainer = build_trainer(
-        task, tmp_path, log_every_steps=3, evaluate_every_steps=2, sample_every_steps=4
-    )
-    trainer.train()
+    intervals = {"log_every_steps": 3, "evaluate_every_steps": 2, "sample_every_steps": 4}
+    build_trainer(task, tmp_path, **intervals).train()
     rows = read_metrics(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4, 6, 6]
     logged = [row for row in rows if "progress" in row]
@@ -229,9 +221,7 @@ def test_metrics_are_means_and_speeds(tmp_path: Path) -> None:
 
 def test_averaged_weights_are_evaluated_and_kept(tmp_path: Path) -> None:
     task = LineTask(max_steps=4)
-    trainer = build_trainer(
-        task, tmp_path, evaluate_every_steps=2, sample_every_steps=2, ema_decay=0.9
-    )
+    trainer = build_trainer(task, tmp_path, every=2, ema_decay=0.9)
     trainer.train()
     assert trainer.average is not None
     average, trained = float(trainer.average.weights["bias"]), trainer.model.bias.item()

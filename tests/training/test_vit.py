@@ -1,5 +1,6 @@
 """The classifier's loss, scores and baseline, and a classifier that learns colors."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -89,17 +90,8 @@ def test_shift_follows_its_uniforms() -> None:
 
 def test_it_learns_colors(tmp_path: Path) -> None:
     data = tiny.write_data(tmp_path / "data", count=60)
-    config = tiny.vit_run(
-        data,
-        tmp_path / "run",
-        max_steps=80,
-        global_batch_size=24,
-        learning_rate=1e-2,
-        evaluate_every_steps=40,
-        sample_every_steps=40,
-        checkpoint_every_steps=80,
-    )
-    folder, _ = tiny.train(config)
+    options = {"max_steps": 80, "every": 40, "global_batch_size": 24, "learning_rate": 1e-2}
+    folder, _ = tiny.train(tiny.vit_run(data, tmp_path / "run", **options))
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["model"]["accuracy"] > 0.9
     assert report.keys() == {"model", "nearest neighbors"}
@@ -107,10 +99,8 @@ def test_it_learns_colors(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").is_file()
 
 
-def test_patches_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    import dataclasses
-
-    config = tiny.vit_run(tiny.write_data(tmp_path / "data"), tmp_path / "run")
+def test_patches_that_do_not_fit_are_refused(data: Path, tmp_path: Path) -> None:
+    config = tiny.vit_run(data, tmp_path / "run")
     model = dataclasses.replace(config.model, patch_size=5)
     with pytest.raises(UserError, match=r"model.patch_size: got 5, expected a divisor"):
         tiny.train(dataclasses.replace(config, model=model))

@@ -31,7 +31,7 @@ from dalle_mini_impl.data.readers.records import (
 
 _TEXT_SUFFIXES = (".txt", ".json")
 _BLOCK = 512  # bytes, the unit of tar files
-_MAX_HEADER_BYTES = 2**14  # of long names and pax headers; Python 3.11.7 takes 0.5 s for so many
+_MAX_HEADER_BYTES = 2**14  # of long names and pax headers; Python 3.11.7 takes 0.5 s for that many
 
 
 @dataclass(frozen=True)
