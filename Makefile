@@ -26,6 +26,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pytest tests/test_words.py
 
 test: $(VENV)/.dev
 	$(BIN)/pytest
