@@ -14,7 +14,8 @@ from packaging.specifiers import SpecifierSet
 from tests.reference.commands import REPOSITORY, run_python
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-TEXTS = [REPOSITORY / "README.md", REPOSITORY / "README.ko.md", *REPOSITORY.glob("docs/guide*.md")]
+DOCS = [path for path in sorted(REPOSITORY.glob("docs/*.md")) if path.name != "log.md"]
+TEXTS = [REPOSITORY / "README.md", REPOSITORY / "README.ko.md", *DOCS]
 PACKAGES = ("dalle_mini_impl", "vqvae")
 MAX_SCRIPT_LINES = 70
 
@@ -75,6 +76,26 @@ def test_every_make_target_in_a_text_exists(path: Path) -> None:
     spans = "\n".join([fenced_code(text), *re.findall(r"`([^`\n]+)`", text)])
     for line in re.findall(r"\bmake((?: +(?!-|\w+=)[\w-]+)+)", spans):
         assert set(line.split()) <= targets, f"make{line}"
+
+
+def anchors_of(path: Path) -> set[str]:
+    """The anchors that a reader of Markdown makes of headings."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "path", [*TEXTS, REPOSITORY / "CONTRIBUTING.md"], ids=lambda path: path.name
+)
+def test_every_link_within_the_repository_leads_somewhere(path: Path) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8"))
+    for link in links:
+        name, _, anchor = link.partition("#")
+        if "://" in name:
+            continue
+        target = (path.parent / name).resolve() if name else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 def commands_in(path: Path) -> list[list[str]]:
