@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from accelerate.utils import compile_regions
@@ -137,7 +138,7 @@ def sample(bandwidth: float) -> Iterator[Row]:
 def _sample(model: Dalle, size: Size, rows: int, scale: float, bandwidth: float) -> Row:
     text = random_pairs(size, batch=rows)[0].to(DEVICE)
     seeds, sampling_config = torch.arange(rows), SamplingConfig(guidance_scale=scale)
-    options = {"seeds": seeds, "sampling_config": sampling_config}
+    options: dict[str, Any] = {"seeds": seeds, "sampling_config": sampling_config}
     generate = partial(generate_sequentially, model, text, **options)
     seconds = seconds_of(generate, warm_up=1, repeats=3)
     # The floor: every token reads all weights, and the keys and values of the positions before it.

@@ -199,7 +199,8 @@ def decoder_training(
     # Counted before torch.compile: a model compiled under the counter would stay eager.
     flops = timing.count_flops(step)
     flops += timing.attention_flops(size.layers, size.width, size.length, size.batch)
-    run = partial(step, torch.compile(decoder.model, dynamic=False)) if compiled else step
+    net = torch.compile(decoder.model, dynamic=False) if compiled else decoder.model
+    run = partial(step, net)
     timing.require_training(run, steps=3, compiled=compiled)
     return Job(run=run, items=size.tokens, flops=flops)
 

@@ -119,17 +119,11 @@ def peer_variants(size: Size, batch: int, *, guided: bool) -> Iterator[Variant]:
     for name, options in ways.items():
         mended = "mended" in name
         for words, matmul in BOTH_PRODUCTS if guided or mended else BOTH_PRODUCTS[:1]:
-            model, program = partial(_peer, peers.DALLE, size), partial(dalle, mended=mended)
-            # Without a cache an image takes a minute: one round, and its number is not verified.
-            build = partial(
-                peer_job,
-                partial(program, **options),
-                model,
-                size,
-                batch,
-                guided=guided,
-                verify=bool(options),
-            )
+            program = partial(dalle, mended=mended, **options)
+            build = partial(peer_job, program, partial(_peer, peers.DALLE, size), size, batch)
+            # Without a cache an image takes a minute, and the code that returns it is the same: one
+            # round, not verified.
+            build = partial(build, guided=guided, verify=bool(options))
             rounds = None if options else 1
             yield Variant(f"{peers.DALLE}, {name}{words}", build, matmul=matmul, rounds=rounds)
 
