@@ -145,7 +145,7 @@ def peer_image(folder: Path) -> Job:
 
 def stub_code() -> str:
     """Return Python source that imports DALLE-pytorch with stubs, for another process."""
-    peers.require_dalle_pytorch()
+    peers.require("dalle_pytorch")
     # Only what is missing here: an installed package must cost what it costs its users.
     lines = ["import sys, types"]
     for name in peers.missing_modules():
