@@ -241,7 +241,7 @@ def test_auto_needs_a_key_and_a_server(
     wandb.teardown()
     (home / ".netrc").write_text(f"machine 127.0.0.1:{server} login user password {KEY}\n")
     assert wandb_run.choose_mode() == "online"
-    monkeypatch.setenv("NETRC", str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("NETRC", str(home / "elsewhere"))
     assert wandb_run.choose_mode() == "offline"
 
 
