@@ -148,7 +148,7 @@ def test_any_captioned_images_are_evaluated(tmp_path: Path, model: Path) -> None
         ({"max_samples": 0}, "max_samples: got 0, expected at least 1"),
         ({"num_candidates": 0}, "num_candidates: got 0"),
         ({"overrides": {"temperature": -1.0}}, "temperature: got -1.0, expected a number above 0"),
-        ({"styles": ("noto",)}, "style: got 'noto', but the data are no emoji"),
+        ({"styles": ("noto",)}, "style: got 'noto', but this is not an emoji data set"),
         ({"clip": "no_such_folder"}, "no_such_folder"),
         ({"rank": "clip"}, "rank: got clip without --clip; expected --clip with a folder"),
     ],

@@ -45,7 +45,7 @@ def test_evaluation_needs_held_out_images(tmp_path: Path) -> None:
     folder = tiny.write_data(tmp_path / "data")
     text = (folder / "metadata.jsonl").read_text().replace('"val"', '"train"')
     (folder / "metadata.jsonl").write_text(text)
-    with pytest.raises(UserError, match=r"data: .* has training images alone"):
+    with pytest.raises(UserError, match=r"data: .* has only training images"):
         read_data(str(folder), tiny.build_vqvae())
     with pytest.raises(UserError, match="data: no folder or file"):
         read_data(str(tmp_path / "nothing"), tiny.build_vqvae())

@@ -152,7 +152,7 @@ def test_a_model_folder_cannot_claim_other_orders() -> None:
     decoder = dataclasses.replace(parts.dalle.config.decoder, attention="dalle")
     dalle = Dalle(dataclasses.replace(parts.dalle.config, decoder=decoder))
     with pytest.raises(
-        ValueError, match="generates_any_order: got true, but the decoder generates raster"
+        ValueError, match="generates_any_order: got true, but the decoder generates in raster"
     ):
         TextToImagePipeline(
             dalle=dalle,
