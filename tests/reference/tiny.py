@@ -204,6 +204,10 @@ def build_ranker(*, seed: int = 0, **towers: Any) -> ClipRanker:
     )
     model = Clip(config).eval()
     randomize(model, seed=seed)
+    with torch.no_grad():  # wide enough that rankings differ between rankers
+        for name, parameter in model.named_parameters():
+            if "norm" in name and name.endswith("bias"):
+                parameter.add_(1)
     return ClipRanker(model, text_tokenizer)
 
 
