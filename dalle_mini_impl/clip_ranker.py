@@ -153,8 +153,8 @@ def _load_model(config: ClipConfig, weights: Path) -> Clip:
 def _in_equal_batches(embed: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     parts = []
     for part in rows.split(BATCH_SIZE):
-        # Every batch has BATCH_SIZE rows: products of other shapes round in another way, and no
-        # embedding may depend on the rest of its batch.
+        # Every batch has BATCH_SIZE rows: products of other shapes round in another way. The rest
+        # of its batch then moves an embedding by rounding at most.
         padding = part.new_zeros(BATCH_SIZE - len(part), *part.shape[1:])
         parts.append(embed(torch.cat([part, padding]))[: len(part)])
     return torch.cat(parts)

@@ -117,5 +117,5 @@ def text_log_likelihood(
 
 
 def _pad_rows(token_ids: Tensor) -> Tensor:
-    # All batches have the same shape: a score must not depend on the rest of its batch.
+    # One shape for all batches: the rest of a batch moves a score by rounding at most.
     return F.pad(token_ids, (0, 0, 0, ROWS_PER_BATCH - len(token_ids)))
