@@ -27,7 +27,7 @@ def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
     for name, preset in presets.items():
         shared = ["--data.source", data, "--output_dir", tmp_path / name]
         tokenizer = ["--vqvae_dir", tmp_path / "vqvae/model"] if name == "dalle" else []
-        # Four times the preset's minutes: slow processors make a third of the steps in the same time.
+        # Four times the minutes: slow processors make a third of the steps.
         more = f"--training.max_minutes={4 * minutes[0 if name == 'vqvae' else 1]}"
         options = [*shared, *tokenizer, "--tracking.mode=disabled", more]
         output_of(f"scripts/train_{name}.py", "--config", preset, *options)
