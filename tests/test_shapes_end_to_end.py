@@ -1,4 +1,4 @@
-"""Three minutes from no data to a model that generates what captions of the shapes world say."""
+"""From no data to a model that generates what captions of the shapes world say."""
 
 import json
 from pathlib import Path
