@@ -27,6 +27,7 @@ from benchmarks import ours, peers, timing
 from benchmarks.data import read_pixels, read_rows, to_bytes
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.timing import Job, Precision, Result, Variant, interleave
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.hardware import has_fast_bf16, medium_is_float32
 from dalle_mini_impl.training.optimizer import build_optimizers
 from dalle_mini_impl.training.trainer import Trainer
@@ -444,7 +445,7 @@ def mean_psnr(reconstruct: Reconstruct, held_out: Tensor) -> float:
     """Measure PSNR in dB as the mean over images, given as bytes."""
     total = 0.0
     for images in held_out.split(64):
-        pixels = images.float() / 127.5 - 1
+        pixels = bytes_to_pixels(images)
         total += float(psnr(reconstruct(pixels), pixels)) * len(images)
     return total / len(held_out)
 

@@ -5,6 +5,8 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
+from dalle_mini_impl.data.images import bytes_to_pixels
+
 
 def shift_images(
     pixels: UInt8[Tensor, "batch channels height width"], offsets: Int[Tensor, "batch 2"]
@@ -46,3 +48,19 @@ def zoom_images(
         large = F.interpolate(image[None].float(), size=sides, mode="bilinear")
         results.append(large[0, :, top : top + height, left : left + width].round().byte())
     return torch.stack(results)
+
+
+def shifted_pixels(
+    images: UInt8[Tensor, "batch channels height width"],
+    uniforms: Float[Tensor, "batch 2"],
+    *,
+    max_shift: int,
+) -> Float[Tensor, "batch channels height width"]:
+    """Move images by up to ``max_shift`` pixels and return pixels in [-1, 1].
+
+    ``uniforms`` in [0, 1) decide how far down and right; 0.5 is not at all.
+    """
+    if max_shift:
+        num_places = 2 * max_shift + 1
+        images = shift_images(images, (uniforms * num_places).long() - max_shift)
+    return bytes_to_pixels(images)

@@ -28,7 +28,7 @@ from tokenizers import (
 )
 from torch import Tensor
 
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.errors import UserError, one_line
 from vqvae.serialization import read_json
 
 logger = logging.getLogger(__name__)
@@ -209,7 +209,7 @@ class TextTokenizer:
             tokenizer = _read_tokenizer(path / _TOKENIZER_NAME)
             length = read_json(path / _CONFIG_NAME).get("model_max_length")
         except Exception as error:  # the Rust side raises bare Exception for a damaged file
-            reason = " ".join(str(error).split())[:300]
+            reason = one_line(error)[:300]
             raise UserError(f"cannot read the text tokenizer in {path}: {reason}") from None
         if type(length) is not int or length > _MAX_TEXT_LENGTH:
             raise UserError(

@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dalle_mini_impl.errors import one_line
+
 SOURCE = Path(__file__).with_name("decoder.cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-ffp-contract=fast", "-w")
@@ -45,7 +47,7 @@ def load_library() -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.SubprocessError) as error:
         # A compiler's output fills pages; a message is one line.
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)[:300]
         raise UnavailableError(f"{compiler} made no library that loads: {reason}") from error
 
 

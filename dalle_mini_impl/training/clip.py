@@ -11,12 +11,13 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from dalle_mini_impl.clip_ranker import ClipRanker
+from dalle_mini_impl.data.augmentation import shifted_pixels
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.clip import Clip, ClipConfig, TowersConfig, sigmoid_loss, softmax_loss
 from dalle_mini_impl.training.config import DataConfig, TextConfig, TrainingConfig, require
-from dalle_mini_impl.training.pixels import shifted_pixels, to_pixels
 from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.run_dataset import LoadedPairs
 from dalle_mini_impl.training.task import ImageGrid
@@ -243,7 +244,7 @@ def build_retrieval(
 def score_retrieval(ranker: ClipRanker, retrieval: Retrieval) -> dict[str, float]:
     """Return recall at 1 in both directions, and chance, all in [0, 1]."""
     batches = retrieval.pixels.split(EVALUATION_BATCH_SIZE)
-    parts = [ranker.embed_pixels(to_pixels(batch)) for batch in batches]
+    parts = [ranker.embed_pixels(bytes_to_pixels(batch)) for batch in batches]
     scores = torch.cat(parts) @ ranker.embed_texts(retrieval.captions).T  # (images, captions)
     top_texts, top_images = scores.argmax(dim=1), scores.argmax(dim=0)
     images, captions = torch.arange(scores.shape[0]), torch.arange(scores.shape[1])

@@ -21,10 +21,11 @@ from dalle_mini_impl.builtin_datasets.labelled_images import (
     load_digits,
     load_labelled_images,
 )
+from dalle_mini_impl.data.augmentation import shifted_pixels
+from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.models.vit import VisionTransformer, ViTConfig
 from dalle_mini_impl.training.config import TrainingConfig, require
-from dalle_mini_impl.training.pixels import shifted_pixels, to_pixels
 from dalle_mini_impl.training.run import RunContext, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
@@ -220,7 +221,7 @@ class ViTTask:
         held_out = self.splits.held_out
         device = next(self.model.parameters()).device
         batches = held_out.pixels.split(EVALUATION_BATCH_SIZE)
-        parts = [self.model(to_pixels(batch.to(device))).float().cpu() for batch in batches]
+        parts = [self.model(bytes_to_pixels(batch.to(device))).float().cpu() for batch in batches]
         logits = torch.cat(parts)
         scores = score_classes(logits.argmax(dim=-1), held_out)
         scores["nats"] = float(F.cross_entropy(logits, held_out.labels))

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
-from dalle_mini_impl.data.images import pixels_to_images
+from dalle_mini_impl.data.augmentation import shifted_pixels
+from dalle_mini_impl.data.images import bytes_to_pixels, pixels_to_images
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.training.config import DataConfig, TrainingConfig, require
-from dalle_mini_impl.training.pixels import shifted_pixels, to_pixels
 from dalle_mini_impl.training.run import RunContext, run_training
 from dalle_mini_impl.training.schedule import anneal
 from dalle_mini_impl.training.task import ImageGrid
@@ -342,7 +342,7 @@ class VQVAETask:
         noise = torch.Generator(device).manual_seed(0)  # the same in every evaluation
         # Through hard tokens, as in generation, whatever the quantizer trains with.
         for images in self.held_out.split(EVALUATION_BATCH_SIZE):
-            pixels = to_pixels(images.to(device))
+            pixels = bytes_to_pixels(images.to(device))
             token_ids = vqvae.encode_to_token_ids(pixels)
             hard = vqvae.decode_from_token_ids(token_ids)
             counts += token_counts(token_ids, vqvae.codebook_size)
@@ -363,7 +363,7 @@ class VQVAETask:
         device = next(self.vqvae.parameters()).device
         num_shown = min(NUM_SHOWN, len(self.held_out))
         chosen = torch.linspace(0, len(self.held_out) - 1, num_shown).long()
-        pixels = to_pixels(self.held_out[chosen].to(device))
+        pixels = bytes_to_pixels(self.held_out[chosen].to(device))
         reconstructions = self.vqvae.decode_from_token_ids(self.vqvae.encode_to_token_ids(pixels))
         pairs = zip(pixels_to_images(pixels), pixels_to_images(reconstructions), strict=True)
         images = [image for pair in pairs for image in pair]
