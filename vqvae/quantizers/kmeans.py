@@ -56,6 +56,16 @@ def sample_by_error(
     return vectors[positions.clamp(max=len(vectors) - 1)]
 
 
+def first_of_equal(
+    codebook: Float[Tensor, "codebook_size code_dim"],
+) -> Int[Tensor, " codebook_size"]:
+    """Return for each code the index of the first one that equals it."""
+    _, group = torch.unique(codebook, dim=0, return_inverse=True)
+    first = torch.full_like(group, len(codebook))
+    places = torch.arange(len(codebook), device=codebook.device)
+    return first.scatter_reduce(0, group, places, reduce="amin")[group]
+
+
 def spherical_kmeans(
     vectors: Float[Tensor, "count code_dim"],
     codebook_size: int,
@@ -71,10 +81,14 @@ def spherical_kmeans(
         vectors, torch.zeros_like(vectors), codebook_size, generator=generator
     )
     for _ in range(KMEANS_STEPS):
-        ids = nearest_codes(vectors, codebook)
+        # Equal codes, which sampling with replacement gives, must not split a cluster: the others
+        # have to be empty to move. Their similarities may be rounded apart (another column of the
+        # product), so the first one takes all.
+        ids = first_of_equal(codebook)[nearest_codes(vectors, codebook)]
         sums, counts = code_statistics(vectors, weights, ids, codebook_size)
         # An empty cluster moves to a vector far from its center.
         fresh = sample_by_error(vectors, codebook[ids], codebook_size, generator=generator)
         codebook = torch.where(counts[:, None] > 0, F.normalize(sums, dim=1), fresh)
-    _, counts = code_statistics(vectors, weights, nearest_codes(vectors, codebook), codebook_size)
+    ids = first_of_equal(codebook)[nearest_codes(vectors, codebook)]
+    _, counts = code_statistics(vectors, weights, ids, codebook_size)
     return codebook, counts
