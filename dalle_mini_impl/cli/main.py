@@ -82,10 +82,9 @@ def run_script(
     """
     # From the launcher's environment: no library has been imported yet that could tell.
     is_main_process = int(os.environ.get("RANK", "0")) == 0
-    _set_up_logging(is_main_process)
     resume = f"to resume: {_resume_command(arguments)}" if takes_resume else "run it again"
     code, line = 0, ""
-    with _termination_raised():
+    with _logging_set_up(is_main_process), _termination_raised():
         try:
             main(arguments)
         except UserError as error:
@@ -126,7 +125,8 @@ def _termination_raised() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _set_up_logging(is_main_process: bool) -> None:
+@contextmanager
+def _logging_set_up(is_main_process: bool) -> Iterator[None]:
     """Send progress of our packages to stdout, warnings of all to stderr, secrets nowhere."""
     # File names may contain characters that the terminal's encoding lacks.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
@@ -141,10 +141,20 @@ def _set_up_logging(is_main_process: bool) -> None:
     # The other processes of a run would only repeat what the first one says.
     level = logging.WARNING if is_main_process else logging.CRITICAL
     root = logging.getLogger()
+    packages = [logging.getLogger(name) for name in ("dalle_mini_impl", "vqvae")]
+    handlers_before = list(root.handlers)
+    levels_before = [logger.level for logger in (root, *packages)]
+    root.handlers[:] = [warnings, progress]
     root.setLevel(level)
-    root.handlers[:] = [warnings, progress]  # not added: a program may run several commands
-    for package in ("dalle_mini_impl", "vqvae"):
-        logging.getLogger(package).setLevel(logging.INFO if is_main_process else level)
+    for logger in packages:
+        logger.setLevel(logging.INFO if is_main_process else level)
+    try:
+        yield
+    finally:
+        # A program that runs a command goes on with its own logging, not with ours.
+        root.handlers[:] = handlers_before
+        for logger, before in zip((root, *packages), levels_before, strict=True):
+            logger.setLevel(before)
 
 
 class _RedactingFormatter(logging.Formatter):

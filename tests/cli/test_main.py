@@ -1,5 +1,6 @@
 """How commands start and end: bad input is one line, signals say how to resume."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -162,6 +163,22 @@ def test_resume_line_is_what_was_typed(
     assert exit_.value.code == 130
     error = capsys.readouterr().err
     assert error == f"stopped; to resume: {expected} --a.b 'two words' --resume latest\n"
+
+
+def test_logging_of_the_program_is_as_before() -> None:
+    loggers = [logging.getLogger(name) for name in (None, "dalle_mini_impl", "vqvae")]
+
+    def state() -> list[object]:
+        return [list(logging.getLogger().handlers), *(logger.level for logger in loggers)]
+
+    def note(arguments: Sequence[str]) -> None:
+        inside.append(state())
+
+    inside: list[list[object]] = []
+    before = state()
+    run_script(note, [])
+    assert state() == before
+    assert inside[0] != before
 
 
 def test_every_command_has_a_script_and_a_module() -> None:

@@ -1,6 +1,5 @@
 """Commands as a user runs them: in this process, or in one of their own."""
 
-import logging
 import os
 import subprocess
 import sys
@@ -18,17 +17,12 @@ REPOSITORY = Path(__file__).parents[2]
 def run_here(name: str, *arguments: str | Path) -> int:
     """Runs a command in this process; returns its exit code. Global settings stay as they were."""
     precision = torch.get_float32_matmul_precision()
-    loggers = [logging.getLogger(name) for name in (None, "dalle_mini_impl", "vqvae")]
-    levels, handlers = [each.level for each in loggers], list(loggers[0].handlers)
     try:
         run_command(name, [str(argument) for argument in arguments])
     except SystemExit as exit_:
         return int(exit_.code or 0)
     finally:
         torch.set_float32_matmul_precision(precision)
-        loggers[0].handlers[:] = handlers
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
     return 0
 
 
