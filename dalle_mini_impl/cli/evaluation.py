@@ -24,6 +24,7 @@ from dalle_mini_impl.evaluation.distribution import (
     network_or_none,
 )
 from dalle_mini_impl.evaluation.emoji import HeldOutPrompt, held_out_prompts, measure_emoji
+from dalle_mini_impl.evaluation.facts import measure_facts
 from dalle_mini_impl.evaluation.likelihood import measure_likelihood
 from dalle_mini_impl.evaluation.memorization import measure_memorization
 from dalle_mini_impl.evaluation.reconstruction import measure_reconstruction
@@ -42,7 +43,8 @@ from dalle_mini_impl.evaluation.samples import (
     join,
     read_data,
 )
-from dalle_mini_impl.evaluation.shapes import measure_shapes
+from dalle_mini_impl.evaluation.scenes import SCENES
+from dalle_mini_impl.evaluation.shapes import SHAPES
 from dalle_mini_impl.model_folder import file_hashes
 from dalle_mini_impl.native.decoder import NativeWeights
 from dalle_mini_impl.output_dirs import make_folder
@@ -180,8 +182,9 @@ def _measure(
     captions, reconstructions = reference.captions, decode(vqvae, reference.image_token_ids)
     if data.kind == "emoji":
         sections.append(measure_emoji(prompts, captions, ways, reconstructions, seed=seed))
-    elif data.kind == "shapes":
-        sections.append(measure_shapes(reference, ways, reconstructions, seed=seed))
+    elif data.kind in ("shapes", "scenes"):
+        world = SHAPES if data.kind == "shapes" else SCENES
+        sections.append(measure_facts(world, reference, ways, reconstructions, seed=seed))
     if clip is not None:
         sections.append(measure_clip_score(clip, ways, reference.pixels, captions, seed=seed))
     clock.lap("generated images judged")

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "Measure a model on held-out images: report.md and report.json.",
     "prepare_emoji": "Write emoji images and captions as an image folder.",
     "prepare_shapes": "Write images of shapes with captions and facts.",
+    "prepare_scenes": "Write images of things in all colors with captions and facts.",
     "demo": "Run the demo: emoji data, image tokenizer, decoder, and held-out prompts.",
 }
 

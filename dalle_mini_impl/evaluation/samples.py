@@ -32,11 +32,12 @@ from vqvae.image_tokenizer import ImageTokenizer
 BATCH_SIZE = 64
 Pixels: TypeAlias = UInt8[Tensor, "samples 3 height width"]
 Row: TypeAlias = Mapping[str, Any]
-DataSetKind = Literal["emoji", "shapes", "images"]
+DataSetKind = Literal["emoji", "shapes", "scenes", "images"]
 
 # A built-in data set is known by the metadata that its checks need, wherever the files came from;
 # a set without them is evaluated as plain captioned images. Nothing else decides the kind.
 KIND_FIELDS: Mapping[DataSetKind, frozenset[str]] = {
+    "scenes": frozenset({"facts", "split", "style"}),
     "shapes": frozenset({"facts", "split"}),
     "emoji": frozenset({"hexcode", "style", "role", "gender", "skin_tones", "split"}),
 }

@@ -10,9 +10,15 @@ from dalle_mini_impl.builtin_datasets.shapes import scene as shapes
 from dalle_mini_impl.builtin_datasets.shapes.captions import describe_scene, prepare_shapes
 from dalle_mini_impl.builtin_datasets.shapes.scene import Scene, render_scene
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.evaluation.facts import (
+    WHOLE,
+    CheckedImages,
+    check_images,
+    measure_facts,
+)
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from dalle_mini_impl.evaluation.samples import join, read_data
-from dalle_mini_impl.evaluation.shapes import WHOLE, CheckedImages, check_images, measure_shapes
+from dalle_mini_impl.evaluation.shapes import SHAPES
 from tests.reference import tiny
 
 
@@ -22,7 +28,8 @@ def make_scenes(kind: str, *, split: str = "test", count: int = 40) -> list[Scen
 
 def check(generated: list[Scene], asked: list[Scene]) -> CheckedImages:
     images = [render_scene(scene) for scene in generated]
-    return check_images(images, [describe_scene(scene).facts for scene in asked])
+    facts = [[str(fact) for fact in describe_scene(scene).facts] for scene in asked]
+    return check_images(SHAPES, images, [{"facts": lines} for lines in facts])
 
 
 def in_other_size(scene: Scene) -> Scene:
@@ -75,7 +82,7 @@ def test_section_has_splits_with_ceiling_and_floor(tmp_path: Path) -> None:
     reference = join([data.held_out["test"], data.held_out["test_compose"]])
     white = torch.full_like(reference.pixels, 255)
     ways = {"one image": reference.pixels, "best of 4": white}
-    section = measure_shapes(reference, ways, reference.pixels, seed=0)
+    section = measure_facts(SHAPES, reference, ways, reference.pixels, seed=0)
     for split in ("test", "test_compose"):
         found = section.figures[split]
         assert list(found) == ["one image", "best of 4", CEILING, FLOOR]

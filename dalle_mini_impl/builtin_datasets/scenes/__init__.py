@@ -1,0 +1,1 @@
+"""A world of things in all colors, with an exact checker."""

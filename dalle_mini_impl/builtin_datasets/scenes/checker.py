@@ -1,0 +1,333 @@
+"""Read an image of a scene back, by analysis and synthesis.
+
+The checker sees pixels only. It finds the background that explains most pixels; what it does not
+explain, where it hangs together, is an object; an object is the thing, in the color, whose sprite
+in its place explains its pixels best, of all things in all colors. Blur and noise of a decoded
+image are tolerated, and smudges below ``MIN_AREA`` ignored, but everything else counts: what no
+sprite explains is an object too, an "unknown" one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+
+from dalle_mini_impl.builtin_datasets.scenes.colors import COLORS, recolor
+from dalle_mini_impl.builtin_datasets.scenes.scene import (
+    MIN_IMAGE_SIZE,
+    Background,
+    SceneObject,
+    all_backgrounds,
+)
+from dalle_mini_impl.builtin_datasets.scenes.things import color_weights, load_sprites, render_thing
+from dalle_mini_impl.errors import UserError
+
+# Smallest area of an object, as a fraction of the image: a fifth of the smallest thing's box.
+MIN_AREA = 0.008
+# A pixel is no background if it differs by this much from it, in RGB of [0, 1].
+MIN_CONTRAST = 0.18
+# A sprite is recognized if it leaves at most this fraction of an object's contrast unexplained.
+MAX_UNEXPLAINED = 0.5
+# Above this fraction, several sprites are tried.
+_WELL_EXPLAINED = 0.15
+
+_SIDE = 64  # every image is read at this size
+_BOX = 16  # side of the templates that are compared first
+_SPRITE = 32  # longer side of the sprites that they are made of
+_NUM_REFINED = 8
+# Parts of one thing are at most so many pixels apart.
+_REACH = 12
+
+Pixels = NDArray[np.float32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class SceneReading:
+    """What an image holds."""
+
+    objects: tuple[SceneObject, ...]
+    background: Background
+
+
+def read_scene(
+    image: Image.Image, *, style: str = "twemoji", npm_dir: Path | None = None
+) -> SceneReading:
+    """Find the background and the things of a square image of 32 pixels or more; else UserError."""
+    pixels = _to_pixels(image)
+    # 1. the background that explains most of the image
+    background, behind = _find_background(pixels)
+    reader = _Reader(pixels, behind, _sprites(style, npm_dir))
+    foreground = reader.contrast >= MIN_CONTRAST**2
+    fits: list[_Fit] = []
+    # 2. what it does not explain, where it hangs together; parts that nearly touch are one
+    for region in _find_regions(foreground, gap=1):
+        # 3. the sprite that explains it, or one for each part where these explain it better
+        fit = reader.fit(region)
+        parts = [fit]
+        if fit.unexplained > _WELL_EXPLAINED:
+            parts = [reader.fit(part) for part in _find_regions(region, gap=0)]
+        fits += parts if _mean_unexplained(parts) < fit.unexplained else [fit]
+    # 4. parts of one thing, apart since something between them has the background's color
+    fits = reader.join([reader.with_fragments(fit, foreground) for fit in fits])
+    return SceneReading(tuple(fit.item for fit in fits), background)
+
+
+def _to_pixels(image: Image.Image) -> Pixels:
+    width, height = image.size
+    if width != height or width < MIN_IMAGE_SIZE:
+        raise UserError(
+            f"image: got {width} x {height}, expected a square of {MIN_IMAGE_SIZE} or more"
+        )
+    resampling = Image.Resampling.BOX if width > _SIDE else Image.Resampling.BICUBIC
+    small = image.convert("RGB").resize((_SIDE, _SIDE), resampling)
+    return np.asarray(small, dtype=np.float32) / 255
+
+
+@cache
+def _rendered_backgrounds() -> Pixels:
+    return np.stack([background.render(_SIDE)[:, 0] for background in all_backgrounds()])
+
+
+def _find_background(pixels: Pixels) -> tuple[Background, Pixels]:
+    """Choose the background that explains most pixels, and those well; and render it."""
+    columns = _rendered_backgrounds()  # (backgrounds, height, 3): all are alike along a row
+    # (backgrounds, height, width)
+    errors = ((pixels[None] - columns[:, :, None]) ** 2).sum(-1)
+    explained = np.exp(-errors / (2 * 0.05**2)).mean((1, 2))
+    best = int(explained.argmax())
+    behind = np.repeat(columns[best][:, None], _SIDE, axis=1)
+    return all_backgrounds()[best], behind
+
+
+def _find_regions(foreground: Mask, *, gap: int) -> list[Mask]:
+    """List the regions that are large enough; parts up to 2 * ``gap`` pixels apart are one."""
+    near = (
+        ndimage.binary_dilation(foreground, np.ones((3, 3)), iterations=gap) if gap else foreground
+    )
+    labels, count = ndimage.label(near, np.ones((3, 3)))
+    regions = [foreground & (labels == label) for label in range(1, count + 1)]
+    return [region for region in regions if region.sum() >= MIN_AREA * region.size]
+
+
+@dataclass(frozen=True)
+class _Sprites:
+    """All things in all colors, small."""
+
+    style: str
+    npm_dir: Path | None
+    names: list[tuple[str, str]]
+    """(thing, color)."""
+    images: list[Image.Image]
+    """RGBA; the longer side is ``_SPRITE``."""
+
+
+@dataclass(frozen=True)
+class _Templates:
+    """What can be seen of each sprite before a color, stretched to a square of ``_BOX`` pixels."""
+
+    alpha: Pixels
+    """(sprites, pixels)"""
+    colors: Pixels
+    """Premultiplied: (sprites, pixels * 3)"""
+    power: Pixels
+    """Sum of alpha times the squared color: (sprites,)"""
+    boxes: Pixels
+    """Left, top, right, bottom of what can be seen, in longer sides of the sprite, from its middle:
+    (sprites, 4)."""
+
+
+@cache
+def _sprites(style: str, npm_dir: Path | None) -> _Sprites:
+    names, small = [], []
+    for thing, sprite in load_sprites(style, npm_dir).items():
+        scale = _SPRITE / max(sprite.size)
+        size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
+        pixels = np.asarray(sprite.resize(size, Image.Resampling.BOX))
+        # Shrunk like the sprite: a small one might be colored by another rule.
+        weights = Image.fromarray(color_weights(style, npm_dir, thing).astype(np.float32))
+        weight = np.asarray(weights.resize(size, Image.Resampling.BOX), dtype=np.float64)
+        for color in COLORS:
+            names.append((thing, color))
+            small.append(Image.fromarray(recolor(pixels, color, weight)))
+    return _Sprites(style, npm_dir, names, small)
+
+
+@lru_cache(maxsize=24)  # as many as there are plain backgrounds, skies and grounds
+def _templates(style: str, npm_dir: Path | None, back: tuple[float, ...] | None) -> _Templates:
+    """Make the templates for a plain background, or for any (None)."""
+    boxes, squares = [], []
+    for sprite in _sprites(style, npm_dir).images:
+        pixels = np.asarray(sprite, dtype=np.float32) / 255
+        visible = pixels[..., 3].copy()
+        if back is not None:
+            visible *= np.sqrt(((pixels[..., :3] - back) ** 2).sum(-1))
+        seen = visible >= MIN_CONTRAST
+        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
+        height, width = seen.shape
+        box = (0, 0, width, height)
+        if len(rows):
+            box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
+        # premultiplied, or hidden colors would bleed in
+        square = sprite.convert("RGBa").resize((_BOX, _BOX), Image.Resampling.BOX, box)
+        middle = (width / 2, height / 2) * 2
+        boxes.append([(edge - half) / _SPRITE for edge, half in zip(box, middle, strict=True)])
+        squares.append(np.frombuffer(square.tobytes(), np.uint8))
+    bank = np.stack(squares).reshape(len(squares), -1, 4).astype(np.float32) / 255
+    alpha, colors = bank[..., 3], bank[..., :3]
+    power = (colors**2 / np.maximum(alpha, 1e-3)[..., None]).sum((1, 2))
+    return _Templates(
+        alpha, colors.reshape(len(bank), -1), power, np.array(boxes, dtype=np.float32)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """The sprite that explains a region best."""
+
+    region: Mask
+    item: SceneObject
+    unexplained: float
+    """Fraction of the region's contrast."""
+    contrast: float
+
+
+def _mean_unexplained(fits: Sequence[_Fit]) -> float:
+    total = sum(fit.contrast for fit in fits)
+    return sum(fit.unexplained * fit.contrast for fit in fits) / total
+
+
+class _Reader:
+    """Explains regions of one image by sprites."""
+
+    def __init__(self, pixels: Pixels, behind: Pixels, sprites: _Sprites) -> None:
+        self.pixels, self.behind, self.sprites = pixels, behind, sprites
+        self.contrast: Pixels = ((pixels - behind) ** 2).sum(-1)
+
+    def fit(self, region: Mask) -> _Fit:
+        """Name the thing and the color of a region, and measure its box."""
+        rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        # 1. compare the box with all sprites, stretched to it
+        box = (slice(top, bottom), slice(left, right))
+        templates = _templates(self.sprites.style, self.sprites.npm_dir, self._plain(top, bottom))
+        errors = self._compare_with_all(box, templates)
+        size = templates.boxes[:, 2:] - templates.boxes[:, :2]
+        aspect = np.log(size[:, 0] / size[:, 1]) - np.log((right - left) / (bottom - top))
+        # a sprite of another shape would be stretched
+        errors *= 1 + 2 * np.abs(aspect)
+        # 2. render the likeliest in their true shape, and try places and sizes around the box
+        scale = np.sqrt((right - left) * (bottom - top) / size.prod(1))
+        middle = (templates.boxes[:, 2:] + templates.boxes[:, :2]) / 2
+        window, fits = _around(region), []
+        for index in np.argsort(errors)[:_NUM_REFINED].tolist():
+            x = (left + right) / 2 - scale[index] * middle[index, 0]
+            y = (top + bottom) / 2 - scale[index] * middle[index, 1]
+            fits.append((*self._place(window, index, (x, y, float(scale[index]))), index))
+        fits = sorted(fits)[:3]
+        fits = [(*self._place(window, index, place), index) for _, place, index in fits]
+        error, (x, y, side), index = min(fits)
+        contrast = float(self.contrast[window].sum())
+        thing, color = self.sprites.names[index]
+        if error > MAX_UNEXPLAINED * contrast:
+            thing, color, side = "unknown", "unknown", max(right - left, bottom - top)
+            x, y = (left + right) / 2, (top + bottom) / 2
+        item = SceneObject(thing, color, (x / _SIDE, y / _SIDE), side / _SIDE)
+        return _Fit(region, item, error / contrast, contrast)
+
+    def with_fragments(self, fit: _Fit, foreground: Mask) -> _Fit:
+        """Add fragments that are no region of their own, where a sprite then explains more."""
+        if fit.unexplained <= _WELL_EXPLAINED:
+            return fit
+        near = ndimage.binary_dilation(fit.region, np.ones((3, 3)), iterations=_REACH)
+        small = foreground & near
+        for region in _find_regions(foreground, gap=1):
+            small &= ~region
+        joint = self.fit(fit.region | small) if small.any() else fit
+        return joint if joint.unexplained < fit.unexplained else fit
+
+    def join(self, fits: Sequence[_Fit]) -> list[_Fit]:
+        """Put regions together where one sprite explains them well, and they alone are not."""
+        kept = sorted(fits, key=lambda fit: -fit.contrast)
+        for fit in kept[::-1]:
+            near = ndimage.binary_dilation(fit.region, np.ones((3, 3)), iterations=_REACH)
+            for other in kept:
+                if other is fit or not (near & other.region).any():
+                    continue
+                if max(fit.unexplained, other.unexplained) <= _WELL_EXPLAINED:
+                    continue
+                joint = self.fit(fit.region | other.region)
+                if joint.unexplained < min(_WELL_EXPLAINED, _mean_unexplained([fit, other])):
+                    return self.join([*(x for x in kept if x not in (fit, other)), joint])
+        return kept
+
+    def _plain(self, top: int, bottom: int) -> tuple[float, ...] | None:
+        """Name the color behind most of some rows; None for a gradient."""
+        colors, counts = np.unique(self.behind[top:bottom, 0], axis=0, return_counts=True)
+        if counts.max() < 0.4 * (bottom - top):
+            return None
+        return tuple(colors[counts.argmax()].tolist())
+
+    def _compare_with_all(self, box: tuple[slice, slice], templates: _Templates) -> Pixels:
+        """Squared error of each sprite before the background, stretched to the box: (sprites,)."""
+        seen, back = _stretch(self.pixels[box]), _stretch(self.behind[box])
+        # sum of alpha |seen - color|^2 + (1 - alpha) |seen - back|^2
+        inside = templates.alpha @ (seen**2).sum(-1) + templates.power
+        inside -= 2 * templates.colors @ seen.reshape(-1)
+        errors: Pixels = inside + (1 - templates.alpha) @ ((seen - back) ** 2).sum(-1)
+        return errors
+
+    def _place(
+        self, window: Mask, index: int, start: tuple[float, float, float]
+    ) -> tuple[float, tuple[float, float, float]]:
+        """Find the place and size, near (x, y, side), at which a sprite explains a window best.
+
+        Returns the squared error, and (x, y, side) in pixels.
+        """
+        thing, color = self.sprites.names[index]
+        outside = float(self.contrast[window].sum())
+        best = (float("inf"), start)
+        for side in {max(4, round(start[2]) + change) for change in (-1, 0, 1)}:
+            sprite = render_thing(
+                thing, color, side, style=self.sprites.style, npm_dir=self.sprites.npm_dir
+            )
+            height, width = sprite.shape[:2]
+            places = {
+                (round(start[0] + dx - width / 2), round(start[1] + dy - height / 2))
+                for dx in (-1, 0, 1)
+                for dy in (-1, 0, 1)
+            }
+            for left, top in places:
+                x0, y0 = max(left, 0), max(top, 0)
+                box = (slice(y0, max(top + height, 0)), slice(x0, max(left + width, 0)))
+                seen = self.pixels[box]
+                part = sprite[y0 - top :, x0 - left :][: len(seen), : seen.shape[1]]
+                made = self.behind[box] * (1 - part[..., 3:]) + part[..., :3]
+                # what the sprite changes, in and out of the window
+                inside = window[box]
+                missed = (seen - made) * inside[..., None]
+                error = outside - float(self.contrast[box][inside].sum())
+                # a sprite that reaches beyond the region is no explanation of it
+                beyond = (made - self.behind[box]) * ~inside[..., None]
+                error += float(np.vdot(missed, missed) + np.vdot(beyond, beyond))
+                best = min(best, (error, (left + width / 2, top + height / 2, float(side))))
+        return best
+
+
+def _stretch(pixels: Pixels) -> Pixels:
+    """Resize (height, width, 3) to a square of ``_BOX`` pixels: (pixels, 3)."""
+    bytes_of = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+    square = bytes_of.resize((_BOX, _BOX), Image.Resampling.BOX)
+    return (np.asarray(square, dtype=np.float32) / 255).reshape(-1, 3)
+
+
+def _around(region: Mask) -> Mask:
+    """Mark the region and two pixels around it."""
+    grown: Mask = ndimage.binary_dilation(region, np.ones((3, 3)), iterations=2)
+    return grown

@@ -1,0 +1,308 @@
+"""A procedural world of things: emoji in all colors on simple backgrounds, unlimited and seeded.
+
+A scene is a pure function of (seed, split, styles) and can be rendered at any size from 32 pixels
+on. ``captions`` puts it into words, of which parts are left out at random, and ``facts``,
+machine-readable claims; ``checker`` verifies such claims on an image alone.
+
+Composition is measured on combinations that ``train`` never shows, though it shows all their parts.
+The splits are the six tasks of GenEval (Ghosh et al. 2023, arXiv 2310.11513) and two more:
+
+* ``test_single``: any thing as in training; ``test_words`` the same, by a word never trained on.
+* ``test_colors``: things in the one color each that training never gives them.
+* ``test_counting``: things in the one number each (two to four) that training never shows.
+* ``test_two``, ``test_attribution``: pairs of things that training never shows together;
+  the second states a color of each.
+* ``test_position``: pairs in one of the relations that training never shows them in.
+
+Coordinates are fractions of the image side: (0, 0) is the top left corner, x runs right, y down.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dalle_mini_impl.builtin_datasets.scenes.colors import COLORS
+from dalle_mini_impl.builtin_datasets.scenes.things import all_things, load_sprites, render_thing
+from dalle_mini_impl.data.splits import stable_hash
+from dalle_mini_impl.errors import UserError
+
+TASKS = ("single", "words", "colors", "counting", "two", "attribution", "position")
+SPLITS = ("train", *(f"test_{task}" for task in TASKS))
+KINDS = ("single", "count", "pair")
+# Direction (x, y) from the second thing to the first.
+DIRECTIONS: dict[str, tuple[int, int]] = {
+    "left of": (-1, 0),
+    "right of": (1, 0),
+    "above": (0, -1),
+    "below": (0, 1),
+}
+SIZES = ("bigger than", "smaller than")
+# Name -> sky, ground, and the color that a thing on it does not have.
+GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
+    "grass": ((190, 225, 250), (120, 190, 90), "green"),
+    "beach": ((165, 215, 250), (235, 210, 150), "yellow"),
+    "snow": ((165, 190, 225), (214, 228, 246), "white"),
+    "night": ((25, 30, 80), (50, 55, 70), "black"),
+    "sea": ((175, 215, 245), (50, 130, 190), "blue"),
+}
+HORIZON = 0.62
+MIN_IMAGE_SIZE = 32
+# Longer side of a thing, as a fraction of the image side.
+SMALL, LARGE = (0.30, 0.40), (0.55, 0.85)
+# A thing is small below and large above.
+SIZE_BORDER = 0.475
+
+_MARGIN = 0.02
+_TRIES = 1_000
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One thing of an image, rendered or read back from pixels."""
+
+    thing: str
+    """Name of a ``Thing``; "unknown" where a checker could not tell."""
+    color: str
+    """One of ``COLORS``; "unknown" where a checker could not tell."""
+    center: tuple[float, float]
+    """(x, y) of the middle of its box, in fractions of the image side."""
+    side: float
+    """Longer side of its box, as a fraction of the image side."""
+
+
+@dataclass(frozen=True)
+class Background:
+    """What is behind the things."""
+
+    kind: str
+    """"plain", "gradient" or "ground"."""
+    names: tuple[str, ...]
+    """One color; two colors, from top to bottom; or one of ``GROUNDS``."""
+
+    @property
+    def forbidden_colors(self) -> tuple[str, ...]:
+        """Colors that a thing on it does not have, since it could not be seen."""
+        return (GROUNDS[self.names[0]][2],) if self.kind == "ground" else self.names
+
+    def render(self, image_size: int) -> NDArray[np.float32]:
+        """Render the background alone: (height, width, 3), 0 to 1."""
+        rows = (np.arange(image_size) + 0.5) / image_size
+        if self.kind == "ground":
+            top, bottom = GROUNDS[self.names[0]][:2]
+            mix = np.clip((rows - HORIZON) * image_size + 0.5, 0, 1)
+        else:
+            top, bottom = COLORS[self.names[0]], COLORS[self.names[-1]]
+            mix = rows
+        column = np.array(top) + mix[:, None] * (np.array(bottom) - np.array(top))
+        pixels = np.broadcast_to(column[:, None] / 255, (image_size, image_size, 3))
+        return pixels.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What an image holds."""
+
+    kind: str
+    """One of ``KINDS``."""
+    split: str
+    """One of ``SPLITS``; it decides what the caption mentions."""
+    seed: int
+    """It also chooses the wording."""
+    objects: tuple[SceneObject, ...]
+    background: Background
+    style: str
+    """Of the sprites, as in ``emoji.styles``."""
+    relations: tuple[tuple[int, str, int], ...] = ()
+    """For "pair": (object index, one of ``DIRECTIONS`` or ``SIZES``, object index)."""
+
+
+@cache
+def all_backgrounds() -> tuple[Background, ...]:
+    """List every background: plain ones, gradients between two colors, grounds."""
+    plain = [Background("plain", (color,)) for color in COLORS]
+    pairs = [(a, b) for a in COLORS for b in COLORS if a != b]
+    gradients = [Background("gradient", pair) for pair in pairs]
+    return (*plain, *gradients, *(Background("ground", (name,)) for name in GROUNDS))
+
+
+def held_out_color(thing: str) -> str:
+    """Name the color in which training never shows a thing."""
+    return list(COLORS)[stable_hash("scenes color", thing) % len(COLORS)]
+
+
+def held_out_count(thing: str) -> int:
+    """Name the number, 2 to 4, in which training never shows a thing."""
+    return 2 + stable_hash("scenes count", thing) % 3
+
+
+def is_held_out_pair(a: str, b: str) -> bool:
+    """Tell whether training never shows two things together: one in ten pairs."""
+    return stable_hash("scenes pair", *sorted((a, b))) % 10 == 0
+
+
+def is_held_out_relation(a: str, relation: str, b: str) -> bool:
+    """Tell whether training never shows two things in a relation: one in eight."""
+    # "a right of b" is "b left of a".
+    if relation in ("right of", "below"):
+        a, relation, b = b, {"right of": "left of", "below": "above"}[relation], a
+    return stable_hash("scenes relation", a, relation, b) % 8 == 0
+
+
+def make_scene(
+    seed: int, *, split: str, styles: Sequence[str] = ("twemoji",), npm_dir: Path | None = None
+) -> Scene:
+    """Make the scene of a seed; the same arguments always give the same scene.
+
+    Args:
+        seed: Any integer; each split has random numbers of its own, so seeds may be reused across
+            splits.
+        split: One of ``SPLITS``.
+        styles: Of the sprites; one of them is chosen.
+        npm_dir: As in ``emoji.styles.images``.
+    """
+    if split not in SPLITS:
+        raise UserError(f"split: got {split!r}, expected one of {SPLITS}")
+    # A string seed is stable across Python versions. The order of the calls below is the data set:
+    # one number more or less would change every scene.
+    rng = random.Random(f"scenes {split} {seed}")
+    style = rng.choice(list(styles))
+    names = list(load_sprites(style, npm_dir))
+    for _ in range(_TRIES):
+        scene = _propose(rng, split, seed, style, names)
+        if _is_allowed(scene):
+            return scene
+    raise UserError(f"styles: {style!r} has too few things for scenes of {split}")
+
+
+def render_scene(scene: Scene, image_size: int = 64, *, npm_dir: Path | None = None) -> Image.Image:
+    """Render a scene as a square RGB image of at least 32 pixels a side."""
+    if image_size < MIN_IMAGE_SIZE:
+        raise UserError(f"image_size: got {image_size}, expected at least {MIN_IMAGE_SIZE}")
+    pixels = scene.background.render(image_size)
+    for item in scene.objects:
+        sprite = render_thing(
+            item.thing,
+            item.color,
+            round(item.side * image_size),
+            style=scene.style,
+            npm_dir=npm_dir,
+        )
+        paste(pixels, sprite, item.center)
+    return Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
+
+
+def paste(
+    pixels: NDArray[np.float32], sprite: NDArray[np.float32], center: tuple[float, float]
+) -> None:
+    """Lay a sprite, premultiplied RGBA, over pixels of a square image; what sticks out is cut."""
+    size, (height, width) = len(pixels), sprite.shape[:2]
+    left, top = round(center[0] * size - width / 2), round(center[1] * size - height / 2)
+    x0, y0, x1, y1 = max(left, 0), max(top, 0), min(left + width, size), min(top + height, size)
+    part = sprite[y0 - top : y1 - top, x0 - left : x1 - left]
+    window = pixels[y0:y1, x0:x1]
+    window[:] = window * (1 - part[..., 3:]) + part[..., :3]
+
+
+def _propose(rng: random.Random, split: str, seed: int, style: str, names: Sequence[str]) -> Scene:
+    """Make a scene of the kind that a split asks for, not yet tested for what is held out."""
+    kind = {"train": rng.choice(KINDS), "test_counting": "count"}.get(split)
+    if kind is None:
+        is_pair = split in ("test_two", "test_attribution", "test_position")
+        kind = "pair" if is_pair else "single"
+    background = _choose_background(rng)
+    colors = [color for color in COLORS if color not in background.forbidden_colors]
+    counted = [name for name in names if all_things()[name].is_counted or kind != "count"]
+    relations: tuple[tuple[int, str, int], ...] = ()
+    if kind == "single":
+        thing = rng.choice(counted)
+        if split == "test_words":
+            thing = rng.choice([name for name in names if all_things()[name].unseen_synonym])
+        side = rng.uniform(*rng.choice((SMALL, LARGE, LARGE)))
+        color = held_out_color(thing) if split == "test_colors" else rng.choice(colors)
+        objects = [_place(rng, thing, color, side, (0.5, 0.5), jitter=0.3)]
+    elif kind == "count":
+        thing, color, side = rng.choice(counted), rng.choice(colors), rng.uniform(0.34, 0.40)
+        cells = rng.sample([(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)], rng.randint(2, 4))
+        objects = [_place(rng, thing, color, side, cell, jitter=0.02) for cell in cells]
+    else:
+        objects, relations = _make_pair(rng, counted, colors)
+    return Scene(kind, split, seed, tuple(objects), background, style, relations)
+
+
+def _choose_background(rng: random.Random) -> Background:
+    kind = rng.choices(("plain", "gradient", "ground"), (6, 1, 3))[0]
+    return rng.choice([item for item in all_backgrounds() if item.kind == kind])
+
+
+def _make_pair(
+    rng: random.Random, names: Sequence[str], colors: Sequence[str]
+) -> tuple[list[SceneObject], tuple[tuple[int, str, int], ...]]:
+    """Make two different things side by side or one above the other, in a third of cases of
+    different size.
+    """
+    things, direction = rng.sample(names, 2), rng.choice(list(DIRECTIONS))
+    sides = [rng.uniform(0.37, 0.43), rng.uniform(0.37, 0.43)]
+    relations = [(0, direction, 1)]
+    if rng.random() < 1 / 3:
+        sides = [rng.uniform(0.50, 0.55), rng.uniform(0.26, 0.31)]
+        first = rng.randrange(2)
+        sides = sides if first == 0 else sides[::-1]
+        relations.append((0, SIZES[first], 1))
+    dx, dy = DIRECTIONS[direction]
+    # Along the direction each thing is in the middle of its part; across it it may be off.
+    gap = 1 - sum(sides)
+    objects = []
+    for sign, thing, side in zip((1, -1), things, sides, strict=True):
+        along = sign * (0.5 - gap / 4 - side / 2)
+        off = rng.uniform(-0.12, 0.12)
+        center = (0.5 + along * dx + off * abs(dy), 0.5 + along * dy + off * abs(dx))
+        objects.append(_place(rng, thing, rng.choice(colors), side, center, jitter=0.01))
+    return objects, tuple(relations)
+
+
+def _place(
+    rng: random.Random,
+    thing: str,
+    color: str,
+    side: float,
+    target: tuple[float, float],
+    *,
+    jitter: float,
+) -> SceneObject:
+    """Put a thing near ``target``, wholly inside the image."""
+    reach = side / 2 + _MARGIN
+    x, y = (min(max(v + rng.uniform(-jitter, jitter), reach), 1 - reach) for v in target)
+    return SceneObject(thing, color, (x, y), side)
+
+
+def _is_allowed(scene: Scene) -> bool:
+    """Tell whether a scene has what its split holds out, and nothing that another one does."""
+    things = [item.thing for item in scene.objects]
+    held_out = set()
+    if any(item.color in scene.background.forbidden_colors for item in scene.objects):
+        return False
+    if any(item.color == held_out_color(item.thing) for item in scene.objects):
+        held_out.add("colors")
+    if scene.kind == "count" and len(things) == held_out_count(things[0]):
+        held_out.add("counting")
+    if scene.kind == "pair":
+        if is_held_out_pair(*things):
+            held_out |= {"two", "attribution"}
+        if any(
+            is_held_out_relation(things[a], relation, things[b])
+            for a, relation, b in scene.relations
+            if relation in DIRECTIONS
+        ):
+            held_out.add("position")
+    task = scene.split.removeprefix("test_")
+    if scene.split == "train" or task in ("single", "words"):
+        return not held_out
+    # Two tasks hold out the same pairs; nothing else may be new in any.
+    same = {"two", "attribution"} if task in ("two", "attribution") else {task}
+    return held_out == same

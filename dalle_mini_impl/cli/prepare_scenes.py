@@ -1,0 +1,45 @@
+"""Write a data set of scenes: things in all colors."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+
+from dalle_mini_impl.cli.arguments import OneLineParser, user_path
+from dalle_mini_impl.cli.main import COMMANDS
+
+logger = logging.getLogger(__name__)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read the command line."""
+    from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
+
+    parser = OneLineParser(description=COMMANDS["prepare_scenes"])
+    add = parser.add_argument
+    add("--out", type=user_path, required=True, help="folder to write")
+    add("--size", type=int, default=64, help="side in pixels (default: 64)")
+    add("--train", type=int, default=20_000, help="images (default: 20000)")
+    add("--test", type=int, default=256, help="images of each held-out split (default: 256)")
+    add("--styles", nargs="+", choices=STYLES, default=["twemoji"], help="default: twemoji")
+    add("--npm-dir", type=user_path, help="folder with unpacked npm packages (noto, fluent)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the data set and log its counts."""
+    options = parse(arguments)
+    from dalle_mini_impl.builtin_datasets.scenes.captions import prepare_scenes
+    from dalle_mini_impl.builtin_datasets.scenes.scene import SPLITS
+
+    counts = {split: options.train if split == "train" else options.test for split in SPLITS}
+    total = prepare_scenes(
+        options.out,
+        counts=counts,
+        image_size=options.size,
+        styles=options.styles,
+        npm_dir=options.npm_dir,
+    )
+    listed = ", ".join(f"{split} {count}" for split, count in counts.items())
+    logger.info(
+        f"{options.out}: {total} images of {options.size} x {options.size}\n  per split: {listed}"
+    )
