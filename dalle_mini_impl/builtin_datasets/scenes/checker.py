@@ -97,8 +97,7 @@ def _rendered_backgrounds() -> Pixels:
 def _find_background(pixels: Pixels) -> tuple[Background, Pixels]:
     """Choose the background that explains most pixels, and those well; and render it."""
     columns = _rendered_backgrounds()  # (backgrounds, height, 3): all are alike along a row
-    # (backgrounds, height, width)
-    errors = ((pixels[None] - columns[:, :, None]) ** 2).sum(-1)
+    errors = ((pixels[None] - columns[:, :, None]) ** 2).sum(-1)  # (backgrounds, height, width)
     explained = np.exp(-errors / (2 * 0.05**2)).mean((1, 2))
     best = int(explained.argmax())
     behind = np.repeat(columns[best][:, None], _SIDE, axis=1)

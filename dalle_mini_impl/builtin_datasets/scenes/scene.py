@@ -243,9 +243,7 @@ def _choose_background(rng: random.Random) -> Background:
 def _make_pair(
     rng: random.Random, names: Sequence[str], colors: Sequence[str]
 ) -> tuple[list[SceneObject], tuple[tuple[int, str, int], ...]]:
-    """Make two different things side by side or one above the other, in a third of cases of
-    different size.
-    """
+    """Make two different things, one beside or above the other; a third are of unlike size."""
     things, direction = rng.sample(names, 2), rng.choice(list(DIRECTIONS))
     sides = [rng.uniform(0.37, 0.43), rng.uniform(0.37, 0.43)]
     relations = [(0, direction, 1)]

@@ -84,7 +84,10 @@ def _colored_sprite(style: str, npm_dir: Path | None, thing: str, color: str) ->
 def render_thing(
     thing: str, color: str, side: int, *, style: str = "twemoji", npm_dir: Path | None = None
 ) -> NDArray[np.float32]:
-    """Render a thing whose longer side has ``side`` pixels: (height, width, 4), premultiplied, 0 to 1."""
+    """Render a thing: premultiplied RGBA, 0 to 1, (height, width, 4).
+
+    Its longer side has ``side`` pixels.
+    """
     sprite = _colored_sprite(style, npm_dir, thing, color)
     scale = side / max(sprite.size)
     size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
