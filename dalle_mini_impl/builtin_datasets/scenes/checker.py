@@ -86,7 +86,7 @@ def _to_pixels(image: Image.Image) -> Pixels:
         )
     resampling = Image.Resampling.BOX if width > _SIDE else Image.Resampling.BICUBIC
     small = image.convert("RGB").resize((_SIDE, _SIDE), resampling)
-    return np.asarray(small, dtype=np.float32) / 255
+    return np.asarray(small, dtype=np.float32) / np.float32(255)
 
 
 @cache
@@ -162,7 +162,7 @@ def _templates(style: str, npm_dir: Path | None, back: tuple[float, ...] | None)
     """Make the templates for a plain background, or for any (None)."""
     boxes, squares = [], []
     for sprite in _sprites(style, npm_dir).images:
-        pixels = np.asarray(sprite, dtype=np.float32) / 255
+        pixels = np.asarray(sprite, dtype=np.float32) / np.float32(255)
         visible = pixels[..., 3].copy()
         if back is not None:
             visible *= np.sqrt(((pixels[..., :3] - back) ** 2).sum(-1))
@@ -177,7 +177,7 @@ def _templates(style: str, npm_dir: Path | None, back: tuple[float, ...] | None)
         middle = (width / 2, height / 2) * 2
         boxes.append([(edge - half) / _SPRITE for edge, half in zip(box, middle, strict=True)])
         squares.append(np.frombuffer(square.tobytes(), np.uint8))
-    bank = np.stack(squares).reshape(len(squares), -1, 4).astype(np.float32) / 255
+    bank = np.stack(squares).reshape(len(squares), -1, 4).astype(np.float32) / np.float32(255)
     alpha, colors = bank[..., 3], bank[..., :3]
     power = (colors**2 / np.maximum(alpha, 1e-3)[..., None]).sum((1, 2))
     return _Templates(
@@ -323,7 +323,7 @@ def _stretch(pixels: Pixels) -> Pixels:
     """Resize (height, width, 3) to a square of ``_BOX`` pixels: (pixels, 3)."""
     bytes_of = Image.fromarray(np.rint(pixels * 255).astype(np.uint8))
     square = bytes_of.resize((_BOX, _BOX), Image.Resampling.BOX)
-    return (np.asarray(square, dtype=np.float32) / 255).reshape(-1, 3)
+    return (np.asarray(square, dtype=np.float32) / np.float32(255)).reshape(-1, 3)
 
 
 def _around(region: Mask) -> Mask:

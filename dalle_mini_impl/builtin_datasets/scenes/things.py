@@ -91,5 +91,7 @@ def render_thing(
     sprite = _colored_sprite(style, npm_dir, thing, color)
     scale = side / max(sprite.size)
     size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
-    pixels = np.asarray(sprite.resize(size, Image.Resampling.LANCZOS), dtype=np.float32) / 255
+    pixels = np.asarray(
+        sprite.resize(size, Image.Resampling.LANCZOS), dtype=np.float32
+    ) / np.float32(255)
     return np.concatenate([pixels[..., :3] * pixels[..., 3:], pixels[..., 3:]], axis=-1)
