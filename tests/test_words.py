@@ -25,6 +25,7 @@ WORDS = {
 }
 ALLOWED = {
     ("dalle_mini_impl/builtin_datasets/labelled_images.py", "picture"): "part of a hashed key",
+    ("dalle_mini_impl/builtin_datasets/scenes/captions.py", "picture"): "captions are data",
     ("dalle_mini_impl/builtin_datasets/shapes/captions.py", "picture"): "captions are data",
     ("dalle_mini_impl/builtin_datasets/shapes/scene.py", "drawn"): "Pillow draws shapes",
     ("dalle_mini_impl/builtin_datasets/shapes/scene.py", "draws"): "Pillow draws shapes",

@@ -323,8 +323,9 @@ class VQVAETask:
         weight = torch.tensor(config.weight, device=pixels.device)
         if config.adaptive:
             # VQGAN (Esser et al. 2021, arXiv:2012.09841, equation 7): the hinge loss pulls at the
-            # last layer as strongly as the reconstruction loss does.
-            weight = weight * adaptive_weight(loss, terms.generator, last_layer_of(self.vqvae))
+            # last layer as strongly as the reconstruction loss does. Of the model that computed
+            # them: `find_batch_size` tries a copy.
+            weight = weight * adaptive_weight(loss, terms.generator, last_layer_of(trained))
         metrics = {f"{name}_loss": term.detach() for name, term in terms._asdict().items()}
         # One optimizer step for both opponents: `adversarial_terms` detaches each from the other.
         total = weight * terms.generator + DISCRIMINATOR_SCALE * terms.discriminator

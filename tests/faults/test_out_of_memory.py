@@ -2,7 +2,9 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from dalle_mini_impl.training.checkpoint import load_checkpoint, newest_checkpoi
 from tests.reference import tiny
 from tests.reference.processes import Script
 from tests.reference.runs import config_file
+from vqvae.losses.adversarial import DiscriminatorConfig
 
 needs_limits = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 # The libraries are there already: what is limited is what the work itself takes.
@@ -81,15 +84,26 @@ def test_the_largest_micro_batch_is_found_and_kept(tmp_path: Path) -> None:
     assert f"training.gradient_accumulation_steps {parts}" in resumed.all_output()
 
 
-def test_looking_for_what_fits_changes_no_number(data: Path, tmp_path: Path) -> None:
-    """The tokenizer's codes learn by being used, and its first batch places them."""
+@pytest.mark.parametrize(
+    ("vqvae", "discriminator"),
+    [
+        ({"quantizer": "vq"}, {}),  # codes learn by being used; the first batch places them
+        ({}, {"weight": 0.1, "adaptive": True, "starts_at": 0.0, "num_layers": 1}),
+    ],
+)
+def test_looking_for_what_fits_changes_no_number(
+    vqvae: dict[str, Any], discriminator: dict[str, Any], data: Path, tmp_path: Path
+) -> None:
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     losses = []
     for looks in (False, True):
-        options = {"vqvae": {"quantizer": "vq"}, "max_steps": 3, "find_batch_size": looks}
-        config = tiny.vqvae_run(data, tmp_path / str(looks), **options)
+        options = {"vqvae": vqvae, "max_steps": 3, "find_batch_size": looks}
+        config = replace(
+            tiny.vqvae_run(data, tmp_path / str(looks), **options),
+            discriminator=DiscriminatorConfig(**discriminator),
+        )
         resource.setrlimit(resource.RLIMIT_AS, (2**42, hard))  # a limit, but a wide one
         try:
             _, lines = tiny.train(config)

@@ -188,6 +188,7 @@ def adaptive_weight(
     return (norms[0] / (norms[1] + SMALLEST_NORM)).clamp(max=LARGEST_ADAPTIVE_WEIGHT)
 
 
-def last_layer_of(vqvae: VQVAE) -> Tensor:
-    """Return the weights of the decoder's last convolution."""
+def last_layer_of(model: nn.Module) -> Tensor:
+    """Return the weights of the last convolution of a tokenizer, or of the one inside a model."""
+    vqvae = next(module for module in model.modules() if isinstance(module, VQVAE))
     return [weight for weight in vqvae.decoder.parameters() if weight.ndim > 1][-1]

@@ -21,7 +21,7 @@ from dalle_mini_impl.builtin_datasets.scenes.scene import (
     make_scene,
     render_scene,
 )
-from dalle_mini_impl.builtin_datasets.scenes.things import Thing, all_things
+from dalle_mini_impl.builtin_datasets.scenes.things import Thing, all_things, regular_plural
 from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
@@ -249,7 +249,7 @@ def _english(scene: Scene, mention: Mention, rng: random.Random) -> str:
     if scene.kind == "count":
         noun = things[0].plural
         if mention.words == "synonym" and things[0].synonym and " of " not in things[0].synonym:
-            noun = f"{things[0].synonym}s"
+            noun = regular_plural(things[0].synonym)
         number = len(scene.objects)
         amount = rng.choice((_NUMBERS[number], _NUMBERS[number], str(number)))
         text = " ".join(filter(None, (amount, colors[0], noun)))
@@ -294,11 +294,10 @@ def _noun_phrase(
 def _with_article(thing: Thing, phrase: str) -> str:
     if not thing.is_counted:
         return phrase
-    # By sound: "a unicorn", "a UFO", "an hourglass".
-    vowel = phrase[0].lower() in "aeiou" or phrase.startswith("hour")
-    if phrase.startswith(("uni", "UFO", "urn ")) and not phrase.startswith("urn"):
-        vowel = False
-    return f"{'an' if vowel else 'a'} {phrase}"
+    # By sound: "an hourglass", "a unicorn", "a UFO".
+    vowel = phrase.startswith("hour") or phrase[0].lower() in "aeiou"
+    is_an = vowel and not phrase.startswith(("uni", "UFO"))
+    return f"{'an' if is_an else 'a'} {phrase}"
 
 
 def _background_words(background: Background, rng: random.Random) -> str:

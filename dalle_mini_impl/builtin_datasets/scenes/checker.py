@@ -226,8 +226,8 @@ class _Reader:
         middle = (templates.boxes[:, 2:] + templates.boxes[:, :2]) / 2
         window, fits = _around(region), []
         for index in np.argsort(errors)[:_NUM_REFINED].tolist():
-            x = (left + right) / 2 - scale[index] * middle[index, 0]
-            y = (top + bottom) / 2 - scale[index] * middle[index, 1]
+            x = (left + right) / 2 - float(scale[index] * middle[index, 0])
+            y = (top + bottom) / 2 - float(scale[index] * middle[index, 1])
             fits.append((*self._place(window, index, (x, y, float(scale[index]))), index))
         fits = sorted(fits)[:3]
         fits = [(*self._place(window, index, place), index) for _, place, index in fits]

@@ -46,9 +46,16 @@ def all_things() -> dict[str, Thing]:
     """Read the table of things: by name, in its order."""
     table = json.loads(Path(__file__).with_name("things.json").read_text(encoding="utf-8"))
     return {
-        row["name"]: Thing(**{"hexcode": code, "plural": f"{row['name']}s", **row})
+        row["name"]: Thing(**{"hexcode": code, "plural": regular_plural(row["name"]), **row})
         for code, row in table.items()
     }
+
+
+def regular_plural(noun: str) -> str:
+    """Form the plural of an English noun by rule: cats, ponies, buses."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return f"{noun[:-1]}ies"
+    return f"{noun}{'es' if noun.endswith(('s', 'x', 'ch', 'sh')) else 's'}"
 
 
 @cache
