@@ -62,11 +62,11 @@ def test_a_scene_is_a_function_of_its_seed() -> None:
 
 def test_the_world_of_a_seed_is_pinned() -> None:
     """Python's random promises the same numbers in every version; a data set relies on it."""
-    texts = [describe_scene(make_scene(seed, split="train")).texts[0] for seed in range(3)]
+    texts = [describe_scene(make_scene(seed, split="train")).texts[0] for seed in (3, 4, 7)]
     assert texts == [
-        "four blue lemons",
-        "a picture of a large pink sprout",
-        "a picture of a purple hourglass and a red joystick on a yellow background",
+        "two orange hot dogs in the snow",
+        "large green grapes",
+        "2 pink bullhorns on a gray background",
     ]
 
 
