@@ -42,6 +42,8 @@ _SPRITE = 32  # longer side of the sprites that they are made of
 _NUM_REFINED = 8
 # Parts of one thing are at most so many pixels apart.
 _REACH = 12
+# More regions than this are not compared with sprites; no scene has so many.
+_MAX_REGIONS = 8
 
 Pixels = NDArray[np.float32]
 Mask = NDArray[np.bool_]
@@ -66,16 +68,18 @@ def read_scene(
     foreground = reader.contrast >= MIN_CONTRAST**2
     fits: list[_Fit] = []
     # 2. what it does not explain, where it hangs together; parts that nearly touch are one
-    for region in _find_regions(foreground, gap=1):
+    regions = _find_regions(foreground, gap=1)
+    for region in regions[:_MAX_REGIONS]:
         # 3. the sprite that explains it, or one for each part where these explain it better
         fit = reader.fit(region)
         parts = [fit]
         if fit.unexplained > _WELL_EXPLAINED:
             parts = [reader.fit(part) for part in _find_regions(region, gap=0)]
-        fits += parts if _mean_unexplained(parts) < fit.unexplained else [fit]
+        fits += parts if parts and _mean_unexplained(parts) < fit.unexplained else [fit]
     # 4. parts of one thing, apart since something between them has the background's color
     fits = reader.join([reader.with_fragments(fit, foreground) for fit in fits])
-    return SceneReading(tuple(fit.item for fit in fits), background)
+    unread = [_unknown(region) for region in regions[_MAX_REGIONS:]]
+    return SceneReading((*(fit.item for fit in fits), *unread), background)
 
 
 def _to_pixels(image: Image.Image) -> Pixels:
@@ -111,7 +115,20 @@ def _find_regions(foreground: Mask, *, gap: int) -> list[Mask]:
     )
     labels, count = ndimage.label(near, np.ones((3, 3)))
     regions = [foreground & (labels == label) for label in range(1, count + 1)]
-    return [region for region in regions if region.sum() >= MIN_AREA * region.size]
+    large = [region for region in regions if region.sum() >= MIN_AREA * region.size]
+    return sorted(large, key=lambda region: -int(region.sum()))
+
+
+def _box_of(region: Mask) -> tuple[int, int, int, int]:
+    """Return left, top, right, bottom."""
+    rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _unknown(region: Mask) -> SceneObject:
+    left, top, right, bottom = (edge / _SIDE for edge in _box_of(region))
+    center = ((left + right) / 2, (top + bottom) / 2)
+    return SceneObject("unknown", "unknown", center, max(right - left, bottom - top))
 
 
 @dataclass(frozen=True)
@@ -210,9 +227,7 @@ class _Reader:
 
     def fit(self, region: Mask) -> _Fit:
         """Name the thing and the color of a region, and measure its box."""
-        rows, columns = np.flatnonzero(region.any(1)), np.flatnonzero(region.any(0))
-        left, right = int(columns[0]), int(columns[-1]) + 1
-        top, bottom = int(rows[0]), int(rows[-1]) + 1
+        left, top, right, bottom = _box_of(region)
         # 1. compare the box with all sprites, stretched to it
         box = (slice(top, bottom), slice(left, right))
         templates = _templates(self.sprites.style, self.sprites.npm_dir, self._plain(top, bottom))
@@ -234,10 +249,9 @@ class _Reader:
         error, (x, y, side), index = min(fits)
         contrast = float(self.contrast[window].sum())
         thing, color = self.sprites.names[index]
-        if error > MAX_UNEXPLAINED * contrast:
-            thing, color, side = "unknown", "unknown", max(right - left, bottom - top)
-            x, y = (left + right) / 2, (top + bottom) / 2
         item = SceneObject(thing, color, (x / _SIDE, y / _SIDE), side / _SIDE)
+        if error > MAX_UNEXPLAINED * contrast:
+            item = _unknown(region)
         return _Fit(region, item, error / contrast, contrast)
 
     def with_fragments(self, fit: _Fit, foreground: Mask) -> _Fit:
@@ -252,19 +266,32 @@ class _Reader:
         return joint if joint.unexplained < fit.unexplained else fit
 
     def join(self, fits: Sequence[_Fit]) -> list[_Fit]:
-        """Put regions together where one sprite explains them well, and they alone are not."""
-        kept = sorted(fits, key=lambda fit: -fit.contrast)
-        for fit in kept[::-1]:
-            near = ndimage.binary_dilation(fit.region, np.ones((3, 3)), iterations=_REACH)
-            for other in kept:
-                if other is fit or not (near & other.region).any():
-                    continue
-                if max(fit.unexplained, other.unexplained) <= _WELL_EXPLAINED:
-                    continue
-                joint = self.fit(fit.region | other.region)
-                if joint.unexplained < min(_WELL_EXPLAINED, _mean_unexplained([fit, other])):
-                    return self.join([*(x for x in kept if x not in (fit, other)), joint])
+        """Put neighbors together where one sprite explains both better than two do."""
+        kept: list[_Fit] = []
+        # From the largest on; what was put together is compared with the others again.
+        waiting = sorted(fits, key=lambda fit: fit.contrast)
+        while waiting:
+            fit = waiting.pop()
+            joint, other = self._best_joint(fit, kept)
+            if joint is None:
+                kept.append(fit)
+            else:
+                kept = [each for each in kept if each is not other]
+                waiting.append(joint)
         return kept
+
+    def _best_joint(
+        self, fit: _Fit, others: Sequence[_Fit]
+    ) -> tuple[_Fit, _Fit] | tuple[None, None]:
+        """Find a neighbor that one sprite explains together with a region, and that fit."""
+        near = ndimage.binary_dilation(fit.region, np.ones((3, 3)), iterations=_REACH)
+        for other in others:
+            poorly = max(fit.unexplained, other.unexplained) > _WELL_EXPLAINED
+            if poorly and (near & other.region).any():
+                joint = self.fit(fit.region | other.region)
+                if joint.unexplained < min(MAX_UNEXPLAINED, _mean_unexplained([fit, other])):
+                    return joint, other
+        return None, None
 
     def _plain(self, top: int, bottom: int) -> tuple[float, ...] | None:
         """Name the color behind most of some rows; None for a gradient."""
