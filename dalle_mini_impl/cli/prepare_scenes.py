@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
+    from dalle_mini_impl.builtin_datasets.scenes.scene import KINDS
 
     parser = OneLineParser(description=COMMANDS["prepare_scenes"])
     add = parser.add_argument
@@ -20,6 +21,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--size", type=int, default=64, help="side in pixels (default: 64)")
     add("--train", type=int, default=20_000, help="images (default: 20000)")
     add("--test", type=int, default=256, help="images of each held-out split (default: 256)")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of scene (default: all)")
     add("--styles", nargs="+", choices=STYLES, default=["twemoji"], help="default: twemoji")
     add("--npm-dir", type=user_path, help="folder with unpacked npm packages (noto, fluent)")
     return parser.parse_args(arguments)
@@ -29,13 +31,17 @@ def main(arguments: Sequence[str]) -> None:
     """Write the data set and log its counts."""
     options = parse(arguments)
     from dalle_mini_impl.builtin_datasets.scenes.captions import prepare_scenes
-    from dalle_mini_impl.builtin_datasets.scenes.scene import SPLITS
+    from dalle_mini_impl.builtin_datasets.scenes.scene import TASKS
 
-    counts = {split: options.train if split == "train" else options.test for split in SPLITS}
+    counts = {"train": options.train}
+    # Without pairs in training, none are asked for.
+    tasks = [task for task, kind in TASKS.items() if kind in options.kinds]
+    counts |= {f"test_{task}": options.test for task in tasks}
     total = prepare_scenes(
         options.out,
         counts=counts,
         image_size=options.size,
+        kinds=options.kinds,
         styles=options.styles,
         npm_dir=options.npm_dir,
     )

@@ -8,11 +8,13 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
 from dalle_mini_impl.builtin_datasets.scenes.facts import Fact, ObjectPattern, background_name
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
+    KINDS,
     SIZE_BORDER,
     SPLITS,
     Background,
@@ -137,6 +139,7 @@ def prepare_scenes(
     *,
     counts: Mapping[str, int],
     image_size: int = 64,
+    kinds: Sequence[str] = KINDS,
     styles: Sequence[str] = ("twemoji",),
     npm_dir: Path | None = None,
 ) -> int:
@@ -144,50 +147,42 @@ def prepare_scenes(
 
     metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running again
     overwrites, but never a folder that something else wrote. ``counts`` are the images of each
-    split, whose seeds run from 0.
+    split, whose seeds run from 0; ``kinds`` are those of training scenes.
     """
     if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
         raise UserError(f"counts: got {dict(counts)!r}, expected counts >= 0 of {SPLITS}")
     if not styles or not set(styles) <= set(STYLES):
         raise UserError(f"styles: got {tuple(styles)!r}, expected some of {tuple(STYLES)}")
     with data_set_folder(out, field="out", writer="prepare_scenes"):
-        return _write_data_set(out, counts, image_size, styles, npm_dir)
-
-
-def _write_data_set(
-    out: Path,
-    counts: Mapping[str, int],
-    image_size: int,
-    styles: Sequence[str],
-    npm_dir: Path | None,
-) -> int:
-    (out / METADATA_NAME).unlink(missing_ok=True)
-    rows = []
-    for split, count in counts.items():
-        folder = out / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.png"):
-            stale.unlink()
-        for seed in range(count):
-            scene = make_scene(seed, split=split, styles=styles, npm_dir=npm_dir)
-            path = folder / f"{seed:07d}.png"
-            render_scene(scene, image_size, npm_dir=npm_dir).save(path)
-            caption = describe_scene(scene)
-            row = {
-                "file_name": path.relative_to(out).as_posix(),
-                "text": caption.texts[0],
-                "texts": caption.texts,
-                "text_ko": caption.texts_ko[0],
-                "texts_ko": caption.texts_ko,
-                "split": split,
-                "style": scene.style,
-                "facts": [str(fact) for fact in caption.facts],
-            }
-            rows.append(row)
-    write_metadata(out, rows)
-    credits = "\n".join(STYLES[style].credit for style in styles)
-    (out / "ATTRIBUTION.txt").write_text(credits + "\n", encoding="utf-8")
+        (out / METADATA_NAME).unlink(missing_ok=True)
+        rows = []
+        for split, count in counts.items():
+            folder = out / "images" / split
+            folder.mkdir(parents=True, exist_ok=True)
+            for stale in folder.glob("*.png"):
+                stale.unlink()
+            for seed in range(count):
+                scene = make_scene(seed, split=split, kinds=kinds, styles=styles, npm_dir=npm_dir)
+                path = folder / f"{seed:07d}.png"
+                render_scene(scene, image_size, npm_dir=npm_dir).save(path)
+                rows.append({"file_name": path.relative_to(out).as_posix(), **_metadata(scene)})
+        write_metadata(out, rows)
+        credits = "\n".join(STYLES[style].credit for style in styles)
+        (out / "ATTRIBUTION.txt").write_text(credits + "\n", encoding="utf-8")
     return len(rows)
+
+
+def _metadata(scene: Scene) -> dict[str, Any]:
+    caption = describe_scene(scene)
+    return {
+        "text": caption.texts[0],
+        "texts": caption.texts,
+        "text_ko": caption.texts_ko[0],
+        "texts_ko": caption.texts_ko,
+        "split": scene.split,
+        "style": scene.style,
+        "facts": [str(fact) for fact in caption.facts],
+    }
 
 
 def _choose_mention(scene: Scene, rng: random.Random) -> Mention:

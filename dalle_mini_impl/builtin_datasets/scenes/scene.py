@@ -32,9 +32,18 @@ from dalle_mini_impl.builtin_datasets.scenes.things import all_things, load_spri
 from dalle_mini_impl.data.splits import stable_hash
 from dalle_mini_impl.errors import UserError
 
-TASKS = ("single", "words", "colors", "counting", "two", "attribution", "position")
-SPLITS = ("train", *(f"test_{task}" for task in TASKS))
 KINDS = ("single", "count", "pair")
+# The kind of each task's scenes.
+TASKS = {
+    "single": "single",
+    "words": "single",
+    "colors": "single",
+    "counting": "count",
+    "two": "pair",
+    "attribution": "pair",
+    "position": "pair",
+}
+SPLITS = ("train", *(f"test_{task}" for task in TASKS))
 # Direction (x, y) from the second thing to the first.
 DIRECTIONS: dict[str, tuple[int, int]] = {
     "left of": (-1, 0),
@@ -155,7 +164,12 @@ def is_held_out_relation(a: str, relation: str, b: str) -> bool:
 
 
 def make_scene(
-    seed: int, *, split: str, styles: Sequence[str] = ("twemoji",), npm_dir: Path | None = None
+    seed: int,
+    *,
+    split: str,
+    kinds: Sequence[str] = KINDS,
+    styles: Sequence[str] = ("twemoji",),
+    npm_dir: Path | None = None,
 ) -> Scene:
     """Make the scene of a seed; the same arguments always give the same scene.
 
@@ -163,18 +177,24 @@ def make_scene(
         seed: Any integer; each split has random numbers of its own, so seeds may be reused across
             splits.
         split: One of ``SPLITS``.
+        kinds: Those that "train" chooses from: one thing, two to four of a kind, two different
+            things.
         styles: Of the sprites; one of them is chosen.
         npm_dir: As in ``emoji.styles.images``.
     """
     if split not in SPLITS:
         raise UserError(f"split: got {split!r}, expected one of {SPLITS}")
+    if not kinds or not set(kinds) <= set(KINDS):
+        raise UserError(f"kinds: got {tuple(kinds)!r}, expected some of {KINDS}")
     # A string seed is stable across Python versions. The order of the calls below is the data set:
     # one number more or less would change every scene.
     rng = random.Random(f"scenes {split} {seed}")
     style = rng.choice(list(styles))
     names = list(load_sprites(style, npm_dir))
     for _ in range(_TRIES):
-        scene = _propose(rng, split, seed, style, names)
+        kind = rng.choice([kind for kind in KINDS if kind in kinds])
+        kind = TASKS.get(split.removeprefix("test_"), kind)
+        scene = _propose(rng, kind, split, seed, style, names)
         if _is_allowed(scene):
             return scene
     raise UserError(f"styles: {style!r} has too few things for scenes of {split}")
@@ -209,12 +229,10 @@ def paste(
     window[:] = window * (1 - part[..., 3:]) + part[..., :3]
 
 
-def _propose(rng: random.Random, split: str, seed: int, style: str, names: Sequence[str]) -> Scene:
-    """Make a scene of the kind that a split asks for, not yet tested for what is held out."""
-    kind = {"train": rng.choice(KINDS), "test_counting": "count"}.get(split)
-    if kind is None:
-        is_pair = split in ("test_two", "test_attribution", "test_position")
-        kind = "pair" if is_pair else "single"
+def _propose(
+    rng: random.Random, kind: str, split: str, seed: int, style: str, names: Sequence[str]
+) -> Scene:
+    """Make a scene, not yet tested for what is held out."""
     background = _choose_background(rng)
     colors = [color for color in COLORS if color not in background.forbidden_colors]
     counted = [name for name in names if all_things()[name].is_counted or kind != "count"]
