@@ -195,6 +195,45 @@ def test_wordings(scene: Scene, pattern: str, korean: str) -> None:
     assert re.search(korean, caption.texts_ko[0])
 
 
+SAYS = {
+    r"left of|to the left of|on the left of": "left of",
+    r"right of|to the right of|on the right of": "right of",
+    r"above|over": "above",
+    r"below|under": "below",
+    r"bigger than|larger than": "bigger than",
+    r"smaller than": "smaller than",
+}
+
+
+def test_relations_are_worded_as_they_are() -> None:
+    checked: set[str] = set()
+    for scene in make_scenes(80, "test_position", "train"):
+        if scene.kind != "pair":
+            continue
+        names = [all_things()[item.thing] for item in scene.objects]
+        for text in describe_scene(scene).texts:
+            for words, relation in SAYS.items():
+                if (found := re.search(rf" (?:{words}) ", text)) is None:
+                    continue
+                before = text[: found.start()]
+                first = (
+                    0 if any(w and w in before for w in (names[0].name, names[0].synonym)) else 1
+                )
+                a, b = scene.objects[first], scene.objects[1 - first]
+                (x, y), ratio = np.subtract(a.center, b.center), a.side / b.side
+                truth = {
+                    "left of": x < -0.1,
+                    "right of": x > 0.1,
+                    "above": y < -0.1,
+                    "below": y > 0.1,
+                    "bigger than": ratio > 1.2,
+                    "smaller than": ratio < 1 / 1.2,
+                }
+                assert truth[relation], (text, scene)
+                checked.add(relation)
+    assert checked == set(SAYS.values())
+
+
 @pytest.mark.parametrize(
     "line",
     ["", "count | red cat", "count | cat red | 1", "count | unicat | 1", "background | mauve"],
@@ -269,6 +308,23 @@ def test_checker_finds_what_is_wrong(broken: Scene, topic: str) -> None:
 
     assert wrong(pair(CAT, DOG)) == set()
     assert topic in wrong(broken)
+
+
+@pytest.mark.parametrize(
+    ("thing", "color", "background"),
+    [
+        ("kick scooter", "red", "gray"),  # a handle too small to be a region
+        ("airplane", "brown", "white"),  # white wings
+        ("satellite", "orange", "white"),
+        ("umbrella", "green", "gray"),  # a gray stick
+        ("penguin", "purple", "black"),
+    ],
+)
+def test_parts_of_one_thing_are_one_object(thing: str, color: str, background: str) -> None:
+    for side in (0.38, 0.7):
+        item = SceneObject(thing, color, (0.5, 0.5), side)
+        scene = pair(item, background=Background("plain", (background,)))
+        assert named(read_scene(render_scene(scene))) == [(color, thing)]
 
 
 def test_what_is_no_thing_is_unknown() -> None:
