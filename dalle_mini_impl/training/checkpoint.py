@@ -266,8 +266,11 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         )
     # Names are paths from outside: none may reach another folder, on any system.
     for name, entry in files.items():
-        if Path(name).name != name or "\\" in name or "\0" in name:
-            raise CheckpointCorruptError(f"{path}: file name {name!r} leads out of the folder")
+        # Without control codes and half characters, which no terminal or log can take.
+        if Path(name).name != name or "\\" in name or not name.isprintable():
+            raise CheckpointCorruptError(
+                f"{path}: got file name {name!r}, expected the name of a file in the folder"
+            )
         if not isinstance(entry, dict) or not {"size", "sha256"} <= entry.keys():
             raise CheckpointCorruptError(f"{path}: no size and sha256 for {name!r}")
     return manifest
