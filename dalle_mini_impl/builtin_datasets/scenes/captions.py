@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
+from dalle_mini_impl.builtin_datasets.generated_folder import write_generated_folder
 from dalle_mini_impl.builtin_datasets.scenes.facts import Fact, ObjectPattern, background_name
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
@@ -24,9 +27,7 @@ from dalle_mini_impl.builtin_datasets.scenes.scene import (
     render_scene,
 )
 from dalle_mini_impl.builtin_datasets.scenes.things import Thing, all_things, regular_plural
-from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.output_dirs import data_set_folder
 
 NUM_TEXTS, NUM_TEXTS_KO = 4, 2
 _NUMBERS = ("no", "one", "two", "three", "four")
@@ -143,46 +144,32 @@ def prepare_scenes(
     styles: Sequence[str] = ("twemoji",),
     npm_dir: Path | None = None,
 ) -> int:
-    """Write ``out``/images/<split>/<seed>.png and ``out``/metadata.jsonl; return how many images.
+    """Write a data set of scenes and its credits; return how many images.
 
-    metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running again
-    overwrites, but never a folder that something else wrote. ``counts`` are the images of each
-    split, whose seeds run from 0; ``kinds`` are those of training scenes.
+    See ``write_generated_folder``. ``kinds`` are those of training scenes.
     """
-    if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
-        raise UserError(f"counts: got {dict(counts)!r}, expected counts >= 0 of {SPLITS}")
     if not styles or not set(styles) <= set(STYLES):
         raise UserError(f"styles: got {tuple(styles)!r}, expected some of {tuple(STYLES)}")
-    with data_set_folder(out, field="out", writer="prepare_scenes"):
-        (out / METADATA_NAME).unlink(missing_ok=True)
-        rows = []
-        for split, count in counts.items():
-            folder = out / "images" / split
-            folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("*.png"):
-                stale.unlink()
-            for seed in range(count):
-                scene = make_scene(seed, split=split, kinds=kinds, styles=styles, npm_dir=npm_dir)
-                path = folder / f"{seed:07d}.png"
-                render_scene(scene, image_size, npm_dir=npm_dir).save(path)
-                rows.append({"file_name": path.relative_to(out).as_posix(), **_metadata(scene)})
-        write_metadata(out, rows)
-        credits = "\n".join(STYLES[style].credit for style in styles)
-        (out / "ATTRIBUTION.txt").write_text(credits + "\n", encoding="utf-8")
-    return len(rows)
 
+    def make_image(split: str, seed: int) -> tuple[Image.Image, dict[str, Any]]:
+        scene = make_scene(seed, split=split, kinds=kinds, styles=styles, npm_dir=npm_dir)
+        caption = describe_scene(scene)
+        row = {
+            "text": caption.texts[0],
+            "texts": caption.texts,
+            "text_ko": caption.texts_ko[0],
+            "texts_ko": caption.texts_ko,
+            "style": scene.style,
+            "facts": [str(fact) for fact in caption.facts],
+        }
+        return render_scene(scene, image_size, npm_dir=npm_dir), row
 
-def _metadata(scene: Scene) -> dict[str, Any]:
-    caption = describe_scene(scene)
-    return {
-        "text": caption.texts[0],
-        "texts": caption.texts,
-        "text_ko": caption.texts_ko[0],
-        "texts_ko": caption.texts_ko,
-        "split": scene.split,
-        "style": scene.style,
-        "facts": [str(fact) for fact in caption.facts],
-    }
+    count = write_generated_folder(
+        out, make_image, counts=counts, splits=SPLITS, writer="prepare_scenes"
+    )
+    credits = "\n".join(STYLES[style].credit for style in styles)
+    (out / "ATTRIBUTION.txt").write_text(credits + "\n", encoding="utf-8")
+    return count
 
 
 def _choose_mention(scene: Scene, rng: random.Random) -> Mention:

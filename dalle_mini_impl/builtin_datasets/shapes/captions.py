@@ -4,7 +4,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from PIL import Image
+
+from dalle_mini_impl.builtin_datasets.generated_folder import write_generated_folder
 from dalle_mini_impl.builtin_datasets.shapes.facts import Fact, ObjectPattern
 from dalle_mini_impl.builtin_datasets.shapes.scene import (
     KINDS,
@@ -15,9 +19,7 @@ from dalle_mini_impl.builtin_datasets.shapes.scene import (
     make_scene,
     render_scene,
 )
-from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.output_dirs import data_set_folder
 
 _NUMBERS = ("no", "one", "two", "three", "four")
 _SIZE_WORDS = {"small": ("small", "little", "tiny"), "large": ("large", "big", "huge")}
@@ -132,44 +134,22 @@ def prepare_shapes(
     image_size: int = MIN_IMAGE_SIZE,
     kinds: Sequence[str] = KINDS,
 ) -> int:
-    """Write ``out``/images/<split>/<seed>.png and ``out``/metadata.jsonl; return how many images.
+    """Write a data set of shapes; return how many images. See ``write_generated_folder``."""
 
-    metadata.jsonl comes last and at once: a folder without it is an interrupted run. Running again
-    overwrites, but never a folder that something else wrote. ``counts`` are the images of each
-    split, whose seeds run from 0.
-    """
-    if not set(counts) <= set(SPLITS) or min(counts.values(), default=0) < 0:
-        raise UserError(f"counts: got {dict(counts)!r}, expected counts >= 0 of {SPLITS}")
-    with data_set_folder(out, field="out", writer="prepare_shapes"):
-        return _write_data_set(out, counts, image_size, kinds)
+    def make_image(split: str, seed: int) -> tuple[Image.Image, dict[str, Any]]:
+        scene = make_scene(seed, split=split, kinds=kinds)
+        caption = describe_scene(scene)
+        row = {
+            "text": caption.text,
+            "texts": caption.texts,
+            "text_ko": caption.text_ko,
+            "facts": [str(fact) for fact in caption.facts],
+        }
+        return render_scene(scene, image_size), row
 
-
-def _write_data_set(
-    out: Path, counts: Mapping[str, int], image_size: int, kinds: Sequence[str]
-) -> int:
-    (out / METADATA_NAME).unlink(missing_ok=True)
-    rows = []
-    for split, count in counts.items():
-        folder = out / "images" / split
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.png"):
-            stale.unlink()
-        for seed in range(count):
-            scene = make_scene(seed, split=split, kinds=kinds)
-            path = folder / f"{seed:07d}.png"
-            render_scene(scene, image_size).save(path)
-            caption = describe_scene(scene)
-            row = {
-                "file_name": path.relative_to(out).as_posix(),
-                "text": caption.text,
-                "texts": caption.texts,
-                "text_ko": caption.text_ko,
-                "split": split,
-                "facts": [str(fact) for fact in caption.facts],
-            }
-            rows.append(row)
-    write_metadata(out, rows)
-    return len(rows)
+    return write_generated_folder(
+        out, make_image, counts=counts, splits=SPLITS, writer="prepare_shapes"
+    )
 
 
 def _with_article(words: str) -> str:
