@@ -96,10 +96,10 @@ def test_each_split_holds_out_what_it_says(split: str) -> None:
 
 
 def test_training_shows_every_part_of_what_is_held_out() -> None:
-    scenes = make_scenes(400, "train")
+    scenes = make_scenes(150, "train")
     things = {item.thing for scene in scenes for item in scene.objects}
     assert things <= set(load_sprites("twemoji")) == set(all_things())
-    assert len(things) > 200  # of 309, in 400 scenes
+    assert len(things) > 110  # of 309, in 150 scenes
     assert {item.color for scene in scenes for item in scene.objects} == set(COLORS)
     assert {len(scene.objects) for scene in scenes} == {1, 2, 3, 4}
     assert {relation for scene in scenes for _, relation, _ in scene.relations} == {
@@ -246,17 +246,18 @@ def test_malformed_facts_are_refused(line: str) -> None:
 # The checker
 
 
-def test_checker_reads_true_images() -> None:
-    scenes = make_scenes(40)
+@pytest.mark.parametrize("count", [16, pytest.param(400, marks=pytest.mark.slow)])
+def test_checker_reads_true_images(count: int) -> None:
+    scenes = make_scenes(count)
     held, exact = 0, 0
     for scene in scenes:
         reading = read_scene(render_scene(scene))
         held += holds(describe_scene(scene).facts, reading)
         truth = sorted((item.color, item.thing) for item in scene.objects)
         exact += named(reading) == truth and reading.background == scene.background
-    # 99.7 % of 1,050 in docs/log.md
-    assert held >= 39
-    assert exact >= 39
+    # all of 420 in docs/log.md
+    assert held >= 0.99 * count
+    assert exact >= 0.99 * count
 
 
 def test_checker_reads_blurred_and_noisy_images() -> None:

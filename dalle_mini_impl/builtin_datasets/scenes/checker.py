@@ -140,7 +140,9 @@ class _Sprites:
     names: list[tuple[str, str]]
     """(thing, color)."""
     images: list[Image.Image]
-    """RGBA; the longer side is ``_SPRITE``."""
+    """Premultiplied RGBA; the longer side is ``_SPRITE``."""
+    pixels: NDArray[np.uint8]
+    """The same, not premultiplied, each in the top left of a square: (sprites, side, side, 4)."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class _Templates:
 
 @cache
 def _sprites(style: str, npm_dir: Path | None) -> _Sprites:
-    names, small = [], []
+    names, images, squares = [], [], []
     for thing, sprite in load_sprites(style, npm_dir).items():
         scale = _SPRITE / max(sprite.size)
         size = (max(1, round(sprite.width * scale)), max(1, round(sprite.height * scale)))
@@ -169,37 +171,50 @@ def _sprites(style: str, npm_dir: Path | None) -> _Sprites:
         weights = Image.fromarray(color_weights(style, npm_dir, thing).astype(np.float32))
         weight = np.asarray(weights.resize(size, Image.Resampling.BOX), dtype=np.float64)
         for color in COLORS:
+            colored = recolor(pixels, color, weight)
             names.append((thing, color))
-            small.append(Image.fromarray(recolor(pixels, color, weight)))
-    return _Sprites(style, npm_dir, names, small)
+            # or hidden colors would bleed in when it is resized
+            images.append(Image.fromarray(colored).convert("RGBa"))
+            squares.append(np.zeros((_SPRITE, _SPRITE, 4), dtype=np.uint8))
+            squares[-1][: size[1], : size[0]] = colored
+    return _Sprites(style, npm_dir, names, images, np.stack(squares))
 
 
 @lru_cache(maxsize=24)  # as many as there are plain backgrounds, skies and grounds
 def _templates(style: str, npm_dir: Path | None, back: tuple[float, ...] | None) -> _Templates:
     """Make the templates for a plain background, or for any (None)."""
-    boxes, squares = [], []
-    for sprite in _sprites(style, npm_dir).images:
-        pixels = np.asarray(sprite, dtype=np.float32) / np.float32(255)
-        visible = pixels[..., 3].copy()
-        if back is not None:
-            visible *= np.sqrt(((pixels[..., :3] - back) ** 2).sum(-1))
-        seen = visible >= MIN_CONTRAST
-        rows, columns = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
-        height, width = seen.shape
-        box = (0, 0, width, height)
-        if len(rows):
-            box = (int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1)
-        # premultiplied, or hidden colors would bleed in
-        square = sprite.convert("RGBa").resize((_BOX, _BOX), Image.Resampling.BOX, box)
-        middle = (width / 2, height / 2) * 2
-        boxes.append([(edge - half) / _SPRITE for edge, half in zip(box, middle, strict=True)])
-        squares.append(np.frombuffer(square.tobytes(), np.uint8))
-    bank = np.stack(squares).reshape(len(squares), -1, 4).astype(np.float32) / np.float32(255)
+    sprites = _sprites(style, npm_dir)
+    edges = _visible_boxes(sprites, back)
+    squares = [
+        image.resize((_BOX, _BOX), Image.Resampling.BOX, tuple(box)).tobytes()
+        for image, box in zip(sprites.images, edges.tolist(), strict=True)
+    ]
+    middles = np.array([(image.width / 2, image.height / 2) * 2 for image in sprites.images])
+    boxes = ((edges - middles) / _SPRITE).astype(np.float32)
+    flat = np.frombuffer(b"".join(squares), np.uint8).reshape(len(squares), -1, 4)
+    bank = flat.astype(np.float32) / np.float32(255)
     alpha, colors = bank[..., 3], bank[..., :3]
     power = (colors**2 / np.maximum(alpha, 1e-3)[..., None]).sum((1, 2))
-    return _Templates(
-        alpha, colors.reshape(len(bank), -1), power, np.array(boxes, dtype=np.float32)
-    )
+    return _Templates(alpha, colors.reshape(len(bank), -1), power, boxes)
+
+
+def _visible_boxes(sprites: _Sprites, back: tuple[float, ...] | None) -> NDArray[np.int64]:
+    """Box what can be seen of each sprite before a color: left, top, right, bottom."""
+    pixels = sprites.pixels.astype(np.float32) / np.float32(255)
+    visible = pixels[..., 3]
+    if back is not None:
+        visible = visible * np.sqrt(
+            ((pixels[..., :3] - np.array(back, dtype=np.float32)) ** 2).sum(-1)
+        )
+    seen = visible >= MIN_CONTRAST
+    # the whole sprite where nothing of it can be seen
+    seen |= ~seen.any((1, 2), keepdims=True) & (sprites.pixels[..., 3] > 0)
+    edges = []
+    for axis in (1, 2):  # columns, then rows
+        is_in = seen.any(axis)
+        edges.append((is_in.argmax(1), _SPRITE - is_in[:, ::-1].argmax(1)))
+    (left, right), (top, bottom) = edges
+    return np.stack([left, top, right, bottom], axis=1)
 
 
 @dataclass(frozen=True, eq=False)
