@@ -10,8 +10,9 @@ from dalle_mini_impl.evaluation.report import CEILING, FLOOR
 from tests.reference.processes import output_of
 
 REPOSITORY = Path(__file__).parents[1]
-# About what the presets' three minutes make on two fast cores; slow ones need ten minutes for them.
-STEPS = {"vqvae": 1_200, "dalle": 1_000}
+# In steps, not in minutes: slow processors make a fifth of the steps. The presets' three minutes on
+# two fast cores make about 1,200 and 1,000, and reach 94 and 84 % (docs/log.md).
+STEPS = {"vqvae": 800, "dalle": 700}
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
         options = [*shared, *tokenizer, "--tracking.mode=disabled", *length]
         output_of(f"scripts/train_{name}.py", "--config", preset, *options)
     model, out = tmp_path / "dalle/model", tmp_path / "out"
-    few = ("--max-samples", "256")
+    few = ("--max-samples", "128")
     output_of("scripts/evaluate.py", "--model", model, "--data", data, "--out", out, *few)
     found = json.loads((tmp_path / "out/report.json").read_text())["composition"]
     fractions = {
@@ -35,8 +36,8 @@ def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
         for split, ways in found.items()
     }
     assert set(fractions) == {"test", "test_compose"}
-    assert fractions["test"]["one image"] >= 0.9
-    assert fractions["test_compose"]["one image"] >= 0.6
+    assert fractions["test"]["one image"] >= 0.75
+    assert fractions["test_compose"]["one image"] >= 0.5
     for ways in fractions.values():
-        assert ways[CEILING] >= 0.8  # a tokenizer of 1.2 minutes blurs small shapes
+        assert ways[CEILING] >= 0.75  # a tokenizer of 800 steps blurs small shapes
         assert ways[FLOOR] < 0.05  # the checker does not say yes to everything
