@@ -36,8 +36,8 @@ def test_short_training_generates_new_combinations(tmp_path: Path) -> None:
         for split, ways in found.items()
     }
     assert set(fractions) == {"test", "test_compose"}
-    assert fractions["test"]["one image"] >= 0.75
+    assert fractions["test"]["one image"] >= 0.7
     assert fractions["test_compose"]["one image"] >= 0.5
     for ways in fractions.values():
-        assert ways[CEILING] >= 0.75  # a tokenizer of 800 steps blurs small shapes
+        assert ways[CEILING] >= 0.7  # a tokenizer of 800 steps blurs small shapes
         assert ways[FLOOR] < 0.05  # the checker does not say yes to everything
