@@ -18,11 +18,9 @@ from dalle_mini_impl.builtin_datasets.scenes.facts import Fact, ObjectPattern, b
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
     KINDS,
-    SIZE_BORDER,
     SPLITS,
     Background,
     Scene,
-    SceneObject,
     make_scene,
     render_scene,
 )
@@ -130,8 +128,8 @@ def describe_scene(scene: Scene) -> Caption:
     mentions = [_choose_mention(scene, rng) for _ in range(NUM_TEXTS)]
     texts = [_english(scene, mention, rng) for mention in mentions]
     texts_ko = [_korean(scene, mention, rng) for mention in mentions[:NUM_TEXTS_KO]]
-    # Without repeats, in this order.
     facts = _facts(scene, mentions[0])
+    # Without repeats, in this order.
     return Caption(tuple(dict.fromkeys(texts)), tuple(dict.fromkeys(texts_ko)), facts)
 
 
@@ -212,14 +210,10 @@ def _facts(scene: Scene, mention: Mention) -> tuple[Fact, ...]:
         if first.color is not None:
             facts.append(Fact("count", number, ObjectPattern(color=first.color)))
         if mention.size:
-            facts.append(Fact("count", number, ObjectPattern(size=_size_of(scene.objects[0]))))
+            facts.append(Fact("count", number, ObjectPattern(size=scene.objects[0].size)))
     if mention.background:
         facts.append(Fact("background", background_name(scene.background)))
     return tuple(facts)
-
-
-def _size_of(item: SceneObject) -> str:
-    return "small" if item.side < SIZE_BORDER else "large"
 
 
 def _english(scene: Scene, mention: Mention, rng: random.Random) -> str:
@@ -236,7 +230,7 @@ def _english(scene: Scene, mention: Mention, rng: random.Random) -> str:
         amount = rng.choice((_NUMBERS[number], _NUMBERS[number], str(number)))
         text = " ".join(filter(None, (amount, colors[0], noun)))
     elif scene.kind == "single":
-        size = rng.choice(_SIZE_WORDS[_size_of(scene.objects[0])]) if mention.size else None
+        size = rng.choice(_SIZE_WORDS[scene.objects[0].size]) if mention.size else None
         text = _noun_phrase(things[0], size, colors[0], mention.words, rng)
     else:
         phrases = [
@@ -285,9 +279,7 @@ def _with_article(thing: Thing, phrase: str) -> str:
 def _background_words(background: Background, rng: random.Random) -> str:
     if background.kind == "ground":
         return f" {rng.choice(_GROUND_WORDS[background.names[0]])}"
-    name = background.names[0]
-    if background.kind == "gradient":
-        name = f"{name} to {background.names[1]}"
+    name = background_name(background)
     article = "an" if name[0] in "aeiou" else "a"
     return rng.choice(
         (
@@ -311,7 +303,7 @@ def _korean(scene: Scene, mention: Mention, rng: random.Random) -> str:
         counter = _KOREAN_COUNTERS.get(all_things()[scene.objects[0].thing].kind, "개")
         text = f"{text} {_KOREAN_NUMBERS[len(scene.objects)]} {counter}"
     elif mention.size:
-        text = f"{_KOREAN_SIZES[_size_of(scene.objects[0])]} {text}"
+        text = f"{_KOREAN_SIZES[scene.objects[0].size]} {text}"
     if scene.kind == "pair":
         a, b = rng.sample((0, 1), 2)
         if mention.relation is None:

@@ -77,7 +77,8 @@ def read_scene(
             parts = [reader.fit(part) for part in _find_regions(region, gap=0)]
         fits += parts if parts and _mean_unexplained(parts) < fit.unexplained else [fit]
     # 4. parts of one thing, apart since something between them has the background's color
-    fits = reader.join([reader.with_fragments(fit, foreground) for fit in fits])
+    fragments = foreground & ~np.any([np.zeros_like(foreground), *regions], axis=0)
+    fits = reader.join([reader.with_fragments(fit, fragments) for fit in fits])
     unread = [_unknown(region) for region in regions[_MAX_REGIONS:]]
     return SceneReading((*(fit.item for fit in fits), *unread), background)
 
@@ -269,14 +270,12 @@ class _Reader:
             item = _unknown(region)
         return _Fit(region, item, error / contrast, contrast)
 
-    def with_fragments(self, fit: _Fit, foreground: Mask) -> _Fit:
+    def with_fragments(self, fit: _Fit, fragments: Mask) -> _Fit:
         """Add fragments that are no region of their own, where a sprite then explains more."""
         if fit.unexplained <= _WELL_EXPLAINED:
             return fit
         near = ndimage.binary_dilation(fit.region, np.ones((3, 3)), iterations=_REACH)
-        small = foreground & near
-        for region in _find_regions(foreground, gap=1):
-            small &= ~region
+        small = fragments & near
         joint = self.fit(fit.region | small) if small.any() else fit
         return joint if joint.unexplained < fit.unexplained else fit
 

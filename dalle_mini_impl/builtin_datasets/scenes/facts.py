@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from dalle_mini_impl.builtin_datasets.scenes.colors import COLORS
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
-    SIZE_BORDER,
     SIZES,
     Background,
     SceneObject,
@@ -44,7 +43,7 @@ class ObjectPattern:
     def matches(self, item: SceneObject) -> bool:
         """Tell whether an object has all attributes that the pattern names."""
         return (
-            self.size in (None, "small" if item.side < SIZE_BORDER else "large")
+            self.size in (None, item.size)
             and self.color in (None, item.color)
             and self.thing in (None, item.thing)
         )

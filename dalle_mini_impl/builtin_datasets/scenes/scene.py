@@ -5,7 +5,7 @@ on. ``captions`` puts it into words, of which parts are left out at random, and 
 machine-readable claims; ``checker`` verifies such claims on an image alone.
 
 Composition is measured on combinations that ``train`` never shows, though it shows all their parts.
-The splits are the six tasks of GenEval (Ghosh et al. 2023, arXiv 2310.11513) and two more:
+The splits are the six tasks of GenEval (Ghosh et al. 2023, arXiv 2310.11513) and one more:
 
 * ``test_single``: any thing as in training; ``test_words`` the same, by a word never trained on.
 * ``test_colors``: things in the one color each that training never gives them.
@@ -83,6 +83,11 @@ class SceneObject:
     """(x, y) of the middle of its box, in fractions of the image side."""
     side: float
     """Longer side of its box, as a fraction of the image side."""
+
+    @property
+    def size(self) -> str:
+        """In words: "small" or "large"."""
+        return "small" if self.side < SIZE_BORDER else "large"
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Thing:
     """Of its emoji."""
     plural: str
     synonym: str | None = None
-    """English; captions of every split use it now and then."""
+    """English; training captions use it now and then."""
     unseen_synonym: str | None = None
     """English; only the split ``test_words`` uses it."""
 
