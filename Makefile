@@ -9,6 +9,7 @@ PARTS ?= all
 MODEL ?= checkpoints/emoji-64
 PROMPT ?= a red heart, Noto style
 PORT ?= 7860
+PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: generate app demo check test test-slow test-rounding format bench clean
 
@@ -29,15 +30,15 @@ check: $(VENV)/.dev
 	$(BIN)/pytest tests/test_words.py
 
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest $(PARALLEL) -m slow
 
 # torch's plain loops, the oldest instructions of oneDNN and of MKL, and a processor that is acted out
 test-rounding: $(VENV)/.dev
 	for rounding in ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_CBWR=COMPATIBLE \
-	TEST_ROUNDING=1; do echo "$$rounding"; env $$rounding $(BIN)/pytest || exit 1; done
+	TEST_ROUNDING=1; do echo "$$rounding"; env $$rounding $(BIN)/pytest $(PARALLEL) || exit 1; done
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
