@@ -64,6 +64,7 @@ def test_a_key_without_a_network_costs_few_seconds(data: Path, home: str, tmp_pa
         code, seconds[mode] = script.finish()
         assert code == 0, script.all_output()
         assert script.err == []  # not even tried, which takes half a minute to fail
-    assert seconds["auto"] - seconds["disabled"] < on_a_busy_machine(5)
+    # Beside another test 12 more were seen; to fail takes 30, on an idle machine.
+    assert seconds["auto"] - seconds["disabled"] < on_a_busy_machine(20)
     assert tiny.losses(tmp_path / "disabled") == tiny.losses(tmp_path / "auto")
     assert list((tmp_path / "auto" / "wandb").glob("offline-run-*"))
