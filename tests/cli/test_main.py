@@ -49,6 +49,8 @@ BAD_INPUT = {
     "evaluate --model MODEL --data DATA --out IMAGE": "out: IMAGE: File exists; expected a folder",
     "evaluate --model MODEL --native int4": "--native: invalid choice: 'int4' ... --help",
     "app --native int4": "--native: invalid choice ... --help",
+    "app --port 99999": "port: got 99999, expected 1 to 65535",
+    "app --host not/a/host": "host: got 'not/a/host', expected a name or address of this machine",
     "evaluate --model MODEL --fast": "--fast ... --help",
     "prepare_emoji --out OUT --size 2": "size: got 2, expected at least 8",
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
