@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_MODEL = "checkpoints/emoji-64"
 MAX_PROMPT_LENGTH = 500  # characters
 MAX_PORT = 2**16 - 1
 MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript holds exactly
@@ -49,7 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--model",
         type=user_text,
-        default="checkpoints/emoji-64",
+        default=DEFAULT_MODEL,
         help="model folder; default: %(default)s",
     )
     add("--port", type=int, default=7860, help="default: %(default)s")
@@ -61,6 +62,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Serve the page."""
     options = parse(arguments)
+    # An installed package has none, nor has another working folder.
+    if options.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
+        raise UserError(
+            f"model: got none, and {DEFAULT_MODEL} of the repository is not here; expected "
+            "--model with a folder that train_dalle.py wrote"
+        )
     serve(options.model, host=options.host, port=options.port, native=options.native)
 
 

@@ -279,6 +279,14 @@ def test_home_folder_in_options(
     assert not (tmp_path / "~").exists()
 
 
+def test_app_needs_a_model_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_here("app") == 2
+    assert_one_line(capsys.readouterr().err, "model: got none ... expected --model with a", {})
+
+
 def test_presets_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     presets = sorted(path.relative_to(REPOSITORY) for path in REPOSITORY.glob("configs/*/*.yaml"))
