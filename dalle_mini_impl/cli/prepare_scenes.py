@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
-    from dalle_mini_impl.builtin_datasets.scenes.scene import KINDS
+    from dalle_mini_impl.builtin_datasets.scenes import KINDS
 
     parser = OneLineParser(description=COMMANDS["prepare_scenes"])
     add = parser.add_argument
