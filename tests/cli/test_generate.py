@@ -140,11 +140,11 @@ def test_images_are_written_batch_by_batch(
     assert counts == {"generating 70 images": 0} | batches
 
 
-def test_too_many_images_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="num_images: got 999999999 of 1 prompts"):
-        generate_to_folder(
-            str(tmp_path / "never read"), out=tmp_path / "out", num_images=999_999_999, **ONE_PROMPT
-        )
+@pytest.mark.parametrize("name", ["num_images", "num_candidates"])
+def test_too_many_images_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    options = ONE_PROMPT | {"num_images": 1, name: 999_999_999}
+    with pytest.raises(UserError, match=f"{name}: got 999999999 (of|for each of) 1 "):
+        generate_to_folder(str(tmp_path / "never read"), out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
