@@ -150,11 +150,14 @@ class InpaintingFiles:
                 f"rank: got {ranking.by} with --image, expected likelihood and no --clip"
             )
         from dalle_mini_impl.data.images import read_image_file
+        from dalle_mini_impl.data.inpainting_mask import check_part
         from dalle_mini_impl.sampling.request import Inpainting
 
         image = read_image_file(self.image, field="image")
         mask = None if self.mask is None else read_image_file(self.mask, field="mask")
-        return Inpainting(image, mask, self.keep_rows, self.keep_fraction)
+        part: dict[str, Any] = {"keep_rows": self.keep_rows, "keep_fraction": self.keep_fraction}
+        check_part(mask=mask, source_size=image.size, **part)
+        return Inpainting(image, mask, **part)
 
     def metadata(self) -> dict[str, Any]:
         """Name the given fields; files without their folders, which are the user's own affair."""
