@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli.arguments import OneLineParser, user_path, user_text
+from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path, user_text
 from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
 
@@ -28,6 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the report; problems end the command with exit code 1."""
     options = parse(arguments)
+    require_at_least(1, image_size=options.image_size, text_length=options.text_length)
     from dalle_mini_impl.config import find_preset
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.progress import log_now_and_then
