@@ -56,6 +56,8 @@ BAD_INPUT = {
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
     "check_data --source DATA --image-size 0": "image_size: got 0, expected at least 1",
     "check_data --source DATA --text-length -4": "text_length: got -4, expected at least 1",
+    "prepare_shapes --out OUT --test-compose -1": "test_compose: got -1, expected at least 0",
+    "prepare_scenes --out OUT --test -1": "test: got -1, expected at least 0",
     "demo --fast": "--fast ... --help",
 }
 
