@@ -42,7 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     text = config.text if isinstance(config, DalleRunConfig) else TextConfig()
     source = options.source or (config and config.data.source)
     if not source:
-        raise UserError("source: got neither --source nor --config")
+        raise UserError(
+            "source: got none, expected --source with a folder, a file or the name of a data set "
+            "on the Hub, or --config with a preset"
+        )
     report = check_data(
         source,
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),

@@ -54,6 +54,8 @@ BAD_INPUT = {
     "evaluate --model MODEL --fast": "--fast ... --help",
     "prepare_emoji --out OUT --size 2": "size: got 2, expected at least 8",
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
+    "check_data": "source: got none, expected --source",
+    "check_data --source NONE": "source: no folder or file NONE",
     "check_data --source DATA --image-size 0": "image_size: got 0, expected at least 1",
     "check_data --source DATA --text-length -4": "text_length: got -4, expected at least 1",
     "prepare_shapes --out OUT --test-compose -1": "test_compose: got -1, expected at least 0",
