@@ -54,10 +54,24 @@ def main(arguments: Sequence[str]) -> None:
         progress=log_now_and_then("images read"),
     )
     logger.info("\n".join(report_lines(report)))
-    if config is not None and vqvae is not None:
-        logger.info("\n".join(estimate_lines(config, vqvae, report)))
     limits = config.data if config else DataConfig
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
+    # Without a preset, any second split may be the one that is held out.
+    if config is not None or len(report.split_sizes) < 2:
+        _require_splits(source, (limits.train_split, limits.validation_split))
+    if config is not None and vqvae is not None:
+        logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
     if report.has_problems:
         raise SystemExit(1)
+
+
+def _require_splits(source: str, splits: Sequence[str]) -> None:
+    """Refuse a source as training does that lacks one of its splits, or is too small for both."""
+    from dalle_mini_impl.data.pairs import open_pairs
+
+    for split in splits:
+        try:
+            open_pairs(source, split=split)
+        except UserError as error:
+            raise UserError(f"source: {error}") from None

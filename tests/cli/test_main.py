@@ -56,6 +56,8 @@ BAD_INPUT = {
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
     "check_data": "source: got none, expected --source",
     "check_data --source NONE": "source: no folder or file NONE",
+    "check_data --source FEW": "source: FEW names no splits and has 3 pairs; expected at least 10",
+    "RUN FEW": "data.source: FEW names no splits and has 3 pairs; expected at least 10",
     "check_data --source DATA --image-size 0": "image_size: got 0, expected at least 1",
     "check_data --source DATA --text-length -4": "text_length: got -4, expected at least 1",
     "prepare_shapes --out OUT --test-compose -1": "test_compose: got -1, expected at least 0",
@@ -72,12 +74,18 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare.mkdir()
     for number in range(12):
         tiny.render_image(number).save(bare / f"{number}.png")
+    few = folder / "few"
+    few.mkdir()
+    for number in range(3):
+        tiny.render_image(number).save(few / f"{number}.png")
+        (few / f"{number}.txt").write_text("a box")
     (folder / "odd.yaml").write_text("vqvae:\n  tint: 3\n")
     vqvae, dalle = write_presets(data, folder / "runs")
     return {
         "DATA": str(data),
         "INSIDE": str(data / "below" / "run"),
         "BARE": str(bare),
+        "FEW": str(few),
         "MODEL": str(model_dir),
         "OUT": str(folder / "out"),
         "NONE": str(folder / "none"),
