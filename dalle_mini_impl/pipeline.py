@@ -232,12 +232,15 @@ class TextToImagePipeline:
         """Check the input of a call before anything is generated.
 
         Raises:
-            UserError: If a prompt is empty, too long or no valid Unicode, or a number out of range.
+            UserError: If a prompt is empty, too long or no valid Unicode, a number out of range, or
+                the decoder cannot inpaint the part that is asked for.
         """
         is_one = isinstance(prompt, str) or not isinstance(prompt, Iterable)
         prompts: list[Any] = [prompt] if is_one else list(prompt)
         check_prompts(prompts)
         check_counts(num_images=num_images, num_candidates=num_candidates, seed=seed)
+        if inpainting is not None:
+            self._build_mask(inpainting, torch.tensor([seed]))
         return GenerationRequest(
             prompts=prompts,
             num_images=num_images,
@@ -250,11 +253,7 @@ class TextToImagePipeline:
 
     @torch.inference_mode()
     def generate(self, request: GenerationRequest) -> PipelineOutput:
-        """Generate the images of a request that ``check`` made.
-
-        Raises:
-            UserError: If the decoder cannot inpaint the part that is asked for.
-        """
+        """Generate the images of a request that ``check`` made."""
         prompts, candidates = request.prompts, request.candidates_per_image
         per_prompt = request.num_images * candidates
         seeds = request.seeds().repeat(len(prompts))  # (prompts * per_prompt,)

@@ -5,12 +5,14 @@ never rendered as HTML or Markdown.
 """
 
 import argparse
+import errno
 import importlib.util
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections import deque
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_MODEL = "checkpoints/emoji-64"
 MAX_PROMPT_LENGTH = 500  # characters
+MAX_PORT = 2**16 - 1
 MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript holds exactly
 MAX_WAITING = 16  # requests in the queue; further ones are refused
 CALLS_KEPT = 64  # whose images can still be downloaded
@@ -46,7 +50,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--model",
         type=user_text,
-        default="checkpoints/emoji-64",
+        default=DEFAULT_MODEL,
         help="model folder; default: %(default)s",
     )
     add("--port", type=int, default=7860, help="default: %(default)s")
@@ -58,7 +62,31 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Serve the page."""
     options = parse(arguments)
+    # An installed package has none, nor has another working folder.
+    if options.model == DEFAULT_MODEL and not Path(DEFAULT_MODEL).is_dir():
+        raise UserError(
+            f"model: got none, and {DEFAULT_MODEL} of the repository is not here; expected "
+            "--model with a folder that train_dalle.py wrote"
+        )
     serve(options.model, host=options.host, port=options.port, native=options.native)
+
+
+def check_address(host: str, port: int) -> None:
+    """Refuse an address that cannot be served, before seconds are spent on loading."""
+    if not 1 <= port <= MAX_PORT:
+        raise UserError(f"port: got {port}, expected 1 to {MAX_PORT}")
+    try:
+        plain = host.strip("[]")  # of an IPv6 address in an URL
+        family, *_, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (OSError, UnicodeError) as error:  # Unicode: a name that is none of a host
+        no_such = isinstance(error, socket.gaierror | UnicodeError)
+        if no_such or error.errno == errno.EADDRNOTAVAIL:
+            raise UserError(
+                f"host: got {host!r}, expected a name or address of this machine, such as 127.0.0.1"
+            ) from None
+        reason = error.strerror or error
+        raise UserError(f"port: got {port}: {reason}; expected a free one") from None
 
 
 class PageBackend:
@@ -172,6 +200,7 @@ def serve(
     """Serve the page until Ctrl-C or SIGTERM."""
     from dalle_mini_impl.cli.pipelines import open_pipeline
 
+    check_address(host, port)
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
         # Gradio reads them when it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")

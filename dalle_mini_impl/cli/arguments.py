@@ -34,6 +34,13 @@ def add_native(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def require_at_least(least: int, **values: int | None) -> None:
+    """Refuse numbers below ``least`` by their names; None stands for a default."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UserError(f"{name}: got {value}, expected at least {least}")
+
+
 def read_lines(path: Path, *, field: str) -> list[str]:
     """Read the lines of a UTF-8 text file that are not empty."""
     try:

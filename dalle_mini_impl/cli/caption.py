@@ -8,7 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dalle_mini_impl.cli.arguments import OneLineParser, read_lines, user_path, user_text
+from dalle_mini_impl.cli.arguments import (
+    OneLineParser,
+    read_lines,
+    require_at_least,
+    user_path,
+    user_text,
+)
 from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
 
@@ -105,9 +111,7 @@ def complete_captions(
 
     from dalle_mini_impl.sampling.captioning import complete_text
 
-    for name, count in (("num_samples", num_samples), ("num_tokens", num_tokens)):
-        if count < 1:
-            raise UserError(f"{name}: got {count}, expected at least 1")
+    require_at_least(1, num_samples=num_samples, num_tokens=num_tokens)
     text_tokenizer, device = pipeline.text_tokenizer, pipeline.device
     if num_tokens > text_tokenizer.text_length:
         raise UserError(
@@ -178,8 +182,7 @@ def caption_images(
     unique = list(dict.fromkeys(captions))
     if not unique:
         raise UserError("caption: none given; expected --caption, --captions-file or --complete")
-    if top < 1:
-        raise UserError(f"top: got {top}, expected at least 1")
+    require_at_least(1, top=top)
     if use_prior:
         _caption_decoder(pipeline, "use_prior")
     # All of them first: a bad file is found before minutes are spent on the others.

@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli.arguments import OneLineParser, user_path, user_text
+from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path, user_text
 from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
 
@@ -28,6 +28,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the report; problems end the command with exit code 1."""
     options = parse(arguments)
+    require_at_least(1, image_size=options.image_size, text_length=options.text_length)
     from dalle_mini_impl.config import find_preset
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.progress import log_now_and_then
@@ -41,7 +42,10 @@ def main(arguments: Sequence[str]) -> None:
     text = config.text if isinstance(config, DalleRunConfig) else TextConfig()
     source = options.source or (config and config.data.source)
     if not source:
-        raise UserError("source: got neither --source nor --config")
+        raise UserError(
+            "source: got none, expected --source with a folder, a file or the name of a data set "
+            "on the Hub, or --config with a preset"
+        )
     report = check_data(
         source,
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
@@ -50,10 +54,24 @@ def main(arguments: Sequence[str]) -> None:
         progress=log_now_and_then("images read"),
     )
     logger.info("\n".join(report_lines(report)))
-    if config is not None and vqvae is not None:
-        logger.info("\n".join(estimate_lines(config, vqvae, report)))
     limits = config.data if config else DataConfig
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
+    # Without a preset, any second split may be the one that is held out.
+    if config is not None or len(report.split_sizes) < 2:
+        _require_splits(source, (limits.train_split, limits.validation_split))
+    if config is not None and vqvae is not None:
+        logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
     if report.has_problems:
         raise SystemExit(1)
+
+
+def _require_splits(source: str, splits: Sequence[str]) -> None:
+    """Refuse a source as training does that lacks one of its splits, or is too small for both."""
+    from dalle_mini_impl.data.pairs import open_pairs
+
+    for split in splits:
+        try:
+            open_pairs(source, split=split)
+        except UserError as error:
+            raise UserError(f"source: {error}") from None

@@ -40,27 +40,28 @@ def main(arguments: Sequence[str]) -> None:
 
     out, presets = options.out, find_preset(options.configs)
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
-    # Each step's last file says that it is done.
-    if not (data / "metadata.jsonl").is_file():
-        logger.info("writing the Twemoji data set")
-        prepare_emoji(data, size=64)
 
     def shared(run: Path) -> list[str]:
         is_begun = any((run / "checkpoints").glob("step-*"))
         resume = ["--resume", "latest"] if is_begun else []
         return ["--data.source", str(data), "--output_dir", str(run), *resume]
 
+    # Both presets first: a wrong one is refused before any work is done.
+    preset = ["--config", str(presets / "vqvae.yaml"), *shared(vqvae)]
+    config, vqvae_resume = load_config(VQVAERunConfig, preset, description="")
+    preset = ["--config", str(presets / "dalle.yaml"), *shared(dalle)]
+    preset += ["--vqvae_dir", str(vqvae / "model")]
+    run_config, dalle_resume = load_config(DalleRunConfig, preset, description="")
+    # Each step's last file says that it is done.
+    if not (data / "metadata.jsonl").is_file():
+        logger.info("writing the Twemoji data set")
+        prepare_emoji(data, size=64)
     if not (vqvae / "model" / "config.json").is_file():
         logger.info("training the image tokenizer")
-        preset = ["--config", str(presets / "vqvae.yaml"), *shared(vqvae)]
-        config, resume = load_config(VQVAERunConfig, preset, description="")
-        train_vqvae(config, resume=resume)
+        train_vqvae(config, resume=vqvae_resume)
     if not (dalle / "model" / "model_index.json").is_file():
         logger.info("training the decoder")
-        preset = ["--config", str(presets / "dalle.yaml"), *shared(dalle)]
-        preset += ["--vqvae_dir", str(vqvae / "model")]
-        run_config, resume = load_config(DalleRunConfig, preset, description="")
-        train_dalle(run_config, resume=resume)
+        train_dalle(run_config, resume=dalle_resume)
     logger.info("generating images")
     for line in generate_demo(dalle / "model", data, out):
         logger.info(line)

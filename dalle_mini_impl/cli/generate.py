@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_AT_A_TIME = 64  # generated, then written: an interrupted call loses at most these
 CLIP_FOLDER = "clip"  # of a model folder
-MAX_IMAGES = 100_000  # of one call: days of work; more is almost certainly a typo
+MAX_IMAGES = 100_000  # of one call, candidates included: days of work; more is almost certainly a typo
 OF_MODEL = "default: the model's own"
 
 
@@ -150,11 +150,14 @@ class InpaintingFiles:
                 f"rank: got {ranking.by} with --image, expected likelihood and no --clip"
             )
         from dalle_mini_impl.data.images import read_image_file
+        from dalle_mini_impl.data.inpainting_mask import check_part
         from dalle_mini_impl.sampling.request import Inpainting
 
         image = read_image_file(self.image, field="image")
         mask = None if self.mask is None else read_image_file(self.mask, field="mask")
-        return Inpainting(image, mask, self.keep_rows, self.keep_fraction)
+        part: dict[str, Any] = {"keep_rows": self.keep_rows, "keep_fraction": self.keep_fraction}
+        check_part(mask=mask, source_size=image.size, **part)
+        return Inpainting(image, mask, **part)
 
     def metadata(self) -> dict[str, Any]:
         """Name the given fields; files without their folders, which are the user's own affair."""
@@ -204,10 +207,16 @@ def generate_to_folder(
     if not prompts:
         raise UserError("prompt: none given; expected --prompt TEXT or --prompts-file FILE")
     unique = list(dict.fromkeys(prompts))  # the same prompt twice would be the same images
-    if len(unique) * counts["num_images"] > MAX_IMAGES:
+    num_images = len(unique) * counts["num_images"]
+    if num_images > MAX_IMAGES:
         raise UserError(
             f"num_images: got {counts['num_images']} of {len(unique)} prompts, expected at most "
             f"{MAX_IMAGES} images in one call"
+        )
+    if num_images * counts["num_candidates"] > MAX_IMAGES:
+        raise UserError(
+            f"num_candidates: got {counts['num_candidates']} for each of {num_images} images, "
+            f"expected at most {MAX_IMAGES} candidates in one call"
         )
     ranking.check(model)
     source = inpainting.load(ranking) if inpainting else None

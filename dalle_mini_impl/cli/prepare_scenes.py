@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli.arguments import OneLineParser, user_path
+from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path
 from dalle_mini_impl.cli.main import COMMANDS
 
 logger = logging.getLogger(__name__)
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
-    from dalle_mini_impl.builtin_datasets.scenes.scene import KINDS
+    from dalle_mini_impl.builtin_datasets.scenes import KINDS
 
     parser = OneLineParser(description=COMMANDS["prepare_scenes"])
     add = parser.add_argument
@@ -30,6 +30,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the data set and log its counts."""
     options = parse(arguments)
+    require_at_least(0, train=options.train, test=options.test)
     from dalle_mini_impl.builtin_datasets.scenes.captions import prepare_scenes
     from dalle_mini_impl.builtin_datasets.scenes.scene import TASKS
 

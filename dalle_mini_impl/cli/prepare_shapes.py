@@ -4,7 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli.arguments import OneLineParser, user_path
+from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path
 from dalle_mini_impl.cli.main import COMMANDS
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str]) -> None:
     from dalle_mini_impl.builtin_datasets.shapes.captions import prepare_shapes
 
     counts = {split: getattr(options, split) for split in ("train", "test", "test_compose")}
+    require_at_least(0, **counts)
     total = prepare_shapes(options.out, counts=counts, image_size=options.size, kinds=options.kinds)
     listed = ", ".join(f"{split} {count}" for split, count in counts.items())
     logger.info(

@@ -108,7 +108,10 @@ def check_data(
     Raises:
         UserError: The source holds no captioned image at all.
     """
-    pairs, splits = open_all_splits(source)
+    try:
+        pairs, splits = open_all_splits(source)
+    except UserError as error:
+        raise UserError(f"source: {error}") from None
     started = time.monotonic()
     images, unreadable = _read_all(pairs, splits, progress)
     # Measured here, because the estimate of a run needs it.

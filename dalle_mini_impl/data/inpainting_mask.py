@@ -54,17 +54,16 @@ def build_inpainting_mask(
     Raises:
         UserError: Not exactly one is given, it is out of range, or it inpaints nothing.
     """
-    if [mask, keep_rows, keep_fraction].count(None) != 2:
-        ways = {"mask": mask, "keep_rows": keep_rows, "keep_fraction": keep_fraction}
-        got = ", ".join(name for name, value in ways.items() if value is not None) or "none of them"
-        raise UserError(f"mask: got {got}, expected exactly one of {', '.join(ways)}")
+    check_part(
+        mask=mask, keep_rows=keep_rows, keep_fraction=keep_fraction, source_size=source_size
+    )
     if keep_fraction is not None:
         return InpaintingMask(random_cells(keep_fraction, grid=grid, seeds=seeds), None)
     if keep_rows is not None:
         cells = rows_below(keep_rows, grid=grid)
         shown = enlarged(cells, grid=grid, size=size)
     elif mask is not None:
-        shown = mask_pixels(mask, source_size=source_size, size=size)
+        shown = mask_pixels(mask, size=size)
         cells = touched_cells(shown, grid=grid)
     # keep_rows always leaves a row; a mask may be black, or white only where the crop cuts.
     if not cells.any():
@@ -75,18 +74,35 @@ def build_inpainting_mask(
     return InpaintingMask(cells.expand(len(seeds), -1), shown)
 
 
-def mask_pixels(
-    mask: Image.Image, *, source_size: tuple[int, int], size: int
-) -> Bool[Tensor, "height width"]:
-    """Scale a mask to the model's images: True where any of its own pixels is white.
-
-    Transparent counts as white. Raises UserError if the mask is not as large as the image.
-    """
-    if mask.size != source_size:
+def check_part(
+    *,
+    mask: Image.Image | None,
+    keep_rows: int | None,
+    keep_fraction: float | None,
+    source_size: tuple[int, int],
+) -> None:
+    """Refuse what no model can inpaint; arguments and error as ``build_inpainting_mask``."""
+    ways = {"mask": mask, "keep_rows": keep_rows, "keep_fraction": keep_fraction}
+    given = [name for name, value in ways.items() if value is not None]
+    if len(given) != 1:
+        got = " and ".join(given) or "none"
+        raise UserError(f"inpainting: got {got}, expected exactly one of {', '.join(ways)}")
+    if mask is not None and mask.size != source_size:
         raise UserError(
             f"mask: got {mask.width}x{mask.height} pixels, "
             f"expected {source_size[0]}x{source_size[1]}, as the image has"
         )
+    if keep_rows is not None and keep_rows < 1:
+        raise UserError(f"keep_rows: got {keep_rows}, expected at least 1 row of tokens")
+    if keep_fraction is not None and not 0 < keep_fraction < 1:
+        raise UserError(f"keep_fraction: got {keep_fraction}, expected above 0 and below 1")
+
+
+def mask_pixels(mask: Image.Image, *, size: int) -> Bool[Tensor, "height width"]:
+    """Scale a mask to the model's images: True where any of its own pixels is white.
+
+    Transparent counts as white.
+    """
     # to_rgb lays transparent parts over white, so they count as masked.
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     # In float32, where one white pixel of a thousand is not rounded away.
@@ -107,7 +123,7 @@ def touched_cells(
 
 def rows_below(num_rows: int, *, grid: tuple[int, int]) -> Bool[Tensor, " image_length"]:
     """Mark all rows of tokens but the first ones, which stay."""
-    if not 1 <= num_rows < grid[0]:
+    if num_rows >= grid[0]:
         raise UserError(f"keep_rows: got {num_rows}, expected 1 to {grid[0] - 1} rows of tokens")
     return torch.arange(grid[0]).repeat_interleave(grid[1]) >= num_rows
 
@@ -116,8 +132,6 @@ def random_cells(
     fraction: float, *, grid: tuple[int, int], seeds: list[int]
 ) -> Bool[Tensor, "batch image_length"]:
     """Mark all cells but a random ``fraction``, different for each seed; at least one per image."""
-    if not 0 < fraction < 1:
-        raise UserError(f"keep_fraction: got {fraction}, expected above 0 and below 1")
     # At least one cell is generated, whatever the fraction rounds to.
     length = grid[0] * grid[1]
     num_kept = min(round(fraction * length), length - 1)

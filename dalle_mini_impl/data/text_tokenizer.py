@@ -265,9 +265,9 @@ def _rules(parsed: dict[str, Any]) -> dict[str, Any]:
 
 def _checked(caption: str) -> str:
     if not caption.strip():
-        raise UserError(f"caption is empty ({caption[:20]!r}), expected some text")
+        raise UserError(f"caption: got {caption[:20]!r}, expected some text")
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"caption {caption[:100]!r} is not valid Unicode text") from error
+        raise UserError(f"caption: got {caption[:100]!r}, expected valid Unicode text") from error
     return caption

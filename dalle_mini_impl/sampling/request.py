@@ -119,9 +119,15 @@ def check_counts(*, num_images: int, num_candidates: int, seed: int) -> None:
         UserError: If a number is no whole one or out of range.
     """
     for name, count in (("num_images", num_images), ("num_candidates", num_candidates)):
-        if not isinstance(count, Integral) or count < 1:
-            raise UserError(f"{name}: got {count!r}, expected at least 1")
+        if not _is_whole(count):
+            raise UserError(f"{name}: got {count!r}, expected a whole number")
+        if count < 1:
+            raise UserError(f"{name}: got {count}, expected at least 1")
     # The last candidate's seed must fit in an int64, too.
     per_prompt = num_images * num_candidates
-    if not isinstance(seed, Integral) or not 0 <= seed <= MAX_SEED - per_prompt:
+    if not _is_whole(seed) or not 0 <= seed <= MAX_SEED - per_prompt:
         raise UserError(f"seed: got {seed!r}, expected 0 to 2 ** 63 - {1 + per_prompt}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

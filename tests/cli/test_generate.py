@@ -107,16 +107,22 @@ def test_inpainting(
     assert (out / "grid-0000.png").is_file()
     capsys.readouterr()
     image = ["--image", source]
+    unread, out = ["--model", tmp_path / "never read"], tmp_path / "never made"
     for options, message in (
-        (["--mask", mask], "image: none given; expected --image with"),
-        (image, "mask: got none of them, expected exactly one of mask, "),
-        (["--image", tmp_path / "no.png", "--keep-rows", "1"], "image: .*No such file"),
+        ([*unread, "--mask", mask], "image: none given; expected --image with"),
+        ([*unread, *image], "inpainting: got none, expected exactly one of mask, "),
+        ([*unread, *image, "--mask", mask, "--keep-rows", "1"], "inpainting: got mask and keep_ro"),
+        ([*unread, *image, "--mask", tmp_path / "no.png"], "mask: .*No such file"),
+        ([*unread, *image, "--keep-rows", "0"], "keep_rows: got 0, expected at least 1"),
+        ([*unread, "--image", tmp_path / "no.png", "--keep-rows", "1"], "image: .*No such file"),
+        ([*unread, *image, "--rank", "none"], "rank: got none with --image, expected likelihood"),
+        ([*image, "--keep-rows", "99"], "keep_rows: got 99, expected 1 to"),
         ([*image, "--keep-fraction", "0.75"], "keep_fraction: something stays after"),
-        ([*image, "--rank", "none"], "rank: got none with --image, expected likelihood"),
         ([*image, "--keep-rows", "1", "--num-images", "999999999"], "num_images: got 999999999 of"),
     ):
         assert run_here("generate", *shared, *options, "--out", out) == 2
         assert re.match(f"error: {message}", capsys.readouterr().err)
+        assert not out.exists()
 
 
 ONE_PROMPT: Any = {"prompts": ["a red disc"], "num_candidates": 1, "seed": 0, "overrides": {}}
@@ -140,11 +146,11 @@ def test_images_are_written_batch_by_batch(
     assert counts == {"generating 70 images": 0} | batches
 
 
-def test_too_many_images_are_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="num_images: got 999999999 of 1 prompts"):
-        generate_to_folder(
-            str(tmp_path / "never read"), out=tmp_path / "out", num_images=999_999_999, **ONE_PROMPT
-        )
+@pytest.mark.parametrize("name", ["num_images", "num_candidates"])
+def test_too_many_images_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    options = ONE_PROMPT | {"num_images": 1, name: 999_999_999}
+    with pytest.raises(UserError, match=f"{name}: got 999999999 (of|for each of) 1 "):
+        generate_to_folder(str(tmp_path / "never read"), out=tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -49,9 +49,20 @@ BAD_INPUT = {
     "evaluate --model MODEL --data DATA --out IMAGE": "out: IMAGE: File exists; expected a folder",
     "evaluate --model MODEL --native int4": "--native: invalid choice: 'int4' ... --help",
     "app --native int4": "--native: invalid choice ... --help",
+    "app --port 99999": "port: got 99999, expected 1 to 65535",
+    "app --host not/a/host": "host: got 'not/a/host', expected a name or address of this machine",
     "evaluate --model MODEL --fast": "--fast ... --help",
     "prepare_emoji --out OUT --size 2": "size: got 2, expected at least 8",
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
+    "check_data": "source: got none, expected --source",
+    "check_data --source NONE": "source: no folder or file NONE",
+    "check_data --source FEW": "source: FEW names no splits and has 3 pairs; expected at least 10",
+    "RUN FEW": "data.source: FEW names no splits and has 3 pairs; expected at least 10",
+    "check_data --source DATA --image-size 0": "image_size: got 0, expected at least 1",
+    "check_data --source DATA --text-length -4": "text_length: got -4, expected at least 1",
+    "prepare_shapes --out OUT --test-compose -1": "test_compose: got -1, expected at least 0",
+    "prepare_scenes --out OUT --test -1": "test: got -1, expected at least 0",
+    "demo --out NONE --configs NONE": "config: ... NONE/vqvae.yaml",
     "demo --fast": "--fast ... --help",
 }
 
@@ -64,12 +75,18 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare.mkdir()
     for number in range(12):
         tiny.render_image(number).save(bare / f"{number}.png")
+    few = folder / "few"
+    few.mkdir()
+    for number in range(3):
+        tiny.render_image(number).save(few / f"{number}.png")
+        (few / f"{number}.txt").write_text("a box")
     (folder / "odd.yaml").write_text("vqvae:\n  tint: 3\n")
     vqvae, dalle = write_presets(data, folder / "runs")
     return {
         "DATA": str(data),
         "INSIDE": str(data / "below" / "run"),
         "BARE": str(bare),
+        "FEW": str(few),
         "MODEL": str(model_dir),
         "OUT": str(folder / "out"),
         "NONE": str(folder / "none"),
@@ -214,17 +231,19 @@ def test_console_lists_commands(
     assert "dalle-mini generate --help lists" in capsys.readouterr().err
 
 
-LIGHT = [name for name in COMMANDS if not name.startswith(("train_", "prepare_"))]
+WITH_PIL = [name for name in COMMANDS if name.startswith("prepare_")]
+LIGHT = [name for name in COMMANDS if not name.startswith("train_") and name not in WITH_PIL]
 
 
-def test_help_loads_no_heavy_library() -> None:
+@pytest.mark.parametrize(("names", "heaviest"), [(LIGHT, []), (WITH_PIL, ["PIL"])])
+def test_help_loads_no_heavy_library(names: list[str], heaviest: list[str]) -> None:
     code = (
         "import runpy, sys\n"
         "from dalle_mini_impl.cli.main import console\n"
         "heavy = {'torch', 'transformers', 'datasets', 'accelerate', 'wandb', 'numpy', 'PIL'}\n"
         "def script():\n"
         "    runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        f"for name in {LIGHT}:\n"
+        f"for name in {names}:\n"
         "    own = ['scripts/' + name + '.py', '--help']\n"
         "    for start, sys.argv in ((console, ['dalle-mini', name, '--help']), (script, own)):\n"
         "        try:\n"
@@ -235,8 +254,8 @@ def test_help_loads_no_heavy_library() -> None:
     )
     result = run_python("-c", code)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == "loaded: []"
-    for name in LIGHT:
+    assert result.stdout.splitlines()[-1] == f"loaded: {heaviest}"
+    for name in names:
         assert f"usage: dalle-mini {name} " in result.stdout
         assert f"usage: {name}.py " in result.stdout
 
@@ -275,6 +294,14 @@ def test_home_folder_in_options(
     assert run_here("train_dalle", f"--config={preset}", *run) == 0
     assert (tmp_path / "c" / "model" / "model_index.json").is_file()
     assert not (tmp_path / "~").exists()
+
+
+def test_app_needs_a_model_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_here("app") == 2
+    assert_one_line(capsys.readouterr().err, "model: got none ... expected --model with a", {})
 
 
 def test_presets_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,20 +52,20 @@ def test_every_touched_cell_is_masked() -> None:
 def test_single_white_pixel_counts_but_dark_gray_does_not() -> None:
     mask = mask_of((700, 300, 700, 300), size=(1600, 1600))
     ImageDraw.Draw(mask).rectangle((0, 0, 200, 200), fill=127)
-    shown = mask_pixels(mask, source_size=(1600, 1600), size=SIZE)
+    shown = mask_pixels(mask, size=SIZE)
     assert shown.nonzero().tolist() == [[3, 7]]
 
 
 def test_mask_is_cropped_as_the_image_is() -> None:
     mask = mask_of((0, 0, 7, 15), (8, 0, 11, 3), size=(32, 16))  # the left quarter is cut away
-    shown = mask_pixels(mask, source_size=(32, 16), size=SIZE)
+    shown = mask_pixels(mask, size=SIZE)
     assert cells_of(touched_cells(shown, grid=GRID)) == [0]
 
 
 def test_what_is_transparent_counts_as_white() -> None:
     mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
     mask.putpixel((2, 9), (0, 0, 0, 0))
-    shown = mask_pixels(mask, source_size=(16, 16), size=SIZE)
+    shown = mask_pixels(mask, size=SIZE)
     assert shown.nonzero().tolist() == [[9, 2]]
 
 
@@ -108,9 +108,9 @@ def test_pixels_outside_the_mask_are_the_images_own() -> None:
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ({}, "mask: got none of them, expected exactly one of mask, keep_rows, keep_fraction"),
-        ({"keep_rows": 1, "keep_fraction": 0.5}, "mask: got keep_rows, keep_fraction, expected"),
-        ({"keep_rows": 0}, "keep_rows: got 0, expected 1 to 3 rows of tokens"),
+        ({}, "inpainting: got none, expected exactly one of mask, keep_rows, keep_fraction"),
+        ({"keep_rows": 1, "keep_fraction": 0.5}, "got keep_rows and keep_fraction, expected"),
+        ({"keep_rows": 0}, "keep_rows: got 0, expected at least 1 row of tokens"),
         ({"keep_rows": 4}, "keep_rows: got 4, expected 1 to 3 rows of tokens"),
         ({"keep_fraction": 0.0}, "keep_fraction: got 0.0, expected above 0 and below 1"),
         ({"keep_fraction": 1.0}, "keep_fraction: got 1.0, expected above 0 and below 1"),

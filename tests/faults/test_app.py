@@ -360,8 +360,8 @@ def test_unservable_is_one_line(case: str, model_dir: Path, tmp_path: Path) -> N
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        model = tmp_path if case == "no model" else model_dir
-        server = start(model, taken.getsockname()[1], tmp_path)
+        at = (tmp_path, free_port()) if case == "no model" else (model_dir, taken.getsockname()[1])
+        server = start(*at, tmp_path)
         output, _ = server.communicate(timeout=300)
     assert server.returncode == 2, output
     assert output.startswith("error: model: " if case == "no model" else "error: port: ")

@@ -14,10 +14,10 @@ from PIL import Image
 
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
 from dalle_mini_impl.builtin_datasets.generated_folder import write_generated_folder
+from dalle_mini_impl.builtin_datasets.scenes import KINDS
 from dalle_mini_impl.builtin_datasets.scenes.facts import Fact, ObjectPattern, background_name
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
-    KINDS,
     SPLITS,
     Background,
     Scene,

@@ -27,12 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dalle_mini_impl.builtin_datasets.scenes import KINDS
 from dalle_mini_impl.builtin_datasets.scenes.colors import COLORS
 from dalle_mini_impl.builtin_datasets.scenes.things import all_things, load_sprites, render_thing
 from dalle_mini_impl.data.splits import stable_hash
 from dalle_mini_impl.errors import UserError
 
-KINDS = ("single", "count", "pair")
 # The kind of each task's scenes.
 TASKS = {
     "single": "single",
