@@ -79,14 +79,19 @@ def check_address(host: str, port: int) -> None:
         plain = host.strip("[]")  # of an IPv6 address in an URL
         family, *_, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
-    except (OSError, UnicodeError) as error:  # Unicode: a name that is none of a host
-        no_such = isinstance(error, socket.gaierror | UnicodeError)
-        if no_such or error.errno == errno.EADDRNOTAVAIL:
-            raise UserError(
-                f"host: got {host!r}, expected a name or address of this machine, such as 127.0.0.1"
-            ) from None
+    except OSError as error:
+        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise _wrong_host(host) from None
         reason = error.strerror or error
         raise UserError(f"port: got {port}: {reason}; expected a free one") from None
+    except UnicodeError:  # a name that is none of a host
+        raise _wrong_host(host) from None
+
+
+def _wrong_host(host: str) -> UserError:
+    return UserError(
+        f"host: got {host!r}, expected a name or address of this machine, such as 127.0.0.1"
+    )
 
 
 class PageBackend:

@@ -3,10 +3,14 @@
 import argparse
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path, user_text
 from dalle_mini_impl.cli.main import COMMANDS
 from dalle_mini_impl.errors import UserError
+
+if TYPE_CHECKING:
+    from dalle_mini_impl.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +50,20 @@ def main(arguments: Sequence[str]) -> None:
             "source: got none, expected --source with a folder, a file or the name of a data set "
             "on the Hub, or --config with a preset"
         )
+    limits = config.data if config else DataConfig(source=source)
     report = check_data(
         source,
+        text_columns=limits.text_columns,
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
         text_length=options.text_length or text.text_length,
         vocab_size=text.vocab_size,
         progress=log_now_and_then("images read"),
     )
     logger.info("\n".join(report_lines(report)))
-    limits = config.data if config else DataConfig
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
     # Without a preset, any second split may be the one that is held out.
     if config is not None or len(report.split_sizes) < 2:
-        _require_splits(source, (limits.train_split, limits.validation_split))
+        _require_splits(source, limits)
     if config is not None and vqvae is not None:
         logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
@@ -66,12 +71,12 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _require_splits(source: str, splits: Sequence[str]) -> None:
+def _require_splits(source: str, limits: "DataConfig") -> None:
     """Refuse a source as training does that lacks one of its splits, or is too small for both."""
     from dalle_mini_impl.data.pairs import open_pairs
 
-    for split in splits:
+    for split in (limits.train_split, limits.validation_split):
         try:
-            open_pairs(source, split=split)
+            open_pairs(source, split=split, text_columns=limits.text_columns)
         except UserError as error:
             raise UserError(f"source: {error}") from None

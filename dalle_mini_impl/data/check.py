@@ -12,7 +12,7 @@ from pathlib import PurePath
 
 from dalle_mini_impl.data.images import decode_image, describe_image
 from dalle_mini_impl.data.loading import each_image
-from dalle_mini_impl.data.pairs import Pairs, open_all_splits
+from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pairs, open_all_splits
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
@@ -98,18 +98,20 @@ def check_data(
     image_size: int,
     text_length: int,
     vocab_size: int,
+    text_columns: Sequence[str] = TEXT_COLUMNS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataReport:
     """Read any source that training takes, all of it, and find what is wrong with it.
 
-    ``image_size``, ``text_length`` and ``vocab_size`` are those of the training to come;
+    ``image_size``, ``text_length``, ``vocab_size`` and ``text_columns`` are those of the training
+    to come;
     ``progress`` is called with (done, total).
 
     Raises:
         UserError: The source holds no captioned image at all.
     """
     try:
-        pairs, splits = open_all_splits(source)
+        pairs, splits = open_all_splits(source, text_columns=text_columns)
     except UserError as error:
         raise UserError(f"source: {error}") from None
     started = time.monotonic()

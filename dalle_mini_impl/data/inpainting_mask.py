@@ -54,9 +54,7 @@ def build_inpainting_mask(
     Raises:
         UserError: Not exactly one is given, it is out of range, or it inpaints nothing.
     """
-    check_part(
-        mask=mask, keep_rows=keep_rows, keep_fraction=keep_fraction, source_size=source_size
-    )
+    check_part(mask=mask, keep_rows=keep_rows, keep_fraction=keep_fraction, source_size=source_size)
     if keep_fraction is not None:
         return InpaintingMask(random_cells(keep_fraction, grid=grid, seeds=seeds), None)
     if keep_rows is not None:

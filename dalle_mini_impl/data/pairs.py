@@ -44,26 +44,27 @@ TEXT_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main capti
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
-def open_pairs(source: str, *, split: str | None = None) -> Pairs:
+def open_pairs(
+    source: str, *, split: str | None = None, text_columns: Sequence[str] = TEXT_COLUMNS
+) -> Pairs:
     """Open one split of a source of captioned images, or all of it, whatever its kind.
 
     Splits are those the source names: a ``split`` field in the metadata, JSON members or columns,
     or the splits of a table. Where it names none, 5 % are held out as "val"; see ``splits``.
+    ``text_columns`` are the fields that hold captions (strings or lists of strings), in their
+    order.
 
     Raises:
         UserError: Nothing there, no captioned images, a broken metadata line, no such split.
     """
-    pairs = _list_source(source, TEXT_COLUMNS)
+    pairs = _list_source(source, text_columns)
     return dataclasses.replace(pairs, listed=choose_split(source, pairs.listed, split))
 
 
 def open_all_splits(
     source: str, *, text_columns: Sequence[str] = TEXT_COLUMNS
 ) -> tuple[Pairs, list[str]]:
-    """Open everything in a source, and name the split of each image.
-
-    ``text_columns`` are the fields that hold captions (strings or lists of strings), in their
-    order.
+    """Open everything in a source, and name the split of each image; see ``open_pairs``.
 
     Raises:
         UserError: As ``open_pairs``.

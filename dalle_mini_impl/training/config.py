@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from dalle_mini_impl.data.pairs import TEXT_COLUMNS
+
 DEFAULT_MAX_STEPS = 10_000
 
 
@@ -133,6 +135,9 @@ class DataConfig:
     """Split that is trained on."""
     validation_split: str = "val"
     """Held-out split; 5 % of the images where the source has no splits."""
+    text_columns: tuple[str, ...] = TEXT_COLUMNS
+    """Fields of metadata, tar members or tables that hold captions, each a text or a list of texts;
+    main captions first."""
     balance_by: str | None = None
     """Attribute whose groups are evened out: an image has the weight 1 / sqrt(group size)."""
     max_bad_fraction: float = 0.1
@@ -142,3 +147,5 @@ class DataConfig:
     def __post_init__(self) -> None:
         fraction = self.max_bad_fraction
         require(0 <= fraction <= 1, "data.max_bad_fraction", fraction, "0 to 1")
+        columns = self.text_columns
+        require(len(columns) > 0, "data.text_columns", columns, "at least one name")

@@ -136,7 +136,7 @@ def load_pairs(
     role = "train" if split == config.train_split else "held_out"
     try:
         # 1. list, then read; stop early where too much is bad
-        source = open_pairs(config.source, split=split)
+        source = open_pairs(config.source, split=split, text_columns=config.text_columns)
         # Readers skip before they split: report it for one split alone.
         skipped = list(source.skipped) if role == "train" else []
         _refuse_too_many(skipped, source.num_records, config, records)

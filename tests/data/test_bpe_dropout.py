@@ -85,7 +85,7 @@ def test_cut_variants_are_counted(text_tokenizer: TextTokenizer) -> None:
 
 
 def test_an_empty_caption_is_refused(text_tokenizer: TextTokenizer) -> None:
-    with pytest.raises(UserError, match="caption: got .* expected some text"):
+    with pytest.raises(UserError, match=r"caption: got .* expected some text"):
         encode_variants(text_tokenizer, [" "], dropout=0.1)
 
 

@@ -319,6 +319,7 @@ def test_parquet_with_plain_bytes_and_other_captions(tmp_path: Path) -> None:
     rows = [{"image": png_bytes(3), "alt": ["a", "b"], "blob": b"\x00"}]
     write_parquet(tmp_path / "x.parquet", rows)
     pairs, splits = open_all_splits(str(tmp_path), text_columns=["alt"])
+    assert keys(open_pairs(str(tmp_path), split="train", text_columns=["alt"])) == ["row 0"]
     assert pairs[0].captions == ("a", "b")
     assert pairs[0].attributes == {}
     assert pairs.read_image(0) == png_bytes(3)

@@ -135,7 +135,7 @@ def test_long_captions_are_cut_counted_and_warned_about_once(
 
 @pytest.mark.parametrize("caption", ["", " ", "\n\t\xa0"])
 def test_empty_captions_are_refused(encoder: TextTokenizer, caption: str) -> None:
-    with pytest.raises(UserError, match="caption: got .* expected some text"):
+    with pytest.raises(UserError, match=r"caption: got .* expected some text"):
         encoder.encode(["a red square", caption])
 
 
