@@ -112,9 +112,11 @@ def load_parts(folder: Path, *, build: Callable[..., Pipeline]) -> Pipeline:
         UserError: If the folder is no model folder, or its parts are damaged or do not fit.
     """
     if not (folder / INDEX_NAME).is_file():
+        expected = "the folder that train_dalle.py wrote, for example out/demo/dalle/model"
+        if (folder / "model" / INDEX_NAME).is_file():  # the run's folder
+            expected = f"{folder / 'model'}"
         raise UserError(
-            f"model: {folder} is no model folder (no {INDEX_NAME} in it); "
-            "expected the folder that train_dalle.py wrote, for example out/demo/dalle/model"
+            f"model: {folder} is no model folder (no {INDEX_NAME} in it); expected {expected}"
         )
     try:
         index = _read_index(folder)

@@ -29,6 +29,7 @@ from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.image_tokenizer import require_working
 from vqvae.pretrained.load import load_tokenizer
+from vqvae.serialization import CONFIG_NAME
 
 MAX_ZOOM = 4.0
 EVALUATION_BATCH_SIZE = 64
@@ -132,10 +133,14 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
         require_working(vqvae)
     except ValueError as error:
-        raise UserError(
-            f"vqvae_dir: {error}; expected a folder that train_vqvae.py wrote, or another "
-            "project's tokenizer, with vqvae_image_size if it takes several sizes"
-        ) from None
+        expected = (
+            "a folder that train_vqvae.py wrote, or another project's tokenizer, with "
+            "vqvae_image_size if it takes several sizes"
+        )
+        model = Path(config.vqvae_dir) / "model"
+        if (model / CONFIG_NAME).is_file():  # the run's folder
+            expected = str(model)
+        raise UserError(f"vqvae_dir: {error}; expected {expected}") from None
     vqvae = vqvae.to(run.accelerator.device)
 
     # 2. Captions and images as tokens; only the training split is augmented.

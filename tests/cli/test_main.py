@@ -36,6 +36,7 @@ BAD_INPUT = {
     "PROMPT '   '": "prompt: got '   ', expected some text",
     "generate --model MODEL": "--prompt TEXT or --prompts-file FILE",
     "generate --prompt x": "--model ... --help",
+    "generate --model ABOVE --prompt x": "model: ABOVE is no model folder ... expected MODEL",
     "generate --model DATA --prompt x": "model: DATA is no model folder ... train_dalle.py wrote",
     "PROMPT x --seed -1": "seed: got -1",
     "PROMPT x --num-images 0": "num_images: got 0, expected at least 1",
@@ -80,6 +81,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     for number in range(3):
         tiny.render_image(number).save(few / f"{number}.png")
         (few / f"{number}.txt").write_text("a box")
+    above = shutil.copytree(model_dir, folder / "run" / "model").parent
     (folder / "odd.yaml").write_text("vqvae:\n  tint: 3\n")
     vqvae, dalle = write_presets(data, folder / "runs")
     return {
@@ -87,7 +89,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
         "INSIDE": str(data / "below" / "run"),
         "BARE": str(bare),
         "FEW": str(few),
-        "MODEL": str(model_dir),
+        "ABOVE": str(above),
+        "MODEL": str(above / "model"),
         "OUT": str(folder / "out"),
         "NONE": str(folder / "none"),
         "IMAGE": str(bare / "0.png"),

@@ -229,9 +229,12 @@ def test_unusable_data_are_named(data: Path, tmp_path: Path, change: Any, messag
         tiny.train(config)
 
 
-def test_unusable_settings_are_named(data: Path, tmp_path: Path) -> None:
+def test_unusable_settings_are_named(data: Path, vqvae_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vqvae_dir: .*expected a folder that train_vqvae\.py"):
         tiny.train(tiny.dalle_run(data, tmp_path / "nothing", tmp_path / "run"))
+    shutil.copytree(vqvae_dir, tmp_path / "vqvae" / "model")
+    with pytest.raises(UserError, match=rf"vqvae_dir: .*expected {tmp_path}/vqvae/model$"):
+        tiny.train(tiny.dalle_run(data, tmp_path / "vqvae", tmp_path / "run"))
     config = tiny.vqvae_run(data, tmp_path / "run", gradient_accumulation_steps=3)
     message = "training.global_batch_size: got 8, expected a multiple of 3"
     with pytest.raises(UserError, match=message):
