@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dalle_mini_impl.cli.arguments import OneLineParser, user_path
 from dalle_mini_impl.cli.main import COMMANDS, show_elapsed_minutes
+from dalle_mini_impl.errors import UserError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -47,6 +48,10 @@ def main(arguments: Sequence[str]) -> None:
         return ["--data.source", str(data), "--output_dir", str(run), *resume]
 
     # Both presets first: a wrong one is refused before any work is done.
+    if not all((presets / f"{name}.yaml").is_file() for name in ("vqvae", "dalle")):
+        raise UserError(
+            f"configs: got {options.configs}, expected a folder with vqvae.yaml and dalle.yaml"
+        )
     preset = ["--config", str(presets / "vqvae.yaml"), *shared(vqvae)]
     config, vqvae_resume = load_config(VQVAERunConfig, preset, description="")
     preset = ["--config", str(presets / "dalle.yaml"), *shared(dalle)]

@@ -63,7 +63,7 @@ BAD_INPUT = {
     "check_data --source DATA --text-length -4": "text_length: got -4, expected at least 1",
     "prepare_shapes --out OUT --test-compose -1": "test_compose: got -1, expected at least 0",
     "prepare_scenes --out OUT --test -1": "test: got -1, expected at least 0",
-    "demo --out NONE --configs NONE": "config: ... NONE/vqvae.yaml",
+    "demo --out NONE --configs NONE": "configs: got NONE, expected a folder with vqvae.yaml",
     "demo --fast": "--fast ... --help",
 }
 
