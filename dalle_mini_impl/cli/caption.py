@@ -48,6 +48,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write JSON to stdout: one line per image, caption or measurement."""
     options = parse(arguments)
+    own = ("images", "caption", "captions_file", "complete")
+    given = [name for name in own if getattr(options, name) not in (None, [])]
+    if options.evaluate and given:
+        raise UserError(
+            f"evaluate: got {options.evaluate} with {', '.join(given)}, expected none of them: its "
+            "images and captions are those of the data set"
+        )
     # After parsing: --help and bad options need not wait for torch.
     from dalle_mini_impl.cli.pipelines import open_pipeline
 

@@ -52,6 +52,8 @@ BAD_INPUT = {
     "app --native int4": "--native: invalid choice ... --help",
     "app --port 99999": "port: got 99999, expected 1 to 65535",
     "app --host not/a/host": "host: got 'not/a/host', expected a name or address of this machine",
+    "caption --model NONE --images IMAGE --evaluate shapes": "evaluate: got shapes with images",
+    "caption --model NONE --complete '' --evaluate emoji": "evaluate: got emoji with complete",
     "evaluate --model MODEL --fast": "--fast ... --help",
     "prepare_emoji --out OUT --size 2": "size: got 2, expected at least 8",
     "prepare_shapes --out OUT --kinds double": "--kinds: ... 'double'",
