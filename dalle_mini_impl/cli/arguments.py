@@ -18,11 +18,14 @@ class OneLineParser(argparse.ArgumentParser):
 
 def user_path(text: str) -> Path:
     """Read a path; the shell leaves the ``~`` of ``--out=~/images`` to us."""
-    return Path(text).expanduser()
+    return Path(user_text(text))
 
 
-# The same for what may also be a name on the Hub, or is shown as it was given.
-user_text = os.path.expanduser
+def user_text(text: str) -> str:
+    """Read what may also be a name on the Hub, or is shown as it was given."""
+    if not text.strip():  # else read as the working folder
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a name")
+    return os.path.expanduser(text)
 
 
 def add_native(parser: argparse.ArgumentParser) -> None:

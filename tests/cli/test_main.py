@@ -36,6 +36,7 @@ BAD_INPUT = {
     "PROMPT '   '": "prompt: got '   ', expected some text",
     "generate --model MODEL": "--prompt TEXT or --prompts-file FILE",
     "generate --prompt x": "--model ... --help",
+    "generate --model '' --prompt x": "argument --model: got '', expected a name",
     "generate --model ABOVE --prompt x": "model: ABOVE is no model folder ... expected MODEL",
     "generate --model DATA --prompt x": "model: DATA is no model folder ... train_dalle.py wrote",
     "PROMPT x --seed -1": "seed: got -1",
