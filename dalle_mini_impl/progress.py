@@ -75,3 +75,8 @@ def log_now_and_then(what: str) -> Callable[[int, int], None]:
             logger.info(f"{what}: {done} of {total}")
 
     return step
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things: 1 image, 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -202,6 +202,7 @@ def generate_to_folder(
     from dalle_mini_impl.cli import image_files
     from dalle_mini_impl.cli.pipelines import Processes, open_pipeline
     from dalle_mini_impl.output_dirs import make_folder
+    from dalle_mini_impl.progress import counted
 
     # 1. refuse what is wrong before seconds are spent on loading
     if not prompts:
@@ -234,7 +235,7 @@ def generate_to_folder(
     first = processes.gather([image_files.next_number(out)])[0]
     numbers = {prompt: first + index for index, prompt in enumerate(unique)}
     total = len(unique) * request.num_images
-    logger.info(f"generating {total} image{'s' if total > 1 else ''}")
+    logger.info(f"generating {counted(total, 'image')}")
     # Numbers are given before the prompts are split: names must not depend on the processes.
     mine = dataclasses.replace(request, prompts=processes.split(unique))
     with _full_memory_or_disk_in_one_line(out):

@@ -16,6 +16,7 @@ from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pairs, open_all_splits
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.progress import counted
 
 HUGE_PIXELS = 8_000_000
 LONG_SIDE_RATIO = 3
@@ -238,7 +239,8 @@ def report_lines(report: DataReport) -> list[str]:
     usable = sum(report.split_sizes.values())
     lines = [f"{printable(report.source)}: {usable} of {report.num_records} records can be used"]
     for split, size in sorted(report.split_sizes.items()):
-        lines.append(f"  {split}: {size} images, {report.num_captions[split]} captions")
+        captions = counted(report.num_captions[split], "caption")
+        lines.append(f"  {split}: {counted(size, 'image')}, {captions}")
     lines.append("formats: " + ", ".join(f"{n} {kind}" for kind, n in report.kinds.items()))
     lines += _histogram(report.caption_lengths, report.text_length)
     for finding in report.findings:

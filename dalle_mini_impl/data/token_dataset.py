@@ -26,7 +26,7 @@ from dalle_mini_impl.data.images import bytes_to_pixels
 from dalle_mini_impl.data.pairs import Pair
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.progress import log_now_and_then
+from dalle_mini_impl.progress import counted, log_now_and_then
 from vqvae.image_tokenizer import ImageTokenizer
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,8 @@ def build_token_dataset(
             logger.info(f"image and caption tokens: reading {path}")
             return stored
     logger.info(
-        f"image and caption tokens: encoding {len(pixels)} images in {variation.num_views} views; "
+        f"image and caption tokens: encoding {counted(len(pixels), 'image')} in "
+        f"{counted(variation.num_views, 'view')}; "
         "they are kept when all are done"
     )
     dataset = TokenDataset(

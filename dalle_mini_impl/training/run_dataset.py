@@ -21,7 +21,7 @@ from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.progress import log_now_and_then
+from dalle_mini_impl.progress import counted, log_now_and_then
 from dalle_mini_impl.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def load_pairs(
     records.write_skipped(skipped, anew=role == "train")
     if len(skipped) > MAX_LISTED:
         logger.info(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
-    logger.info(f"{split}: {len(found)} images from {config.source}, {len(skipped)} skipped")
+    logger.info(f"{split}: {counted(len(found), 'image')} from {config.source}, {len(skipped)} skipped")
     if replaced:
         logger.info(f"{split}: {len(replaced)} missing images are replaced by others")
     return loaded

@@ -1,5 +1,6 @@
 """What ``check_data`` finds in each kind of source, and how its script ends."""
 
+import dataclasses
 import json
 import tarfile
 from pathlib import Path
@@ -42,6 +43,9 @@ def test_good_data_have_no_problems(tmp_path: Path) -> None:
     assert report.findings == ()
     lines = report_lines(report)
     assert lines[0].endswith("30 of 30 records can be used")
+    assert lines[2] == "  val: 5 images, 10 captions"
+    report = dataclasses.replace(report, split_sizes={"val": 1}, num_captions={"val": 1})
+    assert report_lines(report)[1] == "  val: 1 image, 1 caption"
     counted = [int(line.split()[1]) for line in lines if line.strip().split("-")[0].isdigit()]
     assert sum(counted) == 60
 
