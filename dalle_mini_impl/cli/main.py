@@ -41,10 +41,14 @@ def console() -> None:
     """Run ``dalle-mini COMMAND ...``."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("none", [])
     if name in ("-h", "--help"):
-        sys.stdout.write(f"usage: {CONSOLE} COMMAND ...\n\n")
-        for command, summary in COMMANDS.items():
-            sys.stdout.write(f"  {command:18} {summary}\n")
-        sys.stdout.write(f"\n{CONSOLE} COMMAND --help lists its options.\n")
+        listed = "".join(f"  {command:18} {text}\n" for command, text in COMMANDS.items())
+        end = f"\n{CONSOLE} COMMAND --help lists its options.\n"
+        try:
+            sys.stdout.write(f"usage: {CONSOLE} COMMAND ...\n\n{listed}{end}")
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader, such as head, has read enough
+            # Else Python would try once more at its end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return
     # Parsers and the line that says how to resume read here what the user typed.
     sys.argv = [f"{CONSOLE} {name}" if name in COMMANDS else CONSOLE, *arguments]

@@ -1,9 +1,11 @@
 """How commands start and end: bad input is one line, signals say how to resume."""
 
 import logging
+import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -235,6 +237,17 @@ def test_console_lists_commands(
         assert_one_line(capsys.readouterr().err, message, {})
     assert run_console(monkeypatch, "generate", "--prompt", "x") == 2
     assert "dalle-mini generate --help lists" in capsys.readouterr().err
+
+
+def test_help_to_a_reader_that_has_left() -> None:
+    code = "from dalle_mini_impl.cli.main import console; console()"
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-c", code, "--help"]
+    with open(writer, "w") as stdout:
+        pipes = {"stdout": stdout, "stderr": subprocess.PIPE}
+        done = subprocess.run(command, cwd=REPOSITORY, check=False, **pipes)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 WITH_PIL = [name for name in COMMANDS if name.startswith("prepare_")]
