@@ -16,7 +16,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = OneLineParser(description=COMMANDS["evaluate"])
     add = parser.add_argument
     add("--model", type=user_text, required=True, help="model folder that train_dalle.py wrote")
-    add("--data", type=user_text, default="out/demo/data", help="its data: emoji, shapes, scenes, any")
+    add("--data", type=user_text, default="out/demo/data", help="emoji, shapes, scenes, any")
     add("--out", type=user_path, default="out/evaluation", help="report's folder")
     add("--style", nargs="+", default=[], help="of emoji to generate (default: all)")
     add("--language", choices=("en", "ko"), default="en", help="of the captions")

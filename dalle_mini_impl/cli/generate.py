@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 IMAGES_AT_A_TIME = 64  # generated, then written: an interrupted call loses at most these
 CLIP_FOLDER = "clip"  # of a model folder
-MAX_IMAGES = 100_000  # of one call, with candidates: days of work; more is surely a typo
+MAX_IMAGES = 100_000  # of one call, with candidates: days of work; more is probably a typo
 OF_MODEL = "default: the model's own"
 
 

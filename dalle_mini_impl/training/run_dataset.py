@@ -166,7 +166,8 @@ def load_pairs(
     records.write_skipped(skipped, anew=role == "train")
     if len(skipped) > MAX_LISTED:
         logger.info(f"skipped {len(skipped) - MAX_LISTED} more; {records.skipped_file} lists all")
-    logger.info(f"{split}: {counted(len(found), 'image')} from {config.source}, {len(skipped)} skipped")
+    images = counted(len(found), "image")
+    logger.info(f"{split}: {images} from {config.source}, {len(skipped)} skipped")
     if replaced:
         logger.info(f"{split}: {len(replaced)} missing images are replaced by others")
     return loaded
