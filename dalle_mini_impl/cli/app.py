@@ -75,23 +75,19 @@ def check_address(host: str, port: int) -> None:
     """Refuse an address that cannot be served, before seconds are spent on loading."""
     if not 1 <= port <= MAX_PORT:
         raise UserError(f"port: got {port}, expected 1 to {MAX_PORT}")
+    other_host = UserError(
+        f"host: got {host!r}, expected a name or address of this machine, such as 127.0.0.1"
+    )
     try:
         plain = host.strip("[]")  # of an IPv6 address in an URL
         family, *_, address = socket.getaddrinfo(plain, port, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
+    except (socket.gaierror, UnicodeError):  # Unicode: a name that is none of a host
+        raise other_host from None
     except OSError as error:
-        if isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
-            raise _wrong_host(host) from None
-        reason = error.strerror or error
-        raise UserError(f"port: got {port}: {reason}; expected a free one") from None
-    except UnicodeError:  # a name that is none of a host
-        raise _wrong_host(host) from None
-
-
-def _wrong_host(host: str) -> UserError:
-    return UserError(
-        f"host: got {host!r}, expected a name or address of this machine, such as 127.0.0.1"
-    )
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise other_host from None
+        raise UserError(f"port: got {port}: {error.strerror}; expected a free one") from None
 
 
 class PageBackend:
