@@ -129,13 +129,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        "RUN DATA --vqvae.tint 3",
-        "RUN BARE",
-        "generate --model DATA --prompt x",
-        "generate --prompt x",
-    ],
+    "command", ["RUN BARE", "generate --model DATA --prompt x", "generate --prompt x"]
 )
 def test_bad_input_of_a_process(command: str, places: dict[str, str]) -> None:
     result = run_apart(*shlex.split(filled(command, places)))

@@ -184,6 +184,7 @@ def test_printable() -> None:
 # In a process of its own, after torch is loaded.
 GENERATE = """
 import resource, signal, sys
+import dalle_mini_impl.cli.generate
 import dalle_mini_impl.cli.image_files
 from dalle_mini_impl.cli.main import run_command
 
@@ -215,6 +216,7 @@ def test_out_of_memory_is_one_line_that_says_what_to_lower(model_dir: Path, tmp_
         "pages = int(open('/proc/self/statm').read().split()[0])\n"
         "size = pages * resource.getpagesize() + (80 << 20)\n"
         "resource.setrlimit(resource.RLIMIT_AS, (size, size))\n"
+        "dalle_mini_impl.cli.generate.MAX_IMAGES = 2_000_000\n"
     )
     options = ("--num-images", 1, "--num-candidates", 2_000_000, "--out", tmp_path)
     line = fail_to_generate(model_dir, *options, limit=limit).stderr
