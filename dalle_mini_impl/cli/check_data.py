@@ -61,9 +61,11 @@ def main(arguments: Sequence[str]) -> None:
     )
     logger.info("\n".join(report_lines(report)))
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
-    # Without a preset, any second split may be the one that is held out.
-    if config is not None or len(report.split_sizes) < 2:
+    # Of other data than the preset's, any second split may be the one that is held out.
+    if options.source is None:
         _require_splits(source, limits)
+    elif len(report.split_sizes) < 2:
+        _require_splits(source, DataConfig(source=source, text_columns=limits.text_columns))
     if config is not None and vqvae is not None:
         logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
