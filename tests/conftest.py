@@ -22,20 +22,19 @@ if TYPE_CHECKING:
     from dalle_mini_impl.models.text_to_image import TextToImageModel
     from vqvae import VQVAE
 
-DEFAULT_TIMEOUT = 600  # as in pyproject.toml
-
 # The same examples in every run; no deadline, since a busy machine is no failure.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Begin with what takes minutes, so that no process is left alone with it at the end."""
+    usual = float(config.getini("timeout"))
 
     def seconds(item: pytest.Item) -> float:
         marker = item.get_closest_marker("timeout")
         # Others stay together, as their modules share what they set up.
-        return max(DEFAULT_TIMEOUT, marker.args[0] if marker else 0)
+        return max(usual, marker.args[0] if marker else 0)
 
     items.sort(key=seconds, reverse=True)
 

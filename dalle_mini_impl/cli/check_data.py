@@ -76,9 +76,11 @@ def main(arguments: Sequence[str]) -> None:
 def _require_splits(source: str, limits: "DataConfig") -> None:
     """Refuse a source as training does that lacks one of its splits, or is too small for both."""
     from dalle_mini_impl.data.pairs import open_pairs
+    from dalle_mini_impl.data.splits import choose_split
 
+    listed = open_pairs(source, text_columns=limits.text_columns).listed
     for split in (limits.train_split, limits.validation_split):
         try:
-            open_pairs(source, split=split, text_columns=limits.text_columns)
+            choose_split(source, listed, split)
         except UserError as error:
             raise UserError(f"source: {error}") from None

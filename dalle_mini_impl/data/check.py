@@ -105,8 +105,7 @@ def check_data(
     """Read any source that training takes, all of it, and find what is wrong with it.
 
     ``image_size``, ``text_length``, ``vocab_size`` and ``text_columns`` are those of the training
-    to come;
-    ``progress`` is called with (done, total).
+    to come; ``progress`` is called with (done, total).
 
     Raises:
         UserError: The source holds no captioned image at all.
