@@ -14,6 +14,8 @@ WORDS = {
     r"wanted": "a message says: field: got X, expected Y; remedy",
     r"rebuilt": "reconstruction",
     r"foretell\w*": "predict",
+    r"guess(?:es|ed)?": "draft tokens",
+    r"paint(?:s|ed|ing)?|repaint\w*": "generate an image, inpaint",
     r"colours?|coloured|neighbours?|neighbouring": "American spelling: color, neighbor",
     r"grey|licences?|behaviours?|memorisation": "gray, license, behavior, memorization",
     r"caption_gains?": "log_likelihood_ratio",
@@ -35,7 +37,8 @@ UNCHECKED = {"docs/log.md", "CHANGELOG.md", "CONTRIBUTING.md", "tests/test_words
 
 
 def tracked_texts() -> list[str]:
-    command = ["git", "ls-files", "--", "*.py", "*.yaml", "*.md"]
+    kinds = "*.py *.yaml *.md *.toml *.cpp Makefile .ci/*"
+    command = ["git", "ls-files", "--", *kinds.split()]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     names = [name for name in done.stdout.splitlines() if (REPOSITORY / name).is_file()]
     return [name for name in names if name not in UNCHECKED]

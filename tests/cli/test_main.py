@@ -225,7 +225,7 @@ def test_console_lists_commands(
     lines = capsys.readouterr().out.splitlines()
     for name, summary in COMMANDS.items():
         assert f"  {name:18} {summary}" in lines
-    for arguments, got in (((), "none"), (("paint",), "paint"), (("../x",), "../x")):
+    for arguments, got in (((), "none"), (("sketch",), "sketch"), (("../x",), "../x")):
         assert run_console(monkeypatch, *arguments) == 2
         message = f"command: got {got}, expected one of generate"
         assert_one_line(capsys.readouterr().err, message, {})
