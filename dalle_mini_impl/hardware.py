@@ -27,6 +27,16 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 KEPT_BYTES = 2**30
 GLIBC_2_34_KEPT_BYTES = 2**25  # the most that glibc before 2.35 takes
 NEVER = -1
+# What `accelerate config` of another project leaves in the environment, which Accelerate obeys:
+# other engines, a divisor of all gradients, a compiler. And the values that change nothing.
+LEFTOVERS = {
+    "ACCELERATE_USE_DEEPSPEED": ("false", "0"),
+    "ACCELERATE_USE_FSDP": ("false", "0"),
+    "ACCELERATE_USE_MEGATRON_LM": ("false", "0"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("false", "0"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("1",),
+    "ACCELERATE_DYNAMO_BACKEND": ("no",),
+}
 TRIM_VARIABLE = "MALLOC_TRIM_THRESHOLD_"  # of glibc; the user's choice comes first
 
 
@@ -137,8 +147,10 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> "Accele
     """Find the device and processes of this run; ``auto`` takes bf16 where it is fast.
 
     Raises:
-        UserError: If the launcher started more processes than found each other.
+        UserError: If the launcher started more processes than found each other, or set what the
+            options of a run decide.
     """
+    _refuse_leftovers()
     # Imported here: Accelerate takes a second, and one process on a CPU has no use for it.
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -163,3 +175,13 @@ def build_accelerator(mixed_precision: Literal["auto", "no", "bf16"]) -> "Accele
             "each other; start them with torchrun --nproc_per_node or accelerate launch"
         )
     return accelerator
+
+
+def _refuse_leftovers() -> None:
+    for name, harmless in LEFTOVERS.items():
+        got = os.environ.get(name)
+        if got is not None and got.lower() not in harmless:
+            raise UserError(
+                f"{name}: got {got} from the environment, expected {harmless[0]}, since the "
+                "options of a run decide it; unset it, or use torchrun, not accelerate launch"
+            )

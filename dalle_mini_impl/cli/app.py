@@ -10,6 +10,7 @@ import importlib.util
 import logging
 import math
 import os
+import random
 import shutil
 import signal
 import socket
@@ -33,6 +34,7 @@ DEFAULT_MODEL = "checkpoints/emoji-64"
 MAX_PROMPT_LENGTH = 500  # characters
 MAX_PORT = 2**16 - 1
 MAX_SEED = 2**53 - 1  # the largest whole number that JavaScript holds exactly
+NUM_NEW_SEEDS = 1_000_000  # short enough to be told to someone else
 MAX_WAITING = 16  # requests in the queue; further ones are refused
 CALLS_KEPT = 64  # whose images can still be downloaded
 LIMITS = {
@@ -152,13 +154,16 @@ def build_page(backend: PageBackend) -> Any:
     """Lay out the page: Gradio's blocks, with a bounded queue."""
     import gradio as gr
 
-    def generate(*values: Any) -> tuple[list[tuple[str, str]], list[str]]:
+    def generate(
+        prompt: Any, count: Any, seed: Any, guidance: Any, temperature: Any, keep_seed: Any
+    ) -> tuple[list[tuple[str, str]], list[str], Any]:
+        seed = seed if keep_seed else random.randrange(NUM_NEW_SEEDS)
         try:
-            images = backend.generate(*values)
+            images = backend.generate(prompt, count, seed, guidance, temperature)
         except UserError as error:
             # Shown on the page; a traceback in the terminal would look like a fault of the program.
             raise gr.Error(str(error), print_exception=False) from None
-        return images, [path for path, _ in images]
+        return images, [path for path, _ in images], seed
 
     config = backend.pipeline.sampling_config
     with gr.Blocks(
@@ -169,6 +174,7 @@ def build_page(backend: PageBackend) -> Any:
             low, high = LIMITS["num_images"]
             count = gr.Slider(low, high, value=4, step=1, label="Images / 그림 수")
             seed = gr.Number(0, minimum=0, maximum=MAX_SEED, precision=0, label="Seed / 시드")
+            keep_seed = gr.Checkbox(False, label="Keep the seed / 시드 고정")
             low, high = LIMITS["guidance_scale"]
             guidance = gr.Slider(low, high, value=config.guidance_scale, label="Guidance / 충실도")
             low, high = LIMITS["temperature"]
@@ -187,9 +193,13 @@ def build_page(backend: PageBackend) -> Any:
             label="PNG files with prompt and seed / 프롬프트와 시드가 든 PNG 파일",
             interactive=False,
         )
-        inputs = [prompt, count, seed, guidance, temperature]
+        inputs = [prompt, count, seed, guidance, temperature, keep_seed]
         gr.on(
-            [button.click, prompt.submit], generate, inputs, [gallery, files], api_name="generate"
+            [button.click, prompt.submit],
+            generate,
+            inputs,
+            [gallery, files, seed],
+            api_name="generate",
         )
     # One call at a time: a second one would take memory and save no time.
     return page.queue(max_size=MAX_WAITING, default_concurrency_limit=1, api_open=False)
@@ -205,6 +215,10 @@ def serve(
     with tempfile.TemporaryDirectory(prefix="dalle-app-") as folder:
         # Gradio reads them when it is imported.
         os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_TEMP_DIR=f"{folder}/cache")
+        # It asks for its own page once, which no proxy of the user's could fetch.
+        for name in ("no_proxy", "NO_PROXY"):
+            hosts = [os.environ.get(name), host, "localhost", "127.0.0.1", "::1"]
+            os.environ[name] = ",".join(filter(None, hosts))
         if importlib.util.find_spec("gradio") is None:
             raise UserError("app: Gradio is missing; expected pip install -e '.[app]'")
         pipeline = open_pipeline(model, native=native)

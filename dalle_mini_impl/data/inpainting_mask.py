@@ -99,9 +99,11 @@ def check_part(
 def mask_pixels(mask: Image.Image, *, size: int) -> Bool[Tensor, "height width"]:
     """Scale a mask to the model's images: True where any of its own pixels is white.
 
-    Transparent counts as white.
+    Transparent counts as black: on a layer that was painted, it is what was left alone.
     """
-    # to_rgb lays transparent parts over white, so they count as masked.
+    if mask.has_transparency_data:
+        layer = mask.convert("RGBA")
+        mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), layer)
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     # In float32, where one white pixel of a thousand is not rounded away.
     fractions = white.convert("F").resize(

@@ -29,6 +29,7 @@ from dalle_mini_impl.training.wandb_run import (
 
 logger = logging.getLogger(__name__)
 
+DEFAULT_PROJECT = "dalle-mini-impl"
 METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 _UNSAFE = re.compile(r"[^\w.-]+", re.ASCII)
@@ -40,8 +41,10 @@ class TrackingConfig:
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; `auto` obeys WANDB_MODE, else is online with a key and a network, else offline."""
-    project: str = "dalle-mini-impl"
-    """W&B project."""
+    project: str | None = None
+    """W&B project; None: ``WANDB_PROJECT``, else dalle-mini-impl."""
+    entity: str | None = None
+    """W&B user or team that owns the project; None: ``WANDB_ENTITY``, else the key's own."""
     run_name: str | None = None
     """Name of the run in W&B; None lets W&B choose one."""
 
@@ -151,7 +154,12 @@ class Tracker:
         assert self._output_dir is not None
         folder = self._output_dir.resolve()
         mode: str = config.mode
-        names: Any = {"project": config.project, "run_name": config.run_name, "run_id": run_id}
+        names: Any = {
+            "project": config.project or os.environ.get("WANDB_PROJECT") or DEFAULT_PROJECT,
+            "entity": config.entity,
+            "run_name": config.run_name,
+            "run_id": run_id,
+        }
         try:
             if mode == "auto":
                 mode = choose_mode()

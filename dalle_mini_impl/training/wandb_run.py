@@ -89,6 +89,7 @@ def init_wandb(
     run_config: Mapping[str, Any],
     *,
     project: str,
+    entity: str | None,
     run_name: str | None,
     run_id: str | None,
 ) -> Any:
@@ -101,6 +102,7 @@ def init_wandb(
         settings.finish_timeout = FINISH_SECONDS
     run = wandb.init(
         project=project,
+        entity=entity,
         name=run_name,
         dir=str(folder),
         config=dict(run_config),

@@ -62,10 +62,20 @@ def test_mask_is_cropped_as_the_image_is() -> None:
     assert cells_of(touched_cells(shown, grid=GRID)) == [0]
 
 
-def test_what_is_transparent_counts_as_white() -> None:
-    mask = Image.new("RGBA", (16, 16), (0, 0, 0, 255))
-    mask.putpixel((2, 9), (0, 0, 0, 0))
-    shown = mask_pixels(mask, size=SIZE)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_stays(mode: str) -> None:
+    """White paint on a transparent layer, whatever color the transparent pixels hide."""
+    layer = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
+    layer.putpixel((2, 9), (255, 255, 255, 255))
+    layer.putpixel((5, 9), (0, 0, 0, 255))
+    if mode == "P":
+        layer = layer.convert("L").point(lambda _: 0).convert("P")
+        layer.putpixel((2, 9), 1)
+        layer.putpalette([255] * 6)
+        layer.info["transparency"] = 0
+    else:
+        layer = layer.convert(mode)
+    shown = mask_pixels(layer, size=SIZE)
     assert shown.nonzero().tolist() == [[9, 2]]
 
 

@@ -132,7 +132,7 @@ def test_page_with_a_compiled_pass(tmp_path: Path) -> None:
     server = start(tmp_path / "model", number, tmp_path, "--native", "float32")
     wait_until_served(server, number)
     try:
-        status, kind, (_, files) = call(number, list(GOOD))
+        status, kind, (_, files, _) = call(number, list(GOOD))
         assert (status, kind) == (200, "complete")
         _, content = request(number, "GET", f"/gradio_api/file={files[0]['path']}")
         assert facts_of(io.BytesIO(content))["native"] == "float32"
@@ -152,6 +152,7 @@ def start(model: Path, port: int, folder: Path, *options: str) -> "subprocess.Po
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
     env |= {"GRADIO_SHARE": "True", "GRADIO_SERVER_NAME": "0.0.0.0"}
     env |= {"GRADIO_ANALYTICS_ENABLED": "True"}
+    env |= dict.fromkeys(("http_proxy", "HTTP_PROXY", "all_proxy"), "http://127.0.0.1:9")
     command = [sys.executable, "scripts/app.py", "--model", str(model), "--port", str(port)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*command, *options], env=env, cwd=REPOSITORY, **pipes)
@@ -188,9 +189,10 @@ def request(port: int, method: str, path: str, body: Any = None) -> tuple[int, b
         connection.close()
 
 
-def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
+def call(port: int, values: list[Any], *, keep_seed: bool = True) -> tuple[int, str, Any]:
     """One request by the raw API: (status, "complete" or "error", what came back)."""
-    status, content = request(port, "POST", "/gradio_api/call/generate", {"data": values})
+    data = {"data": [*values, keep_seed]}
+    status, content = request(port, "POST", "/gradio_api/call/generate", data)
     if status != http.client.OK:
         return status, "refused", content.decode()
     event = json.loads(content)["event_id"]
@@ -201,7 +203,7 @@ def call(port: int, values: list[Any]) -> tuple[int, str, Any]:
 
 @pytest.mark.slow
 def test_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
-    status, kind, (gallery, files) = call(port, [XSS, 2, 5, 1.5, 0.9])
+    status, kind, (gallery, files, _) = call(port, [XSS, 2, 5, 1.5, 0.9])
     assert (status, kind) == (200, "complete")
     assert [shown["caption"] for shown in gallery] == [f"{XSS} · seed {seed}" for seed in (5, 6)]
     pipeline = TextToImagePipeline.from_pretrained(model_dir)
@@ -215,6 +217,18 @@ def test_files_hold_prompt_and_seed(port: int, model_dir: Path) -> None:
             facts = facts_of(io.BytesIO(content))
             assert (facts["prompt"], facts["seed"]) == (XSS, 5 + index)
             assert (facts["guidance_scale"], facts["temperature"]) == (1.5, 0.9)
+
+
+@pytest.mark.slow
+def test_every_press_gives_new_images_unless_the_seed_is_kept(port: int) -> None:
+    shown = [call(port, list(GOOD), keep_seed=False)[2] for _ in range(3)]
+    seeds = [seed for _, _, seed in shown]
+    assert len({0, *seeds}) == 4
+    assert [gallery[0]["caption"] for gallery, _, _ in shown] == [
+        f"{GOOD[0]} · seed {seed}" for seed in seeds
+    ]
+    (gallery, _, seed), (again, _, _) = (call(port, list(GOOD))[2] for _ in range(2))
+    assert (seed, gallery[0]["caption"]) == (0, again[0]["caption"])
 
 
 @pytest.mark.slow
@@ -270,7 +284,7 @@ def test_no_file_of_the_machine_is_served(path: str, port: int) -> None:
 
 @pytest.mark.slow
 def test_no_way_around_the_queue_and_no_upload(port: int) -> None:
-    status, _ = request(port, "POST", "/gradio_api/run/generate", {"data": list(GOOD)})
+    status, _ = request(port, "POST", "/gradio_api/run/generate", {"data": [*GOOD, True]})
     assert 400 <= status < 500
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="../../x"\r\n\r\n'
@@ -284,7 +298,7 @@ def test_no_way_around_the_queue_and_no_upload(port: int) -> None:
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_the_worker(port: int) -> None:
     for _ in range(5):
-        values = {"data": ["a red disc", 16, 0, 2.0, 1.0]}
+        values = {"data": ["a red disc", 16, 0, 2.0, 1.0, True]}
         _, content = request(port, "POST", "/gradio_api/call/generate", values)
         event = json.loads(content)["event_id"]
         gone = socket.create_connection(("127.0.0.1", port))

@@ -15,6 +15,7 @@ from wandb.proto import wandb_internal_pb2
 
 HEADER_SIZE, BLOCK_SIZE, CHUNK_HEADER_SIZE = 7, 32 * 1024, 7
 FULL, LAST = 1, 4
+NAMES = ("run_id", "project", "entity")
 
 
 class WandbFile(TypedDict):
@@ -26,12 +27,14 @@ class WandbFile(TypedDict):
     files: list[str]
     """Names under the run's `files/` folder, and `artifact:<type>/<name>/<path>`."""
     run_id: str
+    project: str
+    entity: str
 
 
 def read_wandb_file(folder: Path) -> WandbFile:
     """Read `<output_dir>/wandb/offline-run-*`; `wandb.teardown()` first completes it."""
     (path,) = folder.glob("*.wandb")
-    found: WandbFile = {"history": {}, "config": {}, "files": [], "run_id": ""}
+    found: WandbFile = {"history": {}, "config": {}, "files": []} | dict.fromkeys(NAMES, "")
     for data in _records(path.read_bytes()):
         record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
@@ -45,7 +48,9 @@ def read_wandb_file(folder: Path) -> WandbFile:
             for item in config.update:
                 key = item.key or ".".join(item.nested_key)
                 found["config"][key] = json.loads(item.value_json)
-            found["run_id"] = found["run_id"] or record.run.run_id
+            if kind == "run":
+                for name in NAMES:
+                    found[name] = found[name] or getattr(record.run, name)
         elif kind == "files":
             found["files"] += [file.path for file in record.files.files]
         elif kind == "artifact":

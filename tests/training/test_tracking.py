@@ -230,6 +230,23 @@ def test_auto_without_a_key_is_offline_at_once(tmp_path: Path) -> None:
     assert seconds < 10.0, "0.6 s on an idle machine; wandb's own time-outs start at 15 s"
 
 
+@pytest.mark.parametrize("given", ["nothing", "variables", "options"])
+def test_project_and_team(given: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Options come before the variables that wandb itself reads, and these before our default."""
+    expected = ("dalle-mini-impl", "")
+    if given != "nothing":
+        monkeypatch.setenv("WANDB_PROJECT", "mine")
+        monkeypatch.setenv("WANDB_ENTITY", "my-team")
+        expected = ("mine", "my-team")
+    config = TrackingConfig(mode="offline")
+    if given == "options":
+        config = TrackingConfig(mode="offline", project="another", entity="other-team")
+        expected = ("another", "other-team")
+    open_run(config, tmp_path).close()
+    found = read_offline_run(tmp_path)
+    assert (found["project"], found["entity"]) == expected
+
+
 def test_auto_needs_a_key_and_a_server(
     monkeypatch: pytest.MonkeyPatch, server: int, home: Path
 ) -> None:

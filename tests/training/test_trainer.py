@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.sample_order import SampleOrder
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.hardware import build_accelerator
+from dalle_mini_impl.hardware import LEFTOVERS, build_accelerator
 from dalle_mini_impl.training.checkpoint import load_checkpoint
 from dalle_mini_impl.training.resume import refuse_used_folder
 from dalle_mini_impl.training.task import Task
@@ -255,6 +255,20 @@ def test_incomplete_process_group_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: gpu)  # none joins
     with pytest.raises(UserError, match="WORLD_SIZE: got 2 from the launcher, but 1 found"):
+        build_accelerator("no")
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_settings_of_another_project_are_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``accelerate config`` leaves them; one of them would divide all gradients by 4."""
+    for value in (*LEFTOVERS[name], LEFTOVERS[name][0].upper()):
+        monkeypatch.setenv(name, value)
+        build_accelerator("no")
+    value = "4" if name.endswith("STEPS") else "true"
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"^{name}: got {value} from the environment, expected "):
         build_accelerator("no")
 
 
