@@ -136,6 +136,7 @@ class ClipTask:
     ) -> None:
         self.model: nn.Module = ranker.model
         self.pixels, self.config, self.ranker = train.pixels, config, ranker
+        self.selection_metric: str | None = None
         self.sample_weights = sample_weights
         self.num_samples = len(train.pairs)
         text_tokenizer, sizes = ranker.text_tokenizer, ranker.model.config

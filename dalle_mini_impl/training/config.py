@@ -67,7 +67,12 @@ class TrainingConfig:
     gradient_clip_norm: float = 1.0
     """Largest gradient norm; 0 switches clipping off."""
     ema_decay: float = 0.0
-    """Decay per update of the averaged weights that are kept; 0 keeps the last weights."""
+    """Decay per update of the averaged weights, which are evaluated and kept; 0 switches averaging
+    off."""
+    keep: Literal["best", "last"] = "best"
+    """Weights of the model folder: those of the best evaluation (decoders only), or the last."""
+    patience: int | None = None
+    """Evaluations without a better one after which the run ends early; None: it never does."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """bf16 autocast: ``auto`` uses it where the hardware multiplies bf16."""
     compile: bool = False
@@ -96,6 +101,11 @@ class TrainingConfig:
         for name in ("weight_decay", "warmup_steps", "gradient_clip_norm"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0")
         self._require("max_steps", self.max_steps is None or self.max_steps >= 1, "at least 1")
+        patience = self.patience
+        self._require("patience", patience is None or patience >= 1, "at least 1")
+        self._require(
+            "patience", patience is None or self.keep == "best", "null with training.keep last"
+        )
         self._require("max_minutes", self.max_minutes is None or self.max_minutes > 0, "above 0")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0")
         self._require("betas", all(0 <= beta < 1 for beta in self.betas), "0 to below 1")

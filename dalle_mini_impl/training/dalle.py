@@ -5,6 +5,7 @@ decoder sees tokens only. The loss is the cross-entropy of the image tokens plus
 predict captions, a small weight times that of the caption tokens.
 """
 
+import logging
 import math
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,10 +32,12 @@ from vqvae.image_tokenizer import require_working
 from vqvae.pretrained.load import load_tokenizer
 from vqvae.serialization import CONFIG_NAME
 
+logger = logging.getLogger(__name__)
 MAX_ZOOM = 4.0
 EVALUATION_BATCH_SIZE = 64
 MAX_MEASURED_TRAINING_SAMPLES = 256
 NUM_DEFAULT_PROMPTS = 16
+MIN_COMPARED = 16  # held-out images; of fewer, chance decides which evaluation is best
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +241,14 @@ class DalleTask:
         self.train, self.held_out, self.config = train, held_out, config
         self.sample_weights, self.identity = sample_weights, identity
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
+        self.selection_metric: str | None = None
+        if len(held_out) >= MIN_COMPARED:
+            self.selection_metric = "validation/log_likelihood_ratio_nats"
+        else:
+            logger.info(
+                f"{len(held_out)} held-out images are too few to tell which weights are best: "
+                "the last ones are kept"
+            )
         self.num_samples = len(train)
         self.image_length = train.image_token_ids.shape[-1]
         self.num_uniforms = SampleUniforms.count(self.image_length)

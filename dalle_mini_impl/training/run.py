@@ -87,11 +87,11 @@ def run_training(
         records = RunRecords(folder=output_dir, writes=is_main, resumes=resume is not None)
         task = build_task(config, RunContext(accelerator, records))
         trainer = _begin(config, task, accelerator, resume)
-        # 3. Train, then keep the averaged weights, if there are any.
+        # 3. Train, then keep the best weights.
         folder = output_dir / "model"
         try:
             trainer.train()
-            trainer.use_average()
+            trainer.use_kept()
             if is_main:
                 _save_model(task, folder)
                 trainer.tracker.log_artifact(folder, name="model", type="model")

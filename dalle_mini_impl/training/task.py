@@ -32,6 +32,8 @@ class Task(Protocol):
     """For the metric tokens per second."""
     identity: str
     """Hash of what the tokens mean; a checkpoint of another identity is refused."""
+    selection_metric: str | None
+    """Of ``evaluate``, highest for the best weights; None: the last ones are as good as any."""
     sample_weights: Tensor | None
     """How often each sample is expected relative to the others; None for equal weights."""
 

@@ -28,6 +28,7 @@ from dalle_mini_impl.data.sample_order import SampleOrder, step_generator
 from dalle_mini_impl.errors import StoppedError, UserError
 from dalle_mini_impl.hardware import is_out_of_memory
 from dalle_mini_impl.progress import ProgressLine
+from dalle_mini_impl.training.best_weights import BestWeights
 from dalle_mini_impl.training.checkpoint import (
     Checkpoint,
     checkpoint_before,
@@ -127,6 +128,14 @@ class Trainer:
         self.average: MovingAverage | None = None
         if config.ema_decay:
             self.average = MovingAverage(self.model, decay=config.ema_decay)
+        self.best: BestWeights | None = None
+        if config.keep == "best" and task.selection_metric is not None:
+            self.best = BestWeights()
+        elif config.patience is not None:
+            raise UserError(
+                f"training.patience: got {config.patience}, expected null: no evaluation of this "
+                "run tells which weights are best"
+            )
         self.order = SampleOrder(
             task.num_samples,
             global_batch_size=config.global_batch_size,
@@ -174,8 +183,8 @@ class Trainer:
             next_batches = loader.submit(self._batches, state.step)
             if state.evaluation_is_due:
                 self._make_up_for_evaluation(stop_request)
-            checkpoint_is_due = False
-            while state.progress(config) < 1.0:
+            checkpoint_is_due, ends_early = False, self._is_out_of_patience()
+            while state.progress(config) < 1.0 and not ends_early:
                 # 1. One step; the batches of the next one are made meanwhile.
                 with metrics.waiting():
                     batches = next_batches.result()
@@ -197,6 +206,8 @@ class Trainer:
                 # 3. Evaluate.
                 if is_last or state.step % config.evaluate_every_steps == 0:
                     self._evaluate(stop_request)
+                    ends_early = self._is_out_of_patience()
+                    is_last |= ends_early
 
                 # 4. Save and stop. A signal after the last step comes too late to matter, unless
                 # it cut the last evaluation short. All processes must stop at the same step.
@@ -217,6 +228,14 @@ class Trainer:
         if config.max_minutes is not None and minutes >= config.max_minutes:
             speed = state.step / max(1e-9, state.elapsed_seconds)
             logger.info(f"{state.step} steps in {minutes:.1f} minutes ({speed:.1f} per second)")
+
+    def _is_out_of_patience(self) -> bool:
+        """Tell whether so many evaluations were worse that the run ends early."""
+        if self.config.patience is None:
+            return False
+        # The main process alone has evaluated.
+        num_worse = self._largest(0 if self.best is None else self.best.num_worse)
+        return num_worse >= self.config.patience
 
     def _make_up_for_evaluation(self, stop_request: StopRequest) -> None:
         """Run the evaluation that a signal interrupted before this checkpoint was saved."""
@@ -341,6 +360,9 @@ class Trainer:
             if result is not None:
                 metrics, grids = result
                 self.tracker.log(metrics, state.step)
+                if self.best is not None and self.task.selection_metric is not None:
+                    name = self.task.selection_metric
+                    self.best.offer(self.model, metrics, name=name, step=state.step)
                 for grid in grids:
                     self.tracker.log_images(grid.key, grid.images, grid.captions, state.step)
         if self.average is not None:
@@ -362,6 +384,8 @@ class Trainer:
             }
             if self.average is not None:
                 tensors["average"] = self.average.weights
+            if self.best is not None and self.best.step >= 0:
+                tensors["best"], state["best"] = self.best.weights, self.best.position()
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 tensors[name], state[name] = flatten_optimizer_state(optimizer)
@@ -385,6 +409,8 @@ class Trainer:
             self.model.load_state_dict(checkpoint.tensors["model"])
             if self.average is not None:
                 self.average.load(checkpoint.tensors["average"])
+            if self.best is not None and "best" in checkpoint.tensors:
+                self.best.load(checkpoint.tensors["best"], checkpoint.state["best"])
             for index, optimizer in enumerate(self.optimizers):
                 name = f"optimizer_{index}"
                 restore_optimizer_state(optimizer, checkpoint.tensors[name], checkpoint.state[name])
@@ -420,10 +446,20 @@ class Trainer:
         self.micro_batch_size = batch_size // parts
 
     @torch.no_grad()
-    def use_average(self) -> None:
-        """Put the averaged weights into the model, for good."""
+    def use_kept(self) -> None:
+        """Put the weights that the run keeps into the model, for good: the best, or the last."""
         if self.average is not None:
             self.average.swap(self.model)
+        best = self.best
+        # The main process alone has evaluated, and it alone writes the model.
+        if best is None or best.step < 0:
+            return
+        if best.step != self.state.step:
+            self.model.load_state_dict(best.weights)
+            logger.info(f"kept the weights of step {best.step}, the best on held-out images")
+        names = {name: name.replace("validation/", "kept/") for name in best.metrics}
+        kept = {new: best.metrics[name] for name, new in names.items() if name != new}
+        self.tracker.log({"kept/step": float(best.step), **kept}, self.state.step)
 
     def _batches(self, step: int) -> list[Batch]:
         """Make this process's micro-batches of one step."""

@@ -130,6 +130,7 @@ class TranslationTask:
         self.references = [self.normalize(pair.target) for pair in pairs.held_out]
         self.num_samples = len(pairs.train)
         self.tokens_per_sample = self.train[0].shape[-1] + self.train[1].shape[-1]
+        self.selection_metric: str | None = None
         self.sample_weights: Tensor | None = torch.tensor(pairs.family_weights())
         # Pairs and vocabulary decide the tokens; a resumed run must have the same ones.
         digest = hashlib.sha256(translator.text_tokenizer.fingerprint().encode())

@@ -186,6 +186,7 @@ class ViTTask:
         self.num_samples = len(splits.train.labels)
         # A thing in n variants counts like sqrt(n) things.
         sizes = Counter(splits.train.families)
+        self.selection_metric: str | None = None
         self.sample_weights: Tensor | None = torch.tensor(
             [sizes[family] ** -0.5 for family in splits.train.families]
         )

@@ -207,6 +207,7 @@ class VQVAETask:
     """
 
     identity = ""  # pixels mean the same everywhere
+    selection_metric: str | None = None
 
     def __init__(
         self,

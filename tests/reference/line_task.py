@@ -1,6 +1,7 @@
 """A model of two weights and its task, for tests of the trainer."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,15 @@ class LineTask:
     sample_weights = None
 
     def __init__(
-        self, *, spoiled: Spoiled = None, max_steps: int = 20, seconds_per_step: float = 0.0
+        self,
+        *,
+        spoiled: Spoiled = None,
+        max_steps: int = 20,
+        seconds_per_step: float = 0.0,
+        scores: Sequence[float] = (),
     ) -> None:
+        self.scores = list(scores)
+        self.selection_metric: str | None = "validation/score" if scores else None
         self.spoiled, self.max_steps = spoiled or {}, max_steps
         self.seconds_per_step = seconds_per_step
         torch.manual_seed(0)
@@ -65,6 +73,8 @@ class LineTask:
         self.modes.append(("evaluate", self.model.training))
         bias = float(self.model.get_parameter("bias"))
         self.evaluated_bias.append(bias)
+        if self.scores:
+            return {"validation/bias": bias, "validation/score": self.scores.pop(0)}
         return {"validation/bias": bias}
 
     def make_image_grids(self) -> list[ImageGrid]:

@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -227,8 +228,70 @@ def test_averaged_weights_are_evaluated_and_kept(tmp_path: Path) -> None:
     average, trained = float(trainer.average.weights["bias"]), trainer.model.bias.item()
     assert average != trained
     assert task.evaluated_bias[-1] == average
-    trainer.use_average()
+    trainer.use_kept()
     assert trainer.model.bias.item() == average
+
+
+SCORES = (1.0, 3.0, 2.0, 2.5, 3.0, 0.0)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("resume_at", [None, 4, 6])
+def test_the_best_weights_are_kept(
+    ema_decay: float, resume_at: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the second of six evaluations, before and after a resume; equal ones came later."""
+    options: dict[str, Any] = {"every": 2, "ema_decay": ema_decay, "checkpoint_every_steps": 2}
+    task = LineTask(max_steps=12, scores=SCORES)
+    trainer = build_trainer(task, tmp_path, **options)
+    with caplog.at_level(logging.INFO):
+        if resume_at is None:
+            trainer.train()
+        else:
+            stopped = LineTask(max_steps=resume_at, scores=SCORES)
+            build_trainer(stopped, tmp_path, **options).train()
+            task = LineTask(max_steps=12, scores=SCORES[resume_at // 2 :])
+            trainer = build_trainer(task, tmp_path, resume_step=resume_at, **options)
+            trainer.restore(load_checkpoint(tmp_path / f"checkpoints/step-{resume_at:08d}"))
+            trainer.train()
+            task.evaluated_bias = stopped.evaluated_bias + task.evaluated_bias
+        trainer.use_kept()
+    assert trainer.model.bias.item() == task.evaluated_bias[1] != task.evaluated_bias[-1]
+    kept = read_metrics(tmp_path)[-1]
+    assert (kept["kept/step"], kept["kept/score"]) == (4, 3.0)
+    assert kept["kept/bias"] == task.evaluated_bias[1]
+    assert "kept the weights of step 4, the best on held-out images" in caplog.text
+    assert caplog.text.count("only memorizes") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores"), [({"keep": "last"}, SCORES), ({}, ()), ({}, (0.0, 1.0, 2.0, 3.0))]
+)
+def test_the_last_weights_are_kept(
+    changes: dict[str, Any], scores: tuple[float, ...], tmp_path: Path
+) -> None:
+    """Where asked for, where evaluations are not compared, and where they are the best."""
+    task = LineTask(max_steps=4, scores=scores)
+    trainer = build_trainer(task, tmp_path, every=1, **changes)
+    trainer.train()
+    trainer.use_kept()
+    assert trainer.model.bias.item() == task.evaluated_bias[-1]
+
+
+def test_patience_ends_a_run(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"every": 2, "patience": 2}
+    task = LineTask(max_steps=12, scores=SCORES)
+    trainer = build_trainer(task, tmp_path, **options)
+    trainer.train()
+    assert trainer.state.step == 8  # two evaluations after that of step 4
+    again = build_trainer(LineTask(max_steps=12, scores=SCORES), tmp_path, **options)
+    again.restore(load_checkpoint(tmp_path / "checkpoints/step-00000008"))
+    again.train()
+    assert again.state.step == 8
+    with pytest.raises(UserError, match=r"training\.patience: got 2, expected null: no evaluation"):
+        build_trainer(LineTask(), tmp_path, **options)
+    with pytest.raises(ValueError, match=r"training\.patience: got 2, expected null with"):
+        build_trainer(task, tmp_path, keep="last", **options)
 
 
 def test_a_batch_is_a_function_of_seed_and_step(tmp_path: Path) -> None:
