@@ -138,12 +138,18 @@ def _list_tables(
         num_bytes = _num_bytes(column)
         # Rows are counted through all tables, as concatenate_datasets will number them.
         first_row = sum(len(each) for each in images)
-        for row, fields in enumerate(table.select_columns(_plain_columns(table, name))):
+        columns = _plain_columns(table, name)
+        # A table without columns has no rows.
+        others = table.select_columns(columns) if columns else ({} for _ in range(len(table)))
+        for row, fields in enumerate(others):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
             # A row holds the bytes, or the path of a file inside the root, or nothing that is used.
             file = "" if num_bytes[row] else _image_file(column[row][IMAGE_COLUMNS[0]], places)
             if file is None:
-                pairs.skip(path, f"no image in column {name}")
+                # img2dataset says how the download ended.
+                status = fields.get("status")
+                ending = f" (status {status})" if status else ""
+                pairs.skip(path, f"no image in column {name}{ending}")
                 continue
             if num_bytes[row] > MAX_IMAGE_BYTES:
                 pairs.skip(path, f"{num_bytes[row]} bytes, expected at most {MAX_IMAGE_BYTES}")
