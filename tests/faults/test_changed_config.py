@@ -53,6 +53,8 @@ REFUSED: dict[str, Any] = {
     "max_shift": 1,
     "data.balance_by": "color",
     "data.caption_columns": ("texts",),
+    "data.captions_from": "text:a box",
+    "data.image_column": "file_name",
 }
 ALLOWED: dict[str, Any] = {
     "training.max_steps": 4,

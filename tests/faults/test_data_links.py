@@ -64,7 +64,10 @@ def test_other_files_are_out_of_reach_all_the_same(layout: Layout, tmp_path: Pat
     source, store = layout(tmp_path)
     (source / "sub").mkdir(parents=True)
     stored(store / "ab/cdef", png_bytes())
-    stored(store.parent / "config", b"secret")
+    in_store = [".git", ".dvc", "datasets--user--cups"]
+    repository = next(up for up in (store, *store.parents) if up.name in in_store)
+    stored(repository / "config", b"secret")
+    link(store / "link", tmp_path / "home/.ssh/id")
     stored(tmp_path / "other.png", png_bytes())
     stored(tmp_path / "home/.ssh/id", b"secret")
     link(source / "good.png", store / "ab/cdef")
@@ -72,7 +75,8 @@ def test_other_files_are_out_of_reach_all_the_same(layout: Layout, tmp_path: Pat
     targets = {
         "passwd": Path("/etc/passwd"),
         "key": tmp_path / "home/.ssh/id",
-        "beside": store.parent / "config",
+        "beside": repository / "config",
+        "through": store / "link",
         "other": tmp_path / "other.png",
     }
     for name, target in targets.items():
