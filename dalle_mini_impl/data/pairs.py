@@ -19,7 +19,7 @@ from dalle_mini_impl.data.readers.captions import (
     ReadOptions,
     caption_of_path,
 )
-from dalle_mini_impl.data.readers.folder import read_image_folder
+from dalle_mini_impl.data.readers.folder import TEXT_SUFFIXES, read_image_folder
 from dalle_mini_impl.data.readers.metadata import (
     METADATA_NAME,
     METADATA_NAMES,
@@ -160,15 +160,18 @@ def _read_folder(folder: Path, options: ReadOptions) -> Pairs:
         return _read_tars(root, tars, left_out, options)
     images = _with_captions(read_image_folder(folders, places, options), options)
     images.extend(left_out)
-    if not any(pair.captions for pair in images):
-        if tars:
-            return _read_tars(root, tars, left_out, options)
-        # 3. img2dataset leaves parquet files of statistics beside its images, so images go first.
-        if tables:
-            paths = [table.relative_to(root).as_posix() for table in tables]
-            pairs = read_parquet(tables, splits_of_files(paths), places, options)
-            pairs.extend(left_out)
-            return _with_captions(pairs, options)
+    has_captions = any(pair.captions for pair in images)
+    if tars and not has_captions:
+        return _read_tars(root, tars, left_out, options)
+    for tar in tars:
+        images.note(tar.relative_to(root).as_posix(), "tars, as images with captions are there")
+    # 3. img2dataset leaves parquet files of statistics beside its images, so images go first.
+    if tables and not has_captions:
+        try:
+            return _read_tables(root, tables, places, left_out, options)
+        except UserError:
+            if options.needs_captions or not images.listed:
+                raise
     # 4. image files with texts, or without for those who need none
     return _in_split_folders(images, options)
 
@@ -185,7 +188,7 @@ def _files_with_suffix(
     for parent, names in folders:
         for name in names:
             path = parent / name
-            if path.suffix.lower() != suffix:
+            if path.suffix.lower() != suffix or name in METADATA_NAMES:
                 continue
             try:
                 check_file(path, places)
@@ -209,6 +212,15 @@ def _read_tars(root: Path, tars: list[Path], left_out: Pairs, options: ReadOptio
     return _with_captions(pairs, options)
 
 
+def _read_tables(
+    root: Path, tables: list[Path], places: Places, left_out: Pairs, options: ReadOptions
+) -> Pairs:
+    splits = splits_of_files([table.relative_to(root).as_posix() for table in tables])
+    pairs = read_parquet(tables, splits, places, options)
+    pairs.extend(left_out)
+    return _with_captions(pairs, options)
+
+
 def _with_captions(pairs: Pairs, options: ReadOptions) -> Pairs:
     """Replace the captions of all images, where the options ask for others than the source's."""
     how = options.captions_from
@@ -220,7 +232,7 @@ def _with_captions(pairs: Pairs, options: ReadOptions) -> Pairs:
             "are no files"
         )
     listed, pairs.listed = pairs.listed, []
-    pairs.notes = [note for note in pairs.notes if not note.path.endswith(".txt")]
+    pairs.notes = [note for note in pairs.notes if not note.path.endswith(TEXT_SUFFIXES)]
     for pair in listed:
         caption = caption_of_path(pair.path, how)
         reason = f"no caption: its {how.replace('_', ' ')} holds no words"

@@ -113,6 +113,10 @@ def test_captions_are_taken_from_names_where_asked(tmp_path: Path) -> None:
     pairs = open_pairs(str(tmp_path), options=folders)
     assert {pair.path: pair.captions for pair in pairs} == {blue: ("blue cup",), red: ("red cup",)}
     assert reasons(pairs) == {"7.png": "no caption: its folder name holds no words"}
+    write_files(tmp_path / "by split", {"Train/a.png": None, "Train/red cup/b.png": None})
+    by_split = captions_of(tmp_path / "by split", captions_from="folder_name")
+    assert by_split == {"Train/red cup/b.png": ("red cup",)}
+    (tmp_path / "by split").rename(tmp_path / ".hidden")
     text = captions_of(tmp_path, captions_from="text: my  dog")
     assert text == dict.fromkeys(["7.png", blue, red], ("my dog",))
 
@@ -134,6 +138,23 @@ def test_rows_of_a_table_have_no_names(tmp_path: Path) -> None:
         captions_of(tmp_path, captions_from="file_name")
     assert captions_of(tmp_path, captions_from="text:x") == {"row 0": ("x",)}
     assert captions_of(tmp_path / "x.parquet", needs_captions=False) == {"row 0": ()}
+
+
+@pytest.mark.usefixtures("datasets_cache")
+def test_images_alone_beside_a_table_of_facts(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": None})
+    write_parquet(tmp_path / "facts.parquet", [{"n": 1}])
+    assert captions_of(tmp_path, needs_captions=False) == {"a.png": ()}
+    with pytest.raises(UserError, match=r"no column 'image' for images, but \['n'\]"):
+        open_pairs(str(tmp_path))
+
+
+def test_tars_below_images_with_captions_are_a_note(tmp_path: Path) -> None:
+    write_files(tmp_path, {"a.png": None, "a.txt": "x", "old/README.txt": "backup"})
+    write_tar(tmp_path / "old" / "0.tar", {"b.png": png_bytes(), "b.txt": b"x"})
+    pairs = open_pairs(str(tmp_path))
+    assert [pair.path for pair in pairs] == ["a.png"]
+    assert "old/0.tar" in {note.path for note in pairs.notes}
 
 
 # Metadata

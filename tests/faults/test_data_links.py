@@ -149,6 +149,16 @@ def test_shards_in_the_store_are_read_and_others_not(tmp_path: Path) -> None:
     assert reasons == {"data/1.tar": f"1.tar {OUT}"}
 
 
+def test_metadata_that_leads_out_is_refused(tmp_path: Path) -> None:
+    secret = stored(tmp_path / "secret", b'{"file_name": "a.png", "text": "secret"}')
+    stored(tmp_path / "data/a.png", png_bytes())
+    for name in ("metadata.jsonl", "metadata.csv", "metadata.parquet"):
+        link(tmp_path / "data" / name, secret)
+        with pytest.raises(UserError, match=f"{name} {OUT}"):
+            open_pairs(str(tmp_path / "data"))
+        (tmp_path / "data" / name).unlink()
+
+
 # Linked folders
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from dalle_mini_impl.data.readers.paths import is_unicode
 from dalle_mini_impl.data.readers.records import MAX_TEXT_BYTES
+from dalle_mini_impl.data.readers.split_names import split_in_name
 
 CAPTION_COLUMNS = ("text", "text_ko", "caption", "texts", "texts_ko")  # main captions first
 TEXT_PREFIX = "text:"
@@ -72,7 +73,10 @@ def no_caption_reason(fields: Mapping[str, Any], caption_columns: Sequence[str])
     if present:
         return f"no caption: {', '.join(present)} is empty, null, too long or not text"
     names = ", ".join(list(fields)[:20])
-    return f"no caption: it has none of the fields {', '.join(caption_columns)} (it has {names})"
+    return (
+        f"no caption: it has none of the fields {', '.join(caption_columns)} (it has {names}); "
+        "data.caption_columns names others"
+    )
 
 
 def lines_of_captions(data: bytes) -> tuple[str, ...]:
@@ -102,6 +106,8 @@ def caption_of_path(path: str, captions_from: str) -> str:
     key = PurePosixPath(path.rpartition("!")[2])
     if captions_from == "file_name":
         return _words_of(key.stem)
+    if split_in_name(key.parent.name, whole=True):
+        return ""  # "train/001.jpg" is no train
     # "10_red cup": the number of repeats, as sd-scripts has it.
     return _words_of(re.sub(r"^\d+_", "", key.parent.name))
 

@@ -15,7 +15,7 @@ from dalle_mini_impl.data.readers.records import (
     other_format_reason,
 )
 
-_TEXT_SUFFIXES = (".txt", ".caption")
+TEXT_SUFFIXES = (".txt", ".caption")
 
 
 def read_image_folder(
@@ -46,7 +46,7 @@ def _list_one_folder(parent: Path, names: list[str], places: Places, pairs: Pair
     images = [name for name in names if Path(name).suffix.lower() in IMAGE_SUFFIXES]
     # "a.JPG" belongs to "a.TXT", but not to "A.txt": suffixes in any case, stems exactly.
     texts: dict[str, list[str]] = {}
-    for suffix in _TEXT_SUFFIXES:
+    for suffix in TEXT_SUFFIXES:
         for name in names:
             if Path(name).suffix.lower() == suffix:
                 texts.setdefault(Path(name).stem, []).append(name)

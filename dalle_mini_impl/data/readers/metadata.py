@@ -172,7 +172,7 @@ def _image_name(
     if not isinstance(name, str) or not name or not is_unicode(name):
         has = "" if field in fields else f"; it has {', '.join(map(repr, list(fields)[:20]))}"
         raise UserError(
-            f"{place}: {field} is {name!r}, expected the name of an image file{has}; "
+            f"{place}: {field} is {repr(name)[:200]}, expected the name of an image file{has}; "
             "data.image_column names another field"
         )
     # Where the system is not UTF-8, the file cannot even be asked for.
