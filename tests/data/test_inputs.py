@@ -165,6 +165,7 @@ def test_metadata_in_each_split_folder(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         write_metadata(tmp_path / folder, [{"file_name": name, "text": f"from {folder}", "n": 1}])
     write_files(tmp_path, {"val/a.png": None, "val/a.txt": "beside", "train/README.txt": "x"})
+    write_files(tmp_path, {"train/sub/x.png": None, "train/sub/x.txt": "not in the metadata"})
     pairs, splits = open_all_splits(str(tmp_path))
     assert {
         pair.path: (pair.captions, split) for pair, split in zip(pairs, splits, strict=True)
@@ -347,6 +348,13 @@ def test_dotted_names_of_several_images_stay_apart(tmp_path: Path) -> None:
     assert captions_of(tmp_path) == {"x.tar!photo.1.png": ("one",), "x.tar!photo.2.png": ("two",)}
     [reason] = reasons(open_pairs(str(tmp_path))).values()
     assert reason.startswith("no image for this key (the name up to its last dot, or to its first;")
+
+
+def test_a_text_too_many_is_not_given_to_another_image(tmp_path: Path) -> None:
+    members = {"photo.1.png": png_bytes(), "photo.1.txt": b"one", "photo.2.txt": b"two"}
+    write_tar(tmp_path / "x.tar", members)
+    assert captions_of(tmp_path) == {"x.tar!photo.1.png": ("one",)}
+    assert list(reasons(open_pairs(str(tmp_path)))) == ["x.tar!photo.2"]
 
 
 def test_of_several_images_and_texts_the_options_choose(tmp_path: Path) -> None:

@@ -26,8 +26,9 @@ def places_of(root: Path) -> Places:
             if (folder / marker).is_dir():
                 stores.append(folder / marker / store)
                 break  # of the innermost repository alone
-    # A store that is itself a link could be one to anywhere: it comes with a stranger's data.
-    return (root, *(store for store in stores if store.is_dir() and store.resolve() == store))
+    # Not resolved, on purpose: a store that is itself a link (it comes with a stranger's data) is no
+    # place, as targets are compared once all links are followed.
+    return (root, *stores)
 
 
 def is_inside(path: Path, places: Places) -> bool:
