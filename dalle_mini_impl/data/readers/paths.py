@@ -26,7 +26,7 @@ def places_of(root: Path) -> Places:
             if (folder / marker).is_dir():
                 stores.append(folder / marker / store)
                 break  # of the innermost repository alone
-    # Not resolved, on purpose: a store that is itself a link (it comes with a stranger's data) is no
+    # Not resolved, on purpose: a store that is itself a link, as a stranger may bring it, is no
     # place, as targets are compared once all links are followed.
     return (root, *stores)
 
