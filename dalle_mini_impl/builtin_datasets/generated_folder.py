@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
+from dalle_mini_impl.data.readers.metadata import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
 

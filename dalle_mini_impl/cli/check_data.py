@@ -1,15 +1,17 @@
 """Find problems in captioned images, and estimate what a run on them needs."""
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.cli.arguments import OneLineParser, require_at_least, user_path, user_text
 from dalle_mini_impl.cli.main import COMMANDS
-from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from dalle_mini_impl.data.pairs import ReadOptions
     from dalle_mini_impl.training.config import DataConfig
 
 logger = logging.getLogger(__name__)
@@ -26,6 +28,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--config", type=user_path, help="preset of a run, for its sizes and its needs")
     add("--image-size", type=int, help="side in pixels; default 64")
     add("--text-length", type=int, help="tokens per caption; default 32")
+    add("--image-column", help="as --data.image_column")
+    add("--caption-columns", nargs="+", help="as --data.caption_columns")
+    add("--captions-from", help="as --data.captions_from")
     return parser.parse_args(arguments)
 
 
@@ -50,10 +55,13 @@ def main(arguments: Sequence[str]) -> None:
             "source: got none, expected --source with a folder, a file or the name of a data set "
             "on the Hub, or --config with a preset"
         )
-    limits = config.data if config else DataConfig(source=source)
+    limits = _with_given(config.data if config else DataConfig(source=source), options)
+    # The image tokenizer learns from images alone.
+    needs_captions = config is None or isinstance(config, DalleRunConfig)
+    read_options = limits.read_options(needs_captions=needs_captions)
     report = check_data(
         source,
-        text_columns=limits.text_columns,
+        options=read_options,
         image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
         text_length=options.text_length or text.text_length,
         vocab_size=text.vocab_size,
@@ -63,9 +71,10 @@ def main(arguments: Sequence[str]) -> None:
     require_usable(report, max_bad_fraction=limits.max_bad_fraction)
     # Of other data than the preset's, any second split may be the one that is held out.
     if options.source is None:
-        _require_splits(source, limits)
+        splits = (limits.train_split, limits.validation_split)
+        _require_splits(source, read_options, splits)
     elif len(report.split_sizes) < 2:
-        _require_splits(source, DataConfig(source=source, text_columns=limits.text_columns))
+        _require_splits(source, read_options, (DataConfig.train_split, DataConfig.validation_split))
     if config is not None and vqvae is not None:
         logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
@@ -73,13 +82,28 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(1)
 
 
-def _require_splits(source: str, limits: "DataConfig") -> None:
+def _with_given(data: "DataConfig", options: argparse.Namespace) -> "DataConfig":
+    """Put what the command line says about columns into a run's options."""
+    columns = options.caption_columns
+    given = {
+        "image_column": options.image_column,
+        "caption_columns": None if columns is None else tuple(columns),
+        "captions_from": options.captions_from,
+    }
+    try:
+        changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        return dataclasses.replace(data, **changes)
+    except ValueError as error:
+        raise UserError(one_line(error)) from None
+
+
+def _require_splits(source: str, options: "ReadOptions", splits: tuple[str, str]) -> None:
     """Refuse a source as training does that lacks one of its splits, or is too small for both."""
     from dalle_mini_impl.data.pairs import open_pairs
     from dalle_mini_impl.data.splits import choose_split
 
-    listed = open_pairs(source, text_columns=limits.text_columns).listed
-    for split in (limits.train_split, limits.validation_split):
+    listed = open_pairs(source, options=options).listed
+    for split in splits:
         try:
             choose_split(source, listed, split)
         except UserError as error:

@@ -12,8 +12,13 @@ from pathlib import PurePath
 
 from dalle_mini_impl.data.images import decode_image, describe_image
 from dalle_mini_impl.data.loading import each_image
-from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pairs, open_all_splits
-from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
+from dalle_mini_impl.data.pairs import DEFAULT_OPTIONS, Pairs, ReadOptions, open_all_splits
+from dalle_mini_impl.data.readers.records import (
+    SkippedRecord,
+    are_too_many,
+    notes_by_reason,
+    printable,
+)
 from dalle_mini_impl.data.text_tokenizer import TextTokenizer
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.progress import counted
@@ -99,19 +104,19 @@ def check_data(
     image_size: int,
     text_length: int,
     vocab_size: int,
-    text_columns: Sequence[str] = TEXT_COLUMNS,
+    options: ReadOptions = DEFAULT_OPTIONS,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> DataReport:
     """Read any source that training takes, all of it, and find what is wrong with it.
 
-    ``image_size``, ``text_length``, ``vocab_size`` and ``text_columns`` are those of the training
+    ``image_size``, ``text_length``, ``vocab_size`` and ``options`` are those of the training
     to come; ``progress`` is called with (done, total).
 
     Raises:
         UserError: The source holds no captioned image at all.
     """
     try:
-        pairs, splits = open_all_splits(source, text_columns=text_columns)
+        pairs, splits = open_all_splits(source, options=options)
     except UserError as error:
         raise UserError(f"source: {error}") from None
     started = time.monotonic()
@@ -127,6 +132,10 @@ def check_data(
         *_duplicates(images),
         *_unusual_images(images, image_size),
         _long_captions(texts, lengths, text_length),
+        *(
+            Finding(f"{reason}, left out", tuple(paths), False)
+            for reason, paths in notes_by_reason(pairs.notes).items()
+        ),
     ]
     num_captions: Counter[str] = Counter()
     for image in images:

@@ -1,20 +1,21 @@
 """Which images are for training and which for evaluation.
 
 A source may name its splits; records without a name are then "train". In a source that names none,
-a fixed 5 % become "val", chosen by a hash of each path. "val" and "validation" mean the same.
+a fixed 5 % become "val", chosen by a hash of each path. "val", "validation", "valid" and "dev" mean
+the same, and so do the words for train and for test; see ``readers.split_names``.
 """
 
 import hashlib
 from collections.abc import Sequence
 
 from dalle_mini_impl.data.readers.records import Pair
+from dalle_mini_impl.data.readers.split_names import TRAIN, VALIDATION, split_in_name
 from dalle_mini_impl.errors import UserError
 
 HELD_OUT_FRACTION = 0.05
 MIN_PAIRS_TO_HOLD_OUT = 10
 MIN_HELD_OUT = 2
-TRAIN = "train"
-VALIDATION = ("val", "validation")
+HELD_OUT = "val"
 
 
 def choose_split(source: str, listed: Sequence[Pair], split: str | None) -> list[Pair]:
@@ -26,16 +27,21 @@ def choose_split(source: str, listed: Sequence[Pair], split: str | None) -> list
     if split is None:
         return list(listed)
     has_names = any(pair.split for pair in listed)
-    if not has_names and split not in (TRAIN, *VALIDATION):
+    meant = split_in_name(split, whole=True)
+    if not has_names and meant not in (TRAIN, VALIDATION):
         raise UserError(
             f"{source} names no splits, so expected split 'train' or 'val', not {split!r}"
         )
     names = split_names(listed)
-    expected = VALIDATION if split in VALIDATION else (split,)
+    same = {name for name in names if meant and split_in_name(name, whole=True) == meant}
+    expected = {split, *same}
     chosen = [pair for pair, name in zip(listed, names, strict=True) if name in expected]
     if not chosen and has_names:
         known = ", ".join(sorted(set(names)))
-        raise UserError(f"{source} has no split {split!r}, it has {known}")
+        raise UserError(
+            f"{source} has no split {split!r}, it has {known}; data.train_split and "
+            "data.validation_split name others"
+        )
     if not chosen:
         raise UserError(
             f"{source} names no splits and has {len(listed)} pairs; expected at least "
@@ -50,7 +56,7 @@ def split_names(listed: Sequence[Pair]) -> list[str]:
     if any(pair.split for pair in listed):
         return [pair.split or TRAIN for pair in listed]
     held_out = held_out_indices([pair.path for pair in listed])
-    return [VALIDATION[0] if index in held_out else TRAIN for index in range(len(listed))]
+    return [HELD_OUT if index in held_out else TRAIN for index in range(len(listed))]
 
 
 def held_out_indices(paths: Sequence[str]) -> set[int]:

@@ -19,7 +19,13 @@ from dalle_mini_impl.data.images import (
     resize_and_crop,
 )
 from dalle_mini_impl.data.loading import load_all_pixels
-from dalle_mini_impl.data.pairs import TEXT_COLUMNS, Pair, Pairs, open_all_splits
+from dalle_mini_impl.data.pairs import (
+    CAPTION_COLUMNS,
+    Pair,
+    Pairs,
+    ReadOptions,
+    open_all_splits,
+)
 from dalle_mini_impl.data.splits import TRAIN
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.pipeline import Rank, TextToImagePipeline
@@ -142,9 +148,9 @@ def list_data(source: str, *, language: str = "en") -> ListedData:
     """
     # The first caption of a pair is its main caption; the other columns stay as paraphrases.
     first = ("text_ko",) if language == "ko" else ()
-    columns = tuple(dict.fromkeys((*first, *TEXT_COLUMNS)))
+    columns = tuple(dict.fromkeys((*first, *CAPTION_COLUMNS)))
     try:
-        pairs, splits = open_all_splits(source, text_columns=columns)
+        pairs, splits = open_all_splits(source, options=ReadOptions(caption_columns=columns))
     except UserError as error:
         raise UserError(f"data: {error}") from None
     # All rows, not the first: a mixture of emoji and other images has no grid to check.

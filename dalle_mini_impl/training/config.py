@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from dalle_mini_impl.data.pairs import TEXT_COLUMNS
+from dalle_mini_impl.data.pairs import CAPTION_COLUMNS, ReadOptions
+from dalle_mini_impl.data.readers.captions import is_captions_from
 
 DEFAULT_MAX_STEPS = 10_000
 
@@ -145,9 +146,15 @@ class DataConfig:
     """Split that is trained on."""
     validation_split: str = "val"
     """Held-out split; 5 % of the images where the source has no splits."""
-    text_columns: tuple[str, ...] = TEXT_COLUMNS
+    caption_columns: tuple[str, ...] = CAPTION_COLUMNS
     """Fields of metadata, tar members or tables that hold captions, each a text or a list of texts;
     main captions first."""
+    image_column: str | None = None
+    """Column of tables, field of metadata or extension of tar members that holds or names the
+    image; null: the usual names."""
+    captions_from: str | None = None
+    """Captions from elsewhere: ``file_name`` ("red cup 03.jpg"), ``folder_name``
+    ("red cup/001.jpg"), or one for all images: ``text:a red cup``; null: those of the source."""
     balance_by: str | None = None
     """Attribute whose groups are evened out: an image has the weight 1 / sqrt(group size)."""
     max_bad_fraction: float = 0.1
@@ -157,5 +164,20 @@ class DataConfig:
     def __post_init__(self) -> None:
         fraction = self.max_bad_fraction
         require(0 <= fraction <= 1, "data.max_bad_fraction", fraction, "0 to 1")
-        columns = self.text_columns
-        require(len(columns) > 0, "data.text_columns", columns, "at least one name")
+        columns = self.caption_columns
+        require(len(columns) > 0, "data.caption_columns", columns, "at least one name")
+        require(
+            is_captions_from(self.captions_from),
+            "data.captions_from",
+            self.captions_from,
+            "file_name, folder_name, text: and a text, or null",
+        )
+
+    def read_options(self, *, needs_captions: bool = True) -> ReadOptions:
+        """Return what the readers ask for."""
+        return ReadOptions(
+            caption_columns=self.caption_columns,
+            image_column=self.image_column,
+            captions_from=self.captions_from,
+            needs_captions=needs_captions,
+        )

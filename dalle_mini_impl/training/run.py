@@ -42,11 +42,19 @@ class RunContext:
     accelerator: Accelerator
     records: RunRecords
 
-    def load_splits(self, data: DataConfig, *, image_size: int) -> tuple[LoadedPairs, LoadedPairs]:
+    def load_splits(
+        self, data: DataConfig, *, image_size: int, needs_captions: bool = True
+    ) -> tuple[LoadedPairs, LoadedPairs]:
         """Read the training and the held-out images and captions into memory."""
-        train = load_pairs(data, data.train_split, image_size=image_size, records=self.records)
-        held_out = load_pairs(
-            data, data.validation_split, image_size=image_size, records=self.records
+        train, held_out = (
+            load_pairs(
+                data,
+                split,
+                image_size=image_size,
+                records=self.records,
+                needs_captions=needs_captions,
+            )
+            for split in (data.train_split, data.validation_split)
         )
         return train, held_out
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import Pair, open_pairs
-from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many
+from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, notes_by_reason
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.progress import counted, log_now_and_then
 from dalle_mini_impl.training.config import DataConfig
@@ -124,7 +124,12 @@ class RunRecords:
 
 
 def load_pairs(
-    config: DataConfig, split: str, *, image_size: int, records: RunRecords
+    config: DataConfig,
+    split: str,
+    *,
+    image_size: int,
+    records: RunRecords,
+    needs_captions: bool = True,
 ) -> LoadedPairs:
     """Read one split into memory and log what was left out.
 
@@ -136,7 +141,8 @@ def load_pairs(
     role = "train" if split == config.train_split else "held_out"
     try:
         # 1. list, then read; stop early where too much is bad
-        source = open_pairs(config.source, split=split, text_columns=config.text_columns)
+        options = config.read_options(needs_captions=needs_captions)
+        source = open_pairs(config.source, split=split, options=options)
         # Readers skip before they split: report it for one split alone.
         skipped = list(source.skipped) if role == "train" else []
         _refuse_too_many(skipped, source.num_records, config, records)
@@ -160,6 +166,9 @@ def load_pairs(
     else:
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
     # 3. say what was left out
+    if role == "train":
+        for reason, paths in notes_by_reason(source.notes).items():
+            logger.info(f"left out: {len(paths)} {reason}: {', '.join(paths[:MAX_LISTED])}")
     skipped += [*unreadable, *replaced]
     for record in skipped[:MAX_LISTED]:
         logger.info(f"skipped {record.path}: {record.reason}")

@@ -114,7 +114,7 @@ class VQVAERunConfig:
     """Options of ``train_vqvae.py``."""
 
     data: DataConfig
-    """Images to learn from; captions are not read."""
+    """Images to learn from, with or without captions."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
@@ -180,7 +180,9 @@ def train_vqvae(config: VQVAERunConfig, *, resume: str | None = None) -> Path:
 
 def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
     """Read the data and build the image tokenizer, before it is trained."""
-    train, held_out = run.load_splits(config.data, image_size=config.vqvae.image_size)
+    train, held_out = run.load_splits(
+        config.data, image_size=config.vqvae.image_size, needs_captions=False
+    )
     sample_weights = train.weights(config.data.balance_by)
     torch.manual_seed(config.training.seed)
     vqvae = VQVAE(config.vqvae)

@@ -27,7 +27,8 @@ BAD_INPUT = {
     "RUN DATA --training.max_steps": "training.max_steps",
     "RUN DATA --training.max_steps many": "training.max_steps: got many, expected int",
     "RUN NONE": "data.source: no folder or file NONE",
-    "RUN BARE": "data.source: no captioned images found ... x.txt beside each x.jpg",
+    "RUN EMPTY": "data.source: no captioned images found ... x.txt beside each x.jpg",
+    "check_data --source BARE": "source: no captioned images found ... data.captions_from takes",
     "RUN DATA --vqvae.image_size 63": "image_size: got 63, expected a multiple of 8",
     "RUN DATA --vqvae.image_size 36 --vqvae.channels [64]": "got 36 ... 8 for the wavelet loss",
     "RUN DATA --output_dir INSIDE": "output_dir: INSIDE lies inside data.source DATA",
@@ -81,6 +82,8 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
     bare.mkdir()
     for number in range(12):
         tiny.render_image(number).save(bare / f"{number}.png")
+    empty = folder / "empty"
+    empty.mkdir()
     few = folder / "few"
     few.mkdir()
     for number in range(3):
@@ -93,6 +96,7 @@ def places(tmp_path_factory: pytest.TempPathFactory, data: Path, model_dir: Path
         "DATA": str(data),
         "INSIDE": str(data / "below" / "run"),
         "BARE": str(bare),
+        "EMPTY": str(empty),
         "FEW": str(few),
         "ABOVE": str(above),
         "MODEL": str(above / "model"),
@@ -129,7 +133,7 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    "command", ["RUN BARE", "generate --model DATA --prompt x", "generate --prompt x"]
+    "command", ["RUN EMPTY", "generate --model DATA --prompt x", "generate --prompt x"]
 )
 def test_bad_input_of_a_process(command: str, places: dict[str, str]) -> None:
     result = run_apart(*shlex.split(filled(command, places)))

@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 BLOCK = 512
-COLUMNS = ("text", "texts")
 
 
 def check_metadata(data: bytes, folder: Path) -> None:
     """Read the bytes as metadata.jsonl of a folder with a.png and sub/b.png."""
-    from dalle_mini_impl.data.readers.folder import read_metadata_folder
+    from dalle_mini_impl.data.pairs import open_pairs
     from dalle_mini_impl.errors import UserError
 
     (folder / "metadata.jsonl").write_bytes(data)
     try:
-        pairs = read_metadata_folder(folder, COLUMNS)
+        pairs = open_pairs(str(folder))
     except UserError:
         return
     root = str(folder.resolve())
@@ -43,12 +42,13 @@ def check_metadata(data: bytes, folder: Path) -> None:
 
 def check_tar(data: bytes, folder: Path) -> None:
     """Read the bytes as a tar."""
+    from dalle_mini_impl.data.readers.captions import ReadOptions
     from dalle_mini_impl.data.readers.webdataset import read_tar
 
     repair, data = data[:1] and data[0] % 2, data[1:]
     data = repaired(data) if repair else data
     (folder / "x.tar").write_bytes(data)
-    pairs = read_tar(folder / "x.tar", COLUMNS)
+    pairs = read_tar(folder / "x.tar", ReadOptions()).require_captions()
     for pair in pairs:
         _check_pair(pair)
         assert ".." not in pair.path.split("/")
@@ -126,7 +126,7 @@ def main(kind: str, corpus: str, *options: str) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["json", "tarfile", "dalle_mini_impl"]):
-        import dalle_mini_impl.data.readers.folder  # noqa: F401
+        import dalle_mini_impl.data.pairs  # noqa: F401
         import dalle_mini_impl.data.readers.webdataset  # noqa: F401
     for module in (json.decoder, json.scanner, tarfile.TarInfo, tarfile.TarFile):
         for name, function in vars(module).items():

@@ -52,7 +52,9 @@ REFUSED: dict[str, Any] = {
     "num_views": 1,
     "max_shift": 1,
     "data.balance_by": "color",
-    "data.text_columns": ("texts",),
+    "data.caption_columns": ("texts",),
+    "data.captions_from": "text:a box",
+    "data.image_column": "file_name",
 }
 ALLOWED: dict[str, Any] = {
     "training.max_steps": 4,

@@ -64,7 +64,15 @@ def decoder_run(**changes: Any) -> DalleRunConfig:
     [
         (lambda: VQVAETaskConfig(gumbel_final_temperature=0.0), "gumbel_final_temperature: got 0"),
         (lambda: DataConfig(source="x", max_bad_fraction=1.5), "data.max_bad_fraction: got 1.5"),
-        (lambda: DataConfig(source="x", text_columns=()), "data.text_columns: got ()"),
+        (lambda: DataConfig(source="x", caption_columns=()), "data.caption_columns: got ()"),
+        (
+            lambda: DataConfig(source="x", captions_from="names"),
+            "data.captions_from: got names, exp",
+        ),
+        (
+            lambda: DataConfig(source="x", captions_from="text: "),
+            "data.captions_from: got text: , ",
+        ),
         (lambda: TextConfig(text_length=0), "text.text_length: got 0"),
         (lambda: DalleTaskConfig(text_loss_weight=-0.1), "task.text_loss_weight: got -0.1"),
         (lambda: DalleTaskConfig(caption_dropout_probability=2.0), "task.caption_dropout_prob"),

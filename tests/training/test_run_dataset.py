@@ -44,6 +44,31 @@ def test_all_that_is_left_out_is_listed_anew(tmp_path: Path) -> None:
     assert not file.exists()
 
 
+def test_what_is_no_record_is_told_and_stops_nothing(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", 3)
+    for name in ("README", "classes", "labels"):
+        (folder / f"{name}.txt").write_text("all about them")
+    records = RunRecords(folder=tmp_path, writes=True, resumes=False)
+    with log_lines() as shown:
+        load_pairs(DataConfig(source=str(folder)), "train", image_size=8, records=records)
+    what = "text files without an image of the same name beside them"
+    assert shown == [
+        f"left out: 3 {what}: README.txt, classes.txt, labels.txt",
+        f"train: 3 images from {folder}, 0 skipped",
+    ]
+
+
+def test_captions_and_images_are_those_that_the_config_names(tmp_path: Path) -> None:
+    for number in range(2):
+        path = tmp_path / "data" / f"a cup {number}.png"
+        path.parent.mkdir(exist_ok=True)
+        tiny.render_image(number).save(path)
+    records = RunRecords(folder=tmp_path, writes=False, resumes=False)
+    config = DataConfig(source=str(tmp_path / "data"), captions_from="file_name")
+    loaded = load_pairs(config, "train", image_size=8, records=records)
+    assert [pair.captions for pair in loaded.pairs] == [("a cup",)] * 2
+
+
 def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     folder = write_images(tmp_path / "images", 3)

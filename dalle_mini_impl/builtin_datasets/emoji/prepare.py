@@ -22,7 +22,7 @@ from PIL import Image
 from dalle_mini_impl.builtin_datasets.emoji.captions import EmojiFacts, describe
 from dalle_mini_impl.builtin_datasets.emoji.splits import GENDERS, TONES, split_of, without_leaks
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES, Render, images, on_white
-from dalle_mini_impl.data.readers.folder import METADATA_NAME, write_metadata
+from dalle_mini_impl.data.readers.metadata import METADATA_NAME, write_metadata
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.output_dirs import data_set_folder
 

@@ -2,32 +2,32 @@
 
 import glob
 import json
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dalle_mini_impl.data.readers.captions import (
+    ReadOptions,
+    collect_captions,
+    no_caption_reason,
+)
+from dalle_mini_impl.data.readers.paths import Places, is_inside, is_unicode
 from dalle_mini_impl.data.readers.records import (
     MAX_IMAGE_BYTES,
     Pair,
     Pairs,
-    collect_captions,
-    files_below,
-    is_inside,
-    is_unicode,
-    no_caption_reason,
     other_fields,
     split_field,
 )
+from dalle_mini_impl.data.readers.split_names import TRAIN
 from dalle_mini_impl.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-IMAGE_COLUMN = "image"  # encoded images: bytes, or a struct of bytes and path
-# The Hub's habit: train-00000-of-00004.parquet, or test/0000.parquet.
-_SPLIT_IN_NAME = re.compile(r"^(train|validation|val|dev|test)(?=$|[-_.])")
+# Encoded images: bytes, or a struct of bytes and path. img2dataset names the column by its format.
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 
 _HUB_SECONDS = 10
 # Images are compressed already. What unpacks to much more was made to fill a disk.
@@ -35,43 +35,35 @@ _MAX_EXPANSION = 100
 _HARMLESS_BYTES = 2**30
 
 
-def read_parquet(path: Path, text_columns: Sequence[str]) -> Pairs:
-    """List one parquet file, or all parquet files in a folder and below.
+def read_parquet(
+    files: Sequence[Path], splits: Sequence[str | None], places: Places, options: ReadOptions
+) -> Pairs:
+    """List the rows of parquet files, each of which is one split or, at None, of no split.
 
-    A split is named by a file or first folder that begins with train, validation, val, dev, test.
-    Rows without image or caption are skipped.
+    Files that rows name must lie in the places. Rows without image are skipped.
 
     Raises:
         UserError: Not readable as parquet, or no such columns.
     """
     from datasets import config, load_dataset
 
-    root = path.resolve() if path.is_dir() else path.resolve().parent
-    files: dict[str, list[str]] = defaultdict(list)
-    for file in parquet_files(path):
-        _check_expansion(file)
-        first_part = file.relative_to(path).parts[0] if path.is_dir() else file.name
-        match = _SPLIT_IN_NAME.match(first_part) or _SPLIT_IN_NAME.match(file.name)
-        files[match.group(1) if match else "train"].append(glob.escape(str(file)))
+    groups: dict[str, list[str]] = defaultdict(list)
+    for file, split in zip(files, splits, strict=True):
+        check_expansion(file)
+        groups[split or TRAIN].append(glob.escape(str(file)))
+    source = str(files[0] if len(files) == 1 else files[0].parent)
     try:
-        tables = load_dataset("parquet", data_files=dict(files))
+        tables = load_dataset("parquet", data_files=dict(groups))
     except Exception as error:  # datasets and pyarrow raise many types for a damaged file
         reason = _last_cause(error)
         if isinstance(error, OSError) and error.errno is not None:
             reason += f"; its cache is {config.HF_DATASETS_CACHE}, HF_HOME names another folder"
-        raise UserError(f"cannot read {path} as parquet: {reason}") from error
-    return _list_tables(tables, source=str(path), root=root, text_columns=text_columns)
+        raise UserError(f"cannot read {source} as parquet: {reason}") from error
+    return _list_tables(tables, source=source, places=places, options=options)
 
 
-def parquet_files(path: Path) -> list[Path]:
-    """List the parquet files of a folder at any depth, by path; a file is its own source."""
-    if not path.is_dir():
-        return [path]
-    names = (parent / name for parent, names in files_below(path) for name in names)
-    return sorted(file for file in names if file.suffix == ".parquet" and file.is_file())
-
-
-def _check_expansion(file: Path) -> None:
+def check_expansion(file: Path) -> None:
+    """Refuse a parquet file that unpacks to a multiple of its size."""
     import pyarrow.parquet as pq
 
     try:
@@ -92,7 +84,7 @@ def _check_expansion(file: Path) -> None:
         )
 
 
-def read_hub(name: str, text_columns: Sequence[str]) -> Pairs:
+def read_hub(name: str, options: ReadOptions) -> Pairs:
     """List a data set of the Hugging Face Hub, ``user/name``, downloading it if need be.
 
     Raises:
@@ -109,7 +101,7 @@ def read_hub(name: str, text_columns: Sequence[str]) -> Pairs:
         raise UserError(f"{taken}, which the Hub did not give: {_last_cause(error)}") from error
     # Images that are files in the download cache are allowed, files elsewhere are not.
     root = Path(config.HF_CACHE_HOME).resolve()
-    return _list_tables(tables, source=name, root=root, text_columns=text_columns)
+    return _list_tables(tables, source=name, places=(root,), options=options)
 
 
 def _check_hub_answers(taken: str) -> None:
@@ -133,65 +125,93 @@ def _last_cause(error: BaseException) -> str:
 
 
 def _list_tables(
-    tables: "Mapping[str, Dataset]", *, source: str, root: Path, text_columns: Sequence[str]
+    tables: "Mapping[str, Dataset]", *, source: str, places: Places, options: ReadOptions
 ) -> Pairs:
-    """List the rows of all tables, one table per split; files of images must lie in ``root``."""
-    from datasets import Image, concatenate_datasets
+    """List the rows of all tables, one table per split; files of images must lie in the places."""
+    from datasets import concatenate_datasets
 
     pairs = Pairs()
     images: list[Dataset] = []
     for split, table in tables.items():
-        _check_columns(table, source, text_columns)
-        column = table.select_columns([IMAGE_COLUMN])
-        try:
-            column = column.cast_column(IMAGE_COLUMN, Image(decode=False))
-        except Exception as error:  # pyarrow has a type for each way in which it cannot be done
-            raise UserError(
-                f"{source}: column {IMAGE_COLUMN!r} holds {column.features[IMAGE_COLUMN]}, "
-                "expected encoded images (bytes)"
-            ) from error
+        name = _check_columns(table, source, options)
+        column = _encoded_images(table, name, source)
         num_bytes = _num_bytes(column)
         # Rows are counted through all tables, as concatenate_datasets will number them.
         first_row = sum(len(each) for each in images)
-        for row, fields in enumerate(table.select_columns(_plain_columns(table))):
+        columns = _plain_columns(table, name)
+        # A table without columns has no rows.
+        others = table.select_columns(columns) if columns else ({} for _ in range(len(table)))
+        for row, fields in enumerate(others):
             path = f"{split} row {row}" if len(tables) > 1 else f"row {row}"
             # A row holds the bytes, or the path of a file inside the root, or nothing that is used.
-            file = "" if num_bytes[row] else _image_file(column[row][IMAGE_COLUMN], root)
-            captions = collect_captions(fields, text_columns)
+            file = "" if num_bytes[row] else _image_file(column[row][IMAGE_COLUMNS[0]], places)
             if file is None:
-                pairs.skip(path, f"no image in column {IMAGE_COLUMN}")
-            elif num_bytes[row] > MAX_IMAGE_BYTES:
+                # img2dataset says how the download ended.
+                status = fields.get("status")
+                ending = f" (status {status})" if status else ""
+                pairs.skip(path, f"no image in column {name}{ending}")
+                continue
+            if num_bytes[row] > MAX_IMAGE_BYTES:
                 pairs.skip(path, f"{num_bytes[row]} bytes, expected at most {MAX_IMAGE_BYTES}")
-            elif not captions:
-                pairs.skip(path, no_caption_reason(fields, text_columns))
-            else:
-                pair = Pair(
-                    path=path,
-                    captions=captions,
-                    # Dates and decimals become text: a run keeps attributes as JSON.
-                    attributes=json.loads(
-                        json.dumps(other_fields(fields, text_columns), default=str)
-                    ),
-                    split=split_field(fields) if len(tables) == 1 else split,
-                    file=file,
-                    offset=0 if file else first_row + row,
-                )
-                pairs.listed.append(pair)
+                continue
+            # Dates and decimals become text: a run keeps attributes as JSON.
+            attributes = other_fields(fields, options.caption_columns)
+            pair = Pair(
+                path=path,
+                captions=collect_captions(fields, options.caption_columns),
+                attributes=json.loads(json.dumps(attributes, default=str)),
+                split=split_field(fields) if len(tables) == 1 else split,
+                file=file,
+                offset=0 if file else first_row + row,
+            )
+            pairs.add(pair, no_caption_reason(fields, options.caption_columns))
         images.append(column)
     pairs.table = concatenate_datasets(images) if images else None
     return pairs
 
 
-def _check_columns(table: "Dataset", source: str, text_columns: Sequence[str]) -> None:
+def _check_columns(table: "Dataset", source: str, options: ReadOptions) -> str:
+    """Return the name of the column of images."""
     names = table.column_names
-    if IMAGE_COLUMN not in names:
-        raise UserError(f"{source} has no column {IMAGE_COLUMN!r} for images, but {names}")
-    if not set(text_columns) & set(names):
-        expected = ", ".join(text_columns)
-        raise UserError(f"{source} has none of the columns {expected} for captions, but {names}")
+    choices = IMAGE_COLUMNS if options.image_column is None else (options.image_column,)
+    image = next((each for each in choices if each in names), None)
+    if image is None:
+        message = f"{source} has no column {choices[0]!r} for images, but {names}; "
+        url = next((each for each in names if each.lower().endswith("url")), None)
+        if url is None or options.image_column is not None:
+            raise UserError(message + "data.image_column names another one")
+        caption = next((each for each in names if each.lower() in ("text", "caption")), "TEXT")
+        raise UserError(
+            f"{message}{url} holds addresses, expected images; img2dataset fetches them: "
+            f"img2dataset --url_list {source} --input_format parquet --url_col {url} "
+            f"--caption_col {caption} --output_format webdataset --output_folder images"
+        )
+    reads_captions = options.needs_captions and options.captions_from is None
+    if reads_captions and not set(options.caption_columns) & set(names):
+        expected = ", ".join(options.caption_columns)
+        raise UserError(
+            f"{source} has none of the columns {expected} for captions, but {names}; "
+            "data.caption_columns names others"
+        )
+    return image
 
 
-def _plain_columns(table: "Dataset") -> list[str]:
+def _encoded_images(table: "Dataset", name: str, source: str) -> "Dataset":
+    """Return the column of images alone, under one name for all tables, not decoded."""
+    from datasets import Image
+
+    column = table.select_columns([name])
+    try:
+        column = column.cast_column(name, Image(decode=False))
+    except Exception as error:  # pyarrow has a type for each way in which it cannot be done
+        raise UserError(
+            f"{source}: column {name!r} holds {column.features[name]}, "
+            "expected encoded images (bytes)"
+        ) from error
+    return column if name == IMAGE_COLUMNS[0] else column.rename_column(name, IMAGE_COLUMNS[0])
+
+
+def _plain_columns(table: "Dataset", image_column: str) -> list[str]:
     """List the columns of numbers, text, or lists of them: nothing that a library would decode."""
     from datasets import ClassLabel, LargeList, List, Value
 
@@ -203,7 +223,7 @@ def _plain_columns(table: "Dataset") -> list[str]:
         )
 
     features = table.features
-    return [name for name in features if name != IMAGE_COLUMN and is_plain(features[name])]
+    return [name for name in features if name != image_column and is_plain(features[name])]
 
 
 def _num_bytes(column: "Dataset") -> list[int]:
@@ -211,13 +231,13 @@ def _num_bytes(column: "Dataset") -> list[int]:
     import pyarrow.compute as pc
 
     # Arrow knows the lengths from its offsets.
-    lengths = pc.binary_length(pc.struct_field(column.data.column(IMAGE_COLUMN), "bytes"))
+    lengths = pc.binary_length(pc.struct_field(column.data.column(IMAGE_COLUMNS[0]), "bytes"))
     return [length or 0 for length in lengths.to_pylist()]
 
 
-def _image_file(value: dict[str, Any] | None, root: Path) -> str | None:
+def _image_file(value: dict[str, Any] | None, places: Places) -> str | None:
     name = value.get("path") if value else None
-    if not name or not is_unicode(name) or not is_inside(root / name, root):
+    if not name or not is_unicode(name) or not is_inside(places[0] / name, places):
         return None
-    path = root / name
+    path = places[0] / name
     return str(path) if path.is_file() else None

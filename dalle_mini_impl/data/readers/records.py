@@ -1,4 +1,4 @@
-"""The record of one captioned image, and the rules of captions and paths that all readers share.
+"""The record of one captioned image, and the list of them that every reader returns.
 
 A reader lists a source as ``Pairs``: where the bytes of each image lie, and its captions. It opens
 no image. For sets that do not fit in memory, a store on disk can take the place of the list.
@@ -6,10 +6,8 @@ no image. For sets that do not fit in memory, a store on disk can take the place
 
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.data.images import BadImageError
@@ -32,7 +30,7 @@ class Pair:
     path: str
     """Key shown in messages, unique within the source: path in the folder, tar!member, or row."""
     captions: tuple[str, ...]
-    """At least one caption, none empty: all paraphrases and languages."""
+    """All paraphrases and languages, none empty. None at all only where no captions are needed."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Whatever else the source says about the image, in types of JSON."""
     split: str | None = None
@@ -70,6 +68,10 @@ class Pairs:
     """Rows of one column with encoded images, for sources that are tables."""
     num_records: int = 0
     """Records of the whole source, those left out included."""
+    notes: list[SkippedRecord] = field(default_factory=list)
+    """What is no record, and left out without harm."""
+    no_caption_reasons: dict[str, str] = field(default_factory=dict)
+    """Why an image has no caption, by its path, as long as ``require_captions`` was not called."""
 
     def __len__(self) -> int:
         return len(self.listed)
@@ -83,6 +85,31 @@ class Pairs:
     def skip(self, path: str, reason: str) -> None:
         """Note a record that is left out."""
         self.skipped.append(SkippedRecord(printable(path), printable(reason)))
+
+    def note(self, path: str, reason: str) -> None:
+        """Note what is no image and no caption; records with the same reason are shown together."""
+        self.notes.append(SkippedRecord(printable(path), printable(reason)))
+
+    def add(self, pair: Pair, no_caption_reason: str = "") -> None:
+        """List an image; one without caption with the reason."""
+        self.listed.append(pair)
+        if not pair.captions:
+            self.no_caption_reasons[pair.path] = no_caption_reason
+
+    def extend(self, others: "Pairs") -> None:
+        """Add what another reader has listed; tables excepted."""
+        self.listed += others.listed
+        self.skipped += others.skipped
+        self.notes += others.notes
+        self.no_caption_reasons |= others.no_caption_reasons
+
+    def require_captions(self) -> "Pairs":
+        """Leave out the images without caption."""
+        for pair in self.listed:
+            if not pair.captions:
+                self.skip(pair.path, self.no_caption_reasons[pair.path])
+        self.listed = [pair for pair in self.listed if pair.captions]
+        return self
 
     def read_image(self, index: int) -> bytes:
         """Read the encoded bytes of one image.
@@ -141,60 +168,17 @@ def _nesting(value: Any) -> int:
     return depth
 
 
-def files_below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Walk a folder, each before its sub-folders, and yield it with the sorted names of its files.
-
-    Hidden files and folders (names with a leading dot), linked folders and folders that cannot be
-    read are passed over.
-    """
-    # Unlike ``os.walk`` and ``Path.rglob`` no recursion, so that no depth of folders stops it.
-    remaining = [folder]
-    while remaining:
-        parent = remaining.pop()
-        try:
-            with os.scandir(parent) as entries:
-                visible = sorted(
-                    (entry for entry in entries if not entry.name.startswith(".")),
-                    key=lambda entry: entry.name,
-                )
-                folders = [entry.name for entry in visible if entry.is_dir(follow_symlinks=False)]
-        except OSError:
-            continue
-        names = [entry.name for entry in visible if entry.name not in set(folders)]
-        # Reversed, since the last one is taken next: folders come in sorted order.
-        remaining += [parent / name for name in reversed(folders)]
-        yield parent, names
-
-
 def are_too_many(num_bad: int, num_records: int, max_bad_fraction: float) -> bool:
     """Tell whether a set has more bad records than it may; one is always allowed."""
     return num_bad > max(1, max_bad_fraction * num_records)
 
 
-def collect_captions(fields: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, ...]:
-    """Gather the captions of a record from its text columns, in their order, without repeats.
-
-    A text column holds a string or a list of strings; empty, null and non-text entries are dropped.
-    """
-    # A dict as an ordered set.
-    found: dict[str, None] = {}
-    for column in text_columns:
-        value = fields.get(column)
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str) and len(text) <= MAX_TEXT_BYTES and is_unicode(text):
-                found[collapse(text)] = None
-    # Captions of white space alone collapse to nothing.
-    found.pop("", None)
-    return tuple(found)
-
-
-def no_caption_reason(fields: Mapping[str, Any], text_columns: Sequence[str]) -> str:
-    """Say why ``collect_captions`` found nothing."""
-    present = [column for column in text_columns if column in fields]
-    if present:
-        return f"no caption: {', '.join(present)} is empty, null, too long or not text"
-    names = ", ".join(list(fields)[:20])
-    return f"no caption: it has none of the fields {', '.join(text_columns)} (it has {names})"
+def notes_by_reason(notes: Sequence[SkippedRecord]) -> dict[str, list[str]]:
+    """Group the paths of notes that say the same."""
+    groups: dict[str, list[str]] = {}
+    for note in notes:
+        groups.setdefault(note.reason, []).append(note.path)
+    return groups
 
 
 def split_field(fields: Mapping[str, Any]) -> str | None:
@@ -208,68 +192,12 @@ def other_fields(fields: Mapping[str, Any], used: Sequence[str]) -> dict[str, An
     return {key: value for key, value in fields.items() if key not in used}
 
 
-def lines_of_captions(data: bytes) -> tuple[str, ...]:
-    """Read a caption file: UTF-8, one caption per line, single spaces, no empty ones.
-
-    Raises:
-        ValueError: Not UTF-8.
-    """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"its caption is not UTF-8 text (byte {error.start})") from error
-    # Not splitlines, which also splits at form feeds and other signs within a caption.
-    lines = [collapse(line) for line in text.split("\n")]
-    return tuple(dict.fromkeys(line for line in lines if line))
-
-
 def other_format_reason(name: str) -> str:
     """Say why an image file of another format is left out."""
     return f"{name} is there, but its format is not one of {', '.join(IMAGE_SUFFIXES)}"
-
-
-def collapse(text: str) -> str:
-    """Turn every run of white space into one space and cut both ends."""
-    return " ".join(text.split())
-
-
-def is_unicode(text: str) -> bool:
-    """Tell whether a string can be written as UTF-8 (half surrogate pairs cannot)."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def printable(text: str) -> str:
     """Escape what would break a one-line message (line ends, control codes, bad Unicode)."""
     escape = "unicode_escape"
     return "".join(c if c.isprintable() else c.encode(escape).decode("ascii") for c in text)
-
-
-def encoding_remedy() -> str:
-    """Say what to change where the system's encoding cannot hold every file name."""
-    encoding = sys.getfilesystemencoding()
-    if encoding.lower() == "utf-8":
-        return ""
-    return f" in this system's encoding, {encoding}; set PYTHONUTF8=1"
-
-
-def leads_outside(name: str) -> bool:
-    """Tell whether a relative file name, as written, could leave its folder.
-
-    True for absolute names (Windows drives too) and for any ``..`` part, with / or backslashes.
-    """
-    # Windows rules on every system: the data set may travel.
-    windows = PureWindowsPath(name)
-    absolute = PurePosixPath(name).is_absolute() or bool(windows.drive or windows.root)
-    return absolute or ".." in windows.parts
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a path lies in a folder, itself resolved, once symbolic links are followed."""
-    try:
-        return Path(os.path.realpath(path)).is_relative_to(folder)
-    except (OSError, ValueError):  # a link loop; a NUL in the name
-        return False

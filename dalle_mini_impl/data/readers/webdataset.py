@@ -1,15 +1,23 @@
 """WebDataset tars as img2dataset writes them: ``key.jpg``, ``key.txt``, ``key.json`` side by side.
 
 Nothing is ever unpacked or unpickled. Only the member table is read; regular members with one of
-seven extensions count, everything else is passed over, and images are later read in place.
+eight extensions count, everything else is passed over, and images are later read in place.
 """
 
 import tarfile
-from collections.abc import Sequence
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
+from dalle_mini_impl.data.readers.captions import (
+    ReadOptions,
+    clean,
+    collect_captions,
+    lines_of_captions,
+    no_caption_reason,
+)
+from dalle_mini_impl.data.readers.paths import is_unicode, leads_outside
 from dalle_mini_impl.data.readers.records import (
     IMAGE_SUFFIXES,
     MAX_IMAGE_BYTES,
@@ -17,19 +25,18 @@ from dalle_mini_impl.data.readers.records import (
     OTHER_IMAGE_SUFFIXES,
     Pair,
     Pairs,
-    collapse,
-    collect_captions,
-    is_unicode,
-    leads_outside,
-    lines_of_captions,
-    no_caption_reason,
     other_fields,
     other_format_reason,
     parse_object,
     split_field,
 )
 
-_TEXT_SUFFIXES = (".txt", ".json")
+_LINES_SUFFIXES = (".txt", ".caption")
+_TEXT_SUFFIXES = (*_LINES_SUFFIXES, ".json")
+_KEY_RULE = (
+    "the name up to its last dot, or to its first; of several, data.image_column and "
+    "data.caption_columns choose by what follows the key"
+)
 _BLOCK = 512  # bytes, the unit of tar files
 _MAX_HEADER_BYTES = 2**14  # of long names and pax headers; Python 3.11.7 takes 0.5 s for that many
 
@@ -61,24 +68,30 @@ class _Sample:
     texts: dict[str, _Span] = field(default_factory=dict)
 
 
-def read_tar(path: Path, text_columns: Sequence[str]) -> Pairs:
+def read_tar(path: Path, options: ReadOptions, *, name: str = "") -> Pairs:
     """List the captioned images of one uncompressed tar, in its order.
 
-    Captions come from the text columns of ``key.json`` and the lines of ``key.txt``. The key is the
-    member's path without its last extension. Links, devices, sparse or oversized members, names
-    that lead outside and incomplete samples are skipped; so is what lies behind a damaged header.
+    Captions come from the caption columns of ``key.json`` and the lines of ``key.txt``. The key is
+    the member's path without its last extension; what is incomplete by this rule is joined by the
+    webdataset library's own, which cuts at the first dot of the name. Links, devices, sparse or
+    oversized members, names that lead outside and incomplete samples are skipped; so is what lies
+    behind a damaged header.
+    ``name`` stands before ``!`` in the keys; by default that of the file.
     """
     pairs = Pairs()
     try:
         with path.open("rb") as file:
-            reader = _TarReader(path, file, text_columns, pairs)
+            reader = _TarReader(path, name or path.name, file, options, pairs)
             try:
                 reader.read_members()
             finally:  # what lies before the damage is good
+                reader.join_by_first_dot()
                 for key, sample in reader.samples.items():
                     reader.add_sample(key, sample)
     except Exception as error:  # tarfile raises nearly anything when a header is damaged
-        pairs.skip(path.name, f"not a tar file, or damaged ({type(error).__name__}: {error})")
+        pairs.skip(
+            name or path.name, f"not a tar file, or damaged ({type(error).__name__}: {error})"
+        )
     return pairs
 
 
@@ -86,9 +99,10 @@ class _TarReader:
     """Reads the member table of one tar, then the texts of each sample."""
 
     def __init__(
-        self, path: Path, file: BinaryIO, text_columns: Sequence[str], pairs: Pairs
+        self, path: Path, name: str, file: BinaryIO, options: ReadOptions, pairs: Pairs
     ) -> None:
-        self.path, self.file, self.text_columns, self.pairs = path, file, text_columns, pairs
+        self.path, self.name, self.file = path, name, file
+        self.options, self.pairs = options, pairs
         self.file_size = path.stat().st_size
         self.samples: dict[str, _Sample] = {}
 
@@ -105,7 +119,7 @@ class _TarReader:
                 last_offset = member.offset
                 reason = self._add_member(member)
                 if reason:
-                    self.pairs.skip(f"{self.path.name}!{member.name}", reason)
+                    self.pairs.skip(f"{self.name}!{member.name}", reason)
             # tarfile takes any broken header for the end; a true end is a block of zeros or none.
             self.file.seek(archive.offset)
             if any(self.file.read(_BLOCK)):
@@ -151,45 +165,92 @@ class _TarReader:
         is_cut_off = member.offset_data + member.size > self.file_size
         return "cut off by the end of the tar" if is_cut_off else ""
 
+    def join_by_first_dot(self) -> None:
+        """Give ``s.outputs.txt`` to ``s.input.png``, as the webdataset library does."""
+        groups: dict[str, list[str]] = defaultdict(list)
+        for key in self.samples:
+            groups[_first_dot_key(key)].append(key)
+        for keys in groups.values():
+            images = [key for key in keys if self.samples[key].image]
+            named = [key for key in images if self._extension(key) == self.options.image_column]
+            if named:  # the other images of the sample are not asked for
+                for key in set(images) - set(named):
+                    del self.samples[key]
+                images = named
+            bare = [key for key in images if not self.samples[key].texts] or images
+            # Dotted names of several images: nobody knows whose text it is.
+            if len(bare) == 1:
+                self._join(bare[0], [key for key in keys if self._is_text_alone(key)])
+
+    def _is_text_alone(self, key: str) -> bool:
+        sample = self.samples.get(key)
+        return sample is not None and sample.image is None and sample.other_image is None
+
+    def _extension(self, key: str) -> str:
+        """Return what webdataset calls the extension of a sample's image: "input.png"."""
+        image = self.samples[key].image
+        return PurePosixPath(image.name).name.partition(".")[2].lower() if image else ""
+
+    def _join(self, image: str, texts: list[str]) -> None:
+        """Move texts without image to an image."""
+        own = self.samples[image].texts
+        for suffix in _TEXT_SUFFIXES:
+            found = [key for key in texts if suffix in self.samples[key].texts]
+            # Of "s.prompt.txt" and "s.negative.txt" the one that is a caption column.
+            named = [key for key in found if key.rpartition(".")[2] in self.options.caption_columns]
+            if suffix in own or len(named or found) != 1:
+                continue
+            own[suffix] = self.samples[(named or found)[0]].texts[suffix]
+            for key in found:
+                del self.samples[key].texts[suffix]
+        for key in texts:
+            if not self.samples[key].texts:
+                del self.samples[key]
+
     def add_sample(self, key: str, sample: _Sample) -> None:
         """List a sample that has image and caption, or say what it lacks."""
         if sample.image is None:
             other = sample.other_image
-            reason = "no image for this key" if other is None else other_format_reason(other)
-            self.pairs.skip(f"{self.path.name}!{key}", reason)
+            reason = (
+                f"no image for this key ({_KEY_RULE})"
+                if other is None
+                else other_format_reason(other)
+            )
+            self.pairs.skip(f"{self.name}!{key}", reason)
             return
-        path = f"{self.path.name}!{sample.image.name}"
+        path = f"{self.name}!{sample.image.name}"
+        fields: dict[str, Any] = {}
+        captions: tuple[str, ...] = ()
         try:
             fields = self._read_json(sample.texts.get(".json"))
-            captions = self._captions_of(sample.texts.get(".txt"), fields)
+            captions = self._captions_of(sample, fields)
+            reason = "no .txt or .json for this key, or an empty one"
+            if fields:
+                reason = no_caption_reason(fields, self.options.caption_columns)
         except ValueError as error:
-            self.pairs.skip(path, str(error))
-            return
-        if not captions:
-            without = "no .txt or .json for this key, or an empty one"
-            reason = no_caption_reason(fields, self.text_columns) if fields else without
-            self.pairs.skip(path, reason)
-            return
-        self.pairs.listed.append(
-            Pair(
-                path=path,
-                captions=captions,
-                attributes=other_fields(fields, self.text_columns),
-                split=split_field(fields),
-                file=str(self.path.resolve()),
-                offset=sample.image.offset,
-                size=sample.image.size,
-            )
+            reason = str(error)
+        pair = Pair(
+            path=path,
+            captions=captions,
+            attributes=other_fields(fields, self.options.caption_columns),
+            split=split_field(fields),
+            file=str(self.path.resolve()),
+            offset=sample.image.offset,
+            size=sample.image.size,
         )
+        self.pairs.add(pair, reason)
 
-    def _captions_of(self, span: _Span | None, fields: dict[str, Any]) -> tuple[str, ...]:
+    def _captions_of(self, sample: _Sample, fields: dict[str, Any]) -> tuple[str, ...]:
         # The JSON comes first: its fields are in a known order.
-        captions = collect_captions(fields, self.text_columns)
-        lines = lines_of_captions(self._read_span(span)) if span else ()
-        # img2dataset writes the same caption twice; a line end inside it must not make it new ones.
-        if collapse(" ".join(lines)) in captions:
-            return captions
-        return tuple(dict.fromkeys([*captions, *lines]))
+        captions = collect_captions(fields, self.options.caption_columns)
+        for suffix in _LINES_SUFFIXES:
+            span = sample.texts.get(suffix)
+            lines = lines_of_captions(self._read_span(span)) if span else ()
+            # img2dataset writes the same caption twice; a line end inside it must not make it new
+            # ones.
+            if clean(" ".join(lines)) not in captions:
+                captions = tuple(dict.fromkeys([*captions, *lines]))
+        return captions
 
     def _read_json(self, span: _Span | None) -> dict[str, Any]:
         if span is None:
@@ -202,3 +263,8 @@ class _TarReader:
     def _read_span(self, span: _Span) -> bytes:
         self.file.seek(span.offset)
         return self.file.read(span.size)
+
+
+def _first_dot_key(key: str) -> str:
+    path = PurePosixPath(key)
+    return str(path.with_name(path.name.partition(".")[0] or path.name))
