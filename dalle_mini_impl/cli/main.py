@@ -20,6 +20,7 @@ from dalle_mini_impl.errors import StoppedError, UserError, without_secrets
 
 CONSOLE = "dalle-mini"
 COMMANDS = {
+    "train": "Train a model on a folder of captioned images, from nothing to its images.",
     "generate": "Generate images from prompts, or inpaint a part of an image.",
     "app": "Generate images on a page in the browser.",
     "caption": "Rank captions for an image by the text-to-image model's likelihood.",

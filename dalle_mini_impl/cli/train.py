@@ -1,15 +1,208 @@
-"""The part that all ``train_*`` commands have in common."""
+"""From a folder of images to a model and its images: one command."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import argparse
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dalle_mini_impl.cli.main import COMMANDS
-from dalle_mini_impl.config import load_config
+from dalle_mini_impl.cli.arguments import OneLineParser, user_path, user_text
+from dalle_mini_impl.cli.main import COMMANDS, show_elapsed_minutes
+from dalle_mini_impl.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from dalle_mini_impl.data.check import DataReport
+    from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
+
+logger = logging.getLogger(__name__)
+
+PRESETS = "configs/own"
+# Of the minutes: what the demo, which was tuned, gives its tokenizer (docs/log.md).
+TOKENIZER_FRACTION = 0.2
+NUM_SHOWN = 16
+COLUMNS = "  from left to right: the held-out image, the generated one, the nearest training image"
 
 
-def train(
-    command: str, config_class: type[Any], run: Callable[..., Any], arguments: Sequence[str]
-) -> None:
-    """Read a run's config from the command line and train."""
-    config, resume = load_config(config_class, arguments, description=COMMANDS[command])
-    run(config, resume=resume)
+def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], list[str]]:
+    """Read the command line; also what overrules the image tokenizer's and the decoder's preset."""
+    parser = OneLineParser(
+        description=COMMANDS["train"],
+        epilog="--data.FIELD VALUE says how the images are read; --tokenizer.FIELD VALUE and "
+        "--dalle.FIELD VALUE overrule single choices. The fields are those of train_vqvae and "
+        "train_dalle. The same command again goes on where it stopped.",
+    )
+    add = parser.add_argument
+    add("source", type=user_text, help="folder of images and captions, or what --data.source takes")
+    add("--minutes", type=float, default=30.0, help="of training in all; default: %(default)g")
+    add("--out", type=user_path, help="output folder; default: out/ and the name of the source")
+    add("--presets", type=user_path, default=PRESETS, help="folder of both; default: %(default)s")
+    add("--dry_run", action="store_true", help="show choices and time, train nothing")
+    options, rest = parser.parse_known_args(arguments)
+    if not options.minutes > 0:
+        raise UserError(f"minutes: got {options.minutes:g}, expected above 0")
+    overrides: dict[str, list[str]] = {"data": [], "tokenizer": [], "dalle": []}
+    kind = ""
+    for argument in rest:
+        kept = argument
+        if argument.startswith("--"):
+            kind, dot, field = argument.removeprefix("--").partition(".")
+            kind = kind if dot else ""
+            kept = argument if kind == "data" else f"--{field}"
+        if kind not in overrides:  # an option that there is not, or a value without one
+            parser.error(f"unrecognized arguments: {argument}")
+        overrides[kind].append(kept)
+    data = overrides["data"]
+    return options, [*data, *overrides["tokenizer"]], [*data, *overrides["dalle"]]
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Look at the data, say what is chosen, train both models, generate images."""
+    options, tokenizer_overrides, dalle_overrides = parse(arguments)
+    show_elapsed_minutes()
+    from dalle_mini_impl.config import find_preset, load_config
+    from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
+
+    out = options.out or Path("out") / (Path(options.source).resolve().stem or "images")
+    vqvae, dalle = out / "vqvae", out / "dalle"
+
+    def preset(run: Path, fraction: float) -> list[str]:
+        is_begun = any((run / "checkpoints").glob("step-*"))
+        return [
+            *("--config", str(find_preset(options.presets) / f"{run.name}.yaml")),
+            *("--data.source", options.source, "--output_dir", str(run)),
+            *("--training.max_minutes", f"{fraction * options.minutes:g}"),
+            *(["--resume", "latest"] if is_begun else []),
+        ]
+
+    tokenizer_preset = [*preset(vqvae, TOKENIZER_FRACTION), *tokenizer_overrides]
+    vqvae_run, vqvae_resume = load_config(VQVAERunConfig, tokenizer_preset, description="")
+    dalle_preset = preset(dalle, 1 - TOKENIZER_FRACTION)
+    dalle_preset += ["--vqvae_dir", str(vqvae / "model"), *dalle_overrides]
+    dalle_run, dalle_resume = load_config(DalleRunConfig, dalle_preset, description="")
+    # 1. look at the data, and say what will be done
+    report = look_at(dalle_run, image_size=vqvae_run.vqvae.image_size)
+    split = held_out_split(report, dalle_run.data.validation_split)
+    vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, validation_split=split))
+    dalle_run = replace(dalle_run, data=replace(dalle_run.data, validation_split=split))
+    logger.info("\n".join(explain(report, vqvae_run, dalle_run, is_short=not options.dry_run)))
+    if options.dry_run:
+        return
+    # 2. train; each step's last file says that it is done
+    if not (vqvae / "model" / "config.json").is_file():
+        logger.info("training the image tokenizer")
+        train_vqvae(vqvae_run, resume=vqvae_resume)
+    if not (dalle / "model" / "model_index.json").is_file():
+        logger.info("training the decoder")
+        train_dalle(dalle_run, resume=dalle_resume)
+    # 3. generate
+    logger.info("generating images of held-out captions")
+    show_images(dalle_run, dalle / "model").save(out / "images.png")
+    logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
+    logger.info(
+        f"model folder: {dalle / 'model'}; python scripts/generate.py --model it --prompt X"
+    )
+
+
+def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
+    """Read all images once and log what is wrong with them; UserError if they are of no use."""
+    from dalle_mini_impl.data.check import check_data, report_lines, require_usable
+    from dalle_mini_impl.progress import log_now_and_then
+
+    report = check_data(
+        run.data.source,
+        options=run.data.read_options(),
+        image_size=image_size,
+        text_length=run.text.text_length,
+        vocab_size=run.text.vocab_size,
+        progress=log_now_and_then("images read"),
+    )
+    logger.info("\n".join(report_lines(report)))
+    require_usable(report, max_bad_fraction=run.data.max_bad_fraction)
+    return report
+
+
+def held_out_split(report: "DataReport", asked: str) -> str:
+    """Name the validation split, or the test split where there is no other."""
+    from dalle_mini_impl.data.readers.split_names import TEST, VALIDATION, split_in_name
+
+    names = {split_in_name(name, whole=True): name for name in report.split_sizes}
+    is_missing = split_in_name(asked, whole=True) == VALIDATION and VALIDATION not in names
+    return names.get(TEST, asked) if is_missing else asked
+
+
+def explain(
+    report: "DataReport",
+    vqvae_run: "VQVAERunConfig",
+    dalle_run: "DalleRunConfig",
+    *,
+    is_short: bool,
+) -> list[str]:
+    """Say what will be trained on how many images, and for how long; in full with the memory."""
+    from dalle_mini_impl.training.estimate import estimate_lines
+    from vqvae import VQVAE
+
+    config = vqvae_run.vqvae
+    rows, columns = config.image_grid_size
+    order = dalle_run.task.random_order_probability
+    held_out = dalle_run.data.validation_split
+    lines = [
+        f"data: {report.split_sizes.get(dalle_run.data.train_split, 0)} images to train on, "
+        f"{report.split_sizes.get(held_out, 0)} held out ({held_out}), by which the best weights "
+        "are chosen",
+        f"image tokenizer: {vqvae_run.training.max_minutes:g} minutes, {config.image_size} x "
+        f"{config.image_size} pixels to {rows * columns} tokens of {config.codebook_size}",
+        f"decoder: {dalle_run.training.max_minutes:g} minutes, {dalle_run.decoder.num_layers} "
+        f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order",
+    ]
+    if is_short:
+        return lines
+    tokenizer = VQVAE(config)
+    return [
+        *lines[:2],
+        *(f"  {line}" for line in estimate_lines(vqvae_run, tokenizer, report)),
+        lines[2],
+        *(f"  {line}" for line in estimate_lines(dalle_run, tokenizer, report)),
+    ]
+
+
+def show_images(run: "DalleRunConfig", model: Path) -> "Image.Image":
+    """Lay out held-out images, what is generated from their captions, and what that is nearest to.
+
+    The nearest training image is the one with most tokens in common.
+    """
+    import numpy as np
+    import torch
+
+    from dalle_mini_impl.cli.pipelines import open_pipeline
+    from dalle_mini_impl.data.image_grid import make_grid
+    from dalle_mini_impl.data.loading import load_all_pixels
+    from dalle_mini_impl.data.pairs import open_pairs
+    from dalle_mini_impl.evaluation.samples import encode, evenly_spaced, to_images
+
+    pipeline = open_pipeline(str(model))
+    size = pipeline.vqvae.config.image_size
+    names = (run.data.train_split, run.data.validation_split)
+    train, held_out = (
+        open_pairs(run.data.source, split=name, options=run.data.read_options()) for name in names
+    )
+    (train_pixels, train_kept, _), (pixels, kept, _) = (
+        load_all_pixels(pairs, image_size=size, max_bad_fraction=run.data.max_bad_fraction)
+        for pairs in (train, held_out)
+    )
+    chosen = evenly_spaced(len(kept), NUM_SHOWN)
+    prompts = [held_out[kept[index]].captions[0] for index in chosen]
+    generated = pipeline(prompts).images
+    train_ids = encode(pipeline.vqvae, train_pixels)  # (train, image_length)
+    images, captions = [], []
+    for index, prompt, image in zip(chosen, prompts, generated, strict=True):
+        pixels_of = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        token_ids = encode(pipeline.vqvae, pixels_of[None])
+        nearest = int((train_ids == token_ids).sum(dim=1).argmax())
+        images += [*to_images(pixels[index, None]), image, *to_images(train_pixels[nearest, None])]
+        captions += [f"held out: {prompt}", "generated", train[train_kept[nearest]].captions[0]]
+    return make_grid(images, columns=6, captions=captions)

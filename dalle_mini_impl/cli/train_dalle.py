@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from dalle_mini_impl.cli.train import train
+from dalle_mini_impl.cli.train_command import train
 from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
 
 

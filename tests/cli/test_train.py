@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from dalle_mini_impl.training.run import save_config
 from tests.reference import tiny
@@ -70,6 +71,88 @@ def test_own_folder_to_images(
     ]
     names = sorted(path.name for path in (out / "images").iterdir())
     assert names == ["0000-보라색-원_0.png", "0000-보라색-원_1.png", "grid-0000.png"]
+
+
+TINY = (
+    *("--tokenizer.training.max_steps", "2", "--tokenizer.vqvae.channels", "[8, 16]"),
+    *("--tokenizer.training.global_batch_size", "4", "--dalle.training.max_steps", "2"),
+    *("--dalle.training.global_batch_size", "4", "--dalle.decoder.hidden_size", "32"),
+    *("--dalle.text.vocab_size", "300", "--dalle.decoder.num_layers", "1"),
+)
+
+
+def test_one_command(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It says what it does; the same command again only generates; a broken run goes on."""
+    out = tmp_path / "out"
+    command = ("train", own_folder, "--out", out, "--minutes", "5", *TINY)
+    assert run_here(*command, "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert "image tokenizer: 1 minutes, 64 x 64 pixels to 64 tokens of 1000" in shown
+    assert "decoder: 4 minutes, 1 layers of 32, 100% of the samples in random order" in shown
+    assert len(re.findall(r"a step takes about \d", shown)) == 2
+    assert not out.exists()
+
+    assert run_here(*command) == 0
+    shown = capsys.readouterr().out
+    assert "그림 7.png" in shown
+    with Image.open(out / "images.png") as image:
+        assert image.height >= 64
+    model = out / "dalle" / "model" / "model_index.json"
+    times = [path.stat().st_mtime_ns for path in (model, out / "vqvae" / "model" / "config.json")]
+
+    assert run_here(*command) == 0
+    shown = capsys.readouterr().out
+    assert "training the" not in shown
+    assert "generating images of held-out captions" in shown
+    assert times == [
+        path.stat().st_mtime_ns for path in (model, out / "vqvae" / "model" / "config.json")
+    ]
+
+    model.unlink()  # as of a run that was stopped before its end
+    assert run_here(*command, "--dalle.training.max_steps", "3") == 0
+    shown = capsys.readouterr().out
+    assert "resuming at step 2" in shown
+    assert "training the image tokenizer" not in shown
+
+
+def test_one_command_takes_test_images_where_no_others_are_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "images" / split).mkdir(parents=True)
+        for number in range(6 if split == "train" else 3):
+            path = tmp_path / "images" / split / f"{number}.png"
+            tiny.render_image(number).save(path)
+            path.with_suffix(".txt").write_text(tiny.CAPTIONS[number])
+    assert run_here("train", tmp_path / "images", "--out", tmp_path / "out", "--dry_run") == 0
+    shown = capsys.readouterr().out
+    assert "data: 6 images to train on, 3 held out (test), by which the best weights" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--minutes", "0"), "minutes: got 0, expected above 0"),
+        (("--minutes", "soon"), "argument --minutes: invalid float value: 'soon'"),
+        (("--learning_rate", "1"), "unrecognized arguments: --learning_rate"),
+        (("--dalle", "1"), "unrecognized arguments: --dalle"),
+        (("loose",), "unrecognized arguments: loose"),
+        (("--dalle.decoder.hiden_size", "8"), "hiden_size"),
+        (("--presets", "/nowhere"), "/nowhere"),
+    ],
+)
+def test_one_command_refuses(
+    options: tuple[str, ...],
+    reason: str,
+    own_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_here("train", own_folder, "--out", tmp_path / "out", *options) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert reason in error
+    assert not (tmp_path / "out").exists()
 
 
 def test_encoder_decoder_to_captions(
