@@ -14,6 +14,11 @@ from jaxtyping import install_import_hook
 # their shapes, at every call.
 install_import_hook(["dalle_mini_impl", "vqvae"], "beartype.beartype")
 
+# Tests that run beside each other, and the commands that they start, share the processors: threads
+# that wait for each other there made a training ten times as slow as one thread alone.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
 import torch  # noqa: E402
 
 from tests.reference.other_rounding import OtherRounding  # noqa: E402

@@ -102,7 +102,7 @@ def run_script(*command: str | Path, processes: int = 1, **env: str) -> Script:
 
 
 def output_of(*command: str | Path) -> str:
-    """Runs a script as a user would, on all processors; returns what it printed."""
+    """Runs a script as a user would, on the processors that a test may use; returns its output."""
     command = (sys.executable, *map(str, command))
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
