@@ -1,4 +1,4 @@
-# make generate PROMPT="..." | make app | make demo | make check test | make test-slow | make test-rounding | make format | make bench [PARTS=train_small]
+# make generate PROMPT="..." | make app | make demo | make train DATA=FOLDER [MINUTES=30] | make check test | make test-slow | make test-rounding | make format | make bench [PARTS=train_small]
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,9 +9,10 @@ PARTS ?= all
 MODEL ?= checkpoints/emoji-64
 PROMPT ?= a red heart, Noto style
 PORT ?= 7860
+MINUTES ?= 30
 PARALLEL ?= --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: generate app demo check test test-slow test-rounding format bench clean
+.PHONY: generate app demo train check test test-slow test-rounding format bench clean
 
 generate: $(VENV)/.demo
 	$(BIN)/python scripts/generate.py --model $(MODEL) --prompt "$(PROMPT)"
@@ -21,6 +22,9 @@ app: $(VENV)/.app
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py --out $(OUT)
+
+train: $(VENV)/.demo
+	$(BIN)/python scripts/train.py "$(DATA)" --minutes $(MINUTES)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

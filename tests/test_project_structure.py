@@ -112,7 +112,9 @@ COMMANDS = sorted({tuple(command) for path in TEXTS for command in commands_in(p
 
 def test_the_readme_shows_commands() -> None:
     shown = {command[0] for command in COMMANDS}
-    assert {f"scripts/{name}.py" for name in ("train_vqvae", "train_dalle", "generate")} <= shown
+    assert {
+        f"scripts/{name}.py" for name in ("train", "train_vqvae", "train_dalle", "generate")
+    } <= shown
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -139,6 +141,7 @@ def test_every_flag_in_a_text_is_a_flag_of_its_script(command: tuple[str, ...]) 
         return
     module = REPOSITORY / "dalle_mini_impl" / "cli" / Path(script).name
     source = module.read_text(encoding="utf-8") + "--native"  # of cli/arguments.py
+    source += " --data --tokenizer --dalle" if script == "scripts/train.py" else ""
     if script in runs:
         source += "--config --resume"
         fields = {f"--{name}" for run in runs.values() for name in run.__dataclass_fields__}

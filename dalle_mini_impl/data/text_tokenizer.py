@@ -139,6 +139,13 @@ class TextTokenizer:
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def fragment_ids(self, captions: Iterable[str]) -> Int64[Tensor, " fragments"]:
+        """List the ids that are no whole word of these captions: what unknown words become."""
+        words = sorted({word for caption in captions for word in caption.split()})
+        whole = {row[0] for row in self.tokenize(words) if len(row) == 1}
+        ids = range(PAD_TOKEN_ID + 1, self.vocab_size)
+        return torch.tensor([number for number in ids if number not in whole])
+
     def pad(
         self, rows: Sequence[Sequence[int]], *, log_truncated: bool = False
     ) -> Int64[Tensor, "batch text_length"]:

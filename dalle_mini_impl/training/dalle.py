@@ -48,6 +48,10 @@ class DalleTaskConfig:
     """Weight of the caption's loss relative to the image's, in models that predict captions."""
     caption_dropout_probability: float = 0.1
     """Fraction of samples trained without their caption, for guidance."""
+    unknown_word_probability: float = 0.0
+    """Fraction of samples in whose captions parts of words stand in place of some or all tokens, as
+    they do for words that training never shows. So such words leave open what they name, where
+    they would otherwise call up any image of the training set."""
     token_noise_probability: float = 0.0
     """Upper bound of the fraction of input image tokens replaced by tokens of other images. Each
     sample's fraction is uniform below it; targets stay. Keeps the decoder from continuing a
@@ -193,6 +197,9 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
         pipeline=pipeline,
         fixed_prompts=config.fixed_prompts or first_captions,
+        fragment_ids=text_tokenizer.fragment_ids(
+            text for pair in train.listed for text in pair.captions
+        ),
     )
 
 
@@ -236,11 +243,13 @@ class DalleTask:
         identity: str,
         pipeline: TextToImagePipeline,
         fixed_prompts: tuple[str, ...],
+        fragment_ids: Int[Tensor, " fragments"] | None = None,
     ) -> None:
         self.model: nn.Module = pipeline.dalle
         self.train, self.held_out, self.config = train, held_out, config
         self.sample_weights, self.identity = sample_weights, identity
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
+        self.fragment_ids = torch.arange(1, 257) if fragment_ids is None else fragment_ids
         self.selection_metric: str | None = None
         if len(held_out) >= MIN_COMPARED:
             self.selection_metric = "validation/log_likelihood_ratio_nats"
@@ -292,7 +301,12 @@ class DalleTask:
         }
 
     def loss(
-        self, model: nn.Module, batch: dict[str, Tensor], *, progress: float, **_: object
+        self,
+        model: nn.Module,
+        batch: dict[str, Tensor],
+        *,
+        progress: float,
+        generator: torch.Generator,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return image loss plus weighted text loss, if there is one, in nats per token."""
         config, uniforms = self.config, SampleUniforms.from_matrix(batch["uniforms"])
@@ -300,9 +314,12 @@ class DalleTask:
         # The last part of a run trains on the images as they are, in the order of generation.
         is_augmented = progress < config.augmentation_ends_at
 
+        # Unknown words: parts of words in place of some tokens, or of all.
+        given_text, is_spoiled = self._with_unknown_words(text_token_ids, generator)
+
         # Caption dropout: the decoder also learns p(image), which guidance needs.
         is_dropped = uniforms.drop_caption < config.caption_dropout_probability
-        given_text = text_token_ids.masked_fill(is_dropped[:, None], PAD_TOKEN_ID)
+        given_text = given_text.masked_fill(is_dropped[:, None], PAD_TOKEN_ID)
 
         # Shifted or enlarged views.
         image = batch["view_token_ids"] if is_augmented else batch["image_token_ids"]
@@ -324,14 +341,41 @@ class DalleTask:
         if logits.text is None:
             return image_nats, {"image_nats": image_nats.detach()}
         # The text loss of a dropped caption is masked out: it enters the mean as zero.
-        text_nats = text_loss(logits.text, text_token_ids, is_counted=~is_dropped)
+        text_nats = text_loss(logits.text, text_token_ids, is_counted=~is_dropped & ~is_spoiled)
         loss = image_nats + config.text_loss_weight * text_nats
         # The metric averages over the captions that are kept, the loss over the whole batch.
-        fraction_counted = max(1 - config.caption_dropout_probability, 1e-9)
+        fraction_counted = (1 - config.caption_dropout_probability) * (
+            1 - config.unknown_word_probability
+        )
+        fraction_counted = max(fraction_counted, 1e-9)
         return loss, {
             "image_nats": image_nats.detach(),
             "text_nats": text_nats.detach() / fraction_counted,
         }
+
+    def _with_unknown_words(
+        self, text_token_ids: Int[Tensor, "batch text_length"], generator: torch.Generator
+    ) -> tuple[Int[Tensor, "batch text_length"], Bool[Tensor, " batch"]]:
+        """Put parts of words in place of tokens of some captions; also tell of which."""
+        batch, length = text_token_ids.shape
+        if not self.config.unknown_word_probability:
+            return text_token_ids, text_token_ids.new_zeros(batch, dtype=torch.bool)
+        # On the CPU, as the generator may be there.
+        sample, token, choice = torch.rand(
+            (3, batch, max(length, 3)), generator=generator, device=generator.device
+        ).to(text_token_ids.device)
+        is_spoiled = sample[:, 0] < self.config.unknown_word_probability
+        # Each token with a probability of the caption's own: from one word to all.
+        is_token = text_token_ids != PAD_TOKEN_ID
+        is_replaced = is_token & (token[:, :length] < sample[:, 1, None])
+        # An unknown word has more tokens than a known one: up to three times as many.
+        longest = is_token.sum(dim=1, keepdim=True) * (1 + 2 * sample[:, 2, None])
+        positions = torch.arange(length, device=text_token_ids.device)
+        is_replaced |= ~is_token & (positions + 1 <= longest)
+        is_replaced &= is_spoiled[:, None]
+        fragment_ids = self.fragment_ids.to(text_token_ids.device)
+        fragments = fragment_ids[(choice[:, :length] * len(fragment_ids)).long()]
+        return torch.where(is_replaced, fragments, text_token_ids), is_spoiled
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

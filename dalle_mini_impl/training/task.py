@@ -33,7 +33,8 @@ class Task(Protocol):
     identity: str
     """Hash of what the tokens mean; a checkpoint of another identity is refused."""
     selection_metric: str | None
-    """Of ``evaluate``, highest for the best weights; None: the last ones are as good as any."""
+    """Of ``evaluate``: the latest weights with 0 or more are the best, else those with the highest.
+    None: the last ones are as good as any."""
     sample_weights: Tensor | None
     """How often each sample is expected relative to the others; None for equal weights."""
 

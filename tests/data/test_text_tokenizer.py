@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_mini_impl.data.text_tokenizer import TextTokenizer, train_text_tokenizer
+from dalle_mini_impl.data.text_tokenizer import PAD_TOKEN_ID, TextTokenizer, train_text_tokenizer
 from dalle_mini_impl.errors import UserError
 from tests.reference.log_lines import log_lines
 
@@ -36,6 +36,17 @@ def rows(encoder: TextTokenizer, *captions: str) -> list[list[int]]:
 
 def decode(encoder: TextTokenizer, row: list[int]) -> str:
     return str(encoder.tokenizer.decode(row, skip_special_tokens=True))
+
+
+def test_fragments_are_what_unknown_words_become() -> None:
+    encoder = TextTokenizer(train_text_tokenizer(CAPTIONS, vocab_size=400), text_length=24)
+    fragments = set(encoder.fragment_ids(CAPTIONS).tolist())
+    whole = [row[0] for row in encoder.tokenize(["red", "square", "flag", "국기", "a"])]
+    assert fragments.isdisjoint([*whole, PAD_TOKEN_ID])
+    # What is left of the vocabulary, single bytes of other alphabets too.
+    assert len(fragments) == encoder.vocab_size - 1 - len(set(" ".join(CAPTIONS).split()))
+    for word in ("zebra", "Норвегия", "삼각형"):
+        assert fragments.issuperset(encoder.tokenize([word])[0]), word
 
 
 def test_case_spaces_and_unicode_form_do_not_matter(encoder: TextTokenizer) -> None:

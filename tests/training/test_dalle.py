@@ -67,7 +67,7 @@ def run(task: DalleTask, *, progress: float = 0.0) -> tuple[dict[str, Tensor], A
     sample_ids = torch.randint(0, task.num_samples, (BATCH,), generator=generator)
     batch = task.make_batch(sample_ids, torch.rand(BATCH, task.num_uniforms, generator=generator))
     spy = Spy(task.pipeline.dalle)
-    results = task.loss(spy, batch, progress=progress)
+    results = task.loss(spy, batch, progress=progress, generator=generator)
     return batch | {"ids": sample_ids}, spy.calls[0], results
 
 
@@ -114,6 +114,29 @@ def test_no_augmentation_leaves_images_unchanged(pipeline: TextToImagePipeline) 
     assert float(is_first.float().mean()) == pytest.approx(0.5, abs=0.1)
 
 
+def test_unknown_words_are_fragments_and_not_counted(pipeline: TextToImagePipeline) -> None:
+    task = build_task(pipeline, unknown_word_probability=0.5)
+    task.fragment_ids = torch.arange(300, 400)  # no token of the captions
+    batch, (text, _, _), (_, metrics) = run(task)
+    own, fragment = batch["text_token_ids"], text >= 300
+    assert torch.equal(text[~fragment], own[~fragment])
+    is_spoiled = fragment.any(dim=1)
+    assert 0.4 < is_spoiled.float().mean() < 0.6
+    # From one token of the five to all, and up to ten more than these.
+    replaced = fragment[is_spoiled, :5].sum(dim=1)
+    assert set(replaced.tolist()) == {0, 1, 2, 3, 4, 5}
+    added = fragment[is_spoiled, 5:].sum(dim=1)
+    assert set(added.tolist()) == {0, 1, 2, 3}
+    # Pads end a caption as ever.
+    assert not ((text[:, :-1] == PAD_TOKEN_ID) & (text[:, 1:] != PAD_TOKEN_ID)).any()
+    assert len(text[fragment].unique()) > 90
+    # Uniform predictions: what is counted scores this wherever it is, and the rest nothing.
+    counted = float((~is_spoiled).float().mean()) / 0.5
+    expected = counted * math.log(pipeline.text_tokenizer.vocab_size)
+    # Some captions are spoiled without a token replaced.
+    assert 0.9 * expected < float(metrics["text_nats"]) < expected + 1e-4
+
+
 def test_dropped_captions_are_hidden_and_not_counted(pipeline: TextToImagePipeline) -> None:
     batch, (text, _, _), (_, metrics) = run(build_task(pipeline, caption_dropout_probability=0.25))
     hidden = (text == PAD_TOKEN_ID).all(dim=1)
@@ -145,7 +168,7 @@ def test_random_order_permutes_inputs_and_targets(pipeline: TextToImagePipeline)
     del batch["ids"]
     for noise in (0.0, 1.0):  # noise is for the inputs alone
         task = build_task(pipeline, random_order_probability=0.5, token_noise_probability=noise)
-        _, metrics = task.loss(Knows(), batch, progress=0.0)
+        _, metrics = task.loss(Knows(), batch, progress=0.0, generator=torch.Generator())
         assert float(metrics["image_nats"]) < 1e-6
 
 
@@ -235,7 +258,7 @@ def test_encoder_decoder_reports_image_loss_only() -> None:
     task = build_task(pipeline, text_loss_weight=0.25, caption_dropout_probability=0.3)
     uniforms = torch.rand(BATCH, task.num_uniforms, generator=torch.Generator().manual_seed(1))
     batch = task.make_batch(torch.arange(BATCH) % 50, uniforms)
-    loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0)
+    loss, metrics = task.loss(pipeline.dalle, batch, progress=0.0, generator=torch.Generator())
     hidden = SampleUniforms.from_matrix(uniforms).drop_caption < 0.3
     text = batch["text_token_ids"].masked_fill(hidden[:, None], PAD_TOKEN_ID)
     image = batch["image_token_ids"]

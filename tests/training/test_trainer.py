@@ -232,15 +232,18 @@ def test_averaged_weights_are_evaluated_and_kept(tmp_path: Path) -> None:
     assert trainer.model.bias.item() == average
 
 
-SCORES = (1.0, 3.0, 2.0, 2.5, 3.0, 0.0)
+SCORES = (-3.0, -1.0, -2.0, -1.5, -1.0, -4.0)
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 @pytest.mark.parametrize("resume_at", [None, 4, 6])
 def test_the_best_weights_are_kept(
-    ema_decay: float, resume_at: int | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ema_decay: float,
+    resume_at: int | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Those of the second of six evaluations, before and after a resume; equal ones came later."""
+    """Those of the second of six evaluations, also after a resume; an equal one comes later."""
     options: dict[str, Any] = {"every": 2, "ema_decay": ema_decay, "checkpoint_every_steps": 2}
     task = LineTask(max_steps=12, scores=SCORES)
     trainer = build_trainer(task, tmp_path, **options)
@@ -258,24 +261,33 @@ def test_the_best_weights_are_kept(
         trainer.use_kept()
     assert trainer.model.bias.item() == task.evaluated_bias[1] != task.evaluated_bias[-1]
     kept = read_metrics(tmp_path)[-1]
-    assert (kept["kept/step"], kept["kept/score"]) == (4, 3.0)
+    assert (kept["kept/step"], kept["kept/score"]) == (4, -1.0)
     assert kept["kept/bias"] == task.evaluated_bias[1]
     assert "kept the weights of step 4, the best on held-out images" in caplog.text
     assert caplog.text.count("only memorizes") == 1
 
 
 @pytest.mark.parametrize(
-    ("changes", "scores"), [({"keep": "last"}, SCORES), ({}, ()), ({}, (0.0, 1.0, 2.0, 3.0))]
+    ("changes", "scores"), [({"keep": "last"}, SCORES), ({}, ()), ({}, (-2.0, 3.0, 2.0, 0.0))]
 )
 def test_the_last_weights_are_kept(
     changes: dict[str, Any], scores: tuple[float, ...], tmp_path: Path
 ) -> None:
-    """Where asked for, where evaluations are not compared, and where they are the best."""
+    """Where asked for, where evaluations are not compared, and where the last is good enough."""
     task = LineTask(max_steps=4, scores=scores)
     trainer = build_trainer(task, tmp_path, every=1, **changes)
     trainer.train()
     trainer.use_kept()
     assert trainer.model.bias.item() == task.evaluated_bias[-1]
+
+
+def test_the_latest_good_weights_are_kept(tmp_path: Path) -> None:
+    task = LineTask(max_steps=5, scores=(2.0, 1.0, 0.0, -1.0, -0.5))
+    trainer = build_trainer(task, tmp_path, every=1)
+    trainer.train()
+    trainer.use_kept()
+    assert trainer.model.bias.item() == task.evaluated_bias[2]
+    assert read_metrics(tmp_path)[-1]["kept/step"] == 3
 
 
 def test_patience_ends_a_run(tmp_path: Path) -> None:
