@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import yaml
 
 from dalle_mini_impl.cli.pipelines import open_pipeline
 from dalle_mini_impl.clip_ranker import load_clip_ranker
+from dalle_mini_impl.data.pairs import DEFAULT_OPTIONS, ReadOptions
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.clip_score import measure_clip_score
 from dalle_mini_impl.evaluation.distribution import (
@@ -52,12 +53,14 @@ from dalle_mini_impl.pipeline import TextToImagePipeline
 from dalle_mini_impl.sampling.rerank import ImageRanker
 from dalle_mini_impl.sampling.sampler import SamplingConfig
 from dalle_mini_impl.training.checkpoint import newest_checkpoint
+from dalle_mini_impl.training.config import DataConfig
 from dalle_mini_impl.training.tracking import TrackingConfig, open_tracker
 
 logger = logging.getLogger(__name__)
 
 LIBRARIES = ("dalle-mini-impl", "torch", "numpy", "scipy", "scikit-image", "pillow")
 ONE = "one image"
+StoredT = TypeVar("StoredT", DataConfig, TrackingConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +118,13 @@ def evaluate(config: EvaluationConfig) -> Path:
     sampling_config = pipeline.sampling_config.override(config.overrides)
     clip = load_clip_ranker(config.clip).to(pipeline.device) if config.clip else None
     clock = _Clock()
-    data = read_data(config.data, pipeline.vqvae, language=config.language, styles=config.styles)
+    data = read_data(
+        config.data,
+        pipeline.vqvae,
+        language=config.language,
+        styles=config.styles,
+        options=_read_options_of(Path(config.model).resolve().parent, config.data),
+    )
     clock.lap("images read and tokenized")
     sections = _measure(pipeline, data, sampling_config, config, clock, clip)
     protocol = _protocol(pipeline, data, sampling_config, config)
@@ -300,7 +309,7 @@ def _track(
     # A model that was copied to another folder has no run: then only an option tracks.
     if config.tracking is None and run_id is None:
         return
-    tracking = _tracking_of(run_dir)
+    tracking = _stored(run_dir, "tracking", TrackingConfig) or TrackingConfig()
     if config.tracking is not None:
         tracking = dataclasses.replace(tracking, mode=config.tracking)
     if tracking.mode == "disabled":
@@ -329,11 +338,23 @@ def _track(
         tracker.close()
 
 
-def _tracking_of(run_dir: Path) -> TrackingConfig:
-    """Read the tracking options of the model's run, or take the defaults."""
+def _read_options_of(run_dir: Path, source: str) -> ReadOptions:
+    """Read the same data as the model's run did; other data by the defaults."""
+    run = _stored(run_dir, "data", DataConfig)
+    if run is None or Path(run.source).resolve() != Path(source).expanduser().resolve():
+        return DEFAULT_OPTIONS
+    return run.read_options()
+
+
+def _stored(run_dir: Path, name: str, config_class: type[StoredT]) -> StoredT | None:
+    """Read one section of the config of the model's run, if there is any."""
     try:
         stored = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-        return TrackingConfig(**stored["tracking"])
+        values: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in stored[name].items()
+        }
+        return config_class(**values)
     # A model may come without its run, or its config.yaml be of something else.
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return TrackingConfig()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return None

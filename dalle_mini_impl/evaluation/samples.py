@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -20,7 +20,7 @@ from dalle_mini_impl.data.images import (
 )
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import (
-    CAPTION_COLUMNS,
+    DEFAULT_OPTIONS,
     Pair,
     Pairs,
     ReadOptions,
@@ -141,16 +141,18 @@ class CandidateTokens:
         return self.image_token_ids[torch.arange(len(self.scores)), self.scores.argmax(dim=1)]
 
 
-def list_data(source: str, *, language: str = "en") -> ListedData:
+def list_data(
+    source: str, *, language: str = "en", options: ReadOptions = DEFAULT_OPTIONS
+) -> ListedData:
     """List all splits of a source that ``open_pairs`` takes; UserError if there is nothing.
 
     ``ko`` makes the Korean caption, where there is one, the main caption.
     """
     # The first caption of a pair is its main caption; the other columns stay as paraphrases.
     first = ("text_ko",) if language == "ko" else ()
-    columns = tuple(dict.fromkeys((*first, *CAPTION_COLUMNS)))
+    columns = tuple(dict.fromkeys((*first, *options.caption_columns)))
     try:
-        pairs, splits = open_all_splits(source, options=ReadOptions(caption_columns=columns))
+        pairs, splits = open_all_splits(source, options=replace(options, caption_columns=columns))
     except UserError as error:
         raise UserError(f"data: {error}") from None
     # All rows, not the first: a mixture of emoji and other images has no grid to check.
@@ -162,7 +164,12 @@ def list_data(source: str, *, language: str = "en") -> ListedData:
 
 
 def read_data(
-    source: str, vqvae: ImageTokenizer, *, language: str = "en", styles: Sequence[str] = ()
+    source: str,
+    vqvae: ImageTokenizer,
+    *,
+    language: str = "en",
+    styles: Sequence[str] = (),
+    options: ReadOptions = DEFAULT_OPTIONS,
 ) -> EvaluationData:
     """Read and tokenize all splits of a source.
 
@@ -170,7 +177,7 @@ def read_data(
         UserError: If there is nothing to read, if nothing but training images is there, or if the
             data have none of the emoji ``styles``.
     """
-    listed = list_data(source, language=language)
+    listed = list_data(source, language=language, options=options)
     _require_styles(styles, listed)  # before the images are read, which takes minutes
     if not set(listed.splits) - {TRAIN}:
         raise UserError(f"data: {source} has only training images; expected a held-out split too")

@@ -142,6 +142,22 @@ def test_any_captioned_images_are_evaluated(tmp_path: Path, model: Path) -> None
     assert len(found["memorization"]["data_copying_test"]) == 3
 
 
+def test_images_are_read_as_the_models_run_read_them(tmp_path: Path, model: Path) -> None:
+    """Captions from file names, here; of other images the usual way."""
+    for number in range(120):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        tiny.render_image(number).save(tmp_path / "data" / f"a red disc {number}.png")
+    with pytest.raises(UserError, match=r"data\.captions_from takes captions from"):
+        measure(model, tmp_path / "data", tmp_path / "out", max_samples=4)
+    stored = {"data": {"source": str(tmp_path / "data"), "captions_from": "file_name"}}
+    (model.parent / "config.yaml").write_text(json.dumps(stored))
+    found, _ = measure(model, tmp_path / "data", tmp_path / "out", max_samples=4)
+    assert set(found["decoder"]["splits"]) == {"train", "val"}
+    shutil.copytree(tmp_path / "data", tmp_path / "other")
+    with pytest.raises(UserError, match=r"data\.captions_from takes captions from"):
+        measure(model, tmp_path / "other", tmp_path / "out", max_samples=4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
