@@ -48,7 +48,7 @@ class TrainingConfig:
     """Recompute the inner activations of each Transformer block in the backward pass: less memory,
     more time, the same numbers."""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon on hidden matrices with AdamW on the rest."""
+    """AdamW, or Muon on hidden matrices and convolutions with AdamW on the rest."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 0.05

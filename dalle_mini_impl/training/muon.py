@@ -47,6 +47,7 @@ def orthogonalize(
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose update is orthogonalized, for hidden matrices only.
 
+    A convolution's kernel is a matrix of its output channels and all that one of them reads.
     Updates have the size of AdamW's. ``dtype`` is that of the products that orthogonalize; weights
     and momentum keep their own.
     """
@@ -71,10 +72,12 @@ class Muon(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for shape, parameters in by_shape.items():
-                momenta = torch.stack(self._nesterov(parameters))  # (count, rows, columns)
-                updates = orthogonalize(momenta.to(self._dtype)).to(momenta.dtype)
+                momenta = torch.stack(self._nesterov(parameters))
+                matrices = momenta.flatten(2)  # (count, rows, columns)
+                updates = orthogonalize(matrices.to(self._dtype)).to(momenta.dtype)
+                updates = updates.view_as(momenta)
                 # An orthogonal update has RMS 1 / sqrt(max(shape)), AdamW's about 0.2 (Liu et al.).
-                scale = group["lr"] * 0.2 * max(shape) ** 0.5
+                scale = group["lr"] * 0.2 * max(shape[0], shape[1:].numel()) ** 0.5
                 torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(parameters, updates.unbind(), alpha=-scale)
 

@@ -11,6 +11,8 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.hardware import has_fast_bf16
 from dalle_mini_impl.training.muon import Muon
 
+MIN_HIDDEN_CHANNELS = 16
+
 
 def build_optimizers(
     model: nn.Module,
@@ -40,7 +42,7 @@ def build_optimizers(
             continue
         if id(parameter) not in matrix_ids:
             vectors.append(parameter)  # biases, norm scales, token tables: no decay
-        elif kind == "muon" and parameter.ndim == 2 and matrix_ids[id(parameter)]:
+        elif kind == "muon" and matrix_ids[id(parameter)] and _is_hidden(parameter):
             hidden.append(parameter)
         else:
             matrices.append(parameter)
@@ -61,6 +63,12 @@ def build_optimizers(
         for group in optimizer.param_groups:
             group["initial_lr"] = learning_rate
     return optimizers
+
+
+def _is_hidden(weight: nn.Parameter) -> bool:
+    """Tell whether both sides of a weight are features, not pixels or codes."""
+    # Of a convolution only the sizes tell: the first ones read colors, the last write codes.
+    return weight.ndim == 2 or min(weight.shape[:2]) >= MIN_HIDDEN_CHANNELS
 
 
 def flatten_optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

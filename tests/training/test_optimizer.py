@@ -55,6 +55,31 @@ def test_muon_trains_hidden_matrices_only(build_dalle: Callable[..., Dalle]) -> 
     assert {group["initial_lr"] for group in muon.param_groups} == {0.01}
 
 
+def test_muon_trains_convolutions_between_features() -> None:
+    """Not those that read colors or write codes: too few channels for a direction of their own."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 32, 4), nn.Conv2d(32, 32, 3), nn.Conv2d(32, 4, 1), nn.Conv2d(32, 48, 1)
+    )
+    _, muon = build_optimizers(model, kind="muon", **OPTIONS)
+    (group,) = muon.param_groups
+    assert names_of(model, group["params"]) == {"1.weight", "3.weight"}
+
+
+def test_muon_takes_a_kernel_as_a_matrix() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(20, 6, 3, 3, generator=generator)
+    kernel = nn.Parameter(start.clone(memory_format=torch.channels_last))
+    matrix = nn.Parameter(start.flatten(1).clone())
+    optimizers = [Muon([weight], lr=0.02, weight_decay=0.1) for weight in (kernel, matrix)]
+    for _ in range(3):
+        gradient = torch.randn(start.shape, generator=generator)
+        kernel.grad, matrix.grad = gradient, gradient.flatten(1)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(kernel.detach().flatten(1), matrix.detach())
+    assert float((matrix - start.flatten(1)).detach().norm()) > 0.1
+
+
 def test_adamw_follows_the_paper() -> None:
     generator = torch.Generator().manual_seed(0)
     model = nn.Linear(3, 2)
