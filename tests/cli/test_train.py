@@ -74,7 +74,7 @@ def test_own_folder_to_images(
 
 
 TINY = (
-    *("--tokenizer.training.max_steps", "2", "--tokenizer.vqvae.channels", "[8, 16]"),
+    *("--tokenizer.training.max_steps", "2", "--tokenizer.vqvae.channels", "[16]"),
     *("--tokenizer.training.global_batch_size", "4", "--dalle.training.max_steps", "2"),
     *("--dalle.training.global_batch_size", "4", "--dalle.decoder.hidden_size", "32"),
     *("--dalle.text.vocab_size", "300", "--dalle.decoder.num_layers", "1"),
