@@ -99,7 +99,7 @@ def check_part(
 def mask_pixels(mask: Image.Image, *, size: int) -> Bool[Tensor, "height width"]:
     """Scale a mask to the model's images: True where any of its own pixels is white.
 
-    Transparent counts as black: on a layer that was painted, it is what was left alone.
+    Transparent counts as black: it is what an editor leaves untouched on a new layer.
     """
     if mask.has_transparency_data:
         layer = mask.convert("RGBA")

@@ -231,7 +231,7 @@ def test_console_lists_commands(
         assert f"  {name:18} {summary}" in lines
     for arguments, got in (((), "none"), (("sketch",), "sketch"), (("../x",), "../x")):
         assert run_console(monkeypatch, *arguments) == 2
-        message = f"command: got {got}, expected one of generate"
+        message = f"command: got {got}, expected one of train, generate"
         assert_one_line(capsys.readouterr().err, message, {})
     assert run_console(monkeypatch, "generate", "--prompt", "x") == 2
     assert "dalle-mini generate --help lists" in capsys.readouterr().err

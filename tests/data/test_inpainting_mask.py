@@ -64,7 +64,7 @@ def test_mask_is_cropped_as_the_image_is() -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_stays(mode: str) -> None:
-    """White paint on a transparent layer, whatever color the transparent pixels hide."""
+    """White on a transparent layer, whatever color the transparent pixels hide."""
     layer = Image.new("RGBA", (16, 16), (255, 255, 255, 0))
     layer.putpixel((2, 9), (255, 255, 255, 255))
     layer.putpixel((5, 9), (0, 0, 0, 255))
