@@ -103,9 +103,7 @@ def main(arguments: Sequence[str]) -> None:
     logger.info("generating images of held-out captions")
     show_images(dalle_run, dalle / "model").save(out / "images.png")
     logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
-    logger.info(
-        f"model folder: {dalle / 'model'}; python scripts/generate.py --model it --prompt X"
-    )
+    logger.info(f"to generate: python scripts/generate.py --model {dalle / 'model'} --prompt TEXT")
 
 
 def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
