@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from dalle_mini_impl.cli.arguments import OneLineParser, user_path
 from dalle_mini_impl.cli.main import COMMANDS, show_elapsed_minutes
+from dalle_mini_impl.cli.train import train_both
 from dalle_mini_impl.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ def main(arguments: Sequence[str]) -> None:
     show_elapsed_minutes()
     from dalle_mini_impl.builtin_datasets.emoji.prepare import prepare_emoji
     from dalle_mini_impl.config import find_preset, load_config
-    from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-    from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
+    from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
     out, presets = options.out, find_preset(options.configs)
     data, vqvae, dalle = out / "data", out / "vqvae", out / "dalle"
@@ -57,16 +58,11 @@ def main(arguments: Sequence[str]) -> None:
     preset = ["--config", str(presets / "dalle.yaml"), *shared(dalle)]
     preset += ["--vqvae_dir", str(vqvae / "model")]
     run_config, dalle_resume = load_config(DalleRunConfig, preset, description="")
-    # Each step's last file says that it is done.
+    # The last file that is written says that all are.
     if not (data / "metadata.jsonl").is_file():
         logger.info("writing the Twemoji data set")
         prepare_emoji(data, size=64)
-    if not (vqvae / "model" / "config.json").is_file():
-        logger.info("training the image tokenizer")
-        train_vqvae(config, resume=vqvae_resume)
-    if not (dalle / "model" / "model_index.json").is_file():
-        logger.info("training the decoder")
-        train_dalle(run_config, resume=dalle_resume)
+    train_both(config, run_config, vqvae_resume=vqvae_resume, dalle_resume=dalle_resume)
     logger.info("generating images")
     for line in generate_demo(dalle / "model", data, out):
         logger.info(line)

@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> None:
     options, tokenizer_overrides, dalle_overrides = parse(arguments)
     show_elapsed_minutes()
     from dalle_mini_impl.config import find_preset, load_config
-    from dalle_mini_impl.training.dalle import DalleRunConfig, train_dalle
-    from dalle_mini_impl.training.vqvae import VQVAERunConfig, train_vqvae
+    from dalle_mini_impl.training.dalle import DalleRunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
     out = options.out or Path("out") / (Path(options.source).resolve().stem or "images")
     vqvae, dalle = out / "vqvae", out / "dalle"
@@ -92,18 +92,33 @@ def main(arguments: Sequence[str]) -> None:
     logger.info("\n".join(explain(report, vqvae_run, dalle_run, is_short=not options.dry_run)))
     if options.dry_run:
         return
-    # 2. train; each step's last file says that it is done
-    if not (vqvae / "model" / "config.json").is_file():
-        logger.info("training the image tokenizer")
-        train_vqvae(vqvae_run, resume=vqvae_resume)
-    if not (dalle / "model" / "model_index.json").is_file():
-        logger.info("training the decoder")
-        train_dalle(dalle_run, resume=dalle_resume)
+    # 2. train
+    train_both(vqvae_run, dalle_run, vqvae_resume=vqvae_resume, dalle_resume=dalle_resume)
     # 3. generate
     logger.info("generating images of held-out captions")
     show_images(dalle_run, dalle / "model").save(out / "images.png")
     logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
     logger.info(f"to generate: python scripts/generate.py --model {dalle / 'model'} --prompt TEXT")
+
+
+def train_both(
+    vqvae_run: "VQVAERunConfig",
+    dalle_run: "DalleRunConfig",
+    *,
+    vqvae_resume: str | None,
+    dalle_resume: str | None,
+) -> None:
+    """Train the image tokenizer, then the decoder, but what is trained already."""
+    from dalle_mini_impl.training.dalle import train_dalle
+    from dalle_mini_impl.training.vqvae import train_vqvae
+
+    # Each model's last file says that it is whole.
+    if not (Path(vqvae_run.output_dir) / "model" / "config.json").is_file():
+        logger.info("training the image tokenizer")
+        train_vqvae(vqvae_run, resume=vqvae_resume)
+    if not (Path(dalle_run.output_dir) / "model" / "model_index.json").is_file():
+        logger.info("training the decoder")
+        train_dalle(dalle_run, resume=dalle_resume)
 
 
 def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
