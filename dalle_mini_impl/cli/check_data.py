@@ -72,9 +72,9 @@ def main(arguments: Sequence[str]) -> None:
     # Of other data than the preset's, any second split may be the one that is held out.
     if options.source is None:
         splits = (limits.train_split, limits.validation_split)
-        _require_splits(source, read_options, splits)
+        require_splits(source, read_options, splits)
     elif len(report.split_sizes) < 2:
-        _require_splits(source, read_options, (DataConfig.train_split, DataConfig.validation_split))
+        require_splits(source, read_options, (DataConfig.train_split, DataConfig.validation_split))
     if config is not None and vqvae is not None:
         logger.info("\n".join(estimate_lines(config, vqvae, report)))
     # Last, and not as an error: such data can be trained on.
@@ -97,7 +97,7 @@ def _with_given(data: "DataConfig", options: argparse.Namespace) -> "DataConfig"
         raise UserError(one_line(error)) from None
 
 
-def _require_splits(source: str, options: "ReadOptions", splits: tuple[str, str]) -> None:
+def require_splits(source: str, options: "ReadOptions", splits: tuple[str, str]) -> None:
     """Refuse a source as training does that lacks one of its splits, or is too small for both."""
     from dalle_mini_impl.data.pairs import open_pairs
     from dalle_mini_impl.data.splits import choose_split

@@ -2,12 +2,14 @@
 
 import argparse
 import logging
+import shlex
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dalle_mini_impl.cli.arguments import OneLineParser, user_path, user_text
+from dalle_mini_impl.cli.check_data import require_splits
 from dalle_mini_impl.cli.main import COMMANDS, show_elapsed_minutes
 from dalle_mini_impl.errors import UserError
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from dalle_mini_impl.data.check import DataReport
+    from dalle_mini_impl.training.config import TrainingConfig
     from dalle_mini_impl.training.dalle import DalleRunConfig
     from dalle_mini_impl.training.vqvae import VQVAERunConfig
 
@@ -31,6 +34,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], list
     """Read the command line; also what overrules the image tokenizer's and the decoder's preset."""
     parser = OneLineParser(
         description=COMMANDS["train"],
+        allow_abbrev=False,
         epilog="--data.FIELD VALUE says how the images are read; --tokenizer.FIELD VALUE and "
         "--dalle.FIELD VALUE overrule single choices. The fields are those of train_vqvae and "
         "train_dalle. The same command again goes on where it stopped.",
@@ -40,7 +44,7 @@ def parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str], list
     add("--minutes", type=float, default=30.0, help="of training in all; default: %(default)g")
     add("--out", type=user_path, help="output folder; default: out/ and the name of the source")
     add("--presets", type=user_path, default=PRESETS, help="folder of both; default: %(default)s")
-    add("--dry_run", action="store_true", help="show choices and time, train nothing")
+    add("--dry_run", "--dry-run", action="store_true", help="show choices and time, train nothing")
     options, rest = parser.parse_known_args(arguments)
     if not options.minutes > 0:
         raise UserError(f"minutes: got {options.minutes:g}, expected above 0")
@@ -87,6 +91,11 @@ def main(arguments: Sequence[str]) -> None:
     # 1. look at the data, and say what will be done
     report = look_at(dalle_run, image_size=vqvae_run.vqvae.image_size)
     split = held_out_split(report, dalle_run.data.validation_split)
+    require_splits(
+        dalle_run.data.source,
+        dalle_run.data.read_options(),
+        (dalle_run.data.train_split, split),
+    )
     vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, validation_split=split))
     dalle_run = replace(dalle_run, data=replace(dalle_run.data, validation_split=split))
     logger.info("\n".join(explain(report, vqvae_run, dalle_run, is_short=not options.dry_run)))
@@ -98,7 +107,8 @@ def main(arguments: Sequence[str]) -> None:
     logger.info("generating images of held-out captions")
     show_images(dalle_run, dalle / "model").save(out / "images.png")
     logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
-    logger.info(f"to generate: python scripts/generate.py --model {dalle / 'model'} --prompt TEXT")
+    model = shlex.quote(str(dalle / "model"))
+    logger.info(f"to generate: python scripts/generate.py --model {model} --prompt TEXT")
 
 
 def train_both(
@@ -113,12 +123,38 @@ def train_both(
     from dalle_mini_impl.training.vqvae import train_vqvae
 
     # Each model's last file says that it is whole.
-    if not (Path(vqvae_run.output_dir) / "model" / "config.json").is_file():
+    if not is_trained(vqvae_run, "config.json"):
         logger.info("training the image tokenizer")
         train_vqvae(vqvae_run, resume=vqvae_resume)
-    if not (Path(dalle_run.output_dir) / "model" / "model_index.json").is_file():
+    if not is_trained(dalle_run, "model_index.json"):
         logger.info("training the decoder")
         train_dalle(dalle_run, resume=dalle_resume)
+
+
+def is_trained(run: Any, last_file: str) -> bool:
+    """Tell whether a run has ended; UserError if it was a run on other data or of another model."""
+    from dalle_mini_impl.training.checkpoint import newest_checkpoint
+    from dalle_mini_impl.training.resume import compare_configs
+    from dalle_mini_impl.training.run import as_plain
+
+    folder = Path(run.output_dir)
+    if not (folder / "model" / last_file).is_file():
+        return False
+    if checkpoint := newest_checkpoint(folder / "checkpoints"):
+        changed = compare_configs(checkpoint, as_plain(asdict(run)))
+        source = checkpoint.state["config"]["data"]["source"]
+        if Path(source).resolve() != Path(run.data.source).resolve():
+            raise UserError(
+                f"source: got {run.data.source}, but {folder / 'model'} was trained on {source}; "
+                "expected another --out"
+            )
+        if changed:
+            listed = "; ".join(changed)
+            logger.info(
+                f"{folder / 'model'} is trained already, so that these do not count: "
+                f"{listed}; another --out trains anew"
+            )
+    return True
 
 
 def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
@@ -148,6 +184,25 @@ def held_out_split(report: "DataReport", asked: str) -> str:
     return names.get(TEST, asked) if is_missing else asked
 
 
+def count_images(report: "DataReport", split: str) -> int:
+    """Count the images of a split, under any of its names: val, validation, ..."""
+    from dalle_mini_impl.data.readers.split_names import split_in_name
+
+    meant = split_in_name(split, whole=True) or split
+    sizes = report.split_sizes.items()
+    return sum(n for name, n in sizes if (split_in_name(name, whole=True) or name) == meant)
+
+
+def budget(training: "TrainingConfig") -> str:
+    """Name the limits of a run."""
+    from dalle_mini_impl.training.config import DEFAULT_MAX_STEPS
+
+    minutes, steps = training.max_minutes, training.max_steps
+    limits = [f"{minutes:g} minutes"] if minutes is not None else []
+    limits += [f"{steps} steps"] if steps is not None else []
+    return " or ".join(limits) or f"{DEFAULT_MAX_STEPS} steps"
+
+
 def explain(
     report: "DataReport",
     vqvae_run: "VQVAERunConfig",
@@ -156,6 +211,7 @@ def explain(
     is_short: bool,
 ) -> list[str]:
     """Say what will be trained on how many images, and for how long; in full with the memory."""
+    from dalle_mini_impl.training.dalle import MIN_COMPARED
     from dalle_mini_impl.training.estimate import estimate_lines
     from vqvae import VQVAE
 
@@ -163,13 +219,16 @@ def explain(
     rows, columns = config.image_grid_size
     order = dalle_run.task.random_order_probability
     held_out = dalle_run.data.validation_split
+    num_held_out = count_images(report, held_out)
+    use = (
+        "to choose the best weights by" if num_held_out >= MIN_COMPARED else "too few to choose by"
+    )
     lines = [
-        f"data: {report.split_sizes.get(dalle_run.data.train_split, 0)} images to train on, "
-        f"{report.split_sizes.get(held_out, 0)} held out ({held_out}), by which the best weights "
-        "are chosen",
-        f"image tokenizer: {vqvae_run.training.max_minutes:g} minutes, {config.image_size} x "
+        f"data: {count_images(report, dalle_run.data.train_split)} images to train on, "
+        f"{num_held_out} held out ({held_out}), {use}",
+        f"image tokenizer: {budget(vqvae_run.training)}, {config.image_size} x "
         f"{config.image_size} pixels to {rows * columns} tokens of {config.codebook_size}",
-        f"decoder: {dalle_run.training.max_minutes:g} minutes, {dalle_run.decoder.num_layers} "
+        f"decoder: {budget(dalle_run.training)}, {dalle_run.decoder.num_layers} "
         f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order",
     ]
     if is_short:

@@ -126,13 +126,13 @@ def _begin(config: Any, task: Task, accelerator: Accelerator, resume: str | None
     # First compare settings, then load: a changed setting is a better message than a shape.
     if checkpoint:
         logger.info(f"resuming at step {checkpoint.step} from {checkpoint.path}")
-        for line in compare_configs(checkpoint, _plain(dataclasses.asdict(config))):
+        for line in compare_configs(checkpoint, as_plain(dataclasses.asdict(config))):
             logger.info(f"changed since: {line}")
         trainer.restore(checkpoint)
     if config.training.find_batch_size:
         choose_batch_size(trainer, checkpoint)
         config = dataclasses.replace(config, training=trainer.config)
-    trainer.run_config = _plain(dataclasses.asdict(config))
+    trainer.run_config = as_plain(dataclasses.asdict(config))
     # Only now: a resume that is refused must leave the records of the run as they are.
     if accelerator.is_main_process:
         save_config(config, output_dir / "config.yaml")
@@ -218,7 +218,7 @@ def save_config(config: Any, path: Path) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    values = _plain(dataclasses.asdict(config))
+    values = as_plain(dataclasses.asdict(config))
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     try:
         path.write_text(text, encoding="utf-8")
@@ -226,10 +226,10 @@ def save_config(config: Any, path: Path) -> None:
         raise UserError(f"output_dir: cannot write {path}: {error.strerror}") from None
 
 
-def _plain(value: Any) -> Any:
+def as_plain(value: Any) -> Any:
     """Turn tuples into lists, as in YAML and JSON."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: as_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [as_plain(item) for item in value]
     return value

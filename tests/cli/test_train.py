@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -90,8 +91,8 @@ def test_one_command(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     command = ("train", own_folder, "--out", out, "--minutes", "5", *TINY)
     assert run_here(*command, "--dry_run") == 0
     shown = capsys.readouterr().out
-    assert "image tokenizer: 1 minutes, 64 x 64 pixels to 64 tokens of 1000" in shown
-    assert "decoder: 4 minutes, 1 layers of 32, 100% of the samples in random order" in shown
+    assert "image tokenizer: 1 minutes or 2 steps, 64 x 64 pixels to 64 tokens of 1000" in shown
+    assert "decoder: 4 minutes or 2 steps, 1 layers of 32, 100% of the samples in" in shown
     assert len(re.findall(r"a step takes about \d", shown)) == 2
     assert not out.exists()
 
@@ -111,6 +112,15 @@ def test_one_command(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         path.stat().st_mtime_ns for path in (model, out / "vqvae" / "model" / "config.json")
     ]
 
+    assert run_here(*command, "--dalle.training.max_steps", "3") == 0
+    shown = capsys.readouterr().out
+    assert "is trained already, so that these do not count: training.max_steps was 2, is 3" in shown
+    assert run_here(*command, "--dalle.decoder.hidden_size", "64") == 2
+    assert "decoder.hidden_size was 32, is 64" in capsys.readouterr().err
+    other = shutil.copytree(own_folder, tmp_path / "other")
+    assert run_here("train", other, *command[2:]) == 2
+    assert f"source: got {other}, but {out / 'vqvae/model'} was" in capsys.readouterr().err
+
     model.unlink()  # as of a run that was stopped before its end
     assert run_here(*command, "--dalle.training.max_steps", "3") == 0
     shown = capsys.readouterr().out
@@ -129,7 +139,7 @@ def test_one_command_takes_test_images_where_no_others_are_held_out(
             path.with_suffix(".txt").write_text(tiny.CAPTIONS[number])
     assert run_here("train", tmp_path / "images", "--out", tmp_path / "out", "--dry_run") == 0
     shown = capsys.readouterr().out
-    assert "data: 6 images to train on, 3 held out (test), by which the best weights" in shown
+    assert "data: 6 images to train on, 3 held out (test), too few to choose by" in shown
 
 
 @pytest.mark.parametrize(
@@ -142,6 +152,8 @@ def test_one_command_takes_test_images_where_no_others_are_held_out(
         (("loose",), "unrecognized arguments: loose"),
         (("--dalle.decoder.hiden_size", "8"), "hiden_size"),
         (("--presets", "/nowhere"), "/nowhere"),
+        (("--minute", "1"), "unrecognized arguments: --minute"),
+        (("--data.validation_split", "nope"), "expected split 'train' or 'val', not 'nope'"),
     ],
 )
 def test_one_command_refuses(
