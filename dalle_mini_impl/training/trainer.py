@@ -457,8 +457,12 @@ class Trainer:
         if best.step != self.state.step:
             self.model.load_state_dict(best.weights)
             logger.info(f"kept the weights of step {best.step}, the best on held-out images")
-        names = {name: name.replace("validation/", "kept/") for name in best.metrics}
-        kept = {new: best.metrics[name] for name, new in names.items() if name != new}
+        prefix = "validation/"
+        kept = {
+            f"kept/{name.removeprefix(prefix)}": value
+            for name, value in best.metrics.items()
+            if name.startswith(prefix)
+        }
         self.tracker.log({"kept/step": float(best.step), **kept}, self.state.step)
 
     def _batches(self, step: int) -> list[Batch]:
