@@ -98,6 +98,8 @@ def _with_home_expanded(config: Any) -> Any:
             changes[field.name] = _with_home_expanded(value)
         elif isinstance(value, str) and value.startswith("~"):
             changes[field.name] = os.path.expanduser(value)
+        elif isinstance(value, dict):
+            changes[field.name] = {os.path.expanduser(key): item for key, item in value.items()}
     return dataclasses.replace(config, **changes)
 
 

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models, one thread, and checks of types and shapes in every test."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,23 @@ def rounding() -> Iterator[None]:
         return
     with OtherRounding(int(seed)):
         yield
+
+
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A C++ compiler, and one folder for what all tests compile with it."""
+    from dalle_mini_impl.native import build
+
+    if not any(map(shutil.which, build.COMPILERS)):
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # each process has a folder in that of the session
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "compiled"))
+        build.load_library.cache_clear()
+        yield
+        build.load_library.cache_clear()
 
 
 @pytest.fixture

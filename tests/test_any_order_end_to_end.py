@@ -52,9 +52,7 @@ def trained(random_order_probability: float) -> Dalle:
         augmentation_ends_at=1.0,
         caption_dropout_probability=0.0,
     )
-    task = DalleTask(
-        data, data, config, sample_weights=None, identity="", pipeline=pipeline, fixed_prompts=()
-    )
+    task = DalleTask(data, data, config, sample_weights=None, pipeline=pipeline, fixed_prompts=())
     optimizer = torch.optim.Adam(dalle.parameters(), lr=1e-2)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
     generator = torch.Generator().manual_seed(2)

@@ -22,6 +22,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--train", type=int, default=20_000, help="images (default: 20000)")
     add("--test", type=int, default=256, help="images of each held-out split (default: 256)")
     add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of scene (default: all)")
+    add("--things", type=int, help="how many, the easiest to tell apart first (default: all)")
     add("--styles", nargs="+", choices=STYLES, default=["twemoji"], help="default: twemoji")
     add("--npm-dir", type=user_path, help="folder with unpacked npm packages (noto, fluent)")
     return parser.parse_args(arguments)
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     """Write the data set and log its counts."""
     options = parse(arguments)
     require_at_least(0, train=options.train, test=options.test)
+    require_at_least(2, things=options.things)
     from dalle_mini_impl.builtin_datasets.scenes.captions import prepare_scenes
     from dalle_mini_impl.builtin_datasets.scenes.scene import TASKS
 
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> None:
         image_size=options.size,
         kinds=options.kinds,
         styles=options.styles,
+        num_things=options.things,
         npm_dir=options.npm_dir,
     )
     listed = ", ".join(f"{split} {count}" for split, count in counts.items())

@@ -1,7 +1,7 @@
 """The options of a training run that do not depend on the model."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from dalle_mini_impl.data.pairs import CAPTION_COLUMNS, ReadOptions
@@ -155,6 +155,9 @@ class DataConfig:
     captions_from: str | None = None
     """Captions from elsewhere: ``file_name`` ("red cup 03.jpg"), ``folder_name``
     ("red cup/001.jpg"), or one for all images: ``text:a red cup``; null: those of the source."""
+    mix: dict[str, float] = field(default_factory=dict)
+    """Other sources that are mixed into training, each with its fraction of the samples: their
+    training split, with the usual names of columns. Held-out images stay those of ``source``."""
     balance_by: str | None = None
     """Attribute whose groups are evened out: an image has the weight 1 / sqrt(group size)."""
     max_bad_fraction: float = 0.1
@@ -164,6 +167,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         fraction = self.max_bad_fraction
         require(0 <= fraction <= 1, "data.max_bad_fraction", fraction, "0 to 1")
+        fits = all(0 < part < 1 for part in self.mix.values()) and sum(self.mix.values()) < 1
+        require(fits, "data.mix", self.mix, "fractions above 0 whose sum is below 1")
+        require(self.source not in self.mix, "data.mix", self.mix, "other sources than data.source")
         columns = self.caption_columns
         require(len(columns) > 0, "data.caption_columns", columns, "at least one name")
         require(

@@ -7,7 +7,7 @@ predict captions, a small weight times that of the caption tokens.
 
 import logging
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -28,7 +28,7 @@ from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
-from vqvae.image_tokenizer import require_working
+from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.load import load_tokenizer
 from vqvae.serialization import CONFIG_NAME
 
@@ -82,8 +82,12 @@ class DalleRunConfig:
 
     data: DataConfig
     """Captioned images to learn from."""
-    vqvae_dir: str
-    """Folder of the trained image tokenizer: ours, or one that ``vqvae.pretrained.load`` reads."""
+    vqvae_dir: str = ""
+    """Folder of the trained image tokenizer: ours, or one that ``vqvae.pretrained.load`` reads.
+    Empty: that of ``init_from``."""
+    init_from: str | None = None
+    """Model folder whose decoder the run starts from. Caption tokenizer and sizes are that model's,
+    and ``text`` and ``decoder`` do not count."""
     vqvae_image_size: int | None = None
     """Side of the images in pixels, for another library's tokenizer that takes several sizes."""
     output_dir: str
@@ -124,13 +128,41 @@ class DalleRunConfig:
             "0 with decoder.attention dalle, or without decoder.has_target_positions: both fit "
             "raster order only",
         )
+        require(
+            bool(self.vqvae_dir or self.init_from),
+            "vqvae_dir",
+            "nothing",
+            "the folder of a trained image tokenizer, or init_from",
+        )
         if any(not prompt.strip() for prompt in self.fixed_prompts):
             raise ValueError("fixed_prompts: got an empty prompt, expected some text in each")
 
 
 def train_dalle(config: DalleRunConfig, *, resume: str | None = None) -> Path:
     """Train a decoder on the tokens of captioned images; see ``run_training``."""
-    return run_training(config, build_task, resume=resume)
+    return run_training(with_base(config), build_task, resume=resume)
+
+
+def with_base(config: DalleRunConfig) -> DalleRunConfig:
+    """Take all sizes from the model that the run starts from, if there is one."""
+    if config.init_from is None:
+        return config
+    base = open_base(config.init_from)
+    text = base.text_tokenizer
+    return replace(
+        config,
+        vqvae_dir=config.vqvae_dir or str(Path(config.init_from) / "vqvae"),
+        text=TextConfig(vocab_size=text.vocab_size, text_length=text.text_length),
+        decoder=base.dalle.config.decoder,
+    )
+
+
+def open_base(folder: str) -> TextToImagePipeline:
+    """Open the model that a run starts from."""
+    try:
+        return TextToImagePipeline.from_pretrained(folder)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
 
 
 def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
@@ -148,6 +180,9 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         if (model / CONFIG_NAME).is_file():  # the run's folder
             expected = str(model)
         raise UserError(f"vqvae_dir: {error}; expected {expected}") from None
+    base = None if config.init_from is None else open_base(config.init_from)
+    if base is not None:
+        require_same_tokens(base, vqvae)
     vqvae = vqvae.to(run.accelerator.device)
 
     # 2. Captions and images as tokens; only the training split is augmented.
@@ -162,7 +197,7 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         train, held_out = run.load_splits(config.data, image_size=vqvae.config.image_size)
         # `listed`: a resumed run must learn the very vocabulary that it began with.
         texts = (text for pair in train.listed for text in pair.captions)
-        text_tokenizer = learn_text_tokenizer(config.text, texts)
+        text_tokenizer = base.text_tokenizer if base else learn_text_tokenizer(config.text, texts)
         tokenize = partial(
             build_token_dataset,
             vqvae=vqvae,
@@ -182,7 +217,7 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         image_grid_size=vqvae.image_grid_size,
     )
     pipeline = TextToImagePipeline(
-        dalle=build_text_to_image(dalle_config),
+        dalle=base.dalle.train() if base else build_text_to_image(dalle_config),
         vqvae=vqvae,
         text_tokenizer=text_tokenizer,
         sampling_config=config.sampling,
@@ -194,13 +229,29 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
         held_out_tokens,
         config.task,
         sample_weights=train.weights(config.data.balance_by),
-        identity=f"{vqvae.fingerprint()}-{text_tokenizer.fingerprint()}",
+        num_own=train.num_own,
         pipeline=pipeline,
         fixed_prompts=config.fixed_prompts or first_captions,
         fragment_ids=text_tokenizer.fragment_ids(
             text for pair in train.listed for text in pair.captions
         ),
     )
+
+
+def require_same_tokens(base: TextToImagePipeline, vqvae: ImageTokenizer) -> None:
+    """Raise a ``UserError`` if the tokens of an image tokenizer do not fit a trained decoder."""
+    expected = (base.vqvae.codebook_levels, base.vqvae.image_grid_size)
+    got = (vqvae.codebook_levels, vqvae.image_grid_size)
+    if got != expected:
+        raise UserError(
+            f"vqvae_dir: got codebook and grid {got}, the decoder of init_from expects {expected}; "
+            "leave vqvae_dir out to take that model's own, or train without init_from"
+        )
+    if vqvae.fingerprint() != base.vqvae.fingerprint():
+        logger.warning(
+            "the decoder of init_from was trained on the tokens of another image tokenizer than "
+            "vqvae_dir: it has to learn anew what they mean, unless only the decoder half differs"
+        )
 
 
 class SampleUniforms(NamedTuple):
@@ -240,14 +291,17 @@ class DalleTask:
         config: DalleTaskConfig,
         *,
         sample_weights: Tensor | None,
-        identity: str,
         pipeline: TextToImagePipeline,
         fixed_prompts: tuple[str, ...],
         fragment_ids: Int[Tensor, " fragments"] | None = None,
+        num_own: int | None = None,
     ) -> None:
         self.model: nn.Module = pipeline.dalle
         self.train, self.held_out, self.config = train, held_out, config
-        self.sample_weights, self.identity = sample_weights, identity
+        self.sample_weights = sample_weights
+        self.num_own = len(train) if num_own is None else num_own
+        tokenizers = (pipeline.vqvae, pipeline.text_tokenizer)
+        self.identity = "-".join(each.fingerprint() for each in tokenizers)
         self.pipeline, self.fixed_prompts = pipeline, fixed_prompts
         self.fragment_ids = torch.arange(1, 257) if fragment_ids is None else fragment_ids
         self.selection_metric: str | None = None
@@ -267,7 +321,7 @@ class DalleTask:
     def _baselines(self) -> dict[str, float]:
         """Nats of a model that knows nothing, and of one that knows how frequent each token is."""
         sizes = self.pipeline.dalle.config
-        image_token_ids = self.train.image_token_ids[:, 0].flatten()
+        image_token_ids = self.train.image_token_ids[: self.num_own, 0].flatten()
         baselines = {
             "baseline/image_uniform_nats": math.log(sizes.codebook_size),
             "baseline/image_unigram_nats": _entropy(
@@ -380,9 +434,10 @@ class DalleTask:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Measure nats per image token on held-out pairs, with and without their captions."""
-        step = max(1, len(self.train) // MAX_MEASURED_TRAINING_SAMPLES)
+        # Mixed sources aside: what is compared is of one kind.
+        step = max(1, self.num_own // MAX_MEASURED_TRAINING_SAMPLES)
         held_out = self._nats(self.held_out, torch.arange(len(self.held_out)))
-        train = self._nats(self.train, torch.arange(0, len(self.train), step))
+        train = self._nats(self.train, torch.arange(0, self.num_own, step))
         text = {"validation/text_nats": held_out["text"]} if "text" in held_out else {}
         return {
             "validation/image_nats": held_out["given"],

@@ -15,7 +15,7 @@ from dalle_mini_impl.models.dalle_config import DalleConfig
 from dalle_mini_impl.models.text_to_image import TextToImageModel, build_text_to_image
 from dalle_mini_impl.training.config import DEFAULT_MAX_STEPS, TrainingConfig
 from dalle_mini_impl.training.cross_entropy import token_nats
-from dalle_mini_impl.training.dalle import DalleRunConfig
+from dalle_mini_impl.training.dalle import DalleRunConfig, with_base
 from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from dalle_mini_impl.transformer.blocks import recompute_activations
 from vqvae import VQVAE
@@ -39,7 +39,7 @@ def read_run(
         return config, tokenizer_of(config, None)
     neighbor = preset.with_name("vqvae.yaml")
     tokenizer_run = read_config(VQVAERunConfig, neighbor) if neighbor.is_file() else None
-    run = read_config(DalleRunConfig, preset)
+    run = with_base(read_config(DalleRunConfig, preset))
     return run, tokenizer_of(run, tokenizer_run)
 
 

@@ -17,6 +17,7 @@ MAY_CHANGE = (
     "data.source",
     "data.validation_split",
     "fixed_prompts",
+    "init_from",
     "output_dir",
     "sampling",
     "tracking",

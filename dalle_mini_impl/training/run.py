@@ -25,7 +25,7 @@ from dalle_mini_impl.training.resume import (
     find_checkpoint,
     refuse_used_folder,
 )
-from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_pairs
+from dalle_mini_impl.training.run_dataset import LoadedPairs, RunRecords, load_splits
 from dalle_mini_impl.training.task import Task
 from dalle_mini_impl.training.tracking import open_tracker
 from dalle_mini_impl.training.trainer import Trainer
@@ -46,17 +46,9 @@ class RunContext:
         self, data: DataConfig, *, image_size: int, needs_captions: bool = True
     ) -> tuple[LoadedPairs, LoadedPairs]:
         """Read the training and the held-out images and captions into memory."""
-        train, held_out = (
-            load_pairs(
-                data,
-                split,
-                image_size=image_size,
-                records=self.records,
-                needs_captions=needs_captions,
-            )
-            for split in (data.train_split, data.validation_split)
+        return load_splits(
+            data, image_size=image_size, records=self.records, needs_captions=needs_captions
         )
-        return train, held_out
 
 
 def learn_text_tokenizer(config: TextConfig, texts: Iterable[str]) -> TextTokenizer:
@@ -165,17 +157,19 @@ def claim_output_dir(config: Any, resume: str | None) -> Iterator[None]:
         UserError: If it cannot be written, lies inside the data, is in use by another run, or
             holds checkpoints that a fresh run would write over.
     """
-    output_dir, source = Path(config.output_dir), Path(config.data.source)
-    # A source need not be a folder: it may be a file, or a name on the Hub.
-    try:
-        is_folder = source.is_dir()
-    except OSError as error:
-        raise UserError(f"data.source: {source}: {error.strerror}; expected data to read") from None
-    if is_folder and output_dir.resolve().is_relative_to(source.resolve()):
-        raise UserError(
-            f"output_dir: {output_dir} lies inside data.source {source}, so that the run's own "
-            "images would become data; expected a folder outside"
-        )
+    output_dir = Path(config.output_dir)
+    for source in (config.data.source, *getattr(config.data, "mix", ())):
+        field = "data.source" if source == config.data.source else "data.mix"
+        # A source need not be a folder: it may be a file, or a name on the Hub.
+        try:
+            is_folder = Path(source).is_dir()
+        except OSError as error:
+            raise UserError(f"{field}: {source}: {error.strerror}; expected data to read") from None
+        if is_folder and output_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"output_dir: {output_dir} lies inside {field} {source}, so that the run's own "
+                "images would become data; expected a folder outside"
+            )
     # Checkpoints may lie on another disk, by a link.
     make_folder(output_dir, field="output_dir")
     if (output_dir / "checkpoints").exists():

@@ -11,6 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,23 +42,43 @@ class LoadedPairs:
     listed: list[Pair]
     """As the run began with them. A missing image's place in the order is taken by another one, but
     its captions and attributes still count."""
+    mixed: tuple[tuple[int, float], ...] = ()
+    """Of each source that is mixed in, its number of images, which stand last, and its fraction of
+    the samples."""
+
+    @property
+    def num_own(self) -> int:
+        """Images of the run's own source."""
+        return len(self.pairs) - sum(count for count, _ in self.mixed)
 
     def weights(self, balance_by: str | None) -> Float[Tensor, " samples"] | None:
-        """Weigh each image by 1 / sqrt(size of its group), or return None for equal weights.
+        """Weigh each own image by 1 / sqrt(size of its group), and sources by their fractions.
+
+        None stands for equal weights.
 
         Raises:
-            UserError: No image has the attribute ``balance_by``.
+            UserError: No own image has the attribute ``balance_by``.
         """
+        own = self._own_weights(balance_by)
+        if not self.mixed:
+            return own
+        own = torch.ones(self.num_own) if own is None else own
+        rest = 1 - sum(fraction for _, fraction in self.mixed)
+        parts = [torch.full((count,), fraction / count) for count, fraction in self.mixed]
+        return torch.cat([own * (rest / own.sum()), *parts])
+
+    def _own_weights(self, balance_by: str | None) -> Float[Tensor, " own"] | None:
         if balance_by is None:
             return None
-        known = {name for pair in self.listed for name in pair.attributes}
+        listed = self.listed[: self.num_own]
+        known = {name for pair in listed for name in pair.attributes}
         if balance_by not in known:
             raise UserError(
                 f"data.balance_by: no image has the attribute {balance_by!r}; "
                 f"expected {', '.join(['null (equal weights)', *sorted(known)])}"
             )
         # Of the list as it began: a missing image must not change the weights of the others.
-        groups = [str(pair.attributes.get(balance_by)) for pair in self.listed]
+        groups = [str(pair.attributes.get(balance_by)) for pair in listed]
         sizes = Counter(groups)
         return torch.tensor([sizes[group] ** -0.5 for group in groups])
 
@@ -92,7 +113,7 @@ class RunRecords:
             raise UserError(f"output_dir: cannot write {self.skipped_file}: {error}") from None
 
     def write_listed(self, pairs: Sequence[Pair], role: str) -> None:
-        """Write down which images a run begins with; ``role`` is "train" or "held_out"."""
+        """Write down which images a run begins with; ``role``: "train", "held_out", "mixed-1"."""
         if not self.writes:
             return
         file = self._listed_file(role)
@@ -123,28 +144,59 @@ class RunRecords:
         return self.folder / f"images-{role}.jsonl"
 
 
-def load_pairs(
-    config: DataConfig,
-    split: str,
-    *,
-    image_size: int,
-    records: RunRecords,
-    needs_captions: bool = True,
-) -> LoadedPairs:
-    """Read one split into memory and log what was left out.
+def load_splits(
+    config: DataConfig, *, image_size: int, records: RunRecords, needs_captions: bool = True
+) -> tuple[LoadedPairs, LoadedPairs]:
+    """Read the training images, those of mixed sources behind the own ones, and the held-out ones.
 
     A resumed run keeps to the images, captions and places that it began with.
 
     Raises:
         UserError: There is nothing to read, or too much of it is bad.
     """
-    role = "train" if split == config.train_split else "held_out"
+    load = partial(
+        load_pairs, image_size=image_size, records=records, needs_captions=needs_captions
+    )
+    train = load(config, config.train_split, role="train")
+    held_out = load(config, config.validation_split, role="held_out")
+    mixed = [
+        load(
+            DataConfig(source=source, max_bad_fraction=config.max_bad_fraction),
+            config.train_split,
+            role=f"mixed-{number}",
+        )
+        for number, source in enumerate(config.mix, start=1)
+    ]
+    if mixed:
+        whole = [train, *mixed]
+        train = LoadedPairs(
+            [pair for part in whole for pair in part.pairs],
+            torch.cat([part.pixels for part in whole]),
+            [pair for part in whole for pair in part.listed],
+            mixed=tuple(
+                zip(map(len, (part.pairs for part in mixed)), config.mix.values(), strict=True)
+            ),
+        )
+    return train, held_out
+
+
+def load_pairs(
+    config: DataConfig,
+    split: str,
+    *,
+    role: str,
+    image_size: int,
+    records: RunRecords,
+    needs_captions: bool = True,
+) -> LoadedPairs:
+    """Read one split into memory and log what was left out; raises as ``load_splits``."""
+    field = "data.mix" if role.startswith("mixed") else "data.source"
     try:
         # 1. list, then read; stop early where too much is bad
         options = config.read_options(needs_captions=needs_captions)
         source = open_pairs(config.source, split=split, options=options)
         # Readers skip before they split: report it for one split alone.
-        skipped = list(source.skipped) if role == "train" else []
+        skipped = list(source.skipped) if role != "held_out" else []
         _refuse_too_many(skipped, source.num_records, config, records)
         pixels, kept, unreadable = load_all_pixels(
             source,
@@ -155,7 +207,7 @@ def load_pairs(
         if skipped:
             _refuse_too_many([*skipped, *unreadable], source.num_records, config, records)
     except UserError as error:
-        raise UserError(f"data.source: {error}") from None
+        raise UserError(f"{field}: {error}") from None
     # 2. the order of a new run is that of the source, of a resumed one that of its beginning
     found = [source[index] for index in kept]
     listed = records.listed_pairs(role)
@@ -166,7 +218,7 @@ def load_pairs(
     else:
         loaded, replaced = _as_listed(listed, found, pixels, unreadable, config)
     # 3. say what was left out
-    if role == "train":
+    if role != "held_out":
         for reason, paths in notes_by_reason(source.notes).items():
             logger.info(f"left out: {len(paths)} {reason}: {', '.join(paths[:MAX_LISTED])}")
     skipped += [*unreadable, *replaced]

@@ -4,7 +4,7 @@ The loss is a reconstruction loss (absolute error and wavelets, or DALL-E's logi
 likelihood) plus the quantizer's own; perceptual, causal and adversarial terms are options.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from vqvae.metrics import (
 )
 from vqvae.model import VQVAEOutput
 from vqvae.perturbation import Perturbation
+from vqvae.pretrained.load import load_tokenizer
 from vqvae.quantizers import GumbelQuantizer, VectorQuantizer
 
 EVALUATION_BATCH_SIZE = 64
@@ -117,6 +118,9 @@ class VQVAERunConfig:
     """Images to learn from, with or without captions."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
+    init_from: str | None = None
+    """Folder of a tokenizer of ours, or a model folder with one, that the run starts from;
+    ``vqvae`` does not count then."""
     vqvae: VQVAEConfig = field(default_factory=VQVAEConfig)
     """The tokenizer."""
     task: VQVAETaskConfig = field(default_factory=VQVAETaskConfig)
@@ -175,7 +179,26 @@ class VQVAERunConfig:
 
 def train_vqvae(config: VQVAERunConfig, *, resume: str | None = None) -> Path:
     """Train an image tokenizer; see ``run_training``."""
-    return run_training(config, build_task, resume=resume)
+    return run_training(with_base(config), build_task, resume=resume)
+
+
+def with_base(config: VQVAERunConfig) -> VQVAERunConfig:
+    """Take all sizes from the tokenizer that the run starts from, if there is one."""
+    if config.init_from is None:
+        return config
+    return replace(config, vqvae=open_base(config.init_from).config)
+
+
+def open_base(folder: str) -> VQVAE:
+    """Open the tokenizer that a run starts from."""
+    path = Path(folder)
+    try:
+        base = load_tokenizer(path / "vqvae" if (path / "vqvae").is_dir() else path)
+        if not isinstance(base, VQVAE):
+            raise ValueError(f"{folder} is another library's; expected a tokenizer of ours")
+    except ValueError as error:
+        raise UserError(f"init_from: {error}") from None
+    return base
 
 
 def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
@@ -185,7 +208,7 @@ def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
     )
     sample_weights = train.weights(config.data.balance_by)
     torch.manual_seed(config.training.seed)
-    vqvae = VQVAE(config.vqvae)
+    vqvae = open_base(config.init_from) if config.init_from else VQVAE(config.vqvae)
     try:
         task = VQVAETask(
             train.pixels,

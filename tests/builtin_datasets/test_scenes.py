@@ -64,9 +64,9 @@ def test_the_world_of_a_seed_is_pinned() -> None:
     """Python's random promises the same numbers in every version; a data set relies on it."""
     texts = [describe_scene(make_scene(seed, split="train")).texts[0] for seed in (3, 4, 7)]
     assert texts == [
-        "two orange hot dogs in the snow",
-        "large green grapes",
-        "2 pink bullhorns on a gray background",
+        "an image of three orange raccoons",
+        "a small gray magnifying glass",
+        "2 pink koalas on a gray background",
     ]
 
 
@@ -109,6 +109,24 @@ def test_training_shows_every_part_of_what_is_held_out() -> None:
     assert {scene.background.kind for scene in scenes} == {"plain", "gradient", "ground"}
     single = [make_scene(seed, split="train", kinds=("single",)) for seed in range(20)]
     assert {scene.kind for scene in single} == {"single"}
+
+
+def test_boxes_lie_on_the_grid_of_eight_tokens() -> None:
+    for scene in make_scenes(60):
+        for item in scene.objects:
+            for middle in item.center:
+                edge = (middle - item.side / 2 - world.MARGIN) / world.STEP
+                assert edge == pytest.approx(round(edge))
+                assert 0 <= middle - item.side / 2 < middle + item.side / 2 <= 1
+
+
+def test_few_things_are_those_that_are_easiest_to_tell_apart() -> None:
+    first = list(all_things())[:20]
+    for split in SPLITS:
+        scenes = [make_scene(seed, split=split, num_things=20) for seed in range(20)]
+        assert {item.thing for scene in scenes for item in scene.objects} <= set(first)
+    with pytest.raises(UserError, match="2 things of 'twemoji' are too few for scenes of test_two"):
+        make_scene(0, split="test_two", num_things=2)
 
 
 def test_opposite_relations_are_held_out_together() -> None:

@@ -16,7 +16,6 @@ from dalle_mini_impl.cli.evaluation import EvaluationConfig, evaluate
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.evaluation.report import CEILING, FLOOR, RECONSTRUCTED, REFERENCE
-from dalle_mini_impl.native import build
 from dalle_mini_impl.training.checkpoint import save_checkpoint
 from tests.reference import tiny
 from tests.reference.grid_data import write_grid_data
@@ -80,12 +79,8 @@ def test_a_second_evaluation_writes_the_same_files(tmp_path: Path, model: Path) 
         assert other["protocol"][part] == found["protocol"][part]
 
 
-@pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C++ compiler")
-def test_report_names_the_forward_pass(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.load_library.cache_clear()
+@pytest.mark.usefixtures("compiler")
+def test_report_names_the_forward_pass(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = tiny.write_data(tmp_path / "data", count=120)
     wide, narrow = tmp_path / "wide", tmp_path / "narrow"
     tiny.build_pipeline(hidden_size=32).save_pretrained(wide)  # heads of 16, which it can compute
@@ -102,7 +97,6 @@ def test_report_names_the_forward_pass(
     other, _ = measure(narrow, data, tmp_path / "other", max_samples=2, native="int8")
     assert "native" not in other["protocol"]["sampling"]
     assert "generating with plain torch: heads of 8" in caplog.text
-    build.load_library.cache_clear()
 
 
 def test_clip_scores_and_chooses_candidates(tmp_path: Path, model: Path) -> None:

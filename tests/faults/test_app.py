@@ -31,7 +31,6 @@ from dalle_mini_impl.cli.app import (
     PageBackend,
 )
 from dalle_mini_impl.errors import UserError
-from dalle_mini_impl.native import build
 from dalle_mini_impl.pipeline import TextToImagePipeline
 from tests.reference import tiny
 from tests.reference.runs import facts_of
@@ -103,16 +102,6 @@ def test_images_of_old_calls_are_deleted(backend: PageBackend) -> None:
     assert last.is_file()
     assert not first.exists()
     assert len(list(backend.folder.iterdir())) == CALLS_KEPT
-
-
-@pytest.fixture
-def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if not any(map(shutil.which, build.COMPILERS)):
-        pytest.skip("no C++ compiler")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.load_library.cache_clear()
-    yield
-    build.load_library.cache_clear()
 
 
 @pytest.mark.usefixtures("compiler")

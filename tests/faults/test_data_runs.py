@@ -21,6 +21,7 @@ def load(data: Path, out: Path, *, resumes: bool, max_bad_fraction: float = 0.1)
     return load_pairs(
         DataConfig(source=str(data), max_bad_fraction=max_bad_fraction),
         "train",
+        role="train",
         image_size=tiny.SIZE,
         records=RunRecords(folder=out, writes=True, resumes=resumes),
     )

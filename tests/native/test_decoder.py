@@ -1,7 +1,6 @@
 """The compiled pass against torch: the same logits and images, in any batch."""
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,18 +18,7 @@ from tests.reference.slow_sampling import stepwise_logits
 
 BuildDalle = Callable[..., Dalle]
 BOTH: tuple[NativeWeights, ...] = ("float32", "int8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Compile once for this file, in a folder of the tests."""
-    if not any(map(shutil.which, build.COMPILERS)):
-        pytest.skip("no C++ compiler")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        build.load_library.cache_clear()
-        yield
-        build.load_library.cache_clear()
+pytestmark = pytest.mark.usefixtures("compiler")
 
 
 def pairs(model: Dalle, count: int) -> tuple[Tensor, Tensor]:

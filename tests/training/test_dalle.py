@@ -40,7 +40,6 @@ def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **changes: f
         make_tokens(7, seed=1),
         DalleTaskConfig(**({"caption_dropout_probability": 0.0} | changes)),
         sample_weights=None,
-        identity="made up",
         pipeline=pipeline,
         fixed_prompts=("a red disc", "a blue box"),
     )

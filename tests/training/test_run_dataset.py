@@ -27,7 +27,8 @@ def test_all_that_is_left_out_is_listed_anew(tmp_path: Path) -> None:
 
     def load(split: str) -> None:
         config = DataConfig(source=str(folder), max_bad_fraction=0.4)
-        load_pairs(config, split, image_size=8, records=records)
+        role = "train" if split == "train" else "held_out"
+        load_pairs(config, split, role=role, image_size=8, records=records)
 
     with log_lines() as shown:
         load("train")
@@ -50,7 +51,9 @@ def test_what_is_no_record_is_told_and_stops_nothing(tmp_path: Path) -> None:
         (folder / f"{name}.txt").write_text("all about them")
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     with log_lines() as shown:
-        load_pairs(DataConfig(source=str(folder)), "train", image_size=8, records=records)
+        load_pairs(
+            DataConfig(source=str(folder)), "train", role="train", image_size=8, records=records
+        )
     what = "text files without an image of the same name beside them"
     assert shown == [
         f"left out: 3 {what}: README.txt, classes.txt, labels.txt",
@@ -65,7 +68,7 @@ def test_captions_and_images_are_those_that_the_config_names(tmp_path: Path) -> 
         tiny.render_image(number).save(path)
     records = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config = DataConfig(source=str(tmp_path / "data"), captions_from="file_name")
-    loaded = load_pairs(config, "train", image_size=8, records=records)
+    loaded = load_pairs(config, "train", role="train", image_size=8, records=records)
     assert [pair.captions for pair in loaded.pairs] == [("a cup",)] * 2
 
 
@@ -76,7 +79,7 @@ def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
     size = pipeline.vqvae.config.image_size
     with log_lines() as shown:
-        loaded = load_pairs(config, "train", image_size=size, records=silent)
+        loaded = load_pairs(config, "train", role="train", image_size=size, records=silent)
         build_token_dataset(
             loaded.pairs,
             loaded.pixels,
@@ -90,5 +93,5 @@ def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "image tokens: encoded: 6 of 6" not in shown
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     with log_lines() as shown:
-        load_pairs(config, "train", image_size=size, records=silent)
+        load_pairs(config, "train", role="train", image_size=size, records=silent)
     assert shown == [f"train: 3 images from {folder}, 0 skipped"]

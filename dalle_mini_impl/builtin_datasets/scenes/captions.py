@@ -140,17 +140,20 @@ def prepare_scenes(
     image_size: int = 64,
     kinds: Sequence[str] = KINDS,
     styles: Sequence[str] = ("twemoji",),
+    num_things: int | None = None,
     npm_dir: Path | None = None,
 ) -> int:
     """Write a data set of scenes and its credits; return how many images.
 
-    See ``write_generated_folder``. ``kinds`` are those of training scenes.
+    See ``write_generated_folder`` and ``make_scene``. ``kinds`` are those of training scenes.
     """
     if not styles or not set(styles) <= set(STYLES):
         raise UserError(f"styles: got {tuple(styles)!r}, expected some of {tuple(STYLES)}")
 
     def make_image(split: str, seed: int) -> tuple[Image.Image, dict[str, Any]]:
-        scene = make_scene(seed, split=split, kinds=kinds, styles=styles, npm_dir=npm_dir)
+        scene = make_scene(
+            seed, split=split, kinds=kinds, styles=styles, num_things=num_things, npm_dir=npm_dir
+        )
         caption = describe_scene(scene)
         row = {
             "text": caption.texts[0],

@@ -60,14 +60,18 @@ GROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], str]] = {
     "night": ((25, 30, 80), (50, 55, 70), "black"),
     "sea": ((175, 215, 245), (50, 130, 190), "blue"),
 }
-HORIZON = 0.62
+HORIZON = 5 / 8
 MIN_IMAGE_SIZE = 32
-# Longer side of a thing, as a fraction of the image side.
-SMALL, LARGE = (0.30, 0.40), (0.55, 0.85)
+# Longer sides of things, as fractions of the image side: alone; several, or beside one of its size;
+# beside a smaller or a bigger one.
+SINGLE_SIDES, EQUAL_SIDE, UNLIKE_SIDES = (9 / 16, 11 / 16, 13 / 16), 7 / 16, (9 / 16, 5 / 16)
 # A thing is small below and large above.
-SIZE_BORDER = 0.475
+SIZE_BORDER = 10 / 16
+# Boxes begin and end on a grid of STEP, MARGIN away from its lines. So the image tokens of a thing
+# recur, with 8 of them a side, and a decoder learns in minutes what takes hours with things
+# anywhere (docs/log.md).
+STEP, MARGIN = 1 / 8, 1 / 32
 
-_MARGIN = 0.02
 _TRIES = 1_000
 
 
@@ -174,6 +178,7 @@ def make_scene(
     split: str,
     kinds: Sequence[str] = KINDS,
     styles: Sequence[str] = ("twemoji",),
+    num_things: int | None = None,
     npm_dir: Path | None = None,
 ) -> Scene:
     """Make the scene of a seed; the same arguments always give the same scene.
@@ -185,6 +190,8 @@ def make_scene(
         kinds: Those that "train" chooses from: one thing, two to four of a kind, two different
             things.
         styles: Of the sprites; one of them is chosen.
+        num_things: So many of those that a style has, those first that are easiest to tell apart.
+            None: all.
         npm_dir: As in ``emoji.styles.images``.
     """
     if split not in SPLITS:
@@ -195,14 +202,14 @@ def make_scene(
     # one number more or less would change every scene.
     rng = random.Random(f"scenes {split} {seed}")
     style = rng.choice(list(styles))
-    names = list(load_sprites(style, npm_dir))
+    names = list(load_sprites(style, npm_dir))[:num_things]
     for _ in range(_TRIES):
         kind = rng.choice([kind for kind in KINDS if kind in kinds])
         kind = TASKS.get(split.removeprefix("test_"), kind)
         scene = _propose(rng, kind, split, seed, style, names)
         if _is_allowed(scene):
             return scene
-    raise UserError(f"styles: {style!r} has too few things for scenes of {split}")
+    raise UserError(f"styles: {len(names)} things of {style!r} are too few for scenes of {split}")
 
 
 def render_scene(scene: Scene, image_size: int = 64, *, npm_dir: Path | None = None) -> Image.Image:
@@ -246,13 +253,13 @@ def _propose(
         thing = rng.choice(counted)
         if split == "test_words":
             thing = rng.choice([name for name in names if all_things()[name].unseen_synonym])
-        side = rng.uniform(*rng.choice((SMALL, LARGE, LARGE)))
         color = held_out_color(thing) if split == "test_colors" else rng.choice(colors)
-        objects = [_place(rng, thing, color, side, (0.5, 0.5), jitter=0.3)]
+        side = rng.choice(SINGLE_SIDES)
+        objects = [_place(thing, color, side, _any_step(rng, side), _any_step(rng, side))]
     elif kind == "count":
-        thing, color, side = rng.choice(counted), rng.choice(colors), rng.uniform(0.34, 0.40)
-        cells = rng.sample([(x, y) for x in (0.26, 0.74) for y in (0.26, 0.74)], rng.randint(2, 4))
-        objects = [_place(rng, thing, color, side, cell, jitter=0.02) for cell in cells]
+        thing, color, last = rng.choice(counted), rng.choice(colors), _last_step(EQUAL_SIDE)
+        corners = rng.sample([(x, y) for x in (0, last) for y in (0, last)], rng.randint(2, 4))
+        objects = [_place(thing, color, EQUAL_SIDE, x, y) for x, y in corners]
     else:
         objects, relations = _make_pair(rng, counted, colors)
     return Scene(kind, split, seed, tuple(objects), background, style, relations)
@@ -268,38 +275,34 @@ def _make_pair(
 ) -> tuple[list[SceneObject], tuple[tuple[int, str, int], ...]]:
     """Make two different things, one beside or above the other; a third are of unlike size."""
     things, direction = rng.sample(names, 2), rng.choice(list(DIRECTIONS))
-    sides = [rng.uniform(0.37, 0.43), rng.uniform(0.37, 0.43)]
-    relations = [(0, direction, 1)]
+    sides, relations = (EQUAL_SIDE, EQUAL_SIDE), [(0, direction, 1)]
     if rng.random() < 1 / 3:
-        sides = [rng.uniform(0.50, 0.55), rng.uniform(0.26, 0.31)]
         first = rng.randrange(2)
-        sides = sides if first == 0 else sides[::-1]
+        sides = UNLIKE_SIDES if first == 0 else UNLIKE_SIDES[::-1]
         relations.append((0, SIZES[first], 1))
-    dx, dy = DIRECTIONS[direction]
-    # Along the direction each thing is in the middle of its part; across it it may be off.
-    gap = 1 - sum(sides)
     objects = []
     for sign, thing, side in zip((1, -1), things, sides, strict=True):
-        along = sign * (0.5 - gap / 4 - side / 2)
-        off = rng.uniform(-0.12, 0.12)
-        center = (0.5 + along * dx + off * abs(dy), 0.5 + along * dy + off * abs(dx))
-        objects.append(_place(rng, thing, rng.choice(colors), side, center, jitter=0.01))
+        # Along the direction each is at its end; across it, anywhere.
+        across = _any_step(rng, side)
+        dx, dy = (sign * d for d in DIRECTIONS[direction])
+        x = across if dx == 0 else _last_step(side) * (dx > 0)
+        y = across if dy == 0 else _last_step(side) * (dy > 0)
+        objects.append(_place(thing, rng.choice(colors), side, x, y))
     return objects, tuple(relations)
 
 
-def _place(
-    rng: random.Random,
-    thing: str,
-    color: str,
-    side: float,
-    target: tuple[float, float],
-    *,
-    jitter: float,
-) -> SceneObject:
-    """Put a thing near ``target``, wholly inside the image."""
-    reach = side / 2 + _MARGIN
-    x, y = (min(max(v + rng.uniform(-jitter, jitter), reach), 1 - reach) for v in target)
-    return SceneObject(thing, color, (x, y), side)
+def _last_step(side: float) -> int:
+    return round((1 - 2 * MARGIN - side) / STEP)
+
+
+def _any_step(rng: random.Random, side: float) -> int:
+    return rng.randint(0, _last_step(side))
+
+
+def _place(thing: str, color: str, side: float, x: int, y: int) -> SceneObject:
+    """Put the box of a thing at a step of the grid, counted from the top left."""
+    center = (MARGIN + x * STEP + side / 2, MARGIN + y * STEP + side / 2)
+    return SceneObject(thing, color, center, side)
 
 
 def _is_allowed(scene: Scene) -> bool:

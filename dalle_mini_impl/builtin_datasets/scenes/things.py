@@ -43,7 +43,10 @@ class Thing:
 
 @cache
 def all_things() -> dict[str, Thing]:
-    """Read the table of things: by name, in its order."""
+    """Read the table of things: by name, in its order.
+
+    Each thing is the one whose nearest earlier sprite is the farthest; the first are everyday ones.
+    """
     table = json.loads(Path(__file__).with_name("things.json").read_text(encoding="utf-8"))
     return {
         row["name"]: Thing(**{"hexcode": code, "plural": regular_plural(row["name"]), **row})
