@@ -107,7 +107,7 @@ def build_model(
 
 def build_dalle_task(tokens: TokenDataset, pipeline: TextToImagePipeline) -> DalleTask:
     """Build the decoder's default task, with the same tokens for training and validation."""
-    options: dict[str, Any] = {"sample_weights": None, "identity": "", "fixed_prompts": ()}
+    options: dict[str, Any] = {"sample_weights": None, "fixed_prompts": ()}
     return DalleTask(tokens, tokens, DalleTaskConfig(), pipeline=pipeline, **options)
 
 
