@@ -27,6 +27,9 @@ PRESETS = "configs/own"
 # Of the minutes: what the demo, which was tuned, gives its tokenizer (docs/log.md).
 TOKENIZER_FRACTION = 0.2
 NUM_SHOWN = 16
+# Of fewer images than these, half of the samples are scenes: they teach colors and backgrounds, on
+# which images of single things are silent (docs/log.md).
+FEW_IMAGES, SCENES_FRACTION, NUM_SCENES, NUM_SCENE_THINGS = 2_000, 0.5, 6_000, 120
 COLUMNS = "  from left to right: the held-out image, the generated one, the nearest training image"
 
 
@@ -96,11 +99,23 @@ def main(arguments: Sequence[str]) -> None:
         dalle_run.data.read_options(),
         (dalle_run.data.train_split, split),
     )
-    vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, validation_split=split))
-    dalle_run = replace(dalle_run, data=replace(dalle_run.data, validation_split=split))
+    changes: dict[str, Any] = {"validation_split": split}
+    num_images, scenes = count_images(report, dalle_run.data.train_split), out / "scenes"
+
+    def is_open(field: str) -> bool:
+        return not any(each.startswith(f"--data.{field}") for each in arguments)
+
+    if 2 * report.num_cut > sum(report.split_sizes.values()) and is_open("fit"):
+        changes["fit"] = "pad"
+    if num_images < FEW_IMAGES and is_open("mix") and has_sprites():
+        changes["mix"] = {str(scenes): SCENES_FRACTION}
+    vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, **changes))
+    dalle_run = replace(dalle_run, data=replace(dalle_run.data, **changes))
     logger.info("\n".join(explain(report, vqvae_run, dalle_run, is_short=not options.dry_run)))
     if options.dry_run:
         return
+    if "mix" in changes:
+        write_scenes(scenes)
     # 2. train
     train_both(vqvae_run, dalle_run, vqvae_resume=vqvae_resume, dalle_resume=dalle_resume)
     # 3. generate
@@ -109,6 +124,31 @@ def main(arguments: Sequence[str]) -> None:
     logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
     model = shlex.quote(str(dalle / "model"))
     logger.info(f"to generate: python scripts/generate.py --model {model} --prompt TEXT")
+
+
+def has_sprites() -> bool:
+    """Tell whether scenes can be made; log why not."""
+    from dalle_mini_impl.builtin_datasets.scenes.things import load_sprites
+
+    try:
+        load_sprites("twemoji")
+    except UserError as error:
+        logger.info(f"no scenes are mixed in, which few images gain from: {error}")
+        return False
+    return True
+
+
+def write_scenes(folder: Path) -> None:
+    """Write the scenes that are mixed in, unless they are there."""
+    from dalle_mini_impl.builtin_datasets.scenes.captions import prepare_scenes
+
+    # The last file that is written says that all are.
+    if (folder / "metadata.jsonl").is_file():
+        return
+    logger.info(f"writing {NUM_SCENES} scenes")
+    prepare_scenes(
+        folder, counts={"train": NUM_SCENES}, kinds=("single",), num_things=NUM_SCENE_THINGS
+    )
 
 
 def train_both(
@@ -211,6 +251,7 @@ def explain(
     is_short: bool,
 ) -> list[str]:
     """Say what will be trained on how many images, and for how long; in full with the memory."""
+    from dalle_mini_impl.data.check import MAX_CUT
     from dalle_mini_impl.training.dalle import MIN_COMPARED
     from dalle_mini_impl.training.estimate import estimate_lines
     from vqvae import VQVAE
@@ -231,13 +272,22 @@ def explain(
         f"decoder: {budget(dalle_run.training)}, {dalle_run.decoder.num_layers} "
         f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order",
     ]
+    if report.num_cut:
+        how = {"crop": "the middle of", "pad": "the whole of", "stretch": "the stretched whole of"}
+        lines[0] += (
+            f"; {how[dalle_run.data.fit]} each image (data.fit {dalle_run.data.fit}): a square "
+            f"cuts more than {MAX_CUT:.0%} off {report.num_cut} of them"
+        )
+    if dalle_run.data.mix:
+        listed = ", ".join(f"{part:.0%} {source}" for source, part in dalle_run.data.mix.items())
+        lines.insert(1, f"mixed into training: {listed} (--data.mix '{{}}' mixes nothing in)")
     if is_short:
         return lines
     tokenizer = VQVAE(config)
     return [
-        *lines[:2],
+        *lines[:-1],
         *(f"  {line}" for line in estimate_lines(vqvae_run, tokenizer, report)),
-        lines[2],
+        lines[-1],
         *(f"  {line}" for line in estimate_lines(dalle_run, tokenizer, report)),
     ]
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dalle_mini_impl.data.images import decode_image, describe_image
+from dalle_mini_impl.data.images import Fit, decode_image, describe_image
 from dalle_mini_impl.data.loading import each_image
 from dalle_mini_impl.data.pairs import DEFAULT_OPTIONS, Pairs, ReadOptions, open_all_splits
 from dalle_mini_impl.data.readers.records import (
@@ -25,6 +25,7 @@ from dalle_mini_impl.progress import counted
 
 HUGE_PIXELS = 8_000_000
 LONG_SIDE_RATIO = 3
+MAX_CUT = 0.2
 COMMON_KINDS = (
     *("JPEG RGB", "JPEG L", "WEBP RGB", "BMP RGB"),
     *("PNG RGB", "PNG RGBA", "PNG L", "PNG P"),
@@ -69,6 +70,8 @@ class DataReport:
     """Tokens of each caption, shortest first."""
     text_length: int
     """Tokens that fit."""
+    num_cut: int
+    """Images of which a square cuts off more than ``MAX_CUT``."""
     seconds_per_image: float
     """To read and decode one, all processors at work."""
     findings: tuple[Finding, ...]
@@ -130,7 +133,7 @@ def check_data(
         _left_out("not usable, as the image cannot be read", unreadable),
         _left_out("not usable, as image or caption is missing", pairs.skipped),
         *_duplicates(images),
-        *_unusual_images(images, image_size),
+        *_unusual_images(images, image_size, options.fit),
         _long_captions(texts, lengths, text_length),
         *(
             Finding(f"{reason}, left out", tuple(paths), False)
@@ -148,6 +151,10 @@ def check_data(
         kinds=dict(Counter(image.kind for image in images).most_common()),
         caption_lengths=tuple(sorted(lengths)),
         text_length=text_length,
+        num_cut=sum(
+            min(image.width, image.height) < (1 - MAX_CUT) * max(image.width, image.height)
+            for image in images
+        ),
         seconds_per_image=seconds,
         findings=tuple(finding for finding in findings if finding.paths),
     )
@@ -206,7 +213,7 @@ def _duplicates(images: Sequence[_Image]) -> list[Finding]:
     ]
 
 
-def _unusual_images(images: Sequence[_Image], image_size: int) -> list[Finding]:
+def _unusual_images(images: Sequence[_Image], image_size: int, fit: Fit) -> list[Finding]:
     found: dict[str, list[str]] = defaultdict(list)
     for image in images:
         short, long = sorted((image.width, image.height))
@@ -214,7 +221,7 @@ def _unusual_images(images: Sequence[_Image], image_size: int) -> list[Finding]:
         named_format = _FORMAT_OF_SUFFIX.get(suffix)
         checks = {
             "tiny": short < image_size,
-            "long": long > LONG_SIDE_RATIO * short,
+            "long": fit == "crop" and long > LONG_SIDE_RATIO * short,
             "huge": short * long > HUGE_PIXELS,
             "odd": image.kind not in COMMON_KINDS,
             "misnamed": named_format not in (None, image.kind.split()[0]),

@@ -7,6 +7,7 @@ image's name. Color profiles are ignored; everything is taken as sRGB.
 
 import io
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dalle_mini_impl.errors import UserError
 
+Fit: TypeAlias = Literal["crop", "pad", "stretch"]
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
 MAX_SIDE = 16384
 MAX_PIXELS = 50_000_000
@@ -173,6 +175,25 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     box = middle_square(image.size)
     # With box, no enlarged image of the whole is ever made.
     return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+
+
+def resize_to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
+    """Make an image ``size`` x ``size``, by one of three ways for one that is not square.
+
+    ``crop`` keeps the middle square, ``pad`` puts white beside the whole image, ``stretch`` changes
+    its proportions.
+    """
+    if fit == "crop":
+        return resize_and_crop(image, size)
+    width, height = image.size
+    scale = size / max(image.size)
+    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
+    scaled = image.resize((size, size) if fit == "stretch" else inner, Image.Resampling.LANCZOS)
+    if scaled.size == (size, size):
+        return scaled
+    canvas = Image.new("RGB", (size, size), "white")
+    canvas.paste(scaled, ((size - scaled.width) // 2, (size - scaled.height) // 2))
+    return canvas
 
 
 def middle_square(size: tuple[int, int]) -> tuple[float, float, float, float]:

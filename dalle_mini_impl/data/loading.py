@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dalle_mini_impl.data.images import (
     BadImageError,
+    Fit,
     decode_image,
     is_big,
-    resize_and_crop,
+    resize_to_square,
 )
 from dalle_mini_impl.data.pairs import Pairs
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
@@ -27,14 +28,14 @@ Result = TypeVar("Result")
 _MAX_LISTED = 5
 
 
-def decode_square(data: bytes, path: str, size: int) -> Image.Image:
-    """Decode an encoded image, scale it and crop it to ``size`` x ``size`` pixels, RGB.
+def decode_square(data: bytes, path: str, size: int, *, fit: Fit = "crop") -> Image.Image:
+    """Decode an encoded image and make it ``size`` x ``size`` pixels, RGB.
 
     Raises:
         BadImageError: As ``decode_image``.
     """
     # Half of the final resampling may be left to the JPEG decoder without a visible difference.
-    return resize_and_crop(decode_image(data, source=path, min_side=2 * size), size)
+    return resize_to_square(decode_image(data, source=path, min_side=2 * size), size, fit)
 
 
 def each_image(
@@ -89,7 +90,7 @@ def load_all_pixels(
     pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
 
     def load(index: int, data: bytes, path: str) -> int:
-        array = np.array(decode_square(data, path, image_size))
+        array = np.array(decode_square(data, path, image_size, fit=pairs.fit))
         pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
         return index
 

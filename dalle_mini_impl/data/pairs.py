@@ -87,6 +87,7 @@ def _list_source(source: str, options: ReadOptions) -> Pairs:
     if not pairs.listed:
         raise UserError(_nothing_found(source, path, pairs, num_images))
     pairs.num_records = len(pairs.listed) + len(pairs.skipped)
+    pairs.fit = options.fit
     return pairs
 
 

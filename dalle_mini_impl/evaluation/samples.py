@@ -16,7 +16,7 @@ from dalle_mini_impl.data.images import (
     bytes_to_pixels,
     decode_image,
     pixels_to_images,
-    resize_and_crop,
+    resize_to_square,
 )
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import (
@@ -113,10 +113,10 @@ class ListedData:
             raise UserError(f"data: {source}: expected the folder that prepare_emoji.py wrote")
 
     def read_image(self, index: int, *, size: int) -> Image.Image:
-        """Read one image and crop it to a square; UserError if it is damaged."""
+        """Read one image and make it a square; UserError if it is damaged."""
         try:
             data, path = self.pairs.read_image(index), self.pairs[index].path
-            return resize_and_crop(decode_image(data, source=path), size)
+            return resize_to_square(decode_image(data, source=path), size, self.pairs.fit)
         except BadImageError as error:
             raise UserError(f"data: {error}") from None
 

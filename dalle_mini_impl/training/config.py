@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from dalle_mini_impl.data.images import Fit
 from dalle_mini_impl.data.pairs import CAPTION_COLUMNS, ReadOptions
 from dalle_mini_impl.data.readers.captions import is_captions_from
 
@@ -155,6 +156,9 @@ class DataConfig:
     captions_from: str | None = None
     """Captions from elsewhere: ``file_name`` ("red cup 03.jpg"), ``folder_name``
     ("red cup/001.jpg"), or one for all images: ``text:a red cup``; null: those of the source."""
+    fit: Fit = "crop"
+    """How an image that is not square becomes one: the middle of it (crop), the whole of it with
+    white beside it (pad), or the whole of it in other proportions (stretch)."""
     mix: dict[str, float] = field(default_factory=dict)
     """Other sources that are mixed into training, each with its fraction of the samples: their
     training split, with the usual names of columns. Held-out images stay those of ``source``."""
@@ -186,4 +190,5 @@ class DataConfig:
             image_column=self.image_column,
             captions_from=self.captions_from,
             needs_captions=needs_captions,
+            fit=self.fit,
         )

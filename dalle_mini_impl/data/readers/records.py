@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dalle_mini_impl.data.images import BadImageError
+from dalle_mini_impl.data.images import BadImageError, Fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,6 +72,8 @@ class Pairs:
     """What is no record, and left out without harm."""
     no_caption_reasons: dict[str, str] = field(default_factory=dict)
     """Why an image has no caption, by its path, as long as ``require_captions`` was not called."""
+    fit: Fit = "crop"
+    """How an image becomes a square, as in ``images.resize_to_square``."""
 
     def __len__(self) -> int:
         return len(self.listed)
