@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--size", type=int, default=64, help="side in pixels (default: 64)")
     add("--train", type=int, default=20_000, help="images (default: 20000)")
     add("--test", type=int, default=256, help="images of each held-out split (default: 256)")
-    add("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of scene (default: all)")
+    add("--kinds", nargs="+", choices=KINDS, default=KINDS[1:], help="default: all but large")
     add("--things", type=int, help="how many, the easiest to tell apart first (default: all)")
     add("--styles", nargs="+", choices=STYLES, default=["twemoji"], help="default: twemoji")
     add("--npm-dir", type=user_path, help="folder with unpacked npm packages (noto, fluent)")
@@ -38,7 +38,8 @@ def main(arguments: Sequence[str]) -> None:
 
     counts = {"train": options.train}
     # Without pairs in training, none are asked for.
-    tasks = [task for task, kind in TASKS.items() if kind in options.kinds]
+    shown = {"single" if kind == "large" else kind for kind in options.kinds}
+    tasks = [task for task, kind in TASKS.items() if kind in shown]
     counts |= {f"test_{task}": options.test for task in tasks}
     total = prepare_scenes(
         options.out,

@@ -152,7 +152,7 @@ def write_scenes(folder: Path) -> None:
         return
     logger.info(f"writing {NUM_SCENES} scenes")
     prepare_scenes(
-        folder, counts={"train": NUM_SCENES}, kinds=("single",), num_things=NUM_SCENE_THINGS
+        folder, counts={"train": NUM_SCENES}, kinds=("large",), num_things=NUM_SCENE_THINGS
     )
 
 

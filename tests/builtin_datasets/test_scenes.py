@@ -120,6 +120,16 @@ def test_boxes_lie_on_the_grid_of_eight_tokens() -> None:
                 assert 0 <= middle - item.side / 2 < middle + item.side / 2 <= 1
 
 
+def test_large_things_alone() -> None:
+    for split in ("train", "test_single", "test_colors"):
+        scenes = [make_scene(seed, split=split, kinds=("large",)) for seed in range(20)]
+        assert {len(scene.objects) for scene in scenes} == {1}
+        assert {scene.objects[0].side for scene in scenes} == {13 / 16}
+        assert len({scene.objects[0].center for scene in scenes}) == 4
+    both = [make_scene(seed, split="test_single", kinds=("large", "single")) for seed in range(20)]
+    assert len({scene.objects[0].side for scene in both}) == 3
+
+
 def test_few_things_are_those_that_are_easiest_to_tell_apart() -> None:
     first = list(all_things())[:20]
     for split in SPLITS:

@@ -45,6 +45,22 @@ def build_task(pipeline: TextToImagePipeline, *, samples: int = 50, **changes: f
     )
 
 
+def test_mixed_images_are_not_measured(pipeline: TextToImagePipeline) -> None:
+    mixed = make_tokens(50)
+    own = TokenDataset(
+        mixed.image_token_ids[:20], mixed.text_token_ids[:40], mixed.caption_offsets[:21]
+    )
+    config = DalleTaskConfig()
+    shared = {"sample_weights": None, "pipeline": pipeline, "fixed_prompts": ("a red disc",)}
+    alone = DalleTask(own, make_tokens(7, seed=1), config, **shared)
+    beside = DalleTask(mixed, make_tokens(7, seed=1), config, **shared, num_own=20)
+    whole = DalleTask(mixed, make_tokens(7, seed=1), config, **shared)
+    for name in ("baseline/image_unigram_nats", "validation/train_image_nats"):
+        found = [task.evaluate()[name] for task in (alone, beside, whole)]
+        assert found[1] == pytest.approx(found[0])
+        assert found[2] != pytest.approx(found[0])
+
+
 class Spy(nn.Module):
     """Remembers what it is given; predicts the uniform distribution."""
 

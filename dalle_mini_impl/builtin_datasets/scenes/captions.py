@@ -138,7 +138,7 @@ def prepare_scenes(
     *,
     counts: Mapping[str, int],
     image_size: int = 64,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = KINDS[1:],
     styles: Sequence[str] = ("twemoji",),
     num_things: int | None = None,
     npm_dir: Path | None = None,

@@ -127,7 +127,7 @@ class Scene:
     """What an image holds."""
 
     kind: str
-    """One of ``KINDS``."""
+    """"single", "count" or "pair"."""
     split: str
     """One of ``SPLITS``; it decides what the caption mentions."""
     seed: int
@@ -176,7 +176,7 @@ def make_scene(
     seed: int,
     *,
     split: str,
-    kinds: Sequence[str] = KINDS,
+    kinds: Sequence[str] = KINDS[1:],
     styles: Sequence[str] = ("twemoji",),
     num_things: int | None = None,
     npm_dir: Path | None = None,
@@ -187,8 +187,8 @@ def make_scene(
         seed: Any integer; each split has random numbers of its own, so seeds may be reused across
             splits.
         split: One of ``SPLITS``.
-        kinds: Those that "train" chooses from: one thing, two to four of a kind, two different
-            things.
+        kinds: Those that "train" chooses from: one large thing, one of any size, two to four of a
+            kind, two different things. Without "single", the splits of one thing show a large one.
         styles: Of the sprites; one of them is chosen.
         num_things: So many of those that a style has, those first that are easiest to tell apart.
             None: all.
@@ -206,6 +206,8 @@ def make_scene(
     for _ in range(_TRIES):
         kind = rng.choice([kind for kind in KINDS if kind in kinds])
         kind = TASKS.get(split.removeprefix("test_"), kind)
+        if kind == "single" and "single" not in kinds and "large" in kinds:
+            kind = "large"
         scene = _propose(rng, kind, split, seed, style, names)
         if _is_allowed(scene):
             return scene
@@ -249,12 +251,12 @@ def _propose(
     colors = [color for color in COLORS if color not in background.forbidden_colors]
     counted = [name for name in names if all_things()[name].is_counted or kind != "count"]
     relations: tuple[tuple[int, str, int], ...] = ()
-    if kind == "single":
+    if kind in ("large", "single"):
         thing = rng.choice(counted)
         if split == "test_words":
             thing = rng.choice([name for name in names if all_things()[name].unseen_synonym])
         color = held_out_color(thing) if split == "test_colors" else rng.choice(colors)
-        side = rng.choice(SINGLE_SIDES)
+        side = rng.choice(SINGLE_SIDES[-1:] if kind == "large" else SINGLE_SIDES)
         objects = [_place(thing, color, side, _any_step(rng, side), _any_step(rng, side))]
     elif kind == "count":
         thing, color, last = rng.choice(counted), rng.choice(colors), _last_step(EQUAL_SIDE)
@@ -262,6 +264,7 @@ def _propose(
         objects = [_place(thing, color, EQUAL_SIDE, x, y) for x, y in corners]
     else:
         objects, relations = _make_pair(rng, counted, colors)
+    kind = "single" if kind == "large" else kind
     return Scene(kind, split, seed, tuple(objects), background, style, relations)
 
 
