@@ -4,7 +4,8 @@ import argparse
 import logging
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,10 +90,12 @@ def main(arguments: Sequence[str]) -> None:
         ]
 
     tokenizer_preset = [*preset(vqvae, TOKENIZER_FRACTION), *tokenizer_overrides]
-    vqvae_run, vqvae_resume = load_config(VQVAERunConfig, tokenizer_preset, description="")
+    with option_named("tokenizer", tokenizer_overrides):
+        vqvae_run, vqvae_resume = load_config(VQVAERunConfig, tokenizer_preset, description="")
     dalle_preset = preset(dalle, 1 - TOKENIZER_FRACTION)
     dalle_preset += ["--vqvae_dir", str(vqvae / "model"), *dalle_overrides]
-    dalle_run, dalle_resume = load_config(DalleRunConfig, dalle_preset, description="")
+    with option_named("dalle", dalle_overrides):
+        dalle_run, dalle_resume = load_config(DalleRunConfig, dalle_preset, description="")
     # 1. look at the data, and say what will be done
     report = look_at(dalle_run, image_size=vqvae_run.vqvae.image_size)
     split = held_out_split(report, dalle_run.data.validation_split)
@@ -129,6 +132,17 @@ def main(arguments: Sequence[str]) -> None:
     logger.info(f"held-out captions: {out / 'images.png'}\n{COLUMNS}")
     model = shlex.quote(str(dalle / "model"))
     logger.info(f"to generate: python scripts/generate.py --model {model} --prompt TEXT")
+
+
+@contextmanager
+def option_named(prefix: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Name a field at fault as it was typed here: with its prefix."""
+    try:
+        yield
+    except UserError as error:
+        field = str(error).split(":")[0]
+        is_typed = not field.startswith("data.") and f"--{field}" in overrides
+        raise UserError(f"{prefix}.{error}" if is_typed else str(error)) from None
 
 
 def has_sprites() -> bool:

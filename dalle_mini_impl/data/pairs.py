@@ -28,7 +28,13 @@ from dalle_mini_impl.data.readers.metadata import (
 )
 from dalle_mini_impl.data.readers.parquet import IMAGE_COLUMNS, read_hub, read_parquet
 from dalle_mini_impl.data.readers.paths import Places, check_file, files_below, places_of
-from dalle_mini_impl.data.readers.records import Pair, Pairs, SkippedRecord, printable
+from dalle_mini_impl.data.readers.records import (
+    IMAGE_SUFFIXES,
+    Pair,
+    Pairs,
+    SkippedRecord,
+    printable,
+)
 from dalle_mini_impl.data.readers.remedies import remedy_for
 from dalle_mini_impl.data.readers.split_names import splits_of_files, splits_of_images
 from dalle_mini_impl.data.readers.webdataset import read_tar
@@ -145,10 +151,11 @@ def is_hub_name(source: str) -> bool:
 def _read_folder(folder: Path, options: ReadOptions) -> Pairs:
     """Read the form in which a folder holds captioned images; the most explicit one wins."""
     root, places = folder.resolve(), places_of(folder)
-    # 1. metadata: then nothing else is looked at
+    # 1. metadata: then nothing else is read
     metadata = find_metadata(root)
     if metadata is not None:
         pairs = _with_captions(read_metadata(metadata, places, options), options)
+        _note_unnamed(pairs, root, places, f"images that {metadata.name} does not name")
         return _in_split_folders(pairs, options)
     left_out = Pairs()
     folders = list(files_below(root, places, left_out))
@@ -199,6 +206,15 @@ def _files_with_suffix(
             else:
                 found.append(path)
     return sorted(found)
+
+
+def _note_unnamed(pairs: Pairs, root: Path, places: Places, reason: str) -> None:
+    named = {printable(pair.path) for pair in pairs} | {record.path for record in pairs.skipped}
+    for parent, names in files_below(root, places, Pairs()):
+        for name in names:
+            key = (parent / name).relative_to(root).as_posix()
+            if Path(name).suffix.lower() in IMAGE_SUFFIXES and printable(key) not in named:
+                pairs.note(key, reason)
 
 
 def _read_tars(root: Path, tars: list[Path], left_out: Pairs, options: ReadOptions) -> Pairs:

@@ -179,6 +179,22 @@ def test_metadata_in_each_split_folder(tmp_path: Path) -> None:
     assert pairs.read_image(0) == (tmp_path / "Test" / "24.png").read_bytes()
 
 
+def test_images_that_metadata_does_not_name_are_a_note(tmp_path: Path) -> None:
+    rows = [{"file_name": "a.png", "text": "a"}, {"file_name": "gone.png", "text": "b"}]
+    lines = [json.dumps(row) for row in rows]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "more").mkdir()
+    for name in ("a.png", "b.png", "more/c.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(png_bytes())
+    pairs = open_pairs(str(tmp_path))
+    assert [pair.path for pair in pairs] == ["a.png"]
+    reason = "images that metadata.jsonl does not name"
+    assert [(note.path, note.reason) for note in pairs.notes] == [
+        ("b.png", reason),
+        ("more/c.jpg", reason),
+    ]
+
+
 def test_metadata_below_does_not_lead_to_its_neighbors(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.png": None, "sub/x.png": None})
     (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "../a.png", "text": "x"}')
