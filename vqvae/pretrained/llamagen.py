@@ -19,6 +19,7 @@ ENCODER_INPUT = "encoder.conv_in.weight"
 CODES = "quantize.embedding.weight"
 STAGE = "encoder.conv_blocks.{}.res.0.conv1.weight"
 BLOCK = "encoder.conv_blocks.0.res.{}.conv1.weight"
+TENSORS_OF_BLOCK = 8  # at least: two normalizations and two convolutions
 # Recently used tokens, a statistic of training.
 UNUSED = "quantize.codebook_used"
 # Parts of JanusVQVAE's names, and of LlamaGen's.
@@ -64,6 +65,13 @@ def convert_llamagen(weights: Mapping[str, Tensor]) -> tuple[JanusSizes, dict[st
 def _sizes_of(weights: Mapping[str, Tensor]) -> JanusSizes:
     base_channels = weights[ENCODER_INPUT].shape[0]
     stages = [weights[STAGE.format(stage)].shape[0] for stage in range(_count(weights, STAGE))]
+    num_blocks = _count(weights, BLOCK)
+    # Before anything is built: some thousand names could ask for millions of layers.
+    if TENSORS_OF_BLOCK * len(stages) * num_blocks > len(weights):
+        raise ValueError(
+            f"got {len(weights)} tensors, expected more for {len(stages)} stages of "
+            f"{num_blocks} blocks"
+        )
     num_embeddings, embed_dim = weights[CODES].shape[0], weights[CODES].shape[1]
     return JanusSizes(
         embed_dim=embed_dim,
@@ -71,7 +79,7 @@ def _sizes_of(weights: Mapping[str, Tensor]) -> JanusSizes:
         latent_channels=weights["encoder.conv_out.weight"].shape[0],
         base_channels=base_channels,
         channel_multiplier=tuple(channels // max(1, base_channels) for channels in stages),
-        num_res_blocks=_count(weights, BLOCK),
+        num_res_blocks=num_blocks,
     )
 
 

@@ -151,6 +151,15 @@ def test_what_is_no_state_dict_is_refused_and_its_code_not_run(kind: str, tmp_pa
         assert sentinel.exists()
 
 
+def test_a_few_names_cannot_ask_for_millions_of_layers(tmp_path: Path) -> None:
+    weights, one = llamagen.random_weights(), torch.zeros(1)
+    stages = {f"encoder.conv_blocks.{number}.res.0.conv1.weight": one for number in range(2000)}
+    blocks = {f"encoder.conv_blocks.0.res.{number}.conv1.weight": one for number in range(2000)}
+    written(tmp_path / "vq.pt", stages | blocks | weights)
+    with pytest.raises(ValueError, match="tensors, expected more for 2000 stages of 2000 blocks"):
+        convert_tokenizer(tmp_path / "vq.pt", tmp_path / "out")
+
+
 def test_other_pickles_are_told_apart(tmp_path: Path) -> None:
     for content, got in (({"weight": torch.zeros(1)}, "weight"), ([1, 2], "<class 'list'>")):
         with pytest.raises(ValueError, match=f"got {got}, expected the state dict of LlamaGen"):
