@@ -47,6 +47,16 @@ def test_there_are_presets() -> None:
     assert {"demo", "emoji64"} <= {path.parent.name for path in PRESETS}
 
 
+@pytest.mark.parametrize("size", [128, 256])
+def test_presets_for_photographs_have_256_tokens(size: int) -> None:
+    folder = REPOSITORY / "configs" / f"images{size}"
+    assert {path.name for path in folder.iterdir()} == {"vqvae.yaml", "dalle.yaml"}
+    tokenizer = read_config(VQVAERunConfig, folder / "vqvae.yaml").vqvae
+    assert (tokenizer.image_size, tokenizer.image_grid_size) == (size, (16, 16))
+    config = read_config(DalleRunConfig, folder / "dalle.yaml")
+    assert tokenizers()[config.vqvae_dir].vqvae == tokenizer
+
+
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_preset_loads_builds_and_can_be_saved(path: Path, tmp_path: Path) -> None:
     config_class = class_of(path)

@@ -238,6 +238,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return weights
 
 
+def tensor_names(path: Path) -> set[str]:
+    """Read the names of a safetensors file's tensors; ``ValueError`` if it is damaged."""
+    with _not_loaded(path):
+        return set(_read_header(path))
+
+
 def save_weights(model: nn.Module, path: Path, *, dtype: torch.dtype) -> None:
     """Write the weights of a model as safetensors, the floating-point ones as ``dtype``."""
     weights = {

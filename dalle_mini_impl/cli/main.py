@@ -26,6 +26,7 @@ COMMANDS = {
     "caption": "Rank captions for an image by the text-to-image model's likelihood.",
     "check_data": "Find problems in captioned images, and estimate a run on them.",
     "write_captions": "Write captions for images that have none, by a captioner of transformers.",
+    "convert_tokenizer": "Convert a published image tokenizer (LlamaGen, GEAR) to safetensors.",
     "train_vqvae": "Train an image tokenizer (discrete VAE).",
     "train_dalle": "Train a decoder on captioned images.",
     "train_clip": "Train a CLIP on captioned images, to rank generated ones.",

@@ -29,6 +29,7 @@ from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_t
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
 from vqvae.image_tokenizer import ImageTokenizer, require_working
+from vqvae.pretrained.hub import tokenizer_folder
 from vqvae.pretrained.load import load_tokenizer
 from vqvae.serialization import CONFIG_NAME
 
@@ -83,8 +84,8 @@ class DalleRunConfig:
     data: DataConfig
     """Captioned images to learn from."""
     vqvae_dir: str = ""
-    """Folder of the trained image tokenizer: ours, or one that ``vqvae.pretrained.load`` reads.
-    Empty: that of ``init_from``."""
+    """Folder of the trained image tokenizer, ours or one that ``vqvae.pretrained.load`` reads, or
+    its name on the Hub, ``user/name``. Empty: that of ``init_from``."""
     init_from: str | None = None
     """Model folder whose decoder the run starts from. Caption tokenizer and sizes are that model's,
     and ``text`` and ``decoder`` do not count."""
@@ -169,12 +170,13 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     """Read and tokenize the data; build the decoder and the pipeline around it."""
     # 1. The image tokenizer, frozen.
     try:
-        vqvae = load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+        folder = tokenizer_folder(config.vqvae_dir)
+        vqvae = load_tokenizer(folder, image_size=config.vqvae_image_size)
         require_working(vqvae)
     except ValueError as error:
         expected = (
-            "a folder that train_vqvae.py wrote, or another project's tokenizer, with "
-            "vqvae_image_size if it takes several sizes"
+            "a folder that train_vqvae.py wrote, or another project's tokenizer (a folder, or a "
+            "name on the Hub), with vqvae_image_size if it takes several sizes"
         )
         model = Path(config.vqvae_dir) / "model"
         if (model / CONFIG_NAME).is_file():  # the run's folder

@@ -20,6 +20,7 @@ from dalle_mini_impl.training.vqvae import VQVAERunConfig
 from dalle_mini_impl.transformer.blocks import recompute_activations
 from vqvae import VQVAE
 from vqvae.image_tokenizer import ImageTokenizer
+from vqvae.pretrained.hub import is_hub_name, tokenizer_folder
 from vqvae.pretrained.load import load_tokenizer
 
 _STATE_COPIES = 4  # weights, gradients, and two moments of the optimizer
@@ -53,9 +54,10 @@ def tokenizer_of(
     """
     if isinstance(config, VQVAERunConfig):
         return VQVAE(config.vqvae)
-    if Path(config.vqvae_dir).is_dir():
+    if Path(config.vqvae_dir).is_dir() or is_hub_name(config.vqvae_dir):
         try:
-            return load_tokenizer(config.vqvae_dir, image_size=config.vqvae_image_size)
+            folder = tokenizer_folder(config.vqvae_dir)
+            return load_tokenizer(folder, image_size=config.vqvae_image_size)
         except ValueError as error:
             raise UserError(f"vqvae_dir: {error}") from None
     return None if tokenizer_run is None else VQVAE(tokenizer_run.vqvae)

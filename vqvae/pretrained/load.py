@@ -1,8 +1,9 @@
 """Image tokenizers of every kind, behind the interface of our own.
 
 ``load_tokenizer`` reads a folder of ours, of ``JanusVQVAE`` or ``Emu3VQVAE`` of transformers, of
-``VQModel`` of diffusers, or the two files of DALL-E's own tokenizer. Only JSON and safetensors are
-read, and no code comes from a folder.
+``VQModel`` of diffusers, of LlamaGen's tokenizer, or the two files of DALL-E's own. Only JSON and
+safetensors are read, and no code comes from a folder. ``convert.py`` converts pickles, ``hub.py``
+downloads.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from vqvae.image_tokenizer import ImageTokenizer, require_pixels, require_token_ids
 from vqvae.model import VQVAE
 from vqvae.pretrained.adapters import KINDS, Sizes, kind_of, read_sizes
+from vqvae.pretrained.llamagen import convert_llamagen, is_llamagen
 from vqvae.pretrained.openai_dvae import ENCODER_NAME, load_openai_dvae
 from vqvae.serialization import (
     CONFIG_NAME,
@@ -27,12 +29,15 @@ from vqvae.serialization import (
     located,
     own_file,
     read_json,
+    read_weights,
     save_tokenizer,
     shown,
+    tensor_names,
     without_version,
 )
 
 MAX_PIXELS_AT_ONCE = 2**20  # of a batch: networks of hundreds of channels at full size are large
+PICKLES = (".pt", ".pth", ".ckpt")
 
 
 def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> ImageTokenizer:
@@ -41,7 +46,8 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
     Args:
         folder: Of ``save_pretrained`` of ``VQVAE``, of this module's tokenizer, of transformers'
             ``JanusVQVAE`` or ``Emu3VQVAE``, or of diffusers' ``VQModel``; or a folder with
-            ``encoder.safetensors`` and ``decoder.safetensors`` of DALL-E's own tokenizer.
+            ``model.safetensors`` of LlamaGen's tokenizer, or ``encoder.safetensors`` and
+            ``decoder.safetensors`` of DALL-E's.
         image_size: Side of the images in pixels, for tokenizers that take several.
 
     Raises:
@@ -50,11 +56,18 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
     """
     folder = Path(folder)
     # A config decides: the two files of DALL-E come without one.
-    if not (folder / CONFIG_NAME).is_file() and (folder / ENCODER_NAME).is_file():
+    has_config = (folder / CONFIG_NAME).is_file()
+    if not has_config and (folder / ENCODER_NAME).is_file():
         return load_openai_dvae(folder, image_size=_required(image_size, "DALL-E's tokenizer"))
-    path = own_file(folder, CONFIG_NAME)
-    values = read_json(path)
+    if not has_config:
+        _refuse_pickles(folder)
+    path = folder / CONFIG_NAME
+    values = read_json(own_file(folder, CONFIG_NAME)) if has_config else {}
     kind = kind_of(values)
+    # LlamaGen's config, if there is one, lists a few sizes and no name.
+    if kind is None and "format_version" not in values and _holds_llamagen(folder):
+        size = _required(image_size, "LlamaGen's tokenizer")
+        return _load_llamagen(own_file(folder, WEIGHTS_NAME), size)
     # Neither a library's marker nor our stored kind: a VQVAE of ours.
     if kind is None and "kind" not in values:
         return _of_that_size(VQVAE.from_pretrained(folder), image_size)
@@ -179,6 +192,31 @@ def _load(config: PretrainedConfig, path: Path) -> PretrainedTokenizer:
         num_elements=sizes.codebook_size,
     )
     return PretrainedTokenizer(config, load_weights(model, path)).eval()
+
+
+def _holds_llamagen(folder: Path) -> bool:
+    path = folder / WEIGHTS_NAME
+    return path.is_file() and is_llamagen(tensor_names(own_file(folder, WEIGHTS_NAME)))
+
+
+def _load_llamagen(path: Path, image_size: int) -> PretrainedTokenizer:
+    with located(path):
+        sizes, weights = convert_llamagen(read_weights(path))
+        config = PretrainedConfig(kind="janus", image_size=image_size, sizes=sizes)
+        model = sizes.build(image_size).float()
+        model.load_state_dict(weights, strict=True)
+    return PretrainedTokenizer(config, model).eval()
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Say how to convert what is published as a pickle; this module opens none."""
+    files = [folder] if folder.is_file() else sorted(folder.glob("*"))
+    pickles = [file for file in files if file.suffix in PICKLES]
+    if pickles and not any(file.suffix == ".safetensors" for file in files):
+        raise ValueError(
+            f"{folder}: got {pickles[0].name}, a pickle, expected safetensors; convert it once: "
+            f"python scripts/convert_tokenizer.py {pickles[0]} --out FOLDER"
+        )
 
 
 def _of_that_size(tokenizer: ImageTokenizer, image_size: int | None) -> ImageTokenizer:
