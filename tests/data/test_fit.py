@@ -118,9 +118,10 @@ def test_big_turned_jpegs_become_rectangles(tmp_path: Path) -> None:
     """The file holds 1600 x 400 pixels, a note in it says that they are to be turned."""
     exif = Image.Exif()
     exif[0x0112] = 6  # the top of the image is at the right of the file
-    gradient = Image.linear_gradient("L").resize((1600, 400)).rotate(90).convert("RGB")
-    gradient.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    (tmp_path / "a.txt").write_text("a ramp")
+    waves = np.sin(np.arange(400) * 2 * np.pi / 25)  # across the file, along the image
+    rows = np.broadcast_to((128 + 120 * waves).astype(np.uint8)[:, None], (400, 1600))
+    Image.fromarray(rows).convert("RGB").save(tmp_path / "a.jpg", exif=exif, quality=95)
+    (tmp_path / "a.txt").write_text("waves")
     pairs = open_pairs(str(tmp_path))
     for pixel_size in ((96, 24), (24, 96)):
         [pixels], _, _ = load_all_pixels(pairs, pixel_size=pixel_size)
