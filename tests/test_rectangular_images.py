@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from dalle_mini_impl.cli.app import PageBackend
+from dalle_mini_impl.cli.evaluation import EvaluationConfig, evaluate
 from dalle_mini_impl.data.images import image_to_pixels
 from dalle_mini_impl.evaluation.samples import read_data
 from dalle_mini_impl.pipeline import TextToImagePipeline
@@ -191,8 +192,21 @@ def test_data_are_checked_and_evaluated_at_that_size(
     assert run_here("check_data", *options, "16", "16", "16") == 2
     assert "image_size: got [16, 16, 16], expected a side, or" in capsys.readouterr().err
 
-    pipeline = TextToImagePipeline.from_pretrained(out / "dalle" / "model")
+    model = out / "dalle" / "model"
+    pipeline = TextToImagePipeline.from_pretrained(model)
     evaluated = read_data(str(data), pipeline.vqvae)
     assert evaluated.train.pixels.shape == (25, 3, *PIXEL_SIZE)
     first = np.array(wide_image(0)).transpose(2, 0, 1)
     assert (evaluated.train.pixels[0].numpy() == first).all()
+    report = evaluate(EvaluationConfig(model=str(model), data=str(data), out=tmp_path / "report"))
+    figures = json.loads(report.with_name("report.json").read_text(encoding="utf-8"))
+    cells = figures["tokenizer"]["position_entropy_bits"]["by_cell"]
+    assert (len(cells), len(cells[0])) == GRID
+
+
+def test_a_square_ranker_chooses_among_them(random_pipeline: TextToImagePipeline) -> None:
+    every = random_pipeline("a red disc", num_images=4).images
+    ranker = tiny.build_ranker()
+    scores = ranker.score(every, ["a red disc"] * 4)
+    [kept] = random_pipeline("a red disc", num_candidates=4, rank=ranker).images
+    assert kept.tobytes() == every[int(scores.argmax())].tobytes()
