@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     show_elapsed_minutes()
     from dalle_mini_impl.config import find_preset, load_config
     from dalle_mini_impl.training.dalle import DalleRunConfig
-    from dalle_mini_impl.training.vqvae import VQVAERunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig, with_base
 
     out = options.out or Path("out") / (Path(options.source).resolve().stem or "images")
     vqvae, dalle = out / "vqvae", out / "dalle"
@@ -90,6 +90,7 @@ def main(arguments: Sequence[str]) -> None:
 
     tokenizer_preset = [*preset(vqvae, TOKENIZER_FRACTION), *tokenizer_overrides]
     vqvae_run, vqvae_resume = load_config(VQVAERunConfig, tokenizer_preset, description="")
+    vqvae_run = with_base(vqvae_run)
     dalle_preset = preset(dalle, 1 - TOKENIZER_FRACTION)
     dalle_preset += ["--vqvae_dir", str(vqvae / "model"), *dalle_overrides]
     dalle_run, dalle_resume = load_config(DalleRunConfig, dalle_preset, description="")

@@ -200,6 +200,9 @@ def test_a_tokenizer_of_their_proportions_sees_whole_images_and_no_scenes(
     config = read_config(DalleRunConfig, out / "dalle" / "config.yaml")
     assert (config.data.mix, config.data.fit) == ({}, "crop")
     assert (out / "images.png").is_file()
+    more = ("--out", tmp_path / "more", "--tokenizer.init_from", out / "vqvae" / "model")
+    assert run_here("train", folder, *more, "--dry_run") == 0
+    assert "16 x 24 pixels to 6 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
