@@ -65,9 +65,9 @@ def write_images(folder: Path, count: int, *, side: int = FILE_SIDE) -> None:
         (folder / f"{number}.txt").write_text(f"a {words} image number {number}\n")
 
 
-def read_as_ours(folder: Path, image_size: int) -> int:
+def read_as_ours(folder: Path, side: int) -> int:
     """Read all pixels as training begins; returns the number of images."""
-    pixels, kept, _ = load_all_pixels(open_pairs(str(folder)), image_size=image_size)
+    pixels, kept, _ = load_all_pixels(open_pairs(str(folder)), pixel_size=(side, side))
     return len(kept) if len(pixels) == len(kept) else 0
 
 

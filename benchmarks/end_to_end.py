@@ -23,8 +23,8 @@ from benchmarks.data import DallePytorchFolder, read_json_lines, write_images
 from benchmarks.parts import BenchmarkConfig
 from benchmarks.sizes import DEMO
 from benchmarks.timing import Job, Precision, Result, Variant, interleave
-from dalle_mini_impl.data.images import decode_image, image_to_pixels, resize_and_crop
-from dalle_mini_impl.data.loading import load_all_pixels
+from dalle_mini_impl.data.images import image_to_pixels
+from dalle_mini_impl.data.loading import decode_to_fit, load_all_pixels
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.data.token_dataset import Variation, build_token_dataset
 from dalle_mini_impl.hardware import has_fast_bf16
@@ -223,7 +223,7 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     vqvae = VQVAE(run.vqvae).to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
     dalle, pipeline = ours.build_model(vqvae, run.decoder, run.text)
     pairs = open_pairs(str(folder))
-    pixels, kept, _ = load_all_pixels(pairs, image_size=run.vqvae.image_size)
+    pixels, kept, _ = load_all_pixels(pairs, pixel_size=run.vqvae.pixel_size)
     tokens = build_token_dataset(
         [pairs[index] for index in kept],
         pixels,
@@ -242,8 +242,8 @@ def own_training(folder: Path, run: WholeRun, *, epochs: int) -> Job:
     flops = timing.count_flops(step) + timing.attention_flops(layers, width, length, run.batch)
 
     def read(index: int) -> Tensor:
-        image = decode_image(pairs.read_image(index), source="", min_side=2 * size)
-        return image_to_pixels(resize_and_crop(image, size))  # (3, size, size) in [-1, 1]
+        image = decode_to_fit(pairs.read_image(index), "", run.vqvae.pixel_size)
+        return image_to_pixels(image)  # (3, height, width) in [-1, 1]
 
     def train() -> None:
         first = [read(index) for index in range(min(run.batch, len(pairs)))]

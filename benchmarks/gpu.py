@@ -176,7 +176,7 @@ def tokenize() -> Iterator[Row]:
 def _tokenizer_works(config: VQVAEConfig, batch_size: int) -> dict[str, Callable[[], object]]:
     torch.manual_seed(0)
     vqvae = VQVAE(config).to(DEVICE).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    pixels = torch.rand(batch_size, 3, config.image_size, config.image_size, device=DEVICE)
+    pixels = torch.rand(batch_size, 3, *config.pixel_size, device=DEVICE)
     pixels = (2 * pixels - 1).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vqvae.parameters(), lr=1e-4, fused=True)
 

@@ -65,10 +65,9 @@ class ClipRanker:
     @torch.inference_mode()
     def embed_images(self, images: Sequence[Image.Image]) -> Float[Tensor, "batch embedding"]:
         """Embed images of any size, scaled and cropped to the model's square, as unit vectors."""
-        size = self.model.config.image_size
-        return self.embed_pixels(
-            torch.stack([image_to_pixels(resize_and_crop(to_rgb(each), size)) for each in images])
-        )
+        side = self.model.config.image_size
+        images = [resize_and_crop(to_rgb(each), (side, side)) for each in images]
+        return self.embed_pixels(torch.stack([image_to_pixels(each) for each in images]))
 
     @torch.inference_mode()
     def embed_pixels(

@@ -117,6 +117,7 @@ def _in_our_words(reason: str) -> str:
         return reason
     key, types, kind, value = match.groups()
     expected = re.sub(r"<class '(\w+)'>", r"\1", types or kind).replace("typing.Literal", "one of ")
+    expected = expected.replace("int, tuple[int, int]", "int or [int, int]")
     return f"{key}: got {value}, expected {expected.replace(', NoneType', ' or null')}"
 
 

@@ -52,7 +52,7 @@ pipeline_tag: text-to-image
 ---
 # A text-to-image model
 
-Generates images of {size} x {size} pixels. A discrete VAE (`vqvae/`) turns an image into
+Generates images of {height} x {width} pixels. A discrete VAE (`vqvae/`) turns an image into
 {rows} x {columns} tokens of a codebook of {codes}; a causal Transformer (`dalle/`, {millions:.1f} M
 parameters) samples them after a caption of up to {length} tokens (`text_tokenizer/`, vocabulary of
 {vocab}).
@@ -90,9 +90,10 @@ def save_parts(
         "vqvae_fingerprint": load_tokenizer(folder / "vqvae").fingerprint(),
         "sha256": file_hashes(folder),
     }
-    rows, columns = vqvae.image_grid_size
+    (height, width), (rows, columns) = vqvae.config.pixel_size, vqvae.image_grid_size
     card = MODEL_CARD.format(
-        size=vqvae.config.image_size,
+        height=height,
+        width=width,
         rows=rows,
         columns=columns,
         codes=vqvae.codebook_size,

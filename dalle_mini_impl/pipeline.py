@@ -196,7 +196,7 @@ class TextToImagePipeline:
     ) -> PipelineOutput:
         """Inpaint a part of an image; give exactly one of mask, keep_rows and keep_fraction.
 
-        The image is scaled and cropped to the model's square. With ``mask`` or
+        The image is scaled and cropped to the model's size. With ``mask`` or
         ``keep_rows``, the kept pixels are the image's own; with ``keep_fraction``, the whole image
         is decoded from kept and new tokens.
 
@@ -323,7 +323,7 @@ class TextToImagePipeline:
             keep_rows=inpainting.keep_rows,
             keep_fraction=inpainting.keep_fraction,
             source_size=to_rgb(inpainting.image).size,
-            size=self.vqvae.config.image_size,
+            pixel_size=self.vqvae.config.pixel_size,
             grid=self.vqvae.image_grid_size,
             seeds=seeds.tolist(),
         )
@@ -340,7 +340,7 @@ class TextToImagePipeline:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Scale and crop images to the model's square and tokenize them.
+        """Scale and crop images to the model's size and tokenize them.
 
         Returns:
             image_token_ids: (batch, image_length), raster order, on the models' device.
@@ -348,7 +348,7 @@ class TextToImagePipeline:
         rows = []
         # One by one: rounding must not depend on the other images of the batch.
         for image in images:
-            pixels = image_to_pixels(resize_and_crop(to_rgb(image), self.vqvae.config.image_size))
+            pixels = image_to_pixels(resize_and_crop(to_rgb(image), self.vqvae.config.pixel_size))
             token_ids = self.vqvae.encode_to_token_ids(pixels.unsqueeze(0).to(self.device))
             rows.append(token_ids.flatten(1))  # (1, image_length)
         return torch.cat(rows)

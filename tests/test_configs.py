@@ -126,10 +126,26 @@ def test_overrides_win_over_the_preset() -> None:
     assert config.training.learning_rate == preset.training.learning_rate
 
 
+@pytest.mark.parametrize(("size", "expected"), [("32", 32), ("[32, 48]", (32, 48))])
+def test_the_size_of_images_is_a_side_or_two(size: str, expected: object, tmp_path: Path) -> None:
+    base = ["--data.source", "x", "--output_dir", "y"]
+    config, _ = load_config(VQVAERunConfig, [*base, "--vqvae.image_size", size], description="")
+    assert config.vqvae.image_size == expected
+    save_config(config, tmp_path / "saved.yaml")
+    saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert saved["vqvae"]["image_size"] == yaml.safe_load(size)
+    assert read_config(VQVAERunConfig, tmp_path / "saved.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
         ("vqvae.image_size", "63", "vqvae.image_size: got 63, expected a multiple of 8"),
+        ("vqvae.image_size", "[32, 44]", "vqvae.image_size: got (32, 44), expected a multiple of"),
+        ("vqvae.image_size", "[32, 0]", "vqvae.image_size: got (32, 0), expected a multiple of 8"),
+        ("vqvae.image_size", "[8, 8, 8]", "vqvae.image_size: got [8, 8, 8], expected int or [int"),
+        ("vqvae.image_size", "true", "vqvae.image_size: got "),  # true, or True of a file
+        ("vqvae.image_size", "[true, 8]", "vqvae.image_size: got [True, 8], expected int or [int"),
         ("vqvae.channels", "[]", "vqvae.channels: got (), expected one positive size per stage"),
         ("vqvae.fsq_levels", "[1]", "vqvae.fsq_levels: got (1,), expected levels of 2 or more"),
         ("training.max_minutes", "abc", "training.max_minutes: got abc, expected float or null;"),

@@ -2,18 +2,24 @@
 
 from dataclasses import dataclass
 from math import prod
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 QuantizerName = Literal["fsq", "vq", "gumbel"]
 EncoderKernelSize = Literal[1, 3]
 Architecture = Literal["patches", "dalle"]
 DecoderOutput = Literal["pixels", "logit_laplace"]
+ImageSize: TypeAlias = int | tuple[int, int]
 LITERALS = {
     "encoder_kernel_size": EncoderKernelSize,
     "quantizer": QuantizerName,
     "architecture": Architecture,
     "decoder_output": DecoderOutput,
 }
+
+
+def height_and_width(image_size: ImageSize) -> tuple[int, int]:
+    """Return (height, width) of an image size, which may be the one side of a square."""
+    return image_size if isinstance(image_size, tuple) else (image_size, image_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +34,8 @@ class VQVAEConfig:
     1024, 2048, two blocks per stage, and ``gumbel`` over 8192 codes of length 128.
     """
 
-    image_size: int = 64
-    """Height and width of an image, in pixels."""
+    image_size: ImageSize = 64
+    """Side of a square image in pixels, or [height, width]."""
     patch_size: int = 4
     """Pixels along a side that are folded into channels before the first stage."""
     channels: tuple[int, ...] = (96, 192)
@@ -75,7 +81,7 @@ class VQVAEConfig:
             self._require("channels", multiples, "multiples of 4 for dalle")
         self._require(
             "image_size",
-            self.image_size >= 1 and self.image_size % self.downsampling == 0,
+            all(side >= 1 and side % self.downsampling == 0 for side in self.pixel_size),
             f"a multiple of {self.downsampling} (patch_size {self.patch_size}, "
             f"halved {len(channels) - 1} times)",
         )
@@ -98,10 +104,15 @@ class VQVAEConfig:
         return self.patch_size * 2 ** (len(self.channels) - 1)
 
     @property
+    def pixel_size(self) -> tuple[int, int]:
+        """Pixels along (height, width)."""
+        return height_and_width(self.image_size)
+
+    @property
     def image_grid_size(self) -> tuple[int, int]:
         """Tokens along (height, width)."""
-        side = self.image_size // self.downsampling
-        return side, side
+        height, width = self.pixel_size
+        return height // self.downsampling, width // self.downsampling
 
     @property
     def codebook_levels(self) -> tuple[int, ...]:

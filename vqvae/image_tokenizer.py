@@ -12,12 +12,12 @@ from vqvae.serialization import shown
 
 
 @runtime_checkable
-class HasImageSize(Protocol):
+class HasPixelSize(Protocol):
     """A tokenizer's config."""
 
     @property
-    def image_size(self) -> int:
-        """Height and width of an image, in pixels."""
+    def pixel_size(self) -> tuple[int, int]:
+        """Pixels along (height, width)."""
 
 
 @runtime_checkable
@@ -25,7 +25,7 @@ class ImageTokenizer(Protocol):
     """Images to a grid of tokens and back: ``VQVAE``, and what ``vqvae.pretrained.load`` loads."""
 
     @property
-    def config(self) -> HasImageSize:
+    def config(self) -> HasPixelSize:
         """Sizes."""
 
     @property
@@ -66,11 +66,11 @@ class ImageTokenizer(Protocol):
         """As of every module."""
 
 
-def require_pixels(pixels: Float[Tensor, "..."], image_size: int) -> None:
-    """Refuse images of another size with ``ValueError``."""
-    if pixels.shape[-2:] != (image_size, image_size):
-        got = tuple(pixels.shape[-2:])
-        raise ValueError(f"pixels: got {got}, expected {image_size} x {image_size}")
+def require_pixels(pixels: Float[Tensor, "..."], pixel_size: tuple[int, int]) -> None:
+    """Refuse images of another (height, width) with ``ValueError``."""
+    if pixels.shape[-2:] != pixel_size:
+        got, (height, width) = tuple(pixels.shape[-2:]), pixel_size
+        raise ValueError(f"pixels: got {got}, expected {height} x {width}")
 
 
 def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None:
@@ -84,11 +84,11 @@ def require_token_ids(token_ids: Int[Tensor, "..."], codebook_size: int) -> None
 
 def require_working(tokenizer: ImageTokenizer) -> None:
     """Send one gray image through a tokenizer; ``ValueError`` if it does not come back."""
-    size = tokenizer.config.image_size
+    size = tokenizer.config.pixel_size
     device = next(tokenizer.parameters()).device
     # Weights of a library may load although its sizes contradict each other.
     try:
-        token_ids = tokenizer.encode_to_token_ids(torch.zeros(1, 3, size, size, device=device))
+        token_ids = tokenizer.encode_to_token_ids(torch.zeros(1, 3, *size, device=device))
         tokenizer.decode_from_token_ids(token_ids)
     except RuntimeError as error:
         raise ValueError(f"this tokenizer loads but takes no image: {shown(error, 200)}") from None

@@ -28,7 +28,7 @@ Quantizer = FiniteScalarQuantizer | VectorQuantizer | GumbelQuantizer
 
 
 class VQVAE(nn.Module):
-    """Encoder, quantizer and decoder over square images; an ``ImageTokenizer``."""
+    """Encoder, quantizer and decoder over images of one size; an ``ImageTokenizer``."""
 
     def __init__(self, config: VQVAEConfig) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class VQVAE(nn.Module):
         self, pixels: Float[Tensor, "batch 3 image_height image_width"]
     ) -> Int[Tensor, "batch height width"]:
         """Images to tokens."""
-        require_pixels(pixels, self.config.image_size)
+        require_pixels(pixels, self.config.pixel_size)
         return self.quantizer.encode(self.encoder(pixels))
 
     @torch.no_grad()

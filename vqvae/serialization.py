@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from operator import attrgetter
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
@@ -104,8 +105,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def build_config(config_class: type[Config], values: Any) -> Config:
     """Build a config dataclass from JSON values: exactly its fields, each of its own type.
 
-    Fields may be numbers, text, Literals, tuples and such dataclasses. ``ValueError`` if one is
-    missing, unknown, of another type or out of range.
+    Fields may be numbers, text, Literals, tuples, unions of these and such dataclasses.
+    ``ValueError`` if one is missing, unknown, of another type or out of range.
     """
     name = config_class.__name__
     if not isinstance(values, dict):
@@ -116,14 +117,25 @@ def build_config(config_class: type[Config], values: Any) -> Config:
     odd = sorted(values.keys() ^ names)
     if odd:
         raise ValueError(f"{name}: unknown or missing fields: {shown(', '.join(odd))}")
-    return config_class(**{key: _typed(key, value, hints[key]) for key, value in values.items()})
+    return config_class(**{key: typed(key, value, hints[key]) for key, value in values.items()})
 
 
-def _typed(key: str, value: Any, expected: Any) -> Any:
-    """Return a value, lists as tuples, if it has the expected type."""
-    # `type`, not `isinstance`: True is no number, and 1.0 no whole one.
+def typed(key: str, value: Any, expected: Any) -> Any:
+    """Return a JSON value, lists as tuples; ``ValueError`` if its type is not the expected one."""
     if dataclasses.is_dataclass(expected):
         return build_config(expected, value)  # type: ignore[arg-type]
+    kinds = get_args(expected) if isinstance(expected, UnionType) else (expected,)
+    found = [_fit(value, kind) for kind in kinds]
+    for fits, _, fitting in found:
+        if fits:
+            return fitting
+    words = " or ".join(words for _, words, _ in found)
+    raise ValueError(f"{key}: got {shown(repr(value))}, expected {words}")
+
+
+def _fit(value: Any, expected: Any) -> tuple[bool, str, Any]:
+    """Tell whether a value has a type, which one in words, and return it, a list as a tuple."""
+    # `type`, not `isinstance`: True is no number, and 1.0 no whole one.
     kinds = get_args(expected)
     if get_origin(expected) is Literal:
         fits = any(value == each and type(value) is type(each) for each in kinds)
@@ -141,9 +153,7 @@ def _typed(key: str, value: Any, expected: Any) -> Any:
     else:
         fits = type(value) is expected
         words = {int: "a whole number", str: "text", bool: "true or false"}[expected]
-    if not fits:
-        raise ValueError(f"{key}: got {shown(repr(value))}, expected {words}")
-    return value
+    return fits, words, value
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

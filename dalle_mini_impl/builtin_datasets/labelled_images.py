@@ -74,7 +74,7 @@ def load_labelled_images(
         held_out_percent: Percentage of the families to hold out, 1 to 50.
     """
     pairs = open_pairs(source)
-    pixels, kept, _ = load_all_pixels(pairs, image_size=image_size)
+    pixels, kept, _ = load_all_pixels(pairs, pixel_size=(image_size, image_size))
     chosen = [
         (place, pair)
         for place, pair in enumerate(pairs[index] for index in kept)

@@ -26,7 +26,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--source", type=user_text, help="as --data.source; default: that of the preset")
     add("--config", type=user_path, help="preset of a run, for its sizes and its needs")
-    add("--image-size", type=int, help="side in pixels; default 64")
+    add("--image-size", type=int, nargs="+", help="side in pixels, or height and width; default 64")
     add("--text-length", type=int, help="tokens per caption; default 32")
     add("--image-column", help="as --data.image_column")
     add("--caption-columns", nargs="+", help="as --data.caption_columns")
@@ -37,7 +37,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Write the report; problems end the command with exit code 1."""
     options = parse(arguments)
-    require_at_least(1, image_size=options.image_size, text_length=options.text_length)
+    pixel_size = _pixel_size(options.image_size)
+    require_at_least(1, text_length=options.text_length)
     from dalle_mini_impl.config import find_preset
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.progress import log_now_and_then
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
     report = check_data(
         source,
         options=read_options,
-        image_size=options.image_size or (vqvae.config.image_size if vqvae else 64),
+        pixel_size=pixel_size or (vqvae.config.pixel_size if vqvae else (64, 64)),
         text_length=options.text_length or text.text_length,
         vocab_size=text.vocab_size,
         progress=log_now_and_then("images read"),
@@ -80,6 +81,16 @@ def main(arguments: Sequence[str]) -> None:
     # Last, and not as an error: such data can be trained on.
     if report.has_problems:
         raise SystemExit(1)
+
+
+def _pixel_size(sides: list[int] | None) -> tuple[int, int] | None:
+    """Return (height, width) of an option that may be one side; None where it is not given."""
+    if sides is None:
+        return None
+    if len(sides) > 2:
+        raise UserError(f"image_size: got {sides}, expected a side, or height and width")
+    require_at_least(1, image_size=min(sides))
+    return sides[0], sides[-1]
 
 
 def _with_given(data: "DataConfig", options: argparse.Namespace) -> "DataConfig":

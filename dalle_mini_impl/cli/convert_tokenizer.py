@@ -34,8 +34,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"out: {options.out}: {error.strerror}; expected a folder") from None
     except ValueError as error:
         raise UserError(one_line(error)) from None
-    size, (height, width) = tokenizer.config.image_size, tokenizer.image_grid_size
+    size, (rows, columns) = tokenizer.config.pixel_size[0], tokenizer.image_grid_size
     logger.info(
-        f"{options.out}: {tokenizer.codebook_size} codes; {height} x {width} tokens at {size} "
+        f"{options.out}: {tokenizer.codebook_size} codes; {rows} x {columns} tokens at {size} "
         f"pixels, other sizes with --vqvae_image_size\nfingerprint: {tokenizer.fingerprint()}"
     )

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> None:
     show_elapsed_minutes()
     from dalle_mini_impl.config import find_preset, load_config
     from dalle_mini_impl.training.dalle import DalleRunConfig
-    from dalle_mini_impl.training.vqvae import VQVAERunConfig
+    from dalle_mini_impl.training.vqvae import VQVAERunConfig, with_base
 
     out = options.out or Path("out") / (Path(options.source).resolve().stem or "images")
     vqvae, dalle = out / "vqvae", out / "dalle"
@@ -92,12 +92,13 @@ def main(arguments: Sequence[str]) -> None:
     tokenizer_preset = [*preset(vqvae, TOKENIZER_FRACTION), *tokenizer_overrides]
     with option_named("tokenizer", tokenizer_overrides):
         vqvae_run, vqvae_resume = load_config(VQVAERunConfig, tokenizer_preset, description="")
+    vqvae_run = with_base(vqvae_run)
     dalle_preset = preset(dalle, 1 - TOKENIZER_FRACTION)
     dalle_preset += ["--vqvae_dir", str(vqvae / "model"), *dalle_overrides]
     with option_named("dalle", dalle_overrides):
         dalle_run, dalle_resume = load_config(DalleRunConfig, dalle_preset, description="")
     # 1. look at the data, and say what will be done
-    report = look_at(dalle_run, image_size=vqvae_run.vqvae.image_size)
+    report = look_at(dalle_run, pixel_size=vqvae_run.vqvae.pixel_size)
     split = held_out_split(report, dalle_run.data.validation_split)
     require_splits(
         dalle_run.data.source,
@@ -106,13 +107,14 @@ def main(arguments: Sequence[str]) -> None:
     )
     changes: dict[str, Any] = {"validation_split": split}
     num_images, scenes = count_images(report, dalle_run.data.train_split), out / "scenes"
+    pixel_size = vqvae_run.vqvae.pixel_size
 
     def is_open(field: str) -> bool:
         return not any(each.startswith(f"--data.{field}") for each in arguments)
 
     if 2 * report.num_cut > sum(report.split_sizes.values()) and is_open("fit"):
         changes["fit"] = "pad"
-    if num_images < FEW_IMAGES and is_open("mix") and has_sprites():
+    if num_images < FEW_IMAGES and is_open("mix") and can_mix_scenes(pixel_size):
         changes["mix"] = {str(scenes): SCENES_FRACTION}
     vqvae_run = replace(vqvae_run, data=replace(vqvae_run.data, **changes))
     dalle_run = replace(dalle_run, data=replace(dalle_run.data, **changes))
@@ -145,11 +147,16 @@ def option_named(prefix: str, overrides: Sequence[str]) -> Iterator[None]:
         raise UserError(f"{prefix}.{error}" if is_typed else str(error)) from None
 
 
-def has_sprites() -> bool:
-    """Tell whether scenes can be made; log why not."""
+def can_mix_scenes(pixel_size: tuple[int, int]) -> bool:
+    """Tell whether scenes can be made, and fit an image tokenizer; log why not."""
     from dalle_mini_impl.builtin_datasets.scenes.things import load_sprites
+    from dalle_mini_impl.data.check import is_much_cut
 
     try:
+        # What is cut off may be what their captions name.
+        if is_much_cut((1, 1), pixel_size):
+            height, width = pixel_size
+            raise UserError(f"they are square, and {height} x {width} pixels are not")
         load_sprites("twemoji")
     except UserError as error:
         logger.info(f"no scenes are mixed in, which few images gain from: {error}")
@@ -216,7 +223,7 @@ def is_trained(run: Any, last_file: str) -> bool:
     return True
 
 
-def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
+def look_at(run: "DalleRunConfig", *, pixel_size: tuple[int, int]) -> "DataReport":
     """Read all images once and log what is wrong with them; UserError if they are of no use."""
     from dalle_mini_impl.data.check import check_data, report_lines, require_usable
     from dalle_mini_impl.progress import log_now_and_then
@@ -224,7 +231,7 @@ def look_at(run: "DalleRunConfig", *, image_size: int) -> "DataReport":
     report = check_data(
         run.data.source,
         options=run.data.read_options(),
-        image_size=image_size,
+        pixel_size=pixel_size,
         text_length=run.text.text_length,
         vocab_size=run.text.vocab_size,
         progress=log_now_and_then("images read"),
@@ -282,7 +289,7 @@ def explain(
     from vqvae import VQVAE
 
     config = vqvae_run.vqvae
-    rows, columns = config.image_grid_size
+    (height, width), (rows, columns) = config.pixel_size, config.image_grid_size
     order = dalle_run.task.random_order_probability
     held_out = dalle_run.data.validation_split
     num_held_out = count_images(report, held_out)
@@ -292,8 +299,8 @@ def explain(
     lines = [
         f"data: {count_images(report, dalle_run.data.train_split)} images to train on, "
         f"{num_held_out} held out ({held_out}), {use}",
-        f"image tokenizer: {budget(vqvae_run.training)}, {config.image_size} x "
-        f"{config.image_size} pixels to {rows * columns} tokens of {config.codebook_size}",
+        f"image tokenizer: {budget(vqvae_run.training)}, {height} x {width} pixels to "
+        f"{rows * columns} tokens of {config.codebook_size}",
         f"decoder: {budget(dalle_run.training)}, {dalle_run.decoder.num_layers} "
         f"layers of {dalle_run.decoder.hidden_size}, {order:.0%} of the samples in random order, "
         f"captions of up to {dalle_run.text.text_length} tokens",
@@ -301,7 +308,7 @@ def explain(
     if report.num_cut:
         how = {"crop": "the middle of", "pad": "the whole of", "stretch": "the stretched whole of"}
         lines[0] += (
-            f"; {how[dalle_run.data.fit]} each image (data.fit {dalle_run.data.fit}): a square "
+            f"; {how[dalle_run.data.fit]} each image (data.fit {dalle_run.data.fit}): a crop "
             f"cuts more than {MAX_CUT:.0%} off {report.num_cut} of them"
         )
     if dalle_run.data.mix:
@@ -333,13 +340,13 @@ def show_images(run: "DalleRunConfig", model: Path) -> "Image.Image":
     from dalle_mini_impl.evaluation.samples import encode, evenly_spaced, to_images
 
     pipeline = open_pipeline(str(model))
-    size = pipeline.vqvae.config.image_size
+    pixel_size = pipeline.vqvae.config.pixel_size
     names = (run.data.train_split, run.data.validation_split)
     train, held_out = (
         open_pairs(run.data.source, split=name, options=run.data.read_options()) for name in names
     )
     (train_pixels, train_kept, _), (pixels, kept, _) = (
-        load_all_pixels(pairs, image_size=size, max_bad_fraction=run.data.max_bad_fraction)
+        load_all_pixels(pairs, pixel_size=pixel_size, max_bad_fraction=run.data.max_bad_fraction)
         for pairs in (train, held_out)
     )
     chosen = evenly_spaced(len(kept), NUM_SHOWN)

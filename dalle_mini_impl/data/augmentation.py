@@ -34,7 +34,7 @@ def zoom_images(
 
     Source: Ramesh et al. 2021, arXiv:2102.12092, listing 2, where ``max_zoom`` is 9/8. There the
         image is scaled down to its new size and cropped to a square near its middle; here the
-        square is the middle one, and an image at its final size is enlarged (bilinear).
+        crop is the middle one, and an image at its final size is enlarged (bilinear).
     """
     height, width = pixels.shape[-2:]
     results = []

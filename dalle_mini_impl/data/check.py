@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 
-from dalle_mini_impl.data.images import Fit, decode_image, describe_image
+from dalle_mini_impl.data.images import Fit, decode_image, describe_image, window_fraction
 from dalle_mini_impl.data.loading import each_image
 from dalle_mini_impl.data.pairs import DEFAULT_OPTIONS, Pairs, ReadOptions, open_all_splits
 from dalle_mini_impl.data.readers.records import (
@@ -24,7 +24,7 @@ from dalle_mini_impl.errors import UserError
 from dalle_mini_impl.progress import counted
 
 HUGE_PIXELS = 8_000_000
-LONG_SIDE_RATIO = 3
+MIN_SEEN = 1 / 3
 MAX_CUT = 0.2
 COMMON_KINDS = (
     *("JPEG RGB", "JPEG L", "WEBP RGB", "BMP RGB"),
@@ -71,7 +71,7 @@ class DataReport:
     text_length: int
     """Tokens that fit."""
     num_cut: int
-    """Images of which a square cuts off more than ``MAX_CUT``."""
+    """Images of which a crop cuts off more than ``MAX_CUT``."""
     seconds_per_image: float
     """To read and decode one, all processors at work."""
     findings: tuple[Finding, ...]
@@ -104,7 +104,7 @@ class _Image:
 def check_data(
     source: str,
     *,
-    image_size: int,
+    pixel_size: tuple[int, int],
     text_length: int,
     vocab_size: int,
     options: ReadOptions = DEFAULT_OPTIONS,
@@ -112,8 +112,8 @@ def check_data(
 ) -> DataReport:
     """Read any source that training takes, all of it, and find what is wrong with it.
 
-    ``image_size``, ``text_length``, ``vocab_size`` and ``options`` are those of the training
-    to come; ``progress`` is called with (done, total).
+    ``pixel_size``, (height, width), ``text_length``, ``vocab_size`` and ``options`` are those of
+    the training to come; ``progress`` is called with (done, total).
 
     Raises:
         UserError: The source holds no captioned image at all.
@@ -133,7 +133,7 @@ def check_data(
         _left_out("not usable, as the image cannot be read", unreadable),
         _left_out("not usable, as image or caption is missing", pairs.skipped),
         *_duplicates(images),
-        *_unusual_images(images, image_size, options.fit),
+        *_unusual_images(images, pixel_size, options.fit),
         _long_captions(texts, lengths, text_length),
         *(
             Finding(f"{reason}, left out", tuple(paths), False)
@@ -151,13 +151,15 @@ def check_data(
         kinds=dict(Counter(image.kind for image in images).most_common()),
         caption_lengths=tuple(sorted(lengths)),
         text_length=text_length,
-        num_cut=sum(
-            min(image.width, image.height) < (1 - MAX_CUT) * max(image.width, image.height)
-            for image in images
-        ),
+        num_cut=sum(is_much_cut((image.width, image.height), pixel_size) for image in images),
         seconds_per_image=seconds,
         findings=tuple(finding for finding in findings if finding.paths),
     )
+
+
+def is_much_cut(size: tuple[int, int], pixel_size: tuple[int, int]) -> bool:
+    """Tell whether a crop takes more than ``MAX_CUT`` off an image (width, height)."""
+    return window_fraction(size, pixel_size) < 1 - MAX_CUT
 
 
 def _read_all(
@@ -171,8 +173,7 @@ def _read_all(
         # Equal bytes of other width and height are another image.
         digest = hashlib.sha256(f"{decoded.size}".encode())
         digest.update(decoded.tobytes())
-        # From the header, since decoding has turned and converted the image.
-        kind, width, height = describe_image(data)
+        kind, (width, height) = describe_image(data), decoded.size
         captions, pixels = pairs[index].captions, digest.digest()[:16]
         return _Image(printable(path), splits[index], captions, kind, width, height, pixels)
 
@@ -213,16 +214,18 @@ def _duplicates(images: Sequence[_Image]) -> list[Finding]:
     ]
 
 
-def _unusual_images(images: Sequence[_Image], image_size: int, fit: Fit) -> list[Finding]:
+def _unusual_images(
+    images: Sequence[_Image], pixel_size: tuple[int, int], fit: Fit
+) -> list[Finding]:
     found: dict[str, list[str]] = defaultdict(list)
     for image in images:
-        short, long = sorted((image.width, image.height))
         suffix = PurePath(image.path).suffix.lower()
         named_format = _FORMAT_OF_SUFFIX.get(suffix)
+        seen = window_fraction((image.width, image.height), pixel_size)
         checks = {
-            "tiny": short < image_size,
-            "long": fit == "crop" and long > LONG_SIDE_RATIO * short,
-            "huge": short * long > HUGE_PIXELS,
+            "tiny": image.height < pixel_size[0] or image.width < pixel_size[1],
+            "long": fit == "crop" and seen < MIN_SEEN,
+            "huge": image.width * image.height > HUGE_PIXELS,
             "odd": image.kind not in COMMON_KINDS,
             "misnamed": named_format not in (None, image.kind.split()[0]),
         }
@@ -231,8 +234,12 @@ def _unusual_images(images: Sequence[_Image], image_size: int, fit: Fit) -> list
                 found[name].append(str(image))
     million = HUGE_PIXELS // 10**6
     rows = [
-        ("tiny", f"tiny: smaller than {image_size} pixels, and so enlarged", True),
-        ("long", f"more than {LONG_SIDE_RATIO} times as long as wide: most is cut off", True),
+        (
+            "tiny",
+            f"tiny: smaller than {pixel_size[0]} x {pixel_size[1]} pixels, and so enlarged",
+            True,
+        ),
+        ("long", "far too long or too wide: more than two thirds are cut off", True),
         ("huge", f"huge: over {million} million pixels, and so slow", False),
         ("odd", "odd format or mode, read all the same", False),
         ("misnamed", "named as another format, read all the same", False),

@@ -1,4 +1,4 @@
-"""Images in and out: strict decoding to RGB, square crops, pixel tensors.
+"""Images in and out: strict decoding to RGB, crops, pixel tensors.
 
 Bytes from outside are hostile until decoded: the size is judged from the header before any pixel
 is read, only four formats are tried, and every failure becomes one ``BadImageError`` with the
@@ -101,13 +101,13 @@ def is_big(data: bytes, *, min_side: int | None = None) -> bool:
         return False
 
 
-def describe_image(data: bytes) -> tuple[str, int, int]:
-    """Read format and mode in Pillow's words ("JPEG CMYK"), width and height as stored.
+def describe_image(data: bytes) -> str:
+    """Read format and mode, as stored, in Pillow's words ("JPEG CMYK").
 
     ``data`` is an image that ``decode_image`` takes.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return f"{image.format} {image.mode}", image.width, image.height
+        return f"{image.format} {image.mode}"
 
 
 def read_image_file(path: Path, *, field: str) -> Image.Image:
@@ -165,43 +165,55 @@ def _sixteen_bit_to_rgb(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Scale the short side to ``size`` with Lanczos and cut the middle square out.
+def resize_and_crop(image: Image.Image, pixel_size: tuple[int, int]) -> Image.Image:
+    """Scale the middle window of an image to ``pixel_size``, (height, width), with Lanczos.
 
-    Both are done in one resampling of the middle square, so a long thin image costs no memory.
+    Both are done in one resampling of the window, so a long thin image costs no memory.
     """
-    if size < 1:
-        raise ValueError(f"size is {size}, expected at least 1 pixel")
-    box = middle_square(image.size)
+    height, width = pixel_size
+    if min(pixel_size) < 1:
+        raise ValueError(f"pixel_size: got {height} x {width}, expected at least 1 pixel a side")
     # With box, no enlarged image of the whole is ever made.
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=box)
+    box = middle_window(image.size, pixel_size)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 
 
-def resize_to_square(image: Image.Image, size: int, fit: Fit) -> Image.Image:
-    """Make an image ``size`` x ``size``, by one of three ways for one that is not square.
+def resize_to_fit(image: Image.Image, pixel_size: tuple[int, int], fit: Fit) -> Image.Image:
+    """Make an image ``pixel_size``, (height, width), by one of three ways for other proportions.
 
-    ``crop`` keeps the middle square, ``pad`` puts white beside the whole image, ``stretch`` changes
+    ``crop`` keeps the middle window, ``pad`` puts white beside the whole image, ``stretch`` changes
     its proportions.
     """
     if fit == "crop":
-        return resize_and_crop(image, size)
-    width, height = image.size
-    scale = size / max(image.size)
-    inner = (max(1, round(width * scale)), max(1, round(height * scale)))
-    scaled = image.resize((size, size) if fit == "stretch" else inner, Image.Resampling.LANCZOS)
-    if scaled.size == (size, size):
+        return resize_and_crop(image, pixel_size)
+    height, width = pixel_size
+    scale = min(width / image.width, height / image.height)
+    inner = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    scaled = image.resize((width, height) if fit == "stretch" else inner, Image.Resampling.LANCZOS)
+    if scaled.size == (width, height):
         return scaled
-    canvas = Image.new("RGB", (size, size), "white")
-    canvas.paste(scaled, ((size - scaled.width) // 2, (size - scaled.height) // 2))
+    canvas = Image.new("RGB", (width, height), "white")
+    canvas.paste(scaled, ((width - scaled.width) // 2, (height - scaled.height) // 2))
     return canvas
 
 
-def middle_square(size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """Find the box (left, top, right, bottom) that the model sees of an image (width, height)."""
-    width, height = size
-    side = min(size)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def middle_window(
+    size: tuple[int, int], pixel_size: tuple[int, int]
+) -> tuple[float, float, float, float]:
+    """Find the box (left, top, right, bottom) that the model sees of an image (width, height).
+
+    It is the largest one in the middle with the proportions of ``pixel_size``, (height, width).
+    """
+    width = min(size[0], size[1] * pixel_size[1] / pixel_size[0])
+    height = min(size[1], size[0] * pixel_size[0] / pixel_size[1])
+    left, top = (size[0] - width) / 2, (size[1] - height) / 2
+    return left, top, left + width, top + height
+
+
+def window_fraction(size: tuple[int, int], pixel_size: tuple[int, int]) -> float:
+    """Return which fraction of an image (width, height) its middle window is, in (0, 1]."""
+    left, top, right, bottom = middle_window(size, pixel_size)
+    return (right - left) * (bottom - top) / (size[0] * size[1])
 
 
 def image_to_pixels(image: Image.Image) -> Float[Tensor, "channels height width"]:

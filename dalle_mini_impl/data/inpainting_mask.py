@@ -1,7 +1,7 @@
 """Which part of an image is inpainted: by mask, rows or fraction; and what stays of the image.
 
 A mask is an image of the same size, white where it is generated anew (black stays), as in
-other inpainting programs. Image tokens stand for square patches: every patch that white touches is
+other inpainting programs. Image tokens stand for patches: every patch that white touches is
 inpainted. In the result the black pixels are those of the image itself, not of its reconstruction.
 """
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from dalle_mini_impl.data.images import middle_square, resize_and_crop, to_rgb
+from dalle_mini_impl.data.images import middle_window, resize_and_crop, to_rgb
 from dalle_mini_impl.errors import UserError
 
 WHITE_FROM = 128  # of 255
@@ -36,7 +36,7 @@ def build_inpainting_mask(
     keep_rows: int | None,
     keep_fraction: float | None,
     source_size: tuple[int, int],
-    size: int,
+    pixel_size: tuple[int, int],
     grid: tuple[int, int],
     seeds: list[int],
 ) -> InpaintingMask:
@@ -47,7 +47,7 @@ def build_inpainting_mask(
         keep_rows: Rows of tokens at the top that stay.
         keep_fraction: Fraction of the tokens that stay, others for each seed.
         source_size: Width and height of the image, in pixels.
-        size: Side of the model's images, in pixels.
+        pixel_size: Of the model's images: pixels along (height, width).
         grid: Image tokens along (height, width).
         seeds: One per image to generate.
 
@@ -59,14 +59,14 @@ def build_inpainting_mask(
         return InpaintingMask(random_cells(keep_fraction, grid=grid, seeds=seeds), None)
     if keep_rows is not None:
         cells = rows_below(keep_rows, grid=grid)
-        shown = enlarged(cells, grid=grid, size=size)
+        shown = enlarged(cells, grid=grid, pixel_size=pixel_size)
     elif mask is not None:
-        shown = mask_pixels(mask, size=size)
+        shown = mask_pixels(mask, pixel_size=pixel_size)
         cells = touched_cells(shown, grid=grid)
     # keep_rows always leaves a row; a mask may be black, or white only where the crop cuts.
     if not cells.any():
         raise UserError(
-            "mask: no white in the middle square, which is what the model sees of the image; "
+            "mask: no white in the middle part, which is what the model sees of the image; "
             "expected white where it is inpainted"
         )
     return InpaintingMask(cells.expand(len(seeds), -1), shown)
@@ -96,7 +96,7 @@ def check_part(
         raise UserError(f"keep_fraction: got {keep_fraction}, expected above 0 and below 1")
 
 
-def mask_pixels(mask: Image.Image, *, size: int) -> Bool[Tensor, "height width"]:
+def mask_pixels(mask: Image.Image, *, pixel_size: tuple[int, int]) -> Bool[Tensor, "height width"]:
     """Scale a mask to the model's images: True where any of its own pixels is white.
 
     Transparent counts as black: it is what an editor leaves untouched on a new layer.
@@ -106,9 +106,9 @@ def mask_pixels(mask: Image.Image, *, size: int) -> Bool[Tensor, "height width"]
         mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), layer)
     white = to_rgb(mask).convert("L").point([255 * (value >= WHITE_FROM) for value in range(256)])
     # In float32, where one white pixel of a thousand is not rounded away.
-    fractions = white.convert("F").resize(
-        (size, size), Image.Resampling.BOX, box=middle_square(white.size)
-    )
+    height, width = pixel_size
+    box = middle_window(white.size, pixel_size)
+    fractions = white.convert("F").resize((width, height), Image.Resampling.BOX, box=box)
     return torch.from_numpy(np.array(fractions) > 0)
 
 
@@ -144,11 +144,12 @@ def random_cells(
 
 
 def enlarged(
-    cells: Bool[Tensor, " image_length"], *, grid: tuple[int, int], size: int
+    cells: Bool[Tensor, " image_length"], *, grid: tuple[int, int], pixel_size: tuple[int, int]
 ) -> Bool[Tensor, "height width"]:
     """Enlarge cells of the token grid to the pixels that they stand for."""
+    down, right = pixel_size[0] // grid[0], pixel_size[1] // grid[1]
     rows = rearrange(cells, "(rows columns) -> rows columns", rows=grid[0])
-    return rows.repeat_interleave(size // grid[0], 0).repeat_interleave(size // grid[1], 1)
+    return rows.repeat_interleave(down, 0).repeat_interleave(right, 1)
 
 
 def paste_back(
@@ -157,4 +158,5 @@ def paste_back(
     """Put the image's own pixels back where ``masked_pixels`` is False."""
     mask = Image.fromarray(masked_pixels.numpy().astype(np.uint8) * 255)
     # Cropped and scaled as the model saw it.
-    return Image.composite(generated, resize_and_crop(image, generated.width), mask)
+    seen = resize_and_crop(image, (generated.height, generated.width))
+    return Image.composite(generated, seen, mask)

@@ -18,7 +18,7 @@ from dalle_mini_impl.data.images import (
     Fit,
     decode_image,
     is_big,
-    resize_to_square,
+    resize_to_fit,
 )
 from dalle_mini_impl.data.pairs import Pairs
 from dalle_mini_impl.data.readers.records import SkippedRecord, are_too_many, printable
@@ -28,14 +28,23 @@ Result = TypeVar("Result")
 _MAX_LISTED = 5
 
 
-def decode_square(data: bytes, path: str, size: int, *, fit: Fit = "crop") -> Image.Image:
-    """Decode an encoded image and make it ``size`` x ``size`` pixels, RGB.
+def decode_to_fit(
+    data: bytes, path: str, pixel_size: tuple[int, int], *, fit: Fit = "crop"
+) -> Image.Image:
+    """Decode an encoded image and make it ``pixel_size``, (height, width), RGB.
 
     Raises:
         BadImageError: As ``decode_image``.
     """
-    # Half of the final resampling may be left to the JPEG decoder without a visible difference.
-    return resize_to_square(decode_image(data, source=path, min_side=2 * size), size, fit)
+    min_side = smallest_decoded(pixel_size)
+    return resize_to_fit(decode_image(data, source=path, min_side=min_side), pixel_size, fit)
+
+
+def smallest_decoded(pixel_size: tuple[int, int]) -> int:
+    """Return the shortest side of a decoded image that is to be scaled to ``pixel_size``."""
+    # Half of the final resampling may be left to the JPEG decoder without a visible difference. The
+    # longer side counts for both, as the file may hold the image turned.
+    return 2 * max(pixel_size)
 
 
 def each_image(
@@ -73,30 +82,31 @@ def each_image(
 def load_all_pixels(
     pairs: Pairs,
     *,
-    image_size: int,
+    pixel_size: tuple[int, int],
     max_bad_fraction: float = 0.1,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[UInt8[Tensor, "kept 3 image_size image_size"], list[int], list[SkippedRecord]]:
+) -> tuple[UInt8[Tensor, "kept 3 height width"], list[int], list[SkippedRecord]]:
     """Load all images into memory as bytes, decoding in one thread per processor.
 
-    ``progress`` is called with (done, total) after each image, in the calling thread. Returns the
-    images that could be read, their indices in ``pairs``, and the others.
+    They are made ``pixel_size``, (height, width), in the way that ``pairs.fit`` names. ``progress``
+    is called with (done, total) after each image, in the calling thread. Returns the images that
+    could be read, their indices in ``pairs``, and the others.
 
     Raises:
         UserError: More bad images than ``max_bad_fraction``, in [0, 1], or nothing but bad ones.
     """
     total = len(pairs)
     # Room for all, filled by the threads in place; copied once if some are bad.
-    pixels = torch.empty((total, 3, image_size, image_size), dtype=torch.uint8)
+    pixels = torch.empty((total, 3, *pixel_size), dtype=torch.uint8)
 
     def load(index: int, data: bytes, path: str) -> int:
-        array = np.array(decode_square(data, path, image_size, fit=pairs.fit))
+        array = np.array(decode_to_fit(data, path, pixel_size, fit=pairs.fit))
         pixels[index] = rearrange(torch.from_numpy(array), "height width rgb -> rgb height width")
         return index
 
     kept: list[int] = []
     bad: list[SkippedRecord] = []
-    with closing(each_image(pairs, load, min_side=2 * image_size)) as results:
+    with closing(each_image(pairs, load, min_side=smallest_decoded(pixel_size))) as results:
         for done, result in enumerate(results, start=1):
             if isinstance(result, SkippedRecord):
                 bad.append(result)

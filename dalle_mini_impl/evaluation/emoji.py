@@ -173,10 +173,10 @@ def evaluate_grid(
     listed = list_data(str(data_dir))
     listed.require_emoji(str(data_dir))
     rows = [pair.attributes for pair in listed.pairs]
-    indices, size = _indices_by_emoji(rows), pipeline.vqvae.config.image_size
+    indices, pixel_size = _indices_by_emoji(rows), pipeline.vqvae.config.pixel_size
 
     def read(row: Row) -> Tensor:
-        return image_to_pixels(listed.read_image(indices[_emoji_of(row)], size=size))
+        return image_to_pixels(listed.read_image(indices[_emoji_of(row)], pixel_size=pixel_size))
 
     prompts = grid_prompts(rows, style="twemoji", read=read)
     if not prompts:

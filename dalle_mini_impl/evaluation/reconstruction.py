@@ -75,10 +75,8 @@ def ssim(left: Pixels, right: Pixels) -> np.ndarray:
         raise UserError(
             "scikit-image: not installed, expected by evaluate.py: pip install -e '.[eval]'"
         ) from None
-    if min(left.shape[2:]) < SSIM_WINDOW:
-        raise UserError(
-            f"image_size: got {left.shape[2]}, expected at least {SSIM_WINDOW} pixels for SSIM"
-        )
+    if (side := min(left.shape[2:])) < SSIM_WINDOW:
+        raise UserError(f"image_size: got {side}, expected at least {SSIM_WINDOW} pixels for SSIM")
     # sigma and the biased covariance make scikit-image's SSIM that of the paper
     options = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
     values = [

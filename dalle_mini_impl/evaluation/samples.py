@@ -16,7 +16,7 @@ from dalle_mini_impl.data.images import (
     bytes_to_pixels,
     decode_image,
     pixels_to_images,
-    resize_to_square,
+    resize_to_fit,
 )
 from dalle_mini_impl.data.loading import load_all_pixels
 from dalle_mini_impl.data.pairs import (
@@ -112,11 +112,11 @@ class ListedData:
         if self.kind != "emoji":
             raise UserError(f"data: {source}: expected the folder that prepare_emoji.py wrote")
 
-    def read_image(self, index: int, *, size: int) -> Image.Image:
-        """Read one image and make it a square; UserError if it is damaged."""
+    def read_image(self, index: int, *, pixel_size: tuple[int, int]) -> Image.Image:
+        """Read one image and make it of this (height, width); UserError if it is damaged."""
         try:
             data, path = self.pairs.read_image(index), self.pairs[index].path
-            return resize_to_square(decode_image(data, source=path), size, self.pairs.fit)
+            return resize_to_fit(decode_image(data, source=path), pixel_size, self.pairs.fit)
         except BadImageError as error:
             raise UserError(f"data: {error}") from None
 
@@ -184,7 +184,7 @@ def read_data(
     try:
         pixels, kept, _ = load_all_pixels(
             listed.pairs,
-            image_size=vqvae.config.image_size,
+            pixel_size=vqvae.config.pixel_size,
             progress=log_now_and_then("images read"),
         )
     except UserError as error:

@@ -85,10 +85,10 @@ def zero_shot_emoji(
     ]
     if not held_out:
         raise UserError(f"data: {data_dir} has no held-out cells (test_compose) in {style}")
-    size, questions = pipeline.vqvae.config.image_size, []
+    pixel_size, questions = pipeline.vqvae.config.pixel_size, []
     for chosen in evenly_spaced(len(held_out), num_images or len(held_out)):
         grid, position, index = held_out[chosen]
-        image = listed.read_image(index, size=size)
+        image = listed.read_image(index, pixel_size=pixel_size)
         captions = tuple(pairs[row["index"]].captions[0] for row in grid.values())
         questions.append(MultipleChoice(image, captions, tuple(grid), position))
     return classify(pipeline, questions, parts=("gender", "tone"))
@@ -115,7 +115,7 @@ def zero_shot_shapes(
         for color, shape in labels:
             other = dataclasses.replace(item, color=color, shape=shape)
             captions.append(describe_scene(dataclasses.replace(scene, objects=(other,))).text)
-        image = render_scene(scene, max(pipeline.vqvae.config.image_size, MIN_IMAGE_SIZE))
+        image = render_scene(scene, max(*pipeline.vqvae.config.pixel_size, MIN_IMAGE_SIZE))
         correct = labels.index((item.color, item.shape))
         questions.append(MultipleChoice(image, tuple(captions), labels, correct))
     return classify(pipeline, questions, parts=("color", "shape"))

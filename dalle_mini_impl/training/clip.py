@@ -81,7 +81,9 @@ def train_clip(config: ClipRunConfig, *, resume: str | None = None) -> Path:
 def build_task(config: ClipRunConfig, run: RunContext) -> "ClipTask":
     """Read the pairs, learn their tokens, build the model."""
     with run.accelerator.main_process_first():  # it may write the list of the run's images
-        train, held_out = run.load_splits(config.data, image_size=config.image_size)
+        train, held_out = run.load_splits(
+            config.data, pixel_size=(config.image_size, config.image_size)
+        )
     texts = (text for pair in train.listed for text in pair.captions)
     text_tokenizer = learn_text_tokenizer(config.text, texts)
     torch.manual_seed(config.training.seed)

@@ -157,8 +157,8 @@ class DataConfig:
     """Captions from elsewhere: ``file_name`` ("red cup 03.jpg"), ``folder_name``
     ("red cup/001.jpg"), or one for all images: ``text:a red cup``; null: those of the source."""
     fit: Fit = "crop"
-    """How an image that is not square becomes one: the middle of it (crop), the whole of it with
-    white beside it (pad), or the whole of it in other proportions (stretch)."""
+    """How an image of other proportions than the model's becomes one of its size: the middle of it
+    (crop), the whole of it with white beside it (pad), or the whole of it stretched (stretch)."""
     mix: dict[str, float] = field(default_factory=dict)
     """Other sources that are mixed into training, each with its fraction of the samples: their
     training split, with the usual names of columns. Held-out images stay those of ``source``."""

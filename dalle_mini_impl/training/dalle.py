@@ -28,6 +28,7 @@ from dalle_mini_impl.training.cross_entropy import token_nats
 from dalle_mini_impl.training.run import RunContext, learn_text_tokenizer, run_training
 from dalle_mini_impl.training.task import ImageGrid
 from dalle_mini_impl.training.tracking import TrackingConfig
+from vqvae.config import ImageSize, height_and_width
 from vqvae.image_tokenizer import ImageTokenizer, require_working
 from vqvae.pretrained.hub import tokenizer_folder
 from vqvae.pretrained.load import load_tokenizer
@@ -89,8 +90,9 @@ class DalleRunConfig:
     init_from: str | None = None
     """Model folder whose decoder the run starts from. Caption tokenizer and sizes are that model's,
     and ``text`` and ``decoder`` do not count."""
-    vqvae_image_size: int | None = None
-    """Side of the images in pixels, for another library's tokenizer that takes several sizes."""
+    vqvae_image_size: ImageSize | None = None
+    """Side of the square images in pixels, or [height, width], for another library's tokenizer that
+    takes several sizes."""
     output_dir: str
     """Folder of the run: checkpoints, metrics, sample grids, and ``model/`` at the end."""
     num_views: int = 1
@@ -117,7 +119,8 @@ class DalleRunConfig:
 
     def __post_init__(self) -> None:
         size = self.vqvae_image_size
-        require(size is None or size >= 1, "vqvae_image_size", size, "at least 1")
+        is_positive = size is None or min(height_and_width(size)) >= 1
+        require(is_positive, "vqvae_image_size", size, "at least 1")
         require(self.num_views >= 1, "num_views", self.num_views, "at least 1")
         require(self.max_shift >= 0, "max_shift", self.max_shift, "at least 0")
         require(1 <= self.max_zoom <= MAX_ZOOM, "max_zoom", self.max_zoom, f"1 to {MAX_ZOOM}")
@@ -196,7 +199,7 @@ def build_task(config: DalleRunConfig, run: RunContext) -> "DalleTask":
     )
     # The main process tokenizes; the others wait, then find its files.
     with run.accelerator.main_process_first():
-        train, held_out = run.load_splits(config.data, image_size=vqvae.config.image_size)
+        train, held_out = run.load_splits(config.data, pixel_size=vqvae.config.pixel_size)
         # `listed`: a resumed run must learn the very vocabulary that it began with.
         texts = (text for pair in train.listed for text in pair.captions)
         text_tokenizer = base.text_tokenizer if base else learn_text_tokenizer(config.text, texts)

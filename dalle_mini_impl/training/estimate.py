@@ -77,10 +77,10 @@ def estimate_lines(
     use_fast_float32()
     keep_freed_memory()
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    size = vqvae.config.image_size
-    pixel_bytes = num_images * 3 * size * size
+    height, width = vqvae.config.pixel_size
+    pixel_bytes = num_images * 3 * height * width
     lines = [
-        f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {size} x {size})",
+        f"pixels in memory: {_readable(pixel_bytes)} ({num_images} of {height} x {width})",
         f"reading the images: {num_images * report.seconds_per_image:.0f} s",
     ]
     if isinstance(config, VQVAERunConfig):
@@ -119,8 +119,8 @@ def _build_dalle(config: DalleRunConfig, vqvae: ImageTokenizer) -> TextToImageMo
 
 @torch.inference_mode()
 def _encoding_seconds(vqvae: ImageTokenizer) -> float:
-    size, device = vqvae.config.image_size, next(vqvae.parameters()).device
-    pixels = torch.zeros(16, 3, size, size, device=device)
+    device = next(vqvae.parameters()).device
+    pixels = torch.zeros(16, 3, *vqvae.config.pixel_size, device=device)
     vqvae.encode_to_token_ids(pixels)  # the first call allocates
     started = time.perf_counter()
     vqvae.encode_to_token_ids(pixels).cpu()
@@ -156,8 +156,7 @@ def _some_loss(
         image = torch.zeros(batch, config.image_length, dtype=torch.long, device=device)
         logits = model(text, image)
         return token_nats(logits.image.flatten(0, 1), image.flatten()).mean()
-    size = vqvae.config.image_size
-    pixels = torch.zeros(batch, 3, size, size, device=device)
+    pixels = torch.zeros(batch, 3, *vqvae.config.pixel_size, device=device)
     output = model(pixels, generator=torch.Generator(device).manual_seed(0))
     return F.l1_loss(output.reconstruction, pixels) + output.quantizer_loss
 

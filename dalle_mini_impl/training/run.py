@@ -43,11 +43,11 @@ class RunContext:
     records: RunRecords
 
     def load_splits(
-        self, data: DataConfig, *, image_size: int, needs_captions: bool = True
+        self, data: DataConfig, *, pixel_size: tuple[int, int], needs_captions: bool = True
     ) -> tuple[LoadedPairs, LoadedPairs]:
         """Read the training and the held-out images and captions into memory."""
         return load_splits(
-            data, image_size=image_size, records=self.records, needs_captions=needs_captions
+            data, pixel_size=pixel_size, records=self.records, needs_captions=needs_captions
         )
 
 

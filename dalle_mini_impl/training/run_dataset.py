@@ -145,7 +145,11 @@ class RunRecords:
 
 
 def load_splits(
-    config: DataConfig, *, image_size: int, records: RunRecords, needs_captions: bool = True
+    config: DataConfig,
+    *,
+    pixel_size: tuple[int, int],
+    records: RunRecords,
+    needs_captions: bool = True,
 ) -> tuple[LoadedPairs, LoadedPairs]:
     """Read the training images, those of mixed sources behind the own ones, and the held-out ones.
 
@@ -155,7 +159,7 @@ def load_splits(
         UserError: There is nothing to read, or too much of it is bad.
     """
     load = partial(
-        load_pairs, image_size=image_size, records=records, needs_captions=needs_captions
+        load_pairs, pixel_size=pixel_size, records=records, needs_captions=needs_captions
     )
     train = load(config, config.train_split, role="train")
     held_out = load(config, config.validation_split, role="held_out")
@@ -185,7 +189,7 @@ def load_pairs(
     split: str,
     *,
     role: str,
-    image_size: int,
+    pixel_size: tuple[int, int],
     records: RunRecords,
     needs_captions: bool = True,
 ) -> LoadedPairs:
@@ -200,7 +204,7 @@ def load_pairs(
         _refuse_too_many(skipped, source.num_records, config, records)
         pixels, kept, unreadable = load_all_pixels(
             source,
-            image_size=image_size,
+            pixel_size=pixel_size,
             max_bad_fraction=config.max_bad_fraction,
             progress=log_now_and_then(f"{split}: images read"),
         )

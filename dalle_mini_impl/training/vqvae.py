@@ -147,23 +147,23 @@ class VQVAERunConfig:
         )
         if self.vqvae.decoder_output == "logit_laplace":
             return
-        size = self.vqvae.image_size
+        size, sides = self.vqvae.image_size, self.vqvae.pixel_size
         require(
-            not (self.task.wavelet_weight and size % WAVELET_MULTIPLE),
+            not (self.task.wavelet_weight and any(side % WAVELET_MULTIPLE for side in sides)),
             "vqvae.image_size",
             size,
             f"a multiple of {WAVELET_MULTIPLE} for the wavelet loss; or set task.wavelet_weight to "
             "0",
         )
         require(
-            not (self.task.ms_ssim_weight and size < SSIM_WINDOW),
+            not (self.task.ms_ssim_weight and min(sides) < SSIM_WINDOW),
             "vqvae.image_size",
             size,
             f"at least {SSIM_WINDOW} for MS-SSIM; or set task.ms_ssim_weight to 0",
         )
         smallest = self.discriminator.smallest_side
         require(
-            not (self.discriminator.is_on and size < smallest),
+            not (self.discriminator.is_on and min(sides) < smallest),
             "vqvae.image_size",
             size,
             f"at least {smallest} for a discriminator of {self.discriminator.num_layers} layers; "
@@ -204,7 +204,7 @@ def open_base(folder: str) -> VQVAE:
 def build_task(config: VQVAERunConfig, run: RunContext) -> "VQVAETask":
     """Read the data and build the image tokenizer, before it is trained."""
     train, held_out = run.load_splits(
-        config.data, image_size=config.vqvae.image_size, needs_captions=False
+        config.data, pixel_size=config.vqvae.pixel_size, needs_captions=False
     )
     sample_weights = train.weights(config.data.balance_by)
     torch.manual_seed(config.training.seed)

@@ -163,7 +163,7 @@ def test_few_images_are_mixed_with_scenes_and_long_ones_are_padded(
     command = ("train", folder, "--out", out, *TINY)
     assert run_here(*command) == 0
     shown = capsys.readouterr().out
-    assert "the whole of each image (data.fit pad): a square cuts more than 20% off 40" in shown
+    assert "the whole of each image (data.fit pad): a crop cuts more than 20% off 40" in shown
     assert "writing 8 scenes" in shown
     for run, name in (("vqvae", VQVAERunConfig), ("dalle", DalleRunConfig)):
         config = read_config(name, out / run / "config.yaml")
@@ -178,6 +178,31 @@ def test_few_images_are_mixed_with_scenes_and_long_ones_are_padded(
     shown = capsys.readouterr().out
     assert "no scenes are mixed in, which few images gain from: no package" in shown
     assert "the middle of each image (data.fit crop)" in shown
+
+
+def test_a_tokenizer_of_their_proportions_sees_whole_images_and_no_scenes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "images", tmp_path / "out"
+    folder.mkdir()
+    for number in range(20):
+        Image.new("RGB", (24, 16), tiny.COLORS[number % 6]).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"the color {tiny.COLORS[number % 6]}")
+    sizes = ("--tokenizer.vqvae.image_size", "[16, 24]", "--dalle.tracking.mode", "disabled")
+    sizes += ("--tokenizer.tracking.mode", "disabled")
+    assert run_here("train", folder, "--out", out, *TINY, *sizes) == 0
+    shown = capsys.readouterr().out
+    assert "16 x 24 pixels to 6 tokens" in shown
+    assert "cuts more than" not in shown
+    assert (
+        "no scenes are mixed in, which few images gain from: they are square, and 16 x 24" in shown
+    )
+    config = read_config(DalleRunConfig, out / "dalle" / "config.yaml")
+    assert (config.data.mix, config.data.fit) == ({}, "crop")
+    assert (out / "images.png").is_file()
+    more = ("--out", tmp_path / "more", "--tokenizer.init_from", out / "vqvae" / "model")
+    assert run_here("train", folder, *more, "--dry_run") == 0
+    assert "16 x 24 pixels to 6 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ from tests.reference import tiny
 from tests.reference.commands import run_apart, write_presets
 
 
-def check(source: Path, *, image_size: int = 16, text_length: int = 8) -> DataReport:
-    return check_data(str(source), image_size=image_size, text_length=text_length, vocab_size=300)
+def check(
+    source: Path, *, pixel_size: tuple[int, int] = (16, 16), text_length: int = 8
+) -> DataReport:
+    return check_data(str(source), pixel_size=pixel_size, text_length=text_length, vocab_size=300)
 
 
 def one(report: DataReport, part: str) -> tuple[str, ...]:
@@ -83,7 +85,7 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     assert one(report, "within a split") == ("0.png = 1.png",)
     assert one(report, "different splits") == ("10.png (train) = 11.png (val)",)
     assert one(report, "tiny") == ("4.png (PNG RGB, 8x8)",)
-    assert one(report, "as long as wide") == ("6.png (PNG RGB, 90x20)",)
+    assert one(report, "too long") == ("6.png (PNG RGB, 90x20)",)
     assert one(report, "huge") == ("7.png (PNG 1, 4000x3000)",)
     cmyk = "8.png (JPEG CMYK, 16x16)"
     assert set(one(report, "odd format")) == {"7.png (PNG 1, 4000x3000)", cmyk}
@@ -93,6 +95,28 @@ def test_everything_that_is_wrong_is_named(tmp_path: Path) -> None:
     text = "\n".join(report_lines(report))
     assert "PROBLEM: 2 not usable, as image or caption is missing" in text
     assert "over 8" in text
+
+
+def test_cuts_are_those_of_the_models_proportions(tmp_path: Path) -> None:
+    sizes = [(48, 32), (32, 48), (32, 32), (200, 32), (45, 32)]
+    for number, size in enumerate(sizes):
+        Image.new("RGB", size, (number * 40, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a color")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (32, 48), "blue").save(tmp_path / "turned.jpg", exif=turned)  # 48 x 32
+    (tmp_path / "turned.txt").write_text("a color")
+    for pixel_size, num_cut in (
+        ((32, 32), 5),  # all but one
+        ((32, 48), 3),  # the high, the square and the long one
+        ((48, 32), 5),  # all but the high one
+    ):
+        report = check(tmp_path, pixel_size=pixel_size)
+        assert report.num_cut == num_cut, pixel_size
+        assert one(report, "too long") == ("3.png (PNG RGB, 200x32)",)
+    assert len(one(check(tmp_path, pixel_size=(120, 32)), "too long")) == 5  # all but the high one
+    assert len(one(check(tmp_path, pixel_size=(33, 32)), "tiny: smaller than 33 x 32")) == 5
+    assert len(one(check(tmp_path, pixel_size=(32, 46)), "tiny: smaller than 32 x 46")) == 3
 
 
 @pytest.mark.usefixtures("datasets_cache")

@@ -98,28 +98,39 @@ def test_big_jpegs_may_be_decoded_smaller() -> None:
     assert decode_image(data, source="x").size == (800, 400)
     small = decode_image(data, source="x", min_side=64)
     assert small.size == (200, 100)
-    full = resize_and_crop(decode_image(data, source="x"), 32)
-    difference = image_to_pixels(full) - image_to_pixels(resize_and_crop(small, 32))
+    full = resize_and_crop(decode_image(data, source="x"), (32, 32))
+    difference = image_to_pixels(full) - image_to_pixels(resize_and_crop(small, (32, 32)))
     assert difference.abs().max() < 0.05
 
 
 def test_resize_and_crop_takes_the_middle_square() -> None:
     image = Image.new("RGB", (90, 30), RED)
     image.paste(GREEN, (30, 0, 60, 30))
-    square = resize_and_crop(image, 10)
+    square = resize_and_crop(image, (10, 10))
     assert square.size == (10, 10)
     assert square.getpixel((5, 5)) == GREEN
     assert np.asarray(square)[5, :, 1].min() > 230
     resized_then_cropped = image.resize((30, 10), Image.Resampling.LANCZOS).crop((10, 0, 20, 10))
     assert (image_to_pixels(square) - image_to_pixels(resized_then_cropped)).abs().max() < 0.02
-    assert resize_and_crop(image.transpose(Image.Transpose.ROTATE_90), 45).size == (45, 45)
+    assert resize_and_crop(image.transpose(Image.Transpose.ROTATE_90), (45, 45)).size == (45, 45)
+
+
+def test_resize_and_crop_takes_a_window_of_the_same_proportions() -> None:
+    image = Image.new("RGB", (90, 30), RED)
+    image.paste(GREEN, (22, 0, 68, 30))
+    wide = resize_and_crop(image, (10, 15))  # the middle 45 columns
+    assert wide.size == (15, 10)
+    assert np.asarray(wide)[:, 1:-1, 1].min() > 230
+    tall = resize_and_crop(image.transpose(Image.Transpose.ROTATE_90), (15, 10))
+    assert tall.size == (10, 15)
+    assert np.asarray(tall)[1:-1, :, 1].min() > 230
 
 
 def test_resize_and_crop_leaves_a_fitting_image_alone() -> None:
     image = noise(8, 8)
-    assert resize_and_crop(image, 8).tobytes() == image.tobytes()
-    with pytest.raises(ValueError, match="size is 0"):
-        resize_and_crop(image, 0)
+    assert resize_and_crop(image, (8, 8)).tobytes() == image.tobytes()
+    with pytest.raises(ValueError, match="pixel_size: got 0 x 8"):
+        resize_and_crop(image, (0, 8))
 
 
 def test_pixels_are_in_minus_one_to_one_and_round_trip() -> None:

@@ -41,7 +41,7 @@ def test_a_word_for_nothing_is_no_caption(tmp_path: Path, word: str) -> None:
         source = tmp_path / name
         assert [*captions_of(source).values()] == [("x",)]
         [reason] = reasons(open_pairs(str(source))).values()
-        report = check_data(str(source), image_size=4, text_length=8, vocab_size=300)
+        report = check_data(str(source), pixel_size=(4, 4), text_length=8, vocab_size=300)
         [finding] = [each for each in report.findings if "caption is missing" in each.what]
         assert finding.is_problem
         assert finding.paths == (f"{key}: {reason}",)
@@ -75,7 +75,7 @@ def test_texts_without_an_image_are_a_note(tmp_path: Path) -> None:
     pairs = open_pairs(str(tmp_path))
     assert pairs.skipped == []
     assert pairs.num_records == 1
-    report = check_data(str(tmp_path), image_size=4, text_length=8, vocab_size=300)
+    report = check_data(str(tmp_path), pixel_size=(4, 4), text_length=8, vocab_size=300)
     texts, other = [each for each in report.findings if not each.is_problem]
     assert texts.what == "text files without an image of the same name beside them, left out"
     assert texts.paths == ("LICENSE.txt", "README.txt", "sub/classes.txt")

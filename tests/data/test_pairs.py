@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dalle_mini_impl.data.images import BadImageError, decode_image, image_to_pixels
-from dalle_mini_impl.data.loading import decode_square, load_all_pixels
+from dalle_mini_impl.data.loading import decode_to_fit, load_all_pixels
 from dalle_mini_impl.data.pairs import Pairs, ReadOptions, open_all_splits, open_pairs
 from dalle_mini_impl.data.splits import held_out_indices
 from dalle_mini_impl.errors import UserError
@@ -61,7 +61,7 @@ def reasons(pairs: Pairs) -> dict[str, str]:
 
 
 def read_pixels(pairs: Pairs, index: int, size: int) -> torch.Tensor:
-    return image_to_pixels(decode_square(pairs.read_image(index), pairs[index].path, size))
+    return image_to_pixels(decode_to_fit(pairs.read_image(index), pairs[index].path, (size, size)))
 
 
 # Image folders with metadata.jsonl
@@ -490,7 +490,7 @@ def test_read_pixels_is_decode_resize_and_scale(tmp_path: Path) -> None:
 
 def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
     calls: list[tuple[int, int]] = []
-    options = {"image_size": 4, "progress": lambda done, total: calls.append((done, total))}
+    options = {"pixel_size": (4, 4), "progress": lambda done, total: calls.append((done, total))}
     pixels, kept, bad = load_all_pixels(mixed, max_bad_fraction=0.2, **options)
     assert kept == [0, 1, 2, 4, 5, 6, 8, 9]
     assert pixels.shape == (8, 3, 4, 4)
@@ -503,7 +503,7 @@ def test_load_all_pixels_leaves_bad_images_out(mixed: Pairs) -> None:
 
 def test_too_many_bad_images_stop_the_load(mixed: Pairs) -> None:
     with pytest.raises(UserError, match=r"2 of the first 8 images \(of 10\).*3\.png: .*7\.png: "):
-        load_all_pixels(mixed, image_size=4, max_bad_fraction=0.1)
+        load_all_pixels(mixed, pixel_size=(4, 4), max_bad_fraction=0.1)
 
 
 def test_nothing_but_bad_images_stops_the_load(tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_nothing_but_bad_images_stops_the_load(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"")
     with pytest.raises(UserError, match="empty file"):
-        load_all_pixels(open_pairs(str(tmp_path)), image_size=4, max_bad_fraction=1.0)
+        load_all_pixels(open_pairs(str(tmp_path)), pixel_size=(4, 4), max_bad_fraction=1.0)
 
 
 def test_image_that_vanishes_or_shrinks_is_bad(tmp_path: Path) -> None:

@@ -205,6 +205,17 @@ def test_window_of_an_enlarged_image() -> None:
     assert window[0, 0, row, column].item() == pytest.approx(expected, abs=0.51)  # rounded to bytes
 
 
+def test_window_of_an_enlarged_image_that_is_not_square() -> None:
+    ramp = torch.arange(8)[:, None] * 20 + torch.arange(12) * 3
+    images = ramp.byte().expand(1, 3, 8, 12).contiguous()
+    last = torch.tensor([[0.999, 0.0, 0.999]])  # 12 x 18 pixels, of which the upper right 8 x 12
+    window = zoom_images(images, last, max_zoom=1.5)
+    assert window.shape == images.shape
+    row, column = 5, 4
+    down, right = (row + 0.5) / 1.5 - 0.5, (column + 6.5) / 1.5 - 0.5
+    assert window[0, 0, row, column].item() == pytest.approx(20 * down + 3 * right, abs=0.51)
+
+
 def test_each_image_has_its_own_window(tmp_path: Path) -> None:
     images, uniforms = pixels(), torch.rand(3, 3, generator=torch.Generator().manual_seed(0))
     together = zoom_images(images, uniforms, max_zoom=1.5)

@@ -252,7 +252,7 @@ def test_all_bad_images_of_a_folder_are_named(tmp_path: Path) -> None:
         (tmp_path / f"{name}.txt").write_text(name)
     pairs = open_pairs(str(tmp_path))
     assert len(pairs) == len(GOOD) + len(BAD)
-    results = [load_all_pixels(pairs, image_size=4, max_bad_fraction=0.9) for _ in range(2)]
+    results = [load_all_pixels(pairs, pixel_size=(4, 4), max_bad_fraction=0.9) for _ in range(2)]
     pixels, kept, bad = results[0]
     assert {pairs[index].path for index in kept} == {f"{name}.jpg" for name in GOOD}
     assert {record.path for record in bad} == {f"{name}.jpg" for name in BAD}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dalle_mini_impl.data.images import BadImageError
-from dalle_mini_impl.data.loading import decode_square
+from dalle_mini_impl.data.loading import decode_to_fit
 from dalle_mini_impl.data.pairs import open_pairs
 from dalle_mini_impl.errors import UserError
 from tests.faults.hostile import Bomb, nothing_comes_of_it, png_bytes
@@ -122,9 +122,9 @@ def test_a_bad_row_is_skipped_or_refused(name: str, here: Path) -> None:
             assert (record.path, record.reason) == ("row 0", reason)
         else:
             with pytest.raises(BadImageError, match=f"^row 0: {reason}"):
-                decode_square(pairs.read_image(0), pairs[0].path, 4)
+                decode_to_fit(pairs.read_image(0), pairs[0].path, (4, 4))
         assert pairs[-1].captions == ("good",)
-        assert decode_square(pairs.read_image(-1), "x", 4).size == (4, 4)
+        assert decode_to_fit(pairs.read_image(-1), "x", (4, 4)).size == (4, 4)
 
 
 @pytest.mark.timeout(30)  # a pipe that is opened hangs

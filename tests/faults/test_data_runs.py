@@ -22,7 +22,7 @@ def load(data: Path, out: Path, *, resumes: bool, max_bad_fraction: float = 0.1)
         DataConfig(source=str(data), max_bad_fraction=max_bad_fraction),
         "train",
         role="train",
-        image_size=tiny.SIZE,
+        pixel_size=tiny.PIXEL_SIZE,
         records=RunRecords(folder=out, writes=True, resumes=resumes),
     )
 
@@ -82,7 +82,7 @@ def test_image_that_vanishes_during_reading_is_skipped(data: Path) -> None:
         (data / "28.png").unlink(missing_ok=True)
 
     (data / "0.png").unlink()
-    _, kept, bad = load_all_pixels(pairs, image_size=tiny.SIZE, progress=progress)
+    _, kept, bad = load_all_pixels(pairs, pixel_size=tiny.PIXEL_SIZE, progress=progress)
     assert {record.path for record in bad} >= {"0.png"}
     assert all("cannot be read (No such file" in record.reason for record in bad)
     assert len(kept) + len(bad) == 25

@@ -23,7 +23,7 @@ def peak() -> int:
 def attempt(source: str) -> str:
     try:
         pairs = open_pairs(source)
-        pixels, _, bad = load_all_pixels(pairs, image_size=16, max_bad_fraction=1.0)
+        pixels, _, bad = load_all_pixels(pairs, pixel_size=(16, 16), max_bad_fraction=1.0)
     except ValueError as error:
         return f"error: {str(error)[:2000]}"
     reasons = "; ".join(record.reason for record in (*pairs.skipped, *bad))

@@ -36,6 +36,7 @@ from vqvae import VQVAE, VQVAEConfig
 
 Changes = dict[str, Any] | None
 SIZE = 16
+PIXEL_SIZE = (SIZE, SIZE)
 COLORS = ("red", "green", "blue", "orange", "purple", "black")
 SHAPES = ("disc", "box")
 CAPTIONS = tuple(f"a {color} {shape}" for color in COLORS for shape in SHAPES)
@@ -239,21 +240,21 @@ def build_text_tokenizer(*, text_length: int = 8) -> TextTokenizer:
     return TextTokenizer(train_text_tokenizer(CAPTIONS, vocab_size=300), text_length)
 
 
-def build_pipeline(*, seed: int = 0, **decoder: Any) -> TextToImagePipeline:
+def build_pipeline(*, seed: int = 0, vqvae: Changes = None, **decoder: Any) -> TextToImagePipeline:
     """A pipeline whose decoder has random weights: its images mean nothing, but all differ."""
-    vqvae, text_tokenizer = build_vqvae(), build_text_tokenizer()
+    image_tokenizer, text_tokenizer = build_vqvae(**(vqvae or {})), build_text_tokenizer()
     config = DalleConfig(
         decoder=dataclasses.replace(DECODER_SIZES, **decoder),
         vocab_size=text_tokenizer.vocab_size,
         text_length=text_tokenizer.text_length,
-        codebook_levels=vqvae.codebook_levels,
-        image_grid_size=vqvae.image_grid_size,
+        codebook_levels=image_tokenizer.codebook_levels,
+        image_grid_size=image_tokenizer.image_grid_size,
     )
     dalle = build_text_to_image(config).eval()
     randomize(dalle, seed=seed)
     return TextToImagePipeline(
         dalle=dalle,
-        vqvae=vqvae,
+        vqvae=image_tokenizer,
         text_tokenizer=text_tokenizer,
         sampling_config=SamplingConfig(guidance_scale=2.0),
     )

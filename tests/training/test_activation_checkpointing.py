@@ -72,7 +72,7 @@ def test_an_estimate_times_what_will_run(
 ) -> None:
     config = tiny.dalle_run(data, vqvae_dir, tmp_path)
     vqvae = estimate.tokenizer_of(config, None)
-    report = check_data(str(data), image_size=tiny.SIZE, text_length=8, vocab_size=300)
+    report = check_data(str(data), pixel_size=tiny.PIXEL_SIZE, text_length=8, vocab_size=300)
     assert vqvae is not None
     for flag in (False, True):
         training = dataclasses.replace(config.training, activation_checkpointing=flag)

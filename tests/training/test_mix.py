@@ -33,8 +33,8 @@ def test_samples_come_from_each_source_in_its_fraction(
 ) -> None:
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     config = DataConfig(source=str(data), mix={str(other): 0.4})
-    train, held_out = load_splits(config, image_size=tiny.SIZE, records=records)
-    own, _ = load_splits(DataConfig(source=str(data)), image_size=tiny.SIZE, records=records)
+    train, held_out = load_splits(config, pixel_size=tiny.PIXEL_SIZE, records=records)
+    own, _ = load_splits(DataConfig(source=str(data)), pixel_size=tiny.PIXEL_SIZE, records=records)
     assert train.num_own == len(own.pairs) == 25
     assert train.pairs[:25] == own.pairs
     assert torch.equal(train.pixels[:25], own.pixels)
@@ -99,4 +99,4 @@ def test_a_mixed_source_that_is_none_is_named(data: Path, tmp_path: Path) -> Non
     (tmp_path / "empty").mkdir()
     config = DataConfig(source=str(data), mix={str(tmp_path / "empty"): 0.5})
     with pytest.raises(UserError, match=r"^data\.mix: "):
-        load_splits(config, image_size=tiny.SIZE, records=records)
+        load_splits(config, pixel_size=tiny.PIXEL_SIZE, records=records)

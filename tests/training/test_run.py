@@ -61,6 +61,16 @@ def test_a_tokenizer_run_resumes_bit_for_bit(data: Path, tmp_path: Path, quantiz
     assert_resumes_exactly(config)
 
 
+def test_runs_on_images_that_are_not_square_resume_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    wide = {"image_size": (16, 24)}
+    tokenizer = tiny.vqvae_run(data, tmp_path / "vqvae", vqvae=wide, ema_decay=0.9)
+    assert_resumes_exactly(tokenizer)
+    folder = tmp_path / "vqvae" / "model"
+    options: dict[str, Any] = {"task": EVERYTHING_RANDOM, "ema_decay": 0.9}
+    decoder = tiny.dalle_run(data, folder, tmp_path / "dalle", **options)
+    assert_resumes_exactly(decoder)
+
+
 def test_a_translation_run_resumes_bit_for_bit(tmp_path: Path) -> None:
     table = tiny.write_text_pairs(tmp_path / "pairs.tsv")
     config = tiny.translation_run(table, tmp_path / "run", schedule="inverse_sqrt", ema_decay=0.9)

@@ -28,7 +28,7 @@ def test_all_that_is_left_out_is_listed_anew(tmp_path: Path) -> None:
     def load(split: str) -> None:
         config = DataConfig(source=str(folder), max_bad_fraction=0.4)
         role = "train" if split == "train" else "held_out"
-        load_pairs(config, split, role=role, image_size=8, records=records)
+        load_pairs(config, split, role=role, pixel_size=(8, 8), records=records)
 
     with log_lines() as shown:
         load("train")
@@ -52,7 +52,11 @@ def test_what_is_no_record_is_told_and_stops_nothing(tmp_path: Path) -> None:
     records = RunRecords(folder=tmp_path, writes=True, resumes=False)
     with log_lines() as shown:
         load_pairs(
-            DataConfig(source=str(folder)), "train", role="train", image_size=8, records=records
+            DataConfig(source=str(folder)),
+            "train",
+            role="train",
+            pixel_size=(8, 8),
+            records=records,
         )
     what = "text files without an image of the same name beside them"
     assert shown == [
@@ -68,7 +72,7 @@ def test_captions_and_images_are_those_that_the_config_names(tmp_path: Path) -> 
         tiny.render_image(number).save(path)
     records = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config = DataConfig(source=str(tmp_path / "data"), captions_from="file_name")
-    loaded = load_pairs(config, "train", role="train", image_size=8, records=records)
+    loaded = load_pairs(config, "train", role="train", pixel_size=(8, 8), records=records)
     assert [pair.captions for pair in loaded.pairs] == [("a cup",)] * 2
 
 
@@ -77,9 +81,9 @@ def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = write_images(tmp_path / "images", 3)
     silent = RunRecords(folder=tmp_path, writes=False, resumes=False)
     config, pipeline = DataConfig(source=str(folder)), tiny.build_pipeline()
-    size = pipeline.vqvae.config.image_size
+    size = pipeline.vqvae.config.pixel_size
     with log_lines() as shown:
-        loaded = load_pairs(config, "train", role="train", image_size=size, records=silent)
+        loaded = load_pairs(config, "train", role="train", pixel_size=size, records=silent)
         build_token_dataset(
             loaded.pairs,
             loaded.pixels,
@@ -93,5 +97,5 @@ def test_long_reading_tells_progress(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "image tokens: encoded: 6 of 6" not in shown
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 10.0)
     with log_lines() as shown:
-        load_pairs(config, "train", role="train", image_size=size, records=silent)
+        load_pairs(config, "train", role="train", pixel_size=size, records=silent)
     assert shown == [f"train: 3 images from {folder}, 0 skipped"]

@@ -291,6 +291,24 @@ def test_options_do_not_fit(data: Path, tmp_path: Path, monkeypatch: pytest.Monk
     large = dataclasses.replace(GAN, num_layers=3)
     with pytest.raises(ValueError, match=r"^vqvae.image_size: got 16, expected at least 24"):
         dataclasses.replace(config, discriminator=large)
+    wide = dataclasses.replace(config.vqvae, image_size=(24, 16))
+    with pytest.raises(
+        ValueError, match=r"^vqvae.image_size: got \(24, 16\), expected at least 24"
+    ):
+        dataclasses.replace(config, vqvae=wide, discriminator=large)
+    for image_size in ((12, 16), (16, 12)):
+        sizes = dataclasses.replace(config.vqvae, image_size=image_size, channels=(8,))
+        with pytest.raises(
+            ValueError, match=r"^vqvae.image_size: got \(.* a multiple of 8 for the"
+        ):
+            dataclasses.replace(config, vqvae=sizes)
+    plain = VQVAETaskConfig(wavelet_weight=0.0, ms_ssim_weight=0.1)
+    for image_size in ((4, 16), (16, 4)):
+        sizes = dataclasses.replace(config.vqvae, image_size=image_size, channels=(8,))
+        with pytest.raises(
+            ValueError, match=r"^vqvae.image_size: got \(.*, expected at least 7 for"
+        ):
+            dataclasses.replace(config, vqvae=sizes, task=plain)
     compiled = dataclasses.replace(config.training, compile=True)
     with pytest.raises(ValueError, match=r"^discriminator.adaptive: got true, expected false with"):
         dataclasses.replace(config, discriminator=GAN, training=compiled)

@@ -10,7 +10,9 @@ from vqvae.config import VQVAEConfig
 def test_derived_sizes() -> None:
     config = VQVAEConfig(image_size=96, patch_size=4, channels=(8, 8, 8), fsq_levels=(8, 5, 5))
     assert config.downsampling == 16
-    assert config.image_grid_size == (6, 6)
+    assert (config.pixel_size, config.image_grid_size) == ((96, 96), (6, 6))
+    wide = VQVAEConfig(image_size=(32, 48))
+    assert (wide.pixel_size, wide.image_grid_size) == ((32, 48), (4, 6))
     assert (config.codebook_size, config.codebook_levels) == (200, (8, 5, 5))
     for quantizer in ("vq", "gumbel"):
         codes = VQVAEConfig(quantizer=quantizer, vq_codebook_size=77)  # type: ignore[arg-type]
@@ -21,6 +23,9 @@ DALLE = {"architecture": "dalle", "patch_size": 1, "channels": (8, 12, 16), "ima
 IMPOSSIBLE = [
     ({"image_size": 60}, r"image_size: got 60, expected a multiple of 8 \(patch_size 4, halved 1"),
     ({"image_size": 0}, "image_size: got 0"),
+    ({"image_size": (32, 44)}, r"image_size: got \(32, 44\), expected a multiple of 8"),
+    ({"image_size": (44, 32)}, r"image_size: got \(44, 32\), expected a multiple of 8"),
+    ({"image_size": (32, 0)}, r"image_size: got \(32, 0\), expected a multiple of 8"),
     ({"patch_size": 0}, "patch_size: got 0"),
     ({"channels": ()}, r"channels: got \(\)"),
     ({"channels": (8, 0)}, r"channels: got \(8, 0\)"),

@@ -99,6 +99,31 @@ def test_known_fingerprint() -> None:
     assert model.fingerprint() == "d7b2ed58a59afaf7"
 
 
+@pytest.mark.parametrize("image_size", [16, (8, 12)])
+def test_the_size_of_images_is_saved_as_it_was_given(
+    build_vqvae: BuildVQVAE, image_size: int | tuple[int, int], tmp_path: Path
+) -> None:
+    model = build_vqvae(image_size=image_size)
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))["image_size"]
+    assert stored == (image_size if isinstance(image_size, int) else list(image_size))
+    loaded = VQVAE.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    assert loaded.fingerprint() == model.fingerprint()
+
+
+def test_an_image_that_is_not_square(build_vqvae: BuildVQVAE) -> None:
+    """Of networks that see a patch alone, a wide image's tokens are those of its two halves."""
+    wide, half = build_vqvae(image_size=(8, 16), encoder_kernel_size=1), build_vqvae(image_size=8)
+    pixels = torch.rand(3, 3, 8, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    token_ids = wide.encode_to_token_ids(pixels)
+    halves = [half.encode_to_token_ids(each) for each in pixels.split(8, dim=3)]
+    assert torch.equal(token_ids, torch.cat(halves, dim=2))  # (3, 2, 4)
+    assert wide.decode_from_token_ids(token_ids).shape == pixels.shape
+    with pytest.raises(ValueError, match=r"pixels: got \(16, 8\), expected 8 x 16"):
+        wide.encode_to_token_ids(pixels.transpose(2, 3))
+
+
 def damage_config(folder: Path, **changes: object) -> None:
     """Change fields; None removes one."""
     path = folder / "config.json"
@@ -113,7 +138,10 @@ WRONG_CONFIGS = [
     ({"patch_size": None}, "unknown or missing fields: patch_size"),
     ({"architecture": None}, "unknown or missing fields: architecture"),  # no default either
     ({"image_size": 17}, "image_size: got 17"),
-    ({"image_size": "16"}, ".+"),
+    ({"image_size": "16"}, "image_size: got '16', expected a whole number or 2 whole numbers"),
+    ({"image_size": [16, 16, 16]}, r"image_size: got \[16, 16, 16\], expected a whole number or 2"),
+    ({"image_size": [True, 16]}, r"image_size: got \[True, 16\], expected a whole number or 2"),
+    ({"image_size": [16, 18]}, r"image_size: got \(16, 18\), expected a multiple of 4"),
     ({"quantizer": "lfq"}, "quantizer: got 'lfq'"),
     ({"channels": 8}, ".+"),
 ]

@@ -98,13 +98,14 @@ class JanusSizes(LibrarySizes):
         """Channels of each stage."""
         return tuple(self.base_channels * each for each in self.channel_multiplier)
 
-    def build(self, image_size: int) -> nn.Module:
+    def build(self, image_grid_size: tuple[int, int]) -> nn.Module:
         """Build the model with fresh weights."""
         from transformers import JanusVQVAE, JanusVQVAEConfig
 
-        values = dataclasses.asdict(self)
-        # The library lays decoded tokens out on a grid of num_patches a side.
-        return JanusVQVAE(JanusVQVAEConfig(**values, num_patches=image_size // self.downsampling))
+        model = JanusVQVAE(JanusVQVAEConfig(**dataclasses.asdict(self)))
+        # The library lays decoded tokens out on this grid, of num_patches a side by default.
+        model.quantize.quant_state_dims = list(image_grid_size)
+        return model
 
     def encode(self, model: Any, pixels: Float[Tensor, "b 3 h w"]) -> Int[Tensor, "b gh gw"]:
         """Images in [-1, 1] to tokens."""
@@ -159,11 +160,11 @@ class Emu3Sizes(LibrarySizes):
         """Channels of each stage."""
         return tuple(self.base_channels * each for each in self.channel_multiplier)
 
-    def build(self, image_size: int) -> nn.Module:
+    def build(self, image_grid_size: tuple[int, int]) -> nn.Module:
         """Build the model with fresh weights."""
         from transformers import Emu3VQVAE, Emu3VQVAEConfig
 
-        del image_size
+        del image_grid_size
         # Convolutions alone: one model takes every size.
         return Emu3VQVAE(Emu3VQVAEConfig(**dataclasses.asdict(self)))
 
@@ -223,9 +224,9 @@ class DiffusersSizes(LibrarySizes):
         """Number of codes."""
         return self.num_vq_embeddings
 
-    def build(self, image_size: int) -> nn.Module:
+    def build(self, image_grid_size: tuple[int, int]) -> nn.Module:
         """Build the model with fresh weights."""
-        del image_size
+        del image_grid_size
         # Without lookup_from_codebook, decoding would take ids for latents.
         return _vq_model()(**dataclasses.asdict(self), lookup_from_codebook=True)
 

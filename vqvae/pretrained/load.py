@@ -7,6 +7,7 @@ downloads.
 """
 
 import dataclasses
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vqvae.config import ImageSize, height_and_width
 from vqvae.image_tokenizer import ImageTokenizer, require_pixels, require_token_ids
 from vqvae.model import VQVAE
 from vqvae.pretrained.adapters import KINDS, Sizes, kind_of, read_sizes
@@ -33,6 +35,7 @@ from vqvae.serialization import (
     save_tokenizer,
     shown,
     tensor_names,
+    typed,
     without_version,
 )
 
@@ -40,7 +43,7 @@ MAX_PIXELS_AT_ONCE = 2**20  # of a batch: networks of hundreds of channels at fu
 PICKLES = (".pt", ".pth", ".ckpt")
 
 
-def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> ImageTokenizer:
+def load_tokenizer(folder: str | Path, *, image_size: ImageSize | None = None) -> ImageTokenizer:
     """Load an image tokenizer, ours or another library's, strictly, in evaluation mode.
 
     Args:
@@ -48,7 +51,8 @@ def load_tokenizer(folder: str | Path, *, image_size: int | None = None) -> Imag
             ``JanusVQVAE`` or ``Emu3VQVAE``, or of diffusers' ``VQModel``; or a folder with
             ``model.safetensors`` of LlamaGen's tokenizer, or ``encoder.safetensors`` and
             ``decoder.safetensors`` of DALL-E's.
-        image_size: Side of the images in pixels, for tokenizers that take several.
+        image_size: Side of square images in pixels, or (height, width), for tokenizers that take
+            several.
 
     Raises:
         ValueError: If files are missing, damaged or of something else, or the size is missing or
@@ -89,15 +93,26 @@ class PretrainedConfig:
 
     kind: str
     """A key of ``KINDS``."""
-    image_size: int
-    """Height and width of an image, in pixels."""
+    image_size: ImageSize
+    """Side of a square image in pixels, or [height, width]."""
     sizes: Sizes
     """Sizes of the library's model."""
 
     def __post_init__(self) -> None:
-        side = self.sizes.downsampling
-        if self.image_size < side or self.image_size % side:
-            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {side}")
+        factor = self.sizes.downsampling
+        if any(side < factor or side % factor for side in self.pixel_size):
+            raise ValueError(f"image_size: got {self.image_size}, expected a multiple of {factor}")
+
+    @property
+    def pixel_size(self) -> tuple[int, int]:
+        """Pixels along (height, width)."""
+        return height_and_width(self.image_size)
+
+    @property
+    def image_grid_size(self) -> tuple[int, int]:
+        """Tokens along (height, width)."""
+        height, width = self.pixel_size
+        return height // self.sizes.downsampling, width // self.sizes.downsampling
 
 
 class PretrainedTokenizer(nn.Module):
@@ -113,7 +128,7 @@ class PretrainedTokenizer(nn.Module):
         self, pixels: Float[Tensor, "batch 3 image_height image_width"]
     ) -> Int[Tensor, "batch height width"]:
         """Images to tokens."""
-        require_pixels(pixels, self.config.image_size)
+        require_pixels(pixels, self.config.pixel_size)
         sizes = self.config.sizes
         return torch.cat([sizes.encode(self.model, part) for part in self._parts(pixels)])
 
@@ -131,8 +146,7 @@ class PretrainedTokenizer(nn.Module):
         require_token_ids(token_ids, self.codebook_size)
         # Not every model decodes an empty batch.
         if not len(token_ids):
-            size = self.config.image_size
-            return torch.zeros(0, 3, size, size, device=token_ids.device)
+            return torch.zeros(0, 3, *self.config.pixel_size, device=token_ids.device)
         sizes = self.config.sizes
         parts = [sizes.decode(self.model, part) for part in self._parts(token_ids)]
         # No decoder here ends in a bounded layer: saturated colors overshoot.
@@ -151,8 +165,7 @@ class PretrainedTokenizer(nn.Module):
     @property
     def image_grid_size(self) -> tuple[int, int]:
         """Tokens along (height, width)."""
-        side = self.config.image_size // self.config.sizes.downsampling
-        return side, side
+        return self.config.image_grid_size
 
     def fingerprint(self) -> str:
         """Hash config and weights."""
@@ -164,17 +177,15 @@ class PretrainedTokenizer(nn.Module):
 
     def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
         # An image larger than the limit goes alone.
-        return batch.split(max(1, MAX_PIXELS_AT_ONCE // self.config.image_size**2))
+        return batch.split(max(1, MAX_PIXELS_AT_ONCE // prod(self.config.pixel_size)))
 
 
 def _stored_config(values: dict[str, Any]) -> PretrainedConfig:
     """Read the config that ``PretrainedTokenizer.save_pretrained`` wrote."""
-    kind, image_size = values.get("kind"), values.get("image_size")
+    kind = values.get("kind")
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind: got {shown(kind)}, expected one of {', '.join(KINDS)}")
-    # Not isinstance: JSON's true is an int.
-    if type(image_size) is not int:
-        raise ValueError(f"image_size: got {shown(image_size)}, expected a whole number")
+    image_size = typed("image_size", values.get("image_size"), ImageSize)
     odd = sorted(values.keys() - {"kind", "image_size", "sizes"})
     if odd:
         raise ValueError(f"unknown fields: {shown(', '.join(odd))}")
@@ -185,7 +196,7 @@ def _stored_config(values: dict[str, Any]) -> PretrainedConfig:
 def _load(config: PretrainedConfig, path: Path) -> PretrainedTokenizer:
     sizes = config.sizes
     model = build_checked(
-        lambda: sizes.build(config.image_size).float(),
+        lambda: sizes.build(config.image_grid_size).float(),
         path,
         counts=sizes.min_counts,
         sizes=sizes.min_lengths,
@@ -199,11 +210,11 @@ def _holds_llamagen(folder: Path) -> bool:
     return path.is_file() and is_llamagen(tensor_names(own_file(folder, WEIGHTS_NAME)))
 
 
-def _load_llamagen(path: Path, image_size: int) -> PretrainedTokenizer:
+def _load_llamagen(path: Path, image_size: ImageSize) -> PretrainedTokenizer:
     with located(path):
         sizes, weights = convert_llamagen(read_weights(path))
         config = PretrainedConfig(kind="janus", image_size=image_size, sizes=sizes)
-        model = sizes.build(image_size).float()
+        model = sizes.build(config.image_grid_size).float()
         model.load_state_dict(weights, strict=True)
     return PretrainedTokenizer(config, model).eval()
 
@@ -219,14 +230,14 @@ def _refuse_pickles(folder: Path) -> None:
         )
 
 
-def _of_that_size(tokenizer: ImageTokenizer, image_size: int | None) -> ImageTokenizer:
-    own_size = tokenizer.config.image_size
-    if image_size not in (None, own_size):
-        raise ValueError(f"image_size: got {image_size}, this tokenizer's is {own_size}")
+def _of_that_size(tokenizer: ImageTokenizer, image_size: ImageSize | None) -> ImageTokenizer:
+    height, width = tokenizer.config.pixel_size
+    if image_size is not None and height_and_width(image_size) != (height, width):
+        raise ValueError(f"image_size: got {image_size}, this tokenizer's is {height} x {width}")
     return tokenizer
 
 
-def _required(image_size: int | None, kind: str) -> int:
+def _required(image_size: ImageSize | None, kind: str) -> ImageSize:
     if image_size is None:
         raise ValueError(
             f"image_size: got none, expected pixels a side: {kind} takes several sizes"

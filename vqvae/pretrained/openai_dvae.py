@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqvae.config import VQVAEConfig
+from vqvae.config import ImageSize, VQVAEConfig
 from vqvae.dalle_networks import BottleneckBlock
 from vqvae.model import VQVAE
 from vqvae.serialization import located, own_file, read_weights
@@ -19,12 +19,13 @@ ENCODER_NAME = "encoder.safetensors"
 DECODER_NAME = "decoder.safetensors"
 
 
-def load_openai_dvae(folder: str | Path, *, image_size: int) -> VQVAE:
+def load_openai_dvae(folder: str | Path, *, image_size: ImageSize) -> VQVAE:
     """Load DALL-E's tokenizer in evaluation mode; its sizes are those of the tensors.
 
     Args:
         folder: Holds ``encoder.safetensors`` and ``decoder.safetensors``.
-        image_size: Side of the images in pixels; 256 as published, but any multiple of 8 works.
+        image_size: Side of the images in pixels, or (height, width); 256 as published, but any
+            multiples of 8 work.
 
     Raises:
         ValueError: If a file is missing or damaged, or a tensor is missing, unknown, of another
@@ -61,7 +62,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _config_of(
-    encoder: dict[str, Tensor], decoder: dict[str, Tensor], image_size: int
+    encoder: dict[str, Tensor], decoder: dict[str, Tensor], image_size: ImageSize
 ) -> VQVAEConfig:
     # Each group but the last halves the grid and doubles the channels.
     width = len(encoder["blocks.input.w"])

@@ -30,7 +30,7 @@ class ReadOptions:
     needs_captions: bool = True
     """Whether images without caption are left out."""
     fit: Fit = "crop"
-    """How an image becomes a square, as in ``images.resize_to_square``."""
+    """How an image gets its size, as in ``images.resize_to_fit``."""
 
 
 DEFAULT_OPTIONS = ReadOptions()

@@ -73,7 +73,7 @@ class Pairs:
     no_caption_reasons: dict[str, str] = field(default_factory=dict)
     """Why an image has no caption, by its path, as long as ``require_captions`` was not called."""
     fit: Fit = "crop"
-    """How an image becomes a square, as in ``images.resize_to_square``."""
+    """How an image gets its size, as in ``images.resize_to_fit``."""
 
     def __len__(self) -> int:
         return len(self.listed)

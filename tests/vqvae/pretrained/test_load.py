@@ -32,17 +32,18 @@ def load(tmp_path_factory: pytest.TempPathFactory) -> Load:
     return load_kind
 
 
-def images(count: int = 5, size: int = SIZE) -> Tensor:
+def images(count: int = 5, size: int = SIZE, width: int | None = None) -> Tensor:
     """Four fields each, in fully saturated colors."""
     fields = torch.rand(count, 3, 2, 2, generator=torch.Generator().manual_seed(0)).round() * 2 - 1
-    return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(size // 2, dim=3)
+    columns = (width or size) // 2
+    return fields.repeat_interleave(size // 2, dim=2).repeat_interleave(columns, dim=3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_tokenizer_keeps_the_contract(kind: str, load: Load, tmp_path: Path) -> None:
     tokenizer = load(kind)
     assert isinstance(tokenizer, ImageTokenizer)
-    assert tokenizer.config.image_size == SIZE
+    assert tokenizer.config.pixel_size == (SIZE, SIZE)
     grid, codes = tokenizer.image_grid_size, tokenizer.codebook_size
     assert torch.tensor(tokenizer.codebook_levels).prod() == codes
 
@@ -205,13 +206,37 @@ def test_image_size_is_required(kind: str, tmp_path: Path) -> None:
 
 def test_janus_and_our_folders_know_their_size(tmp_path: Path) -> None:
     janus = load_tokenizer(source_folder("janus", tmp_path / "janus"))
-    assert janus.config.image_size == SIZE
+    assert janus.config.pixel_size == (SIZE, SIZE)
     larger = load_tokenizer(tmp_path / "janus", image_size=24)
     assert larger.encode_to_token_ids(torch.zeros(1, 3, 24, 24)).shape == (1, 6, 6)
     janus.save_pretrained(tmp_path / "own")
     for folder in (source_folder("ours", tmp_path / "ours"), tmp_path / "own"):
         with pytest.raises(ValueError, match="image_size: got 32, this tokenizer's is 16"):
             load_tokenizer(folder, image_size=32)
+
+
+@pytest.mark.parametrize("kind", ["openai", *FOREIGN])
+def test_images_need_not_be_square(kind: str, tmp_path: Path) -> None:
+    """Tokens of an image beside itself are its own twice, but for what crosses the border."""
+    folder = source_folder(kind, tmp_path / kind)
+    wide = load_tokenizer(folder, image_size=(SIZE, 2 * SIZE))
+    rows, columns = wide.image_grid_size
+    assert (wide.config.pixel_size, columns) == ((SIZE, 2 * SIZE), 2 * rows)
+    require_working(wide)
+    pixels = images(width=2 * SIZE)
+    token_ids = wide.encode_to_token_ids(pixels)
+    assert token_ids.shape == (5, rows, columns)
+    decoded = wide.decode_from_token_ids(token_ids)
+    assert decoded.shape == pixels.shape
+    assert not torch.equal(decoded[:, :, :, :SIZE], decoded[:, :, :, SIZE:])
+    wide.save_pretrained(tmp_path / "own")
+    again = load_tokenizer(tmp_path / "own")
+    assert again.config == wide.config
+    assert torch.equal(again.decode_from_token_ids(token_ids), decoded)
+    with pytest.raises(ValueError, match=f"image_size: got {SIZE}, this tokenizer's is {SIZE} x "):
+        load_tokenizer(tmp_path / "own", image_size=SIZE)
+    with pytest.raises(ValueError, match=r"image_size: got \(16, 18\), expected a multiple of"):
+        load_tokenizer(folder, image_size=(16, 18))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +246,7 @@ def test_janus_and_our_folders_know_their_size(tmp_path: Path) -> None:
         ({"kind": ["janus"]}, "kind: got"),
         ({"kind": None}, "kind: got None"),
         ({"format_version": 7}, "format_version: got 7"),
-        ({"image_size": "16"}, "image_size: got 16, expected a whole number"),
+        ({"image_size": "16"}, "image_size: got '16', expected a whole number or 2 whole"),
         ({"color": 1}, "unknown fields: color"),
         ({"sizes": {}}, "JanusSizes: unknown or missing fields"),
     ],
