@@ -53,7 +53,7 @@ def named(reading: SceneReading) -> list[tuple[str, str]]:
 
 
 def test_a_scene_is_a_function_of_its_seed() -> None:
-    for scene in make_scenes(8):
+    for scene in make_scenes(4):
         again = make_scene(scene.seed, split=scene.split)
         assert again == scene
         assert describe_scene(again) == describe_scene(scene)
@@ -274,7 +274,7 @@ def test_malformed_facts_are_refused(line: str) -> None:
 # The checker
 
 
-@pytest.mark.parametrize("count", [16, pytest.param(400, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [8, pytest.param(400, marks=pytest.mark.slow)])
 def test_checker_reads_true_images(count: int) -> None:
     scenes = make_scenes(count)
     held, exact = 0, 0
