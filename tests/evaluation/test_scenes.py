@@ -12,7 +12,7 @@ from tests.reference import tiny
 
 def test_section_has_the_tasks_with_ceiling_and_floor(tmp_path: Path) -> None:
     splits = ("test_colors", "test_attribution", "test_position")
-    prepare_scenes(tmp_path / "data", counts={"train": 2, **dict.fromkeys(splits, 5)})
+    prepare_scenes(tmp_path / "data", counts={"train": 2, **dict.fromkeys(splits, 6)})
     data = read_data(str(tmp_path / "data"), tiny.build_vqvae(image_size=64))
     assert data.kind == "scenes"
     reference = data.held_out_samples
