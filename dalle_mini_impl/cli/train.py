@@ -296,6 +296,8 @@ def explain(
     use = (
         "to choose the best weights by" if num_held_out >= MIN_COMPARED else "too few to choose by"
     )
+    if dalle_run.training.keep == "last":
+        use = "to compare with"
     lines = [
         f"data: {count_images(report, dalle_run.data.train_split)} images to train on, "
         f"{num_held_out} held out ({held_out}), {use}",

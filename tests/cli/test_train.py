@@ -148,7 +148,7 @@ def test_one_command_takes_test_images_where_no_others_are_held_out(
     assert run_here("train", tmp_path / "images", "--out", tmp_path / "out", "--dry_run") == 0
     shown = capsys.readouterr().out
     assert f"mixed into training: 50% {tmp_path / 'out' / 'scenes'}" in shown
-    assert "data: 6 images to train on, 3 held out (test), too few to choose by" in shown
+    assert "data: 6 images to train on, 3 held out (test), to compare with" in shown
 
 
 def test_few_images_are_mixed_with_scenes_and_long_ones_are_padded(
