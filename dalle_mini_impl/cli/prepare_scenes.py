@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Read the command line."""
     from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
-    from dalle_mini_impl.builtin_datasets.scenes import KINDS
+    from dalle_mini_impl.builtin_datasets.scenes import DEFAULT_KINDS, KINDS
 
     parser = OneLineParser(description=COMMANDS["prepare_scenes"])
     add = parser.add_argument
@@ -21,7 +21,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--size", type=int, default=64, help="side in pixels (default: 64)")
     add("--train", type=int, default=20_000, help="images (default: 20000)")
     add("--test", type=int, default=256, help="images of each held-out split (default: 256)")
-    add("--kinds", nargs="+", choices=KINDS, default=KINDS[1:], help="default: all but large")
+    add("--kinds", nargs="+", choices=KINDS, default=DEFAULT_KINDS, help="default: all but large")
     add("--things", type=int, help="how many, the easiest to tell apart first (default: all)")
     add("--styles", nargs="+", choices=STYLES, default=["twemoji"], help="default: twemoji")
     add("--npm-dir", type=user_path, help="folder with unpacked npm packages (noto, fluent)")

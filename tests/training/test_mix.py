@@ -52,13 +52,15 @@ def test_samples_come_from_each_source_in_its_fraction(
     assert torch.allclose(weights[:25] / weights[:25].sum(), alone / alone.sum())
 
 
+def mixed(config: DalleRunConfig, other: Path) -> DalleRunConfig:
+    data = dataclasses.replace(config.data, mix={str(other): 0.5})
+    return dataclasses.replace(config, data=data)
+
+
 def test_a_mixed_run_resumes_bit_for_bit(
     data: Path, other: Path, vqvae_dir: Path, tmp_path: Path
 ) -> None:
-    config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", ema_decay=0.9)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, mix={str(other): 0.5})
-    )
+    config = mixed(tiny.dalle_run(data, vqvae_dir, tmp_path / "run", ema_decay=0.9), other)
     assert_resumes_exactly(config)
     # The copy that a resume reads is of each source.
     assert (tmp_path / "run/images-mixed-1.jsonl").is_file()
@@ -67,10 +69,7 @@ def test_a_mixed_run_resumes_bit_for_bit(
 def test_images_of_a_mixed_source_may_vanish(
     data: Path, other: Path, vqvae_dir: Path, tmp_path: Path
 ) -> None:
-    config = tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=3)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, mix={str(other): 0.5})
-    )
+    config = mixed(tiny.dalle_run(data, vqvae_dir, tmp_path / "run", max_steps=3), other)
     tiny.train(config)
     (other / "7.png").unlink()
     longer = dataclasses.replace(config.training, max_steps=6)

@@ -2,3 +2,4 @@
 
 # Here, since --help names them and must not wait for torch.
 KINDS = ("large", "single", "count", "pair")
+DEFAULT_KINDS = KINDS[1:]

@@ -14,7 +14,7 @@ from PIL import Image
 
 from dalle_mini_impl.builtin_datasets.emoji.styles import STYLES
 from dalle_mini_impl.builtin_datasets.generated_folder import write_generated_folder
-from dalle_mini_impl.builtin_datasets.scenes import KINDS
+from dalle_mini_impl.builtin_datasets.scenes import DEFAULT_KINDS
 from dalle_mini_impl.builtin_datasets.scenes.facts import Fact, ObjectPattern, background_name
 from dalle_mini_impl.builtin_datasets.scenes.scene import (
     DIRECTIONS,
@@ -138,7 +138,7 @@ def prepare_scenes(
     *,
     counts: Mapping[str, int],
     image_size: int = 64,
-    kinds: Sequence[str] = KINDS[1:],
+    kinds: Sequence[str] = DEFAULT_KINDS,
     styles: Sequence[str] = ("twemoji",),
     num_things: int | None = None,
     npm_dir: Path | None = None,

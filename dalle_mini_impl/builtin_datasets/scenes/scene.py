@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dalle_mini_impl.builtin_datasets.scenes import KINDS
+from dalle_mini_impl.builtin_datasets.scenes import DEFAULT_KINDS, KINDS
 from dalle_mini_impl.builtin_datasets.scenes.colors import COLORS
 from dalle_mini_impl.builtin_datasets.scenes.things import all_things, load_sprites, render_thing
 from dalle_mini_impl.data.splits import stable_hash
@@ -176,7 +176,7 @@ def make_scene(
     seed: int,
     *,
     split: str,
-    kinds: Sequence[str] = KINDS[1:],
+    kinds: Sequence[str] = DEFAULT_KINDS,
     styles: Sequence[str] = ("twemoji",),
     num_things: int | None = None,
     npm_dir: Path | None = None,
